@@ -1,0 +1,1180 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.9"
+# dependencies = ["paramiko>=2.12", "django>=3.2", "pytest", "pytest-xdist", "hypothesis"]
+# ///
+"""Everything that checks oni_agent.py.
+
+    python3 -m pytest -n 4 test_oni_agent.py    the tests, against a stand-in Open ONI, over SSH
+    python3 test_oni_agent.py --demo            an agent to try, on 127.0.0.1:2222, until Ctrl-C
+    python3 test_oni_agent.py --demo --once     a whole exchange, printed
+
+The stand-in is a real Django project with the models, the commands and the bad habits of a real
+Open ONI. The agent runs as a process of its own and is talked to by OpenSSH's client and by
+paramiko's. What a test needs to happen at an instant (a load at its third page, say) is held there
+by a FIFO in place of one of the batch's files.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import random
+import re
+import resource
+import shlex
+import shutil
+import signal
+import socket
+import sqlite3
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import venv
+import warnings
+from datetime import date, timedelta
+from pathlib import Path
+
+import django
+
+warnings.filterwarnings("ignore", module="paramiko")
+import paramiko  # noqa: E402
+import pytest  # noqa: E402
+
+import oni_agent  # noqa: E402
+
+AGENT = Path(oni_agent.__file__).resolve()
+
+# --- The stand-in's own files -----------------------------------------------------------------------------------------
+
+ONI_MANAGE = '''\
+#!/usr/bin/env python3
+"""Finds Django only when ENV/bin comes first in PATH, as Open ONI's own manage.py does."""
+import os
+import signal
+import sys
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no signal tidies anything up
+    os.environ.setdefault("DJANGO_SETTINGS_MODULE", "onisite.settings")
+    try:
+        from django.core.management import execute_from_command_line
+    except ImportError as error:
+        raise ImportError("Couldn't import Django. Are you sure it's installed and available on your PYTHONPATH "
+                          "environment variable? Did you forget to activate a virtual environment?") from error
+    execute_from_command_line(sys.argv)
+'''
+
+ONI_SETTINGS = '''\
+"""What a site may be told by its environment or, last, by a settings_local.py beside this file."""
+import os
+import sys
+from pathlib import Path
+
+BASE_DIR = Path(__file__).resolve().parent.parent
+SECRET_KEY = "a stand-in has no secrets"
+USE_TZ = True
+INSTALLED_APPS = ["core"]
+DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
+DATABASES = {"default": {"ENGINE": "django.db.backends.sqlite3", "OPTIONS": {"timeout": 60},
+                         "NAME": os.environ.get("ONI_DB_NAME", str(BASE_DIR / "oni.sqlite3"))}}
+
+SOLR_BASE_URL = os.environ.get("ONI_SOLR_URL")  # None: say that Solr was asked, ask nobody
+BATCH_STORAGE = os.path.join(os.environ.get("ONI_STORAGE_PATH", str(BASE_DIR / "data")), "batches")
+CACHE_DIR = os.environ.get("ONI_CACHE_DIR", str(BASE_DIR / "cache"))
+PAGE_SECONDS = float(os.environ.get("ONI_PAGE_SECONDS", 0))
+
+# Every line goes to standard error, and to log/COMMAND_PID.log.
+LOG_FILE = "{}_{}.log".format("".join(sys.argv[1:2]), os.getpid())
+LOGGING = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {"line": {"format": "[%(levelname)s] %(message)s"}},
+    "handlers": {
+        "stderr": {"class": "logging.StreamHandler", "formatter": "line"},
+        "file": {"class": "logging.FileHandler", "formatter": "line", "delay": True, "encoding": "utf-8",
+                 "filename": str(BASE_DIR / "log" / LOG_FILE)},
+    },
+    "root": {"handlers": ["stderr", "file"], "level": "INFO"},
+}
+
+if (BASE_DIR / "onisite" / "settings_local.py").exists():
+    from .settings_local import *
+'''
+
+ONI_MODELS = '''\
+"""The tables that a batch and a title end up in. Nothing cascades: what a purge overlooks, the database holds it to."""
+from django.db import models
+
+
+class Awardee(models.Model):
+    org_code = models.CharField(primary_key=True, max_length=50)
+    name = models.CharField(max_length=100)
+    created = models.DateTimeField(auto_now_add=True)
+
+
+class Language(models.Model):
+    code = models.CharField(primary_key=True, max_length=3)
+
+
+class Title(models.Model):
+    lccn = models.CharField(primary_key=True, max_length=25)
+    name = models.CharField(max_length=250)
+    version = models.DateTimeField()
+    languages = models.ManyToManyField(Language)
+
+
+class Batch(models.Model):
+    name = models.CharField(primary_key=True, max_length=250)
+    created = models.DateTimeField(auto_now_add=True)
+    awardee = models.ForeignKey(Awardee, models.DO_NOTHING, related_name="batches")
+
+
+class Issue(models.Model):
+    batch = models.ForeignKey(Batch, models.DO_NOTHING, related_name="issues")
+    title = models.ForeignKey(Title, models.DO_NOTHING, related_name="issues")
+    date_issued = models.DateField()
+    edition = models.IntegerField()
+
+
+class Page(models.Model):
+    issue = models.ForeignKey(Issue, models.DO_NOTHING, related_name="pages")
+    sequence = models.IntegerField()
+
+
+class LoadBatchEvent(models.Model):
+    """A line of a batch's history. It names the batch and does not point to it, so it survives the purge."""
+    batch_name = models.CharField(max_length=250)
+    created = models.DateTimeField(auto_now_add=True)
+    message = models.TextField(null=True)
+'''
+
+ONI_SOLR = '''\
+"""The search index: every page, purge and title file is announced to it. When it is down, that is an error."""
+import logging
+import time
+import urllib.request
+
+from django.conf import settings
+
+DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def post(body, query=""):
+    url = (settings.SOLR_BASE_URL or "http://localhost:8983") + "/solr/openoni/update/" + query
+    started = time.monotonic()
+    if settings.SOLR_BASE_URL:
+        try:
+            DIRECTLY.open(urllib.request.Request(url, body.encode()), timeout=60).read()
+        except OSError as error:
+            raise ConnectionError(f"Failed to connect to server at {url}: {error}")
+    logging.info("Finished %r (post) with body %r in %.3f seconds, with status 200",
+                 url, body[:10], time.monotonic() - started)
+
+
+def commit():
+    post("<commit />", "?commit=true")
+'''
+
+ONI_BATCH_LOADER = '''\
+"""Loading and purging batches: row by row, each row committed at once, so that a kill leaves what was there by then."""
+import logging
+import os
+import re
+import time
+from datetime import datetime
+from xml.etree import ElementTree
+
+from django.conf import settings
+
+from core import solr
+from core.models import Awardee, Batch, Issue, LoadBatchEvent, Page, Title
+
+NDNP = "{http://www.loc.gov/ndnp}"
+METS = "{http://www.loc.gov/METS/}"
+HREF = "{http://www.w3.org/1999/xlink}href"
+
+
+class BatchLoaderException(Exception):
+    pass
+
+
+def load_batch(path):
+    """A row of that name means loaded, whatever it stands for. A link of that name is used, wherever it points."""
+    path = path.rstrip("/")
+    name, link = os.path.basename(path), storage(os.path.basename(path))
+    logging.info("loading batch at %s", path)
+    if Batch.objects.filter(name=name).exists():
+        logging.info("Batch already loaded: %s", name)
+        return
+    if not os.path.islink(link):
+        logging.info("creating symlink %s -> %s", path, link)
+        os.symlink(path, link)
+    logging.info("loading batch: %s", name)
+    remember(name, "starting load")
+    try:
+        load_issues(create_batch(name))
+        solr.commit()
+    except Exception as error:
+        give_up(name, error)
+    loaded = "processed %d pages" % Page.objects.filter(issue__batch=name).count()
+    logging.info(loaded)
+    remember(name, loaded)
+    renew_cache(name)
+
+
+def give_up(name, error):
+    """Purge what was loaded and fail. When the purge fails too (the database is gone), the rows stay."""
+    message = f"unable to load batch: {error}"
+    logging.error(message)
+    logging.exception(error)
+    try:
+        purge_batch(name)
+    except Exception as second:
+        logging.error("purge batch failed for failed load batch: %s", second)
+        logging.exception(second)
+    remember(name, message)
+    raise BatchLoaderException(message)
+
+
+def create_batch(name):
+    """The batch's row comes first, before any of its issues: from here on the batch counts as loaded."""
+    if not re.fullmatch(r"batch_\\w+_\\w+_ver\\d\\d", name):
+        raise BatchLoaderException(f"unrecognized batch name: {name}")
+    org_code = name.split("_")[1]
+    try:
+        return Batch.objects.create(name=name, awardee=Awardee.objects.get(org_code=org_code))
+    except Awardee.DoesNotExist:
+        message = f"no awardee for org code: {org_code}"
+        logging.error(message)
+        raise BatchLoaderException(message)
+
+
+def load_issues(batch):
+    """An issue or a page without its number is left out, with an [ERROR] line, and the load goes on."""
+    data = os.path.join(storage(batch.name), "data")
+    for listed in ElementTree.parse(os.path.join(data, "batch.xml")).iter(NDNP + "issue"):
+        try:
+            load_issue(batch, listed, os.path.normpath(os.path.join(data, listed.text.strip())))
+        except ValueError as error:
+            logging.exception(error)
+
+
+def load_issue(batch, listed, mets_file):
+    edition = int(listed.get("editionOrder"))
+    mets = ElementTree.parse(mets_file)
+    issue = Issue.objects.create(batch=batch, title=Title.objects.get(lccn=listed.get("lccn")), edition=edition,
+                                 date_issued=datetime.strptime(listed.get("issueDate"), "%Y-%m-%d"))
+    files = {file.get("ID"): file for file in mets.iter(METS + "file")}
+    for division in mets.iter(METS + "div"):
+        if division.get("TYPE") == "np:page":
+            own = [files[pointer.get("FILEID")] for pointer in division.iter(METS + "fptr")]
+            try:
+                load_page(issue, division, os.path.dirname(mets_file), {f.get("USE"): f[0].get(HREF) for f in own})
+            except ValueError as error:
+                logging.exception(error)
+
+
+def load_page(issue, division, folder, files):
+    """Five lines a page. Its image is read before its row is saved: a FIFO in place of the image holds the load."""
+    logging.warning("unable to find reel number in page metadata")
+    sequence = int(division.get("ORDER"))
+    logging.info("Assigned page sequence: %d", sequence)
+    logging.info("Saving page. issue date: %s, page sequence: %d", issue.date_issued, sequence)
+    time.sleep(settings.PAGE_SECONDS)
+    try:
+        division.attrib["ADMID"]
+    except KeyError:
+        logging.info("Could not determine dimensions of jp2 for issue: %s [%s] page: %s (Eugene, Or.) 1850-1999, "
+                     "%s, Image %d... trying harder...", issue.title.name, issue.date_issued, issue.title.name,
+                     issue.date_issued.strftime("%B %d, %Y"), sequence)
+        read(folder, files["service"])
+    ElementTree.fromstring(read(folder, files["ocr"]))
+    Page.objects.create(issue=issue, sequence=sequence)
+    solr.post('[{"id": "/lccn/%s/seq-%d/"}]' % (issue.title_id, sequence))
+
+
+def renew_cache(newest):
+    """The last thing a load does, after all is loaded: a cache it cannot write makes it fail all the same."""
+    os.makedirs(settings.CACHE_DIR, exist_ok=True)
+    for cached in os.listdir(settings.CACHE_DIR):
+        os.remove(os.path.join(settings.CACHE_DIR, cached))
+    with open(os.path.join(settings.CACHE_DIR, "newest_batch"), "w") as cache:
+        cache.write(newest)
+
+
+def purge_batch(name):
+    remember(name, "starting purge")
+    try:
+        purge_rows(Batch.objects.get(name=name))
+        solr.post(f"<delete><query>batch:{name}</query></delete>")
+        solr.commit()
+        if os.path.islink(storage(name)):
+            logging.info("Removing symlink %s", storage(name))
+            os.remove(storage(name))
+    except Exception as error:
+        message = f"purge failed: {error}"
+        logging.error(message)
+        logging.exception(error)
+        raise BatchLoaderException(message)
+    remember(name, "purged")
+
+
+def purge_rows(batch):
+    """Delete the issues known at the start, the batch's row last. An issue that a load adds meanwhile makes it fail."""
+    for number, issue in enumerate(list(batch.issues.order_by("id"))):
+        for page in issue.pages.all():
+            page.delete()
+        issue.delete()
+        if number == 0 and os.path.exists(os.path.join(storage(batch.name), "purge-gate")):
+            read(storage(batch.name), "purge-gate")  # not ONI's: where a test may hold a purge
+        time.sleep(settings.PAGE_SECONDS)
+    logging.warning("no OcrDump to delete for %s (%s)", batch.name, batch.awardee.name)
+    batch.delete()
+
+
+def storage(name):
+    return os.path.join(settings.BATCH_STORAGE, name)
+
+
+def remember(name, message):
+    LoadBatchEvent.objects.create(batch_name=name, message=message)
+
+
+def read(folder, name):
+    with open(os.path.join(folder, name), "rb") as file:
+        return file.read()
+'''
+
+ONI_TITLE_LOADER = '''\
+"""Loading MARC records. A record that cannot be stored is counted, no more: only broken XML is a failure."""
+import logging
+import urllib.request
+import xml.sax
+from collections import Counter
+from datetime import datetime, timezone
+from xml.dom import pulldom
+
+from django.db import transaction
+
+from core import solr
+from core.models import Language, Title
+
+
+def load_titles(path):
+    started, counts = datetime.now(timezone.utc), Counter()
+    for file in path.glob("*.xml") if path.is_dir() else [path]:
+        logging.info("loading titles from: %s", file)
+        for record in records_of(file):
+            counts["records"] += 1
+            try:
+                store(record, counts)
+            except Exception as error:
+                counts["errors"] += 1
+                logging.error("unable to load: %s", error)
+                logging.exception(error)
+        counts["files"] += 1
+        logging.info("indexing new titles")
+        solr.commit()
+    report(counts, started, datetime.now(timezone.utc))
+
+
+def records_of(file):
+    """Each record, wherever it stands in the document: {"005": text, "010a": text, ...}."""
+    reader = pulldom.SAX2DOM()
+    with urllib.request.urlopen(file.resolve().as_uri()) as source:
+        xml.sax.parse(source, reader)
+    for record in reader.document.getElementsByTagNameNS("*", "record"):
+        if any(child.localName == "datafield" for child in record.childNodes):
+            fields = {}
+            for node in record.getElementsByTagName("*"):
+                tag = node.getAttribute("tag") or node.parentNode.getAttribute("tag") + node.getAttribute("code")
+                texts = [text.data for text in node.childNodes if text.nodeType == text.TEXT_NODE]
+                fields.setdefault(tag, "".join(texts))
+            yield fields
+
+
+@transaction.atomic
+def store(record, counts):
+    """A title counts as created or updated even if its language is unknown and nothing is stored after all."""
+    lccn = record.get("010a", "").replace(" ", "")
+    if not lccn:
+        counts["without LCCN"] += 1
+        return
+    version = datetime.strptime(record["005"][:14], "%Y%m%d%H%M%S").replace(tzinfo=timezone.utc)
+    known = Title.objects.filter(lccn=lccn).first()
+    if known and known.version > version:
+        return
+    counts["updated" if known else "created"] += 1
+    title = Title(lccn=lccn, name=record["245a"].strip(), version=version)
+    title.save()
+    code = record["008"][35:38]
+    if not Language.objects.filter(code=code).exists():
+        logging.error("Code %s, not found in language table.", code)
+    title.languages.set([Language.objects.get(code=code)])
+    counts["stored"] += 1
+
+
+def report(counts, started, ended):
+    logging.info("############### TOTAL RESULTS ############")
+    for label, value in {
+        "TITLE RECORDS PROCESSED": counts["records"],
+        "NEW TITLES CREATED": counts["created"],
+        "EXISTING TITLES UPDATED": counts["updated"],
+        "ERRORS": counts["errors"],
+        "MISSING LCCNS": counts["without LCCN"],
+        "FILES PROCESSED": counts["files"],
+        "TITLES NOT UPDATED": Title.objects.count() - counts["stored"],
+        "START TIME": started,
+        "END TIME": ended,
+        "TOTAL TIME": ended - started,
+    }.items():
+        logging.info("%s: %s", label, value)
+'''
+
+ONI_COMMANDS = '''\
+"""The commands. Only a BatchLoaderException becomes a CommandError; all else, such as a database that is down from the
+start, ends in a bare traceback."""
+import logging
+import os
+from pathlib import Path
+
+from django.core.management.base import BaseCommand, CommandError
+
+from core.batch_loader import BatchLoaderException, load_batch, purge_batch
+from core.title_loader import load_titles
+
+
+class Command(BaseCommand):
+    def add_arguments(self, parser):
+        parser.add_argument("subject")
+
+
+class LoadBatch(Command):
+    def handle(self, subject, **options):
+        if not os.path.isdir(subject):
+            raise CommandError(f"Batch path does not exist: {subject}")
+        try:
+            load_batch(subject)
+        except BatchLoaderException as error:
+            logging.exception(error)
+            raise CommandError("Batch load failed. See logs/load_batch_#.log")
+
+
+class PurgeBatch(Command):
+    def handle(self, subject, **options):
+        logging.info("purging batch '%s'", subject)
+        try:
+            purge_batch(subject)
+        except BatchLoaderException as error:
+            logging.exception(error)
+            raise CommandError("unable to purge batch. check the purge_batch log for clues")
+
+
+class LoadTitles(Command):
+    def handle(self, subject, **options):
+        load_titles(Path(subject))
+'''
+
+ONI_FILES = {
+    "manage.py": ONI_MANAGE,
+    "onisite/settings.py": ONI_SETTINGS,
+    "core/models.py": ONI_MODELS,
+    "core/solr.py": ONI_SOLR,
+    "core/batch_loader.py": ONI_BATCH_LOADER,
+    "core/title_loader.py": ONI_TITLE_LOADER,
+    "core/commands.py": ONI_COMMANDS,
+    **{f"{package}/__init__.py": "" for package in ("onisite", "core", "core/management", "core/management/commands")},
+    "core/management/commands/load_batch.py": "from core.commands import LoadBatch as Command\n",
+    "core/management/commands/purge_batch.py": "from core.commands import PurgeBatch as Command\n",
+    "core/management/commands/load_titles.py": "from core.commands import LoadTitles as Command\n",
+}
+
+ONI_SEED = '''
+from datetime import datetime, timezone
+from django.core.management import call_command
+from core.models import Awardee, Language, Title
+call_command("migrate", run_syncdb=True, verbosity=0)
+Awardee.objects.create(org_code="oru", name="University of Oregon Libraries; Eugene, OR")
+languages = [Language.objects.create(code=code) for code in ("eng", "fre", "ger", "spa")]
+for lccn, name in ("sn99990001", "The test gazette."), ("sn99990002", "The test courier."):
+    title = Title.objects.create(lccn=lccn, name=name, version=datetime(2020, 1, 1, tzinfo=timezone.utc))
+    title.languages.set(languages[:1])
+'''
+
+
+def build_oni(root: Path) -> None:
+    """Write a stand-in Open ONI into `root`: the tree, its ENV, its database. It may be copied anywhere afterwards."""
+    for name, text in ONI_FILES.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    (root / "manage.py").chmod(0o755)
+    for folder in "log", "data/batches", "cache":
+        (root / folder).mkdir(parents=True)
+    build_env(root / "ENV")
+    # -B: compiled files would say where they were compiled.
+    subprocess.run([str(root / "ENV/bin/python3"), "-B", "manage.py", "shell", "-c", ONI_SEED],
+                   cwd=str(root), stdout=subprocess.DEVNULL, check=True)
+
+
+def build_env(env: Path) -> None:
+    """A virtual environment that borrows the running Python's Django, and that does not say where it stands."""
+    venv.EnvBuilder(symlinks=True).create(env)
+    site_packages = next(env.glob("lib/python3*/site-packages"))
+    (site_packages / "django.pth").write_text(f"{Path(django.__file__).resolve().parents[1]}\n")
+    lines = (env / "pyvenv.cfg").read_text().splitlines(keepends=True)
+    (env / "pyvenv.cfg").write_text("".join(line for line in lines if not line.startswith("command")))
+    for script in env.glob("bin/[Aa]ctivate*"):
+        script.unlink()
+
+
+# --- What it is fed: batches and MARC records -------------------------------------------------------------------------
+
+NDNP_BATCH = ('<?xml version="1.0" encoding="UTF-8"?>\n<batch xmlns="http://www.loc.gov/ndnp" name="{name}"'
+              ' awardee="{awardee}" awardYear="2020">\n'
+              '<reel reelNumber="print">./{lccn}/print/print.xml</reel>\n{issues}\n</batch>\n')
+NDNP_ISSUE = ('<issue lccn="{lccn}" issueDate="{day}" editionOrder="01">'
+              './{lccn}/print/{folder}/{folder}.xml</issue>')
+METS_ISSUE = ('<?xml version="1.0" encoding="UTF-8"?>\n<mets xmlns="http://www.loc.gov/METS/"'
+              ' xmlns:xlink="http://www.w3.org/1999/xlink">\n<fileSec>\n{files}\n</fileSec>\n'
+              '<structMap><div TYPE="np:issue">\n{pages}\n</div></structMap>\n</mets>\n')
+METS_FILE = '<file ID="{use}{page}" USE="{use}"><FLocat LOCTYPE="URL" xlink:href="{page:04}.{suffix}"/></file>'
+METS_PAGE = ('<div TYPE="np:page" ORDER="{page}">'
+             '<fptr FILEID="master{page}"/><fptr FILEID="service{page}"/><fptr FILEID="ocr{page}"/></div>')
+MARC_RECORD = """<record xmlns="http://www.loc.gov/MARC21/slim">
+<leader>00000cas a2200000 a 4500</leader>
+<controlfield tag="005">20220102030405.0</controlfield>
+<controlfield tag="008">000101d18501999oruwr ne      0    a{language} c</controlfield>
+{key}
+<datafield tag="245" ind1="0" ind2="0"><subfield code="a">{name}</subfield></datafield>
+</record>
+"""
+OCLC_ANSWER = ('<searchRetrieveResponse xmlns="http://www.loc.gov/zing/srw/"><numberOfRecords>1</numberOfRecords>\n'
+               '<records><record><recordData>\n{}</recordData></record></records>\n</searchRetrieveResponse>\n')
+PAGE_FILES = {
+    "tif": b"II*\0" + bytes(300),
+    "jp2": b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(300),
+    "pdf": b"%PDF-1.4\n" + b"%" * 300 + b"\n%%EOF\n",
+    "xml": b'<?xml version="1.0"?>\n<alto><Layout><Page><String CONTENT="gazette"/></Page></Layout></alto>\n',
+}
+
+
+def make_batch(source: Path, name: str, issues: int = 2, pages: int = 2,
+               lccn: str = "sn99990001", start: date = date(1900, 1, 1)) -> Path:
+    """Write a whole batch into `source`, an issue a day from `start` on, and return its folder."""
+    data = source / name / "data"
+    mets = mets_xml(pages)
+    listed = []
+    for day in (start + timedelta(days=number) for number in range(issues)):
+        issue = data / lccn / "print" / f"{day:%Y%m%d}01"
+        issue.mkdir(parents=True)
+        for mets_name in issue.name, issue.name + "_1":  # as delivered, and as the validator leaves it
+            (issue / f"{mets_name}.xml").write_text(mets)
+        for page in range(1, pages + 1):
+            for suffix, content in PAGE_FILES.items():
+                (issue / f"{page:04}.{suffix}").write_bytes(content)
+        listed.append(NDNP_ISSUE.format(lccn=lccn, day=day, folder=issue.name))
+    (data / lccn / "print").mkdir(parents=True, exist_ok=True)
+    (data / lccn / "print" / "print.xml").write_text('<mets xmlns="http://www.loc.gov/METS/" LABEL="reel print"/>\n')
+    awardee = (name.split("_") + [""])[1]
+    (data / "batch.xml").write_text(NDNP_BATCH.format(name=name, awardee=awardee, lccn=lccn, issues="\n".join(listed)))
+    return source / name
+
+
+def mets_xml(pages: int) -> str:
+    """The METS file of an issue, cut down to what a load reads: which files each page has, in which order."""
+    numbers, uses = range(1, pages + 1), {"master": "tif", "service": "jp2", "derivative": "pdf", "ocr": "xml"}
+    return METS_ISSUE.format(
+        files="\n".join(METS_FILE.format(use=use, page=page, suffix=uses[use]) for page in numbers for use in uses),
+        pages="\n".join(METS_PAGE.format(page=page) for page in numbers))
+
+
+def marc_xml(lccn: str = "sn99990009", name: str = "The sample herald.", language: str = "eng",
+             wrapped: bool = False) -> bytes:
+    """A title's MARC record, bare or as OCLC's search answers with it; without an LCCN when `lccn` is empty."""
+    key = f'<datafield tag="010" ind1=" " ind2=" "><subfield code="a">  {lccn} </subfield></datafield>' if lccn else ""
+    record = MARC_RECORD.format(key=key, name=name, language=language)
+    return ('<?xml version="1.0" encoding="UTF-8"?>\n' + (OCLC_ANSWER.format(record) if wrapped else record)).encode()
+
+# --- An agent on a site, and ways to talk to it ------------------------------------------------------------------------
+
+
+class Site:
+    """A stand-in Open ONI with its batches, and an agent that runs on it as a process of its own."""
+
+    def __init__(self, folder: Path, template: Path):
+        self.oni, self.source, self.state = folder / "oni", folder / "batches", folder / "state"
+        shutil.copytree(template, self.oni, symlinks=True)
+        self.source.mkdir()
+        self.environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "ONI_LOCATION": str(self.oni),
+                            "BATCH_SOURCE": str(self.source), "STATE_DIRECTORY": str(self.state),
+                            "BA_BIND": "127.0.0.1:0", "LOG_LEVEL": "debug"}
+        self.agent: subprocess.Popen | None = None
+        self.port = 0
+        self.log: list[str] = []
+        self._news = threading.Condition()
+
+    # -- the agent's life
+
+    def start(self, **environment: str) -> Site:
+        """Starts the agent and waits until it listens."""
+        self.environment.update(environment)
+        self.log = []
+        self.agent = subprocess.Popen([sys.executable, str(AGENT)], env=self.environment, stderr=subprocess.PIPE)
+        threading.Thread(target=self._read_log, args=(self.agent.stderr, self.log), daemon=True).start()
+        line = self.wait_for(r"listening on \S+:\d+")
+        self.port = int(re.search(r"listening on \S+:(\d+)", line)[1])
+        return self
+
+    def _read_log(self, stream, log: list[str]) -> None:
+        for line in io.TextIOWrapper(stream, errors="replace"):
+            with self._news:
+                log.append(line)
+                self._news.notify_all()
+        with self._news:
+            log.append("(the agent's log ends here)")
+            self._news.notify_all()
+
+    def wait_for(self, pattern: str, seconds: float = 90) -> str:
+        """The first line of the agent's log with this pattern, once it is there."""
+        def found() -> str:
+            return next((line for line in self.log if re.search(pattern, line)), "") or (
+                "(ends)" if self.log and self.log[-1].startswith("(the agent's log ends") else "")
+        with self._news:
+            line = self._news.wait_for(found, seconds)
+        assert line and line != "(ends)", f"no {pattern!r} in the agent's log:\n{''.join(self.log)}"
+        return line
+
+    def stop(self, how: int = signal.SIGTERM) -> int:
+        """Sends the agent a signal and waits for its end; its exit status."""
+        self.agent.send_signal(how)
+        return self.agent.wait(30)
+
+    def kill(self) -> None:
+        """kill -9."""
+        self.stop(signal.SIGKILL)
+
+    def restart(self, **environment: str) -> Site:
+        """kill -9, and a new one."""
+        self.kill()
+        return self.start(**environment)
+
+    def clean_up(self) -> None:
+        """Leaves no process behind."""
+        if self.agent and self.agent.poll() is None:
+            self.kill()
+        for pid in self.manage_pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def manage_pids(self, command: str = "") -> list[int]:
+        """The manage.py processes of this site that are at work (on one command)."""
+        pids = []
+        for entry in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                words = entry.read_bytes().decode("utf-8", "replace").split("\0")
+                if str(self.oni / "manage.py") in words and (not command or command in words):
+                    if entry.with_name("stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                        pids.append(int(entry.parent.name))
+        return pids
+
+    # -- talking to it
+
+    def ssh_words(self, *options: str) -> list[str]:
+        """OpenSSH's client, as a list of words that lacks only the command."""
+        return ["ssh", "-F", "none", "-p", str(self.port), "-o", "StrictHostKeyChecking=no", "-o", "LogLevel=ERROR",
+                "-o", "UserKnownHostsFile=/dev/null", "-o", "BatchMode=yes", *options, "nobody@127.0.0.1"]
+
+    def ssh(self, command: str, stdin: bytes = b"") -> dict:
+        """What OpenSSH's client prints for a command: one JSON object, exit status 0, nothing on stderr."""
+        done = subprocess.run([*self.ssh_words(), command], input=stdin, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, timeout=90)
+        assert (done.returncode, done.stderr) == (0, b"")
+        return json.loads(done.stdout)
+
+    def call(self, *words: str, stdin: bytes | None = None) -> dict:
+        """The answer to a command, asked as NCA asks: a connection of its own, every word in Go's quotes."""
+        with Client(self.port) as client:
+            return client.ask(" ".join(go_quoted(word) for word in words), stdin)
+
+    def job(self, *words: str, stdin: bytes | None = None) -> int:
+        """The id of the job that a command becomes."""
+        reply = self.call(*words, stdin=stdin)
+        assert reply["status"] == "success", reply
+        return reply["job"]["id"]
+
+    def ended(self, id: int) -> dict:
+        """The job of an id, once it has ended."""
+        job = self.call("job-status", str(id))["job"]
+        if job["status"] in ("pending", "started"):
+            self.wait_for(rf"job={id} .*status=")
+            job = self.call("job-status", str(id))["job"]
+        return job
+
+    def run(self, *words: str, stdin: bytes | None = None) -> dict:
+        """A command's job, once it has ended."""
+        return self.ended(self.job(*words, stdin=stdin))
+
+    def logs(self, id: int) -> list[str]:
+        """The lines of a job's log, both streams, in order, without their stamps."""
+        job = self.call("job-logs", str(id))["job"]
+        return [line[33:] for line in sorted(job["stdout"] + job["stderr"])]
+
+    # -- its database and its batches
+
+    def query(self, sql: str, *values) -> list[tuple]:
+        """Rows of Open ONI's database."""
+        with contextlib.closing(sqlite3.connect(self.oni / "oni.sqlite3", timeout=60)) as database:
+            return database.execute(sql, values).fetchall()
+
+    def held(self, batch: str) -> tuple[int, int, int]:
+        """Rows, issues and pages of a batch in Open ONI's database."""
+        return self.query("SELECT (SELECT count(*) FROM core_batch WHERE name = ?1), (SELECT count(*) FROM core_issue"
+                          " WHERE batch_id = ?1), (SELECT count(*) FROM core_page JOIN core_issue ON core_issue.id ="
+                          " issue_id WHERE batch_id = ?1)", batch)[0]
+
+    def batch(self, name: str, issues: int = 2, pages: int = 2, **more) -> Path:
+        """A new batch in BATCH_SOURCE."""
+        return make_batch(self.source, name, issues, pages, **more)
+
+    def hold(self, path: Path) -> Gate:
+        """Makes whoever reads this file wait."""
+        return Gate(path)
+
+    def hold_load(self, batch: Path, issue: int = 0, page: int = 1) -> Gate:
+        """Makes a load wait at a page, of which the file is then as it was."""
+        return Gate(sorted((batch / "data").glob(f"*/print/*/{page:04}.jp2"))[issue])
+
+    @contextlib.contextmanager
+    def database_down(self):
+        """Open ONI's database cannot be opened, and who has it open cannot write."""
+        there, away = self.oni / "oni.sqlite3", self.oni / "away.sqlite3"
+        there.rename(away)
+        there.mkdir()
+        try:
+            yield
+        finally:
+            there.rmdir()
+            away.rename(there)
+
+    def prepend_to_manage(self, code: str) -> None:
+        """Something that this site's manage.py does first."""
+        manage = self.oni / "manage.py"
+        first, rest = manage.read_text().split("\n", 1)
+        manage.write_text(f"{first}\n{code}\n{rest}")
+
+
+class Gate:
+    """A FIFO in place of a file. Whoever opens the file waits until the gate is opened."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._content = path.read_bytes() if path.exists() else b""
+        path.unlink(missing_ok=True)
+        os.mkfifo(path)
+        self._writer = -1
+
+    def reached(self) -> Gate:
+        """Waits until somebody stands at the gate."""
+        self._writer = os.open(self.path, os.O_WRONLY)
+        return self
+
+    def open(self) -> None:
+        """Lets them in, and makes the file what it was."""
+        if self._writer < 0:
+            self.reached()
+        unready = self.path.with_name(self.path.name + ".file")
+        unready.write_bytes(self._content)
+        unready.rename(self.path)
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._writer, self._content)
+        os.close(self._writer)
+
+
+class Client:
+    """A connection with paramiko's client, authenticated by "none"."""
+
+    def __init__(self, port: int, user: str = "nca", host: str = "127.0.0.1", **options):
+        self.transport = paramiko.Transport(socket.create_connection((host, port)), **options)
+        self.transport.start_client(timeout=30)
+        self.transport.auth_none(user)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.transport.close()
+
+    def channel(self, command: str | bytes) -> paramiko.Channel:
+        """A channel on which a command has been accepted."""
+        channel = self.transport.open_session(timeout=30)
+        channel.settimeout(90)
+        channel.exec_command(command)
+        return channel
+
+    def raw(self, command: str | bytes, stdin: bytes | None = None) -> bytes:
+        """What comes on stdout; nothing may come on stderr, and the exit status must be 0."""
+        channel = self.channel(command)
+        if stdin is not None:
+            channel.sendall(stdin)
+        channel.shutdown_write()
+        output = channel.makefile("rb").read()
+        assert channel.recv_exit_status() == 0 and channel.recv_stderr(1) == b""
+        return output
+
+    def ask(self, command: str | bytes, stdin: bytes | None = None) -> dict:
+        """The JSON answer to a command."""
+        return json.loads(self.raw(command, stdin))
+
+
+def go_quoted(word: str) -> str:
+    """A word as Go's %q writes it."""
+    named = {"\a": r"\a", "\b": r"\b", "\f": r"\f", "\n": r"\n", "\r": r"\r", "\t": r"\t", "\v": r"\v",
+             '"': r"\"", "\\": r"\\"}
+    return '"' + "".join(named.get(c) or (c if c.isprintable() else f"\\x{ord(c):02x}" if ord(c) < 128 else
+                                          f"\\u{ord(c):04x}" if ord(c) < 0x10000 else f"\\U{ord(c):08x}")
+                         for c in word) + '"'
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory) -> Path:
+    """The stand-in Open ONI that each test gets a copy of."""
+    root = tmp_path_factory.mktemp("template") / "oni"
+    build_oni(root)
+    return root
+
+
+@pytest.fixture
+def site(tmp_path, template):
+    """A site whose agent is not started yet."""
+    site = Site(tmp_path, template)
+    yield site
+    site.clean_up()
+
+
+@pytest.fixture
+def agent(site) -> Site:
+    """A site whose agent runs."""
+    return site.start()
+
+
+@pytest.fixture(autouse=True)
+def deadline():
+    """A test that hangs fails instead."""
+    def late(*_):
+        raise TimeoutError("the test took longer than three minutes")
+    signal.signal(signal.SIGALRM, late)
+    signal.alarm(180)
+    yield
+    signal.alarm(0)
+
+
+def without_session(reply: dict) -> dict:
+    """An answer less the number of its session, which must be there."""
+    assert reply.pop("session")["id"] > 0
+    return reply
+
+
+STAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}Z"
+
+
+# --- Promises: the wire contract ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command, answer", [
+    ("version", {"status": "success", "version": oni_agent.VERSION}),
+    ("load-batch", {"status": "error", "message": '"load-batch" requires exactly one batch name'}),
+    ("load-batch a b", {"status": "error", "message": '"load-batch" requires exactly one batch name'}),
+    ("purge-batch", {"status": "error", "message": '"purge-batch" requires exactly one batch name'}),
+    ("job-status 9999", {"status": "error", "message": "Job not found", "job": {"id": 9999}}),
+    ("job-status -2", {"status": "error", "message": "Job not found", "job": {"id": -2}}),
+    ("job-status abc", {"status": "error", "message": '"abc" is not a valid job id'}),
+    ("job-status 0", {"status": "error", "message": '"0" is not a valid job id'}),
+    ("job-status 99999999999999999999", {"status": "error", "message": '"99999999999999999999" is not a valid job id'}),
+    ("job-status", {"status": "error", "message": "You must supply a job ID"}),
+    ("job-logs", {"status": "error", "message": "You must supply a job ID"}),
+    ("job-logs ''", {"status": "error", "message": '"" is not a valid job id'}),
+    ("list-jobs", {"status": "success", "jobs": []}),
+    ("frobnicate", {"status": "error", "message": '"frobnicate" is not a valid command name'}),
+    ("''", {"status": "error", "message": '"" is not a valid command name'}),
+    ("  ", {"status": "error", "message": "no command specified"}),
+])
+def test_each_request_gets_the_recorded_answer(shared, command, answer):
+    reply = without_session(shared.ssh(command))
+    reply.pop("error", None)  # what more there is to say
+    assert reply == answer
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory, template):
+    """A site whose agent runs for all tests that only ask it something."""
+    site = Site(tmp_path_factory.mktemp("shared"), template).start()
+    yield site
+    site.clean_up()
+
+
+def test_an_answer_is_one_line_of_compact_json_then_status_eof_and_close(shared):
+    with Client(shared.port) as client:
+        channel = client.channel("version")
+        said = channel.makefile("rb").read()
+        assert re.fullmatch(rb'{"status":"success","version":"[0-9.]+","session":{"id":\d+}}\n', said)
+        assert channel.exit_status_ready() and channel.recv_exit_status() == 0
+        assert channel.eof_received and channel.recv_stderr(1) == b""
+
+
+def test_a_missing_batch_and_a_noop_job_are_answered_byte_for_byte(shared):
+    path = shared.source / "batch_oru_nosuch_ver01/data/batch.xml"
+    with Client(shared.port) as client:
+        said = client.raw("load-batch batch_oru_nosuch_ver01").decode()
+        assert said.startswith('{"status":"error","message":"\\"batch_oru_nosuch_ver01\\" cannot be loaded",'
+                               f'"error":"reading file: open {path}: no such file or directory"')
+        said = client.raw("job-status -1").decode()
+        assert re.match(r'\{"status":"success","message":"Success: this job is complete.","job":\{"id":-1,"name":'
+                        rf'"No-op job","queued":"{STAMP}","status":"successful"\}}', said)
+        assert client.ask("job-logs -1")["job"]["stdout"] == []
+
+
+def test_no_command_is_answered_with_and_without_a_terminal(shared):
+    for options in ((), ("-tt",)):
+        done = subprocess.run(shared.ssh_words(*options), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, timeout=30)
+        assert (json.loads(done.stdout)["message"], done.returncode) == ("no command specified", 0)
+
+
+def test_a_terminal_gets_indented_json(shared):
+    done = subprocess.run([*shared.ssh_words("-tt"), "job-status 9999"], stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, timeout=30)
+    assert done.stdout.startswith(b'{\r\n  "status": "error",\r\n') and json.loads(done.stdout)["job"] == {"id": 9999}
+
+
+def test_what_is_not_a_command_is_refused(shared):
+    sftp = subprocess.run([*shared.ssh_words("-s"), "sftp"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, timeout=30)
+    assert sftp.returncode != 0 and b"subsystem request failed" in sftp.stderr
+    with Client(shared.port) as client:
+        with pytest.raises(paramiko.ChannelException, match="Administratively prohibited"):
+            client.transport.open_channel("direct-tcpip", ("127.0.0.1", 1), ("127.0.0.1", 2))
+        with pytest.raises(paramiko.SSHException, match="denied"):
+            client.transport.request_port_forward("", 0)
+        channel = client.channel("version")
+        with pytest.raises(paramiko.SSHException):
+            channel.exec_command("version")  # a second command on the same channel
+
+
+@pytest.mark.parametrize("line, words", [
+    (r'"a\tb" "\u200b" "\"" "\\" "né" "\x41" "\U0001f5de"', ["a\tb", "\u200b", '"', "\\", "né", "A", "\U0001f5de"]),
+    (r"""a "b c" 'd "e' f\ g ''""", ["a", "b c", 'd "e', "f g", ""]),
+    (r'"a\$b" "c"', [r"a\$b", "c"]),  # not Go's form: a shell's
+    ('""', [""]),
+    (' "x"\t"y" ', ["x", "y"]),
+    ('"x""y"', ["xy"]),
+])
+def test_command_lines_are_split_as_go_or_a_shell_wrote_them(line, words):
+    assert oni_agent.split_words(line.encode()) == words
+
+
+@pytest.mark.parametrize("line", ["'x", '"x', '"a" "b', "x\\", b"caf\xe9", '"\\ud800"', "x" * 100_000])
+def test_a_command_line_that_cannot_be_split_is_refused_with_a_sentence(shared, line):
+    with Client(shared.port) as client:
+        reply = client.ask(line)
+    assert reply["status"] == "error" and reply["message"].startswith("the ")
+
+
+def test_nca_quotes_are_understood_over_the_wire(agent):
+    assert agent.call("ensure-awardee", "tab\there", 'na"me\u200b\\')["message"] == "Awardee created"
+    assert agent.query("SELECT name FROM core_awardee WHERE org_code = ?", "tab\there") == [('na"me\u200b\\',)]
+
+
+def test_help_lists_every_command_with_its_usage(shared):
+    usages = [each["usage"] for each in shared.ssh("help")["commands"]]
+    assert [usage.split()[0] for usage in usages] == list(oni_agent.COMMANDS)
+    assert "load-batch BATCH" in usages
+
+
+def test_several_commands_share_a_connection(shared, tmp_path):
+    control = ("-o", "ControlMaster=auto", "-o", f"ControlPath={tmp_path}/c", "-o", "ControlPersist=20")
+    numbers = [json.loads(subprocess.run([*shared.ssh_words(*control), "version"], stdin=subprocess.DEVNULL,
+                                         stdout=subprocess.PIPE, timeout=30).stdout)["session"]["id"] for _ in range(2)]
+    subprocess.run([*shared.ssh_words(*control), "-O", "exit"], stderr=subprocess.PIPE, timeout=30)
+    assert numbers[1] > numbers[0]
+    with Client(shared.port) as client:
+        channels = [client.channel("version") for _ in range(8)]
+        assert all(json.loads(channel.makefile("rb").read())["status"] == "success" for channel in channels)
+
+
+# --- Promises: loading and purging --------------------------------------------------------------------------------------
+
+
+def test_a_batch_is_loaded_and_purged_over_ssh(agent):
+    agent.batch("batch_oru_alpha_ver01", issues=3, pages=2)
+    reply = without_session(agent.ssh("load-batch batch_oru_alpha_ver01"))
+    assert reply == {"status": "success", "message": "Job added to queue", "job": {"id": 1}}
+    job = agent.ended(1)
+    assert (job["id"], job["name"], job["status"]) == (1, "Load batch", "successful")
+    assert re.fullmatch(STAMP, job["queued"])
+    assert agent.call("job-status", "1")["message"] == "Success: this job is complete."
+    assert agent.held("batch_oru_alpha_ver01") == (1, 3, 6)
+    logged = agent.ssh("job-logs 1")["job"]
+    assert logged["stdout"] == [] and logged["stderr"][-1].endswith("[INFO] processed 6 pages")
+    assert all(re.match(rf"\[{STAMP}\] ", line) for line in logged["stderr"])
+    assert logged["stderr"] == sorted(set(logged["stderr"]))
+    assert agent.run("purge-batch", "batch_oru_alpha_ver01")["name"] == "Purge batch"
+    assert agent.held("batch_oru_alpha_ver01") == (0, 0, 0)
+    assert [(job["id"], job["status"]) for job in agent.ssh("list-jobs")["jobs"]] == [
+        (1, "successful"), (2, "successful")]
+
+
+NOOP = {"status": "success", "message": "No-op: job is redundant or already completed", "job": {"id": -1}}
+
+
+def test_what_is_done_already_is_no_job(agent):
+    agent.batch("batch_oru_alpha_ver01")
+    assert without_session(agent.call("purge-batch", "batch_oru_alpha_ver01")) == NOOP
+    agent.run("load-batch", "batch_oru_alpha_ver01")
+    assert without_session(agent.call("load-batch", "batch_oru_alpha_ver01")) == NOOP
+    assert len(agent.call("list-jobs")["jobs"]) == 1
+
+
+@pytest.mark.parametrize("name", ["../batches/batch_oru_alpha_ver01", "./batch_oru_alpha_ver01", "/etc/passwd", "",
+                                  "batch_oru_alpha_ver1", "batch_oru_ver01", "batch_oru_alpha_ver01\n", "x" * 300,
+                                  "batch_oru_alpha_ver01/", "batch_oru_alpha/../x_ver01", "batch_oru_al pha_ver01"])
+def test_a_name_that_is_no_batch_name_is_refused_before_the_disk_is_touched(shared, name):
+    for command, message in (("load-batch", "loaded"), ("purge-batch", "purged")):
+        reply = shared.call(command, name)
+        assert reply["message"] == f'"{name}" cannot be {message}' and "is not a batch name" in reply["error"]
+
+
+def spoil_missing(batch: Path) -> str:
+    path = next(batch.glob("data/*/print/*/1900010101.xml"))
+    path.unlink()
+    return f"open {path}: no such file or directory"
+
+
+def spoil_folder(batch: Path) -> str:
+    path = next(batch.glob("data/*/print/*/1900010101.xml"))
+    path.unlink()
+    path.mkdir()
+    return f"{path} is not a regular file"
+
+
+def spoil_fifo(batch: Path) -> str:
+    (batch / "data/batch.xml").unlink()
+    os.mkfifo(batch / "data/batch.xml")
+    return "batch.xml is not a regular file"
+
+
+def spoil_xml(batch: Path) -> str:
+    (batch / "data/batch.xml").write_text("<batch>")
+    return "batch.xml: no element found: line 1"
+
+
+def spoil_doctype(batch: Path) -> str:
+    text = (batch / "data/batch.xml").read_text()
+    (batch / "data/batch.xml").write_text(text.replace("\n", '\n<!DOCTYPE batch [<!ENTITY a "b">]>\n', 1))
+    return "a DOCTYPE is not allowed"
+
+
+def spoil_path(batch: Path) -> str:
+    text = (batch / "data/batch.xml").read_text()
+    (batch / "data/batch.xml").write_text(re.sub(r"\./\S+?\.xml</issue>", "../../../../../etc/passwd</issue>", text))
+    return "lies outside the batch's folder"
+
+
+def spoil_link(batch: Path) -> str:
+    path = next(batch.glob("data/*/print/*/1900010101.xml"))
+    path.unlink()
+    path.symlink_to("/etc/passwd")
+    return "lies outside the batch's folder"
+
+
+@pytest.mark.parametrize("spoil", [spoil_missing, spoil_folder, spoil_fifo, spoil_xml, spoil_doctype, spoil_path,
+                                   spoil_link])
+def test_a_batch_with_broken_files_is_refused_and_says_which(shared, spoil):
+    name = f"batch_oru_{spoil.__name__}_ver01"
+    said = spoil(shared.batch(name))
+    reply = shared.call("load-batch", name)
+    assert reply["message"] == f'"{name}" cannot be loaded' and said in reply["error"]
+    assert shared.call("list-jobs")["jobs"] == []
+
+
+def test_manage_py_gets_the_agents_environment_and_not_its_own_variables(site):
+    site.prepend_to_manage("import json, os, sys\nif 'load_batch' in sys.argv: print(json.dumps([os.getcwd(), dict("
+                           "os.environ), os.getsid(0) == os.getpid()]), flush=True)")
+    site.batch("batch_oru_alpha_ver01")
+    site.start(ONI_SOME_SETTING="kept", DB_CONNECTION="user:secret@tcp(h:1)/db", PYTHONHOME="")
+    assert site.run("load-batch", "batch_oru_alpha_ver01")["status"] == "successful"
+    folder, environment, own_session = json.loads(site.call("job-logs", "1")["job"]["stdout"][0][33:])
+    assert folder == str(site.oni) and own_session
+    assert environment["ONI_SOME_SETTING"] == "kept" and environment["VIRTUAL_ENV"] == str(site.oni / "ENV")
+    assert environment["PATH"].startswith(f"{site.oni / 'ENV/bin'}:") and environment["PYTHONUNBUFFERED"] == "1"
+    assert not set(environment) & {*oni_agent.OWN_VARIABLES, "PYTHONHOME"}
+    assert "secret" not in "".join(site.log) and "DB_CONNECTION" in "".join(site.log)
+
+
+def test_a_manage_py_that_is_not_executable_is_run_with_envs_python(site):
+    (site.oni / "manage.py").chmod(0o644)
+    site.batch("batch_oru_alpha_ver01")
+    site.start()
+    assert site.run("load-batch", "batch_oru_alpha_ver01")["status"] == "successful"
+
+
+ODD_OUTPUT = r"""
+import os, sys
+if "load_batch" in sys.argv:
+    os.write(1, b"caf\xe9\n" + b"\xe2\x82\xac" * 40_000 + b"\n\nlast of stdout")
+    os.write(2, b"nul \0 and \x1b[31mred\r\n")
+"""
+
+
+def test_odd_output_is_kept(site):
+    site.prepend_to_manage(ODD_OUTPUT)
+    site.batch("batch_oru_alpha_ver01")
+    site.start()
+    site.run("load-batch", "batch_oru_alpha_ver01")
+    job = site.call("job-logs", "1")["job"]
+    out = [line[33:] for line in job["stdout"]]
+    assert out[0] == "caf\N{REPLACEMENT CHARACTER}"
+    assert [len(piece.encode()) for piece in out[1:3]] == [65535, 120_000 - 65535] and set("".join(out[1:3])) == {"€"}
+    assert out[3:] == ["", "last of stdout"]
+    assert job["stderr"][0][33:] == "nul \0 and \x1b[31mred\r"
+
+
+def test_jobs_run_in_order_one_at_a_time_and_none_is_lost_by_a_kill(site):
+    names = [f"batch_oru_n{number:02}_ver01" for number in range(50)]
+    for name in names:
+        site.batch(name, issues=1, pages=1)
+    (site.oni / "at-work").mkdir()  # each manage.py leaves its pid here while it is at work
+    site.prepend_to_manage("import os, sys\nif 'load_batch' in sys.argv:\n    assert not os.listdir('at-work')\n    "
+                           "open(f'at-work/{os.getpid()}', 'w')\n    import atexit\n    "
+                           "atexit.register(os.remove, f'at-work/{os.getpid()}')")
+    gate = site.hold_load(site.source / names[0])
+    site.start()
+    assert [site.job("load-batch", name) for name in names] == list(range(1, 51))
+    gate.reached()
+    site.kill()
+    gate.open()
+    site.start()
+    site.ended(50)
+    jobs = site.call("list-jobs")["jobs"]
+    assert [(job["id"], job["status"]) for job in jobs] == [(id, "successful") for id in range(1, 51)]
+    order = [name for name, in site.query("SELECT batch_name FROM core_loadbatchevent WHERE message LIKE 'proc%'"
+                                          " ORDER BY id")]
+    assert order == names
+
+
+def test_a_restart_changes_no_answer_and_reuses_no_id(agent):
+    agent.batch("batch_oru_alpha_ver01")
+    agent.run("load-batch", "batch_oru_alpha_ver01")
+    before = [without_session(agent.call(*words)) for words in (["job-status", "1"], ["job-logs", "1"], ["list-jobs"])]
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        agent.stop(how)
+        agent.start()
+        after = [without_session(agent.call(*words)) for words in (["job-status", "1"], ["job-logs", "1"],
+                                                                   ["list-jobs"])]
+        assert after == before
+    assert agent.job("purge-batch", "batch_oru_alpha_ver01") == 2
