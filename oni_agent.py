@@ -5,23 +5,22 @@
 # ///
 """ONI Agent: loads and purges the batches of an Open ONI site on request, over SSH.
 
-Run it on the Open ONI host, as a user who may run ONI's manage.py. It listens for SSH,
-takes commands such as
+Run it on the Open ONI host, as a user who may run ONI's manage.py. It listens for SSH, takes commands such as
 
     ssh -p 2222 nobody@localhost load-batch batch_oru_alpha_ver01
 
-puts them in one queue, runs them one at a time with ONI's own manage.py, and answers
-with one JSON object. `ssh -p 2222 nobody@localhost help` lists the commands.
+puts them in one queue, runs them one at a time with ONI's own manage.py, and answers with one JSON object.
+`ssh -p 2222 nobody@localhost help` lists the commands. Settings come from the environment:
 
-Settings come from the environment:
-
-  ONI_LOCATION     Open ONI's folder, the one that holds manage.py and ENV/ (required)
+  ONI_LOCATION     Open ONI's folder, which holds manage.py and ENV/ (required)
   BATCH_SOURCE     the folder whose subfolders are batches (required)
-  BA_BIND          where to listen: host:port, [v6]:port or :port for every address
-                   (default 127.0.0.1:2222)
+  BA_BIND          where to listen: host:port, [v6]:port, or :port for every address (default 127.0.0.1:2222)
   STATE_DIRECTORY  where jobs, their logs and the host key are kept
                    (default $XDG_STATE_HOME/oni-agent or ~/.local/state/oni-agent)
   HOST_KEY_FILE    the SSH host key, made if missing (default host_key in the state folder)
+  ALLOW_FROM       addresses and networks that may connect, separated by commas or blanks (default: all)
+  AUTHORIZED_KEYS  an authorized_keys file; with it, only who has one of its keys is admitted (default: anyone)
+  ON_FINISH        a program to run after each job, told of it by ONI_JOB_… variables (default: none)
   LOG_LEVEL        debug, info, warning or error (default info); the log is on stderr
   DB_CONNECTION    accepted for old units, not needed: ONI's own settings are used
 """
@@ -29,11 +28,17 @@ from __future__ import annotations
 
 import argparse
 import ast
+import base64
 import calendar
 import contextlib
+import dataclasses
+import difflib
+import errno
 import fcntl
 import functools
+import hashlib
 import inspect
+import ipaddress
 import itertools
 import json
 import logging
@@ -59,15 +64,15 @@ import xml.parsers.expat
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Iterator, NoReturn, Optional
+from typing import Callable, Iterable, Iterator, NoReturn
 
-warnings.filterwarnings("ignore", module="paramiko")  # old releases warn of ciphers we switch off
+warnings.filterwarnings("ignore", module="paramiko")  # old releases warn of ciphers that are switched off below
 try:
     import paramiko
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-except ImportError as error:
-    sys.exit(f"oni_agent needs paramiko, which {sys.executable} cannot import ({error}). Install the package"
+except ImportError as missing:
+    sys.exit(f"oni_agent needs paramiko, which {sys.executable} cannot import ({missing}). Install the package"
              " python3-paramiko (Debian, Ubuntu; on RHEL-like systems from EPEL), or: python3 -m pip install paramiko")
 
 VERSION = "1.0.0"
@@ -76,27 +81,27 @@ log = logging.getLogger("oni_agent")
 # ---------------------------------------------------------------- limits
 
 MAX_CONNECTIONS = 640  # in all; beyond it the connection that has been idle longest makes room
+MAX_FROM_ONE_ADDRESS = 500  # of them
+MAX_HALF_OPEN = 200  # of them not admitted yet
 MAX_CHANNELS = 10  # open at once on one connection, as OpenSSH's MaxSessions
 MAX_COMMAND = 16 * 1024  # bytes of a command line
 MAX_PAYLOAD = 32 * 1024 * 1024  # bytes on standard input
 HANDSHAKE_SECONDS = 15  # from connecting to being admitted
 IDLE_SECONDS = 30  # without a command at work; NCA never closes a connection itself
-STDIN_SECONDS = 30  # without a byte of a payload that is still incomplete
-STALL_SECONDS = 60  # without a client's taking any of its answer
+STDIN_SECONDS = 30  # without a byte of a payload that has not ended
+STALL_SECONDS = 60  # without the client's taking any of its answer
 STOP_SECONDS = 1.5  # for answers under way when the agent is told to stop
-MAX_LINE = 64 * 1024  # bytes of one line in a job's log; a longer line is cut into pieces
-MAX_ATTEMPTS = 3  # starts of a job that never ended
 ANSWER_SECONDS = 10  # for Open ONI to answer a question
 PATIENT_SECONDS = 60  # the same, when a job at work asks
+TERM_SECONDS = 10  # between SIGTERM and SIGKILL for a cancelled manage.py
 REST_SECONDS = 600  # without a question, after which the manage.py that answers them ends
-KEEP_DAYS = 90  # for which a finished job and its log are kept
+MAX_LINE = 64 * 1024  # bytes of one line in a job's log; a longer line is cut into pieces
+MAX_ATTEMPTS = 3  # starts of a job that never ended
+KEEP_DAYS, KEEP_JOBS = 90, 100  # how long finished jobs are kept, and how many of the newest in any case
 TICK = 0.02  # seconds between two looks at what manage.py has printed
 CHUNK = 256 * 1024  # bytes of a log or an answer handled at once
 
 # ---------------------------------------------------------------- settings
-
-OWN_VARIABLES = ("ONI_LOCATION", "BATCH_SOURCE", "BA_BIND", "STATE_DIRECTORY", "HOST_KEY_FILE", "LOG_LEVEL",
-                 "DB_CONNECTION")
 
 
 class SettingsError(Exception):
@@ -105,50 +110,53 @@ class SettingsError(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """What an administrator tells the agent, checked."""
+    """What an administrator tells the agent, checked. The fields are the variables' names in lower case."""
 
     oni_location: Path
     batch_source: Path
-    bind: tuple[str, int]
-    state: Path
+    ba_bind: tuple[str, int]
+    state_directory: Path
     host_key_file: Path
+    allow_from: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]
+    authorized_keys: Path | None
+    on_finish: str
     log_level: str
+    db_connection: bool
 
     @classmethod
     def read(cls, environ: dict[str, str]) -> Settings:
         """The settings in `environ`. Raises SettingsError with every problem at once."""
-        problems: list[str] = []
+        values, problems = {}, []
 
-        def setting(name: str, read: Callable[[str], object], default: str = "") -> object:
+        def read(name: str, reader: Callable[[str], object], default: str = "") -> None:
             try:
-                return read(environ.get(name) or default)
-            except (ValueError, OSError) as error:
+                values[name.lower()] = reader(environ.get(name) or default)
+            except ValueError as error:
                 problems.append(f"{name} {error}")
 
-        state = setting("STATE_DIRECTORY", private_folder, default_state_folder(environ))
-        settings = cls(
-            oni_location=setting("ONI_LOCATION", functools.partial(existing_folder, holding="manage.py")),
-            batch_source=setting("BATCH_SOURCE", existing_folder),
-            bind=setting("BA_BIND", bind_address, "127.0.0.1:2222"),
-            state=state,
-            host_key_file=setting("HOST_KEY_FILE", host_key_file, str((state or Path()) / "host_key")),
-            log_level=setting("LOG_LEVEL", known_log_level, "info"),
-        )
+        home = environ.get("XDG_STATE_HOME") or os.path.join(environ.get("HOME") or "~", ".local", "state")
+        read("ONI_LOCATION", functools.partial(existing_folder, holding="manage.py"))
+        read("BATCH_SOURCE", existing_folder)
+        read("BA_BIND", bind_address, "127.0.0.1:2222")
+        read("STATE_DIRECTORY", private_folder, os.path.join(home, "oni-agent"))
+        read("HOST_KEY_FILE", host_key_path, str(values.get("state_directory", Path()) / "host_key"))
+        read("ALLOW_FROM", networks)
+        read("AUTHORIZED_KEYS", lambda value: value and existing_file(value))
+        read("ON_FINISH", lambda value: value and str(existing_file(value, os.X_OK)))
+        read("LOG_LEVEL", known_log_level, "info")
+        read("DB_CONNECTION", bool)
         if problems:
             raise SettingsError(*problems)
-        return settings
+        return cls(**values)
 
 
-def default_state_folder(environ: dict[str, str]) -> str:
-    """The state folder of an agent that systemd has not given one (XDG Base Directory Specification)."""
-    home = environ.get("XDG_STATE_HOME") or os.path.join(environ.get("HOME") or "~", ".local", "state")
-    return os.path.join(home, "oni-agent")
+OWN_VARIABLES = tuple(name.upper() for name in Settings.__dataclass_fields__)
 
 
 def existing_folder(value: str, holding: str = "") -> Path:
-    """`value` as the absolute path of a folder, which holds a file named `holding`."""
+    """`value` as the absolute path of a folder, which holds a file named `holding`. Raises ValueError, as all readers."""
     if not value:
-        raise ValueError("is not set: give the folder" + (f" that holds ONI's {holding}" if holding else " of the batches"))
+        raise ValueError(f"is not set; it names the folder {'of ' + holding if holding else 'that holds the batches'}")
     path = Path(value).resolve()
     if not path.is_dir():
         raise ValueError(f"is {value!r}, which is not a folder")
@@ -162,26 +170,44 @@ def private_folder(value: str) -> Path:
     path = Path(value.split(":")[0]).expanduser().resolve()  # systemd separates several by colons
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if path.stat().st_mode & 0o077:
-            path.chmod(0o700)
+        found = path.stat()
+        if found.st_uid != os.geteuid() or found.st_mode & stat.S_ISVTX:  # not a /tmp
+            raise ValueError(f"is {value!r}, a folder that others use; name one that is the agent's alone")
+        path.chmod(0o700)
     except OSError as error:
-        raise ValueError(f"is {str(path)!r}, which cannot be used: {error.strerror}; name a folder"
-                         " that the agent's user may write to") from error
+        raise ValueError(f"is {value!r}, which cannot be used ({error.strerror}); name a folder that the agent's"
+                         " user may write to") from error
     return path
 
 
 def bind_address(value: str) -> tuple[str, int]:
     """`host:port`, `[v6 address]:port` or `:port` as a pair; host "" means every address."""
     match = re.fullmatch(r"(?:\[([^\[\]]+)\]|([^:\[\]]*)):(\d{1,5})", value, re.ASCII)
-    if not match or not 0 <= int(match[3]) < 65536:
+    if not match or int(match[3]) > 65535:
         raise ValueError(f"is {value!r}; write host:port, [IPv6 address]:port or :port")
     return match[1] or match[2], int(match[3])
 
 
-def host_key_file(value: str) -> Path:
-    """`value` as a path; if there is a file, it holds a usable key."""
+def networks(value: str) -> tuple:
+    """The addresses and networks, separated by commas or blanks, in `value`."""
+    try:
+        return tuple(map(ipaddress.ip_network, re.split(r"[,\s]+", value.strip()))) if value.strip() else ()
+    except ValueError as error:
+        raise ValueError(f"is {value!r}: {error}") from error
+
+
+def existing_file(value: str, access: int = os.R_OK) -> Path:
+    """`value` as the absolute path of a file that can be read, or executed."""
+    path = Path(value).resolve()
+    if not path.is_file() or not os.access(path, access):
+        raise ValueError(f"is {value!r}, which is not a file that can be {'read' if access == os.R_OK else 'executed'}")
+    return path
+
+
+def host_key_path(value: str) -> Path:
+    """`value` as a path; a file that is there holds a usable key."""
     path = Path(value).expanduser().resolve()
-    if path.exists():
+    if os.path.lexists(path):
         load_host_key(path)
     elif not path.parent.is_dir():
         raise ValueError(f"is {value!r}, in a folder that does not exist")
@@ -215,8 +241,7 @@ from core.models import Awardee, Batch, Issue, LoadBatchEvent, Page, Title
 
 def batches(*names):
     def rows(model, field):
-        chosen = model.objects.filter(**{field + "__in": names}) if names else model.objects.all()
-        return chosen.order_by()
+        return (model.objects.filter(**{field + "__in": names}) if names else model.objects.all()).order_by()
     held = {row.name: {"loaded": row.created.isoformat(), "issues": 0, "pages": 0, "events": []}
             for row in rows(Batch, "name")}
     for model, field, shown in (Issue, "batch", "issues"), (Page, "issue__batch", "pages"):
@@ -235,7 +260,7 @@ def awardee(code, name):
         row, new = Awardee.objects.get_or_create(org_code=code, defaults={"name": name})
     else:
         row, new = Awardee.objects.filter(org_code=code).first(), False
-    return row and [row.org_code, row.name, new]
+    return row and [row.org_code, new]
 
 for line in sys.stdin:
     question, *words = json.loads(line)
@@ -257,18 +282,15 @@ class OpenONI:
         self.location = location
         self.environment = {name: value for name, value in environ.items()
                             if name not in (*OWN_VARIABLES, "PYTHONHOME", "NOTIFY_SOCKET")}
-        self.environment.update(
-            VIRTUAL_ENV=str(location / "ENV"),
-            PATH=f"{location / 'ENV' / 'bin'}:{environ.get('PATH', os.defpath)}",
-            PYTHONUNBUFFERED="1",  # else lines come in lumps of 8 KB
-        )
+        self.environment.update(VIRTUAL_ENV=str(location / "ENV"), PYTHONUNBUFFERED="1",  # else lines come in 8 KB lumps
+                                PATH=f"{location / 'ENV' / 'bin'}:{environ.get('PATH', os.defpath)}")
         self._asking = threading.Lock()
-        self._child: Optional[subprocess.Popen] = None  # a manage.py shell that answers QUESTIONS
+        self._child: subprocess.Popen | None = None  # a manage.py shell that answers QUESTIONS
         self._complaints = tempfile.TemporaryFile()  # its stderr
         self._rest = threading.Timer(0, self.rest)
 
     def start(self, *words: str, **options) -> subprocess.Popen:
-        """manage.py with `words`, started in a session of its own, so that it outlives the agent.
+        """manage.py with `words`, in a session of its own, so that it outlives the agent.
 
         `options` are Popen's. Raises ONINotRun.
         """
@@ -282,14 +304,12 @@ class OpenONI:
 
     def check(self) -> str:
         """What `manage.py check` says of ONI's settings; it asks neither database nor Solr. Raises ONIError."""
-        process = self.start("check", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        try:
-            output = process.communicate(timeout=60)[0].decode("utf-8", "replace").strip()
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            raise ONIError("manage.py check did not end within 60 s") from None
-        last = output.rpartition("\n")[2]
+        with self.start("check", stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+            try:
+                last = process.communicate(timeout=60)[0].decode("utf-8", "replace").strip().rpartition("\n")[2]
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise ONIError("manage.py check did not end within 60 s") from None
         if process.returncode:
             raise ONIError(f"manage.py check ended with exit status {process.returncode}: {last}")
         return last
@@ -297,8 +317,7 @@ class OpenONI:
     def ask(self, *question: str, within: float = ANSWER_SECONDS) -> object:
         """What ONI's own models say to one of QUESTIONS. Raises ONIError, after `within` seconds at most.
 
-        A `manage.py shell` is kept warm for it: its first answer takes half a second, later ones a
-        few milliseconds.
+        A `manage.py shell` is kept warm for it: its first answer takes half a second, later ones milliseconds.
         """
         until = time.monotonic() + within
         late = ONIError(f"Open ONI did not answer within {within:g} s")
@@ -321,11 +340,12 @@ class OpenONI:
             raise ONIError(f"Open ONI cannot answer: {reply['error']}")
         return reply["answer"]
 
-    def _exchange(self, question: tuple, until: float, anew: bool = False) -> Optional[dict]:
+    def _exchange(self, question: tuple, until: float, anew: bool = False) -> dict | None:
         """The reply to a question; None if the child ends instead. Raises TimeoutError, ONINotRun."""
         if anew:
             self._end_child()
-            self._complaints.truncate(0)
+            self._complaints.seek(0)
+            self._complaints.truncate()
             self._child = self.start("shell", "-c", f"exec({QUESTIONS!r}, {{'MARK': {self.MARK!r}}})",
                                      stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._complaints)
         with contextlib.suppress(BrokenPipeError):
@@ -349,14 +369,14 @@ class OpenONI:
 
     def _end_child(self) -> None:
         if self._child:
-            os.killpg(self._child.pid, signal.SIGKILL)  # it writes nothing but what an answer reports
-            self._child.communicate()
+            os.killpg(self._child.pid, signal.SIGKILL)  # it is never in the middle of a change worth keeping
+            with contextlib.suppress(BrokenPipeError):
+                self._child.communicate()
         self._child = None
 
     def _last_complaint(self) -> str:
         self._complaints.seek(0)
-        lines = self._complaints.read().decode("utf-8", "replace").strip().split("\n")
-        return lines[-1] or "manage.py shell ended without a word"
+        return self._complaints.read().decode("utf-8", "replace").strip().rpartition("\n")[2] or "manage.py shell ended"
 
 
 # ---------------------------------------------------------------- batch files
@@ -372,6 +392,7 @@ class PlainXML(ET.TreeBuilder):
     """Builds a tree of XML without a DOCTYPE, and so without entities that grow or point elsewhere."""
 
     def doctype(self, *_) -> NoReturn:
+        """Called by the parser where a DOCTYPE begins."""
         raise ValueError("a DOCTYPE is not allowed")
 
 
@@ -384,7 +405,7 @@ def parse_xml(data: bytes) -> ET.Element:
 
 
 def read_regular(path: Path) -> bytes:
-    """The content of a regular file. Raises BatchError, in the words NCA's people know from the Go agent."""
+    """The content of a regular file. Raises BatchError, in the Go agent's words."""
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a FIFO must not hold us
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -407,54 +428,53 @@ def check_batch(folder: Path) -> None:
     """Raises BatchError unless the files that data/batch.xml names are there, inside the batch's folder."""
     root = os.path.join(os.path.realpath(folder), "")
     for issue in batch_issues(folder):
-        name = (issue.text or "").strip()
-        path = folder / "data" / name
+        path = folder / "data" / (issue.text or "").strip()
         if not os.path.realpath(path).startswith(root):
-            raise BatchError(f"reading file: {name!r} in batch.xml lies outside the batch's folder")
+            raise BatchError(f"reading file: {path}, which batch.xml names, lies outside the batch's folder")
         try:
             if not stat.S_ISREG(path.stat().st_mode):
                 raise BatchError(f"reading file: {path} is not a regular file")
-        except (OSError, ValueError) as error:
-            raise BatchError(f"reading file: open {path}: {getattr(error, 'strerror', error)!s}".lower()) from error
+        except OSError as error:
+            raise BatchError(f"reading file: open {path}: {error.strerror.lower()}") from error
 
 
 @dataclass(frozen=True)
 class BatchState:
     """What ONI's database holds of a batch, beside what the batch's files say it should.
 
-    Neither a row nor the number of issues nor the last event alone proves that a batch is
-    loaded (ONI.md, "What decides that a batch is loaded"): all three together do.
+    Neither a row nor the number of issues nor the last event alone proves that a batch is loaded: silent holes,
+    a kill in the last issue and a purge during the load each pass for loaded by one of them.
     """
 
     row: bool
+    expected: int | None  # issues in batch.xml; None: there is none to be read
+    link: Path  # where ONI's storage has, or would have, its link to the batch
     issues: int = 0
     pages: int = 0
     loaded: str = ""  # when the row was made
-    events: tuple = ()  # [time, message], oldest first
-    expected: Optional[int] = None  # issues in batch.xml; None: there is none to be read
-    link: Path = Path()  # where ONI's storage has its link to the batch
+    events: tuple = ()  # [time, message], oldest first; none if the site has pruned its history
+
+    @property
+    def word(self) -> str:
+        """absent, partial, complete; or unknown where there are no files to compare with."""
+        if not self.row or self.expected is None:
+            return "unknown" if self.row else "absent"
+        return "complete" if self.issues == self.expected and self._processed else "partial"
 
     @property
     def complete(self) -> bool:
         """Whether all of the batch is in the database."""
-        return self.row and self.issues == self.expected and self._processed
+        return self.word == "complete"
 
     @property
     def _processed(self) -> bool:
         return not self.events or self.events[-1][1].startswith("processed")
 
-    @property
-    def word(self) -> str:
-        """The state in a word."""
-        if self.row and self.expected is None:
-            return "unknown"
-        return "complete" if self.complete else "partial" if self.row else "absent"
-
     def __str__(self) -> str:
         if not self.row:
             return "ONI holds nothing of the batch"
         if self.expected is None:
-            return f"ONI holds {self.issues} issues, and there is no batch.xml to say whether that is all"
+            return f"ONI holds {self.issues} issues, and there is no batch.xml to tell whether that is all"
         held = f"ONI holds {self.issues} of the {self.expected} issues in batch.xml"
         if self.complete:
             return f"the batch is complete: {held}"
@@ -466,14 +486,10 @@ def batch_states(oni: OpenONI, source: Path, *names: str, within: float = ANSWER
     reply = oni.ask("batches", *names, within=within)
     states = {}
     for name in names or reply["batches"]:
-        link = Path(reply["storage"]) / name
-        expected = None
-        for folder in (source / name, link):
-            with contextlib.suppress(BatchError):
-                expected = len(batch_issues(folder))
-                break
-        held = reply["batches"].get(name)
-        states[name] = BatchState(bool(held), **(held or {}), expected=expected, link=link)
+        link, expected, held = Path(reply["storage"]) / name, None, reply["batches"].get(name)
+        with contextlib.suppress(BatchError):
+            expected = len(batch_issues(source / name if (source / name).is_dir() else link))
+        states[name] = BatchState(bool(held), expected, link, **(held or {}))
     return states
 
 
@@ -484,118 +500,111 @@ def marc_lccns(data: bytes) -> list[str]:
     """
     lccns = []
     for record in parse_xml(data).iter():
-        if str(record.tag).rpartition("}")[2] != "record" or record.find("{*}datafield") is None:
-            continue
-        field = record.find("{*}datafield[@tag='010']/{*}subfield[@code='a']")
-        lccn = re.sub(r"\s", "", field.text or "") if field is not None else ""
-        if not lccn:
-            raise ValueError("a MARC record has no LCCN (field 010 $a), so Open ONI would not store it")
-        lccns.append(lccn)
-    if not lccns:
-        raise ValueError("there is no MARC record in it")
+        if str(record.tag).rpartition("}")[2] == "record" and record.find("{*}datafield") is not None:
+            key = record.findtext("{*}datafield[@tag='010']/{*}subfield[@code='a']") or ""
+            lccns.append(re.sub(r"\s", "", key))
+    if not lccns or not all(lccns):
+        raise ValueError("there is a MARC record without an LCCN (010 $a) in it, which Open ONI would not store"
+                         if lccns else "there is no MARC record in it")
     return lccns
 
 
 def read_patch(old: Path, instructions: bytes) -> tuple[set[str], bytes]:
-    """What a patch does to a batch: the folders of the issues it removes, in data/, and its new batch.xml.
+    """What a patch does to a batch: the folders in data/ of the issues it removes, and its new batch.xml.
 
     Raises BatchError where an instruction is not `RemoveIssue LCCN/YYYYMMDDEE` or the batch has no such issue.
     """
     plain = functools.partial(re.sub, "[-_]", "")
-    keys, folders = {}, []
+    keys, folders, removed = {}, [], set()
     for number, issue in enumerate(batch_issues(old)):
         folders.append(os.path.dirname(os.path.normpath((issue.text or "").strip())))
         edition = issue.get("issueDate", "") + issue.get("editionOrder", "").zfill(2)
         for name in (edition, os.path.basename(folders[number])):
             keys[plain(f"{issue.get('lccn')}/{name}")] = number
-    removed = set()
     for number, line in enumerate(instructions.decode("utf-8", "replace").splitlines(), 1):
-        word, _, operand = line.strip().partition(" ")
+        word, *operands = line.split()[:2] or [""]
         if word and word != "RemoveIssue":
             raise BatchError(f"line {number}: {word!r} is not an instruction; RemoveIssue is the only one")
-        if word and plain(operand.strip()) not in keys:
-            raise BatchError(f"line {number}: {old.name} holds no issue {operand.strip()!r}; write LCCN/YYYYMMDDEE")
-        if word:
-            removed.add(keys[plain(operand.strip())])
+        if word and (len(line.split()) != 2 or plain(operands[0]) not in keys):
+            raise BatchError(f"line {number}: {line.strip()!r} names no issue of {old.name}; write LCCN/YYYYMMDDEE")
+        removed.update(keys[plain(key)] for key in operands)
     if not removed:
         raise BatchError("there is no instruction to remove an issue")
     return {folders[number] for number in removed}, without_issues(read_regular(old / "data" / "batch.xml"), removed)
 
 
 def without_issues(data: bytes, removed: set[int]) -> bytes:
-    """A batch.xml without the issue elements of these numbers, counted from 0; all else to the byte."""
+    """A batch.xml without the issue elements of these numbers, counted from 0; all else stays to the byte."""
     parser = xml.parsers.expat.ParserCreate(namespace_separator=" ")
-    issues, kept, depth = itertools.count(), [0], 0  # kept: where kept stretches begin and end, in turn
+    marks: list[tuple[int, str]] = []  # where in the data something begins, and what
 
-    def event(*_) -> None:
-        if len(kept) % 2 == 0 and not depth:
-            kept.append(parser.CurrentByteIndex)
+    def mark(what: str) -> Callable:
+        return lambda name="", *_: marks.append((parser.CurrentByteIndex, what if name.endswith("issue") else ""))
 
-    def start(name: str, _) -> None:
-        nonlocal depth
-        event()
-        if depth or (name.rpartition(" ")[2] == "issue" and next(issues) in removed):
-            kept.extend([parser.CurrentByteIndex][depth:])
-            depth += 1
-
-    def end(_) -> None:
-        nonlocal depth
-        event()
-        depth = max(0, depth - 1)
-
-    parser.StartElementHandler, parser.EndElementHandler = start, end
-    parser.CharacterDataHandler = parser.CommentHandler = parser.ProcessingInstructionHandler = event
+    parser.StartElementHandler, parser.EndElementHandler = mark("issue"), mark("end")
+    parser.CharacterDataHandler = parser.CommentHandler = parser.ProcessingInstructionHandler = mark("")
     parser.Parse(data, True)
-    return b"".join(data[here:there] for here, there in zip(kept[::2], [*kept[1::2], len(data)]))
+    kept, at = [], 0
+    starts = (number for number, (_, what) in enumerate(marks) if what == "issue")
+    for start in (start for number, start in enumerate(starts) if number in removed):
+        kept.append(data[at:marks[start][0]])
+        at = next(marks[end + 1][0] for end in range(start, len(marks)) if marks[end][1] == "end")
+    return b"".join([*kept, data[at:]])
 
 
-def patch_batch_files(old: Path, new: Path, instructions: bytes, say: Callable[[str], None]) -> None:
+def patch_batch_files(old: Path, new: Path, instructions: bytes) -> Iterator[str]:
     """Makes the batch `new` of the batch `old`: without removed issues, TIFFs and validated XML.
 
-    It is built under another name and renamed when whole, so it may be begun again at any time;
-    a `new` that is there already must be what it would become. Raises BatchError, OSError.
+    Yields after each file what there is to say, often nothing. The new batch is built under another name and
+    renamed when whole, so this may be begun again at any time; a `new` that is there already must be what it
+    would become. Raises BatchError, OSError.
     """
     gone, batch_xml = read_patch(old, instructions)
-    sizes: dict[str, int] = {}
-    for folder, folders, files in os.walk(old):
-        inside = os.path.relpath(folder, old / "data")
-        folders[:] = [name for name in folders if os.path.normpath(os.path.join(inside, name)) not in gone]
-        for name in files + [name for name in folders if os.path.islink(os.path.join(folder, name))]:
-            path = Path(folder, name)
-            if re.fullmatch(r".*(\.tiff?|_1\.xml)", name, re.IGNORECASE | re.DOTALL):
-                continue
-            if not stat.S_IFMT(path.lstat().st_mode) in (stat.S_IFREG, stat.S_IFLNK):
-                raise BatchError(f"{path} is neither a file nor a link, and cannot be copied")
-            sizes[os.path.relpath(path, old)] = path.lstat().st_size
-    sizes[os.path.join("data", "batch.xml")] = len(batch_xml)
+    unready, listing = new.with_name(f"WIP-UNREADY-{new.name}"), os.path.join("data", "batch.xml")
+    sizes = {name: size for name, size in copied_files(old, gone)}
+    sizes[listing] = len(batch_xml)
+    need, free, done = sum(sizes.values()), shutil.disk_usage(new.parent).free, 0
     if os.path.lexists(new):
-        if (new / "data" / "batch.xml").read_bytes() != batch_xml or any(
-                not os.path.lexists(new / name) or (new / name).lstat().st_size != size for name, size in sizes.items()):
-            raise BatchError(f"{new} is there already, and is not what this patch would make; move it away")
-        return say(f"nothing to do: {new} is there already, and is what this patch makes")
-    unready = new.with_name(f"WIP-UNREADY-{new.name}")
+        if read_regular(new / listing) != batch_xml or dict(copied_files(new, set())) != sizes:
+            raise BatchError(f"{new} is there already, and is not what this patch makes; move it away")
+        yield f"nothing to do: {new} is there already, and is what this patch makes"
+        return
     if unready.exists():
-        say(f"removing {unready}, which an interrupted patch has left")
+        yield f"removing {unready}, which an interrupted patch has left"
         shutil.rmtree(unready)
-    need, free = sum(sizes.values()), shutil.disk_usage(new.parent).free
     if need > free:
         raise BatchError(f"the patch needs {need:,} bytes in {new.parent}, where {free:,} are free")
-    copied, tenth = 0, 0
-    for name, size in sizes.items():
-        (unready / name).parent.mkdir(parents=True, exist_ok=True)
-        if name == os.path.join("data", "batch.xml"):
-            (unready / name).write_bytes(batch_xml)
-        else:
-            shutil.copy2(old / name, unready / name, follow_symlinks=False)
-        if (unready / name).lstat().st_size != size:
-            raise BatchError(f"{old / name} changed while it was copied, or {unready / name} is not whole")
-        copied += size
-        if copied * 10 // (need or 1) > tenth:
-            tenth = copied * 10 // need
-            say(f"{tenth * 10} % of {need:,} bytes copied")
-    os.sync()
+    try:
+        for name, size in sizes.items():
+            (unready / name).parent.mkdir(parents=True, exist_ok=True)
+            if name == listing:
+                (unready / name).write_bytes(batch_xml)
+            else:
+                shutil.copy2(old / name, unready / name, follow_symlinks=False)
+            if (unready / name).lstat().st_size != size:
+                raise BatchError(f"{unready / name} is not as long as {old / name} was: it changed, or the copy failed")
+            done += size
+            yield f"{done * 100 // need} % of {need:,} bytes" if done * 10 // need > (done - size) * 10 // need else ""
+    except BaseException:  # cancelled, too
+        shutil.rmtree(unready, ignore_errors=True)
+        raise
+    os.sync()  # whole on disk before it is seen
     unready.rename(new)
-    say(f"{new} is ready: {len(sizes)} files")
+    yield f"{new} is ready, with {len(sizes)} files"
+
+
+def copied_files(batch: Path, gone: set[str]) -> Iterator[tuple[str, int]]:
+    """The files of a batch that a patch copies, and their sizes in bytes; `gone`: folders in data/ that it does not."""
+    for folder, folders, files in os.walk(batch):
+        inside = os.path.relpath(folder, batch / "data")
+        folders[:] = [name for name in folders if os.path.normpath(os.path.join(inside, name)) not in gone]
+        for path in (Path(folder, name) for name in [*files, *folders]):
+            found = path.lstat()
+            if stat.S_ISDIR(found.st_mode) or re.search(r"(\.tiff?|_1\.xml)$", path.name, re.IGNORECASE):
+                continue
+            if not stat.S_ISREG(found.st_mode) and not stat.S_ISLNK(found.st_mode):
+                raise BatchError(f"{path} is neither a file nor a link and cannot be copied")
+            yield os.path.relpath(path, batch), found.st_size
 
 
 # ---------------------------------------------------------------- jobs and their store
@@ -626,15 +635,11 @@ class Job:
     words: list[str]
     queued: int
     status: str = PENDING
-    started: Optional[int] = None
-    ended: Optional[int] = None
+    started: int | None = None
+    ended: int | None = None
     error: str = ""
     attempts: int = 0  # how often it was begun; more than one: an interruption lies between
-
-    @property
-    def name(self) -> str:
-        """What the protocol calls this kind of job."""
-        return JOB_NAMES[self.words[0]]
+    cancelled: int = 0  # whether it is to end, or has ended, because somebody asked for that
 
     @property
     def finished(self) -> bool:
@@ -643,49 +648,52 @@ class Job:
 
 
 class JobStore:
-    """The jobs on disk: `jobs.db` and `logs/` in the state folder, and that folder's locks.
+    """The jobs on disk: `jobs.db`, `logs/` and `titles/` in the state folder, and that folder's locks.
 
-    Raises StoreError where the folder is another agent's or its jobs.db is not ours to write.
+    Raises StoreError where the folder is another agent's, or its jobs.db is not ours to write.
     """
 
-    APPLICATION = 0x4F4E4941  # "ONIA", SQLite's application_id
-    VERSION = 1
+    APPLICATION, VERSION = 0x4F4E4941, 1  # SQLite's application_id ("ONIA") and user_version
+    COLUMNS = ("id", "words", "queued", "status", "started", "ended", "error", "attempts", "cancelled")
     SCHEMA = """CREATE TABLE jobs (id INTEGER PRIMARY KEY AUTOINCREMENT, words TEXT NOT NULL, payload BLOB,
                 queued INTEGER NOT NULL, status TEXT NOT NULL, started INTEGER, ended INTEGER,
-                error TEXT NOT NULL, attempts INTEGER NOT NULL)"""
+                error TEXT NOT NULL DEFAULT '', attempts INTEGER NOT NULL DEFAULT 0,
+                cancelled INTEGER NOT NULL DEFAULT 0)"""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.run_lock = folder / "run.lock"  # held by the manage.py at work
         self._lock = threading.Lock()
-        self._keep_others_out()
+        self._agent_lock = self._keep_others_out()
         try:
-            (folder / "logs").mkdir(mode=0o700, exist_ok=True)
+            for name in ("logs", "titles"):
+                (folder / name).mkdir(mode=0o700, exist_ok=True)
             self._database = self._open(folder / "jobs.db")
         except (OSError, sqlite3.Error) as error:
-            raise StoreError(f"{folder / 'jobs.db'} cannot be used: {error}; nothing was changed") from error
+            raise StoreError(f"{folder / 'jobs.db'} cannot be used ({error}); nothing was changed") from error
 
-    def _keep_others_out(self) -> None:
-        self._agent_lock = open(self.folder / "agent.lock", "a")
+    def _keep_others_out(self) -> object:
+        lock = open(self.folder / "agent.lock", "a")
         for _ in range(20):  # a killed agent's last child may hold the lock until it has become manage.py
             with contextlib.suppress(BlockingIOError):
-                return fcntl.flock(self._agent_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return lock
             time.sleep(0.05)
         raise StoreError(f"another ONI Agent is at work on {self.folder}; give this one a STATE_DIRECTORY of its own")
 
     def _open(self, path: Path) -> sqlite3.Connection:
         database = sqlite3.connect(path, check_same_thread=False, isolation_level=None)  # each statement commits
-        pragma = lambda name: database.execute(f"PRAGMA {name}").fetchone()[0]
-        new = not database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-        if not new and pragma("application_id") != self.APPLICATION:
+        application, version, tables, health = (database.execute(question).fetchone()[0] for question in (
+            "PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_master", "PRAGMA quick_check(1)"))
+        if tables and application != self.APPLICATION:
             raise StoreError(f"{path} is not an ONI Agent's; nothing was changed")
-        if pragma("user_version") > self.VERSION:
+        if version > self.VERSION:
             raise StoreError(f"{path} was written by a newer ONI Agent; nothing was changed")
-        if pragma("quick_check(1)") != "ok":
-            raise StoreError(f"{path} is damaged; put a copy from your backup in its place, or move it away")
+        if health != "ok":
+            raise StoreError(f"{path} is damaged; put a copy from a backup in its place, or move it away")
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = FULL")  # what is answered is on disk
-        if new:
+        if not tables:
             database.executescript(f"BEGIN; {self.SCHEMA}; PRAGMA application_id = {self.APPLICATION};"
                                    f" PRAGMA user_version = {self.VERSION}; COMMIT;")
         return database
@@ -695,21 +703,18 @@ class JobStore:
             try:
                 return self._database.execute(statement, values)
             except sqlite3.Error as error:
-                raise StoreError(f"the agent's {self.folder / 'jobs.db'} cannot be written: {error}") from error
+                raise StoreError(f"{self.folder / 'jobs.db'} cannot be used: {error}") from error
 
     def jobs(self) -> list[Job]:
         """Every job, oldest first."""
-        columns = ("id", "words", "queued", "status", "started", "ended", "error", "attempts")
-        rows = self._execute(f"SELECT {', '.join(columns)} FROM jobs ORDER BY id").fetchall()
-        return [Job(**{**dict(zip(columns, row)), "words": json.loads(row[1])}) for row in rows]
+        rows = self._execute(f"SELECT {', '.join(self.COLUMNS)} FROM jobs ORDER BY id").fetchall()
+        return [Job(id, json.loads(words), *rest) for id, words, *rest in rows]
 
-    def add(self, words: list[str], payload: Optional[bytes]) -> Job:
+    def add(self, words: list[str], payload: bytes | None) -> Job:
         """A new pending job, safely on disk when this returns. Raises StoreError: then there is no job."""
-        job = Job(0, words, time.time_ns())
-        row = (json.dumps(words), payload, job.queued, job.status, job.error, job.attempts)
-        job.id = self._execute("INSERT INTO jobs (words, payload, queued, status, error, attempts)"
-                               " VALUES (?, ?, ?, ?, ?, ?)", row).lastrowid
-        return job
+        queued = time.time_ns()
+        return Job(self._execute("INSERT INTO jobs (words, payload, queued, status) VALUES (?, ?, ?, ?)",
+                                 (json.dumps(words), payload, queued, PENDING)).lastrowid, words, queued)
 
     def update(self, job: Job, **changes) -> None:
         """Changes columns of a job, safely on disk when this returns. Raises StoreError."""
@@ -729,9 +734,8 @@ class JobStore:
         return JobLog(self.folder / "logs" / f"{job.id}.log")
 
     def remove(self, job: Job) -> None:
-        """Forgets a job: its log first, so that a crash in between leaves no log without a job."""
-        with contextlib.suppress(FileNotFoundError):
-            self.log(job).path.unlink()
+        """Forgets a job: its files first, so that a crash in between leaves none without a job. Raises StoreError."""
+        self.log(job).path.unlink(missing_ok=True)
         shutil.rmtree(self.job_folder(job), ignore_errors=True)
         self._execute("DELETE FROM jobs WHERE id = ?", (job.id,))
 
@@ -745,9 +749,9 @@ def timestamp(nanoseconds: int) -> str:
 class JobLog:
     """What a job printed and what the agent did for it, in a text file that `tail -f` can show.
 
-    Each line is `[2026-11-22T11:07:19.061730250Z] K text`, K being O (manage.py's stdout), E (its
-    stderr), A (the agent's own note) or $ (the command that the lines after it belong to). Stamps
-    increase strictly, whatever the clock does.
+    Each line is `[2026-11-22T11:07:19.061730250Z] K text`, K being O (manage.py's stdout), E (its stderr), A (the
+    agent's own note) or $ (the command that the lines after it belong to). Stamps increase strictly, whatever the
+    clock does.
     """
 
     KIND = len("[2026-11-22T11:07:19.061730250Z] ")  # where a line's K stands
@@ -765,11 +769,9 @@ class JobLog:
         """
         self._file = open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0)
         counts, newest = {}, b""
-        for lines in self._lines():
-            self._size += sum(map(len, lines)) + len(lines)
-            newest = lines[-1]
-            for line in lines:
-                kind = line[self.KIND:self.KIND + 1]
+        for lines, end in self._lines():
+            self._size, newest = end, lines[-1]
+            for kind in (line[self.KIND:self.KIND + 1] for line in lines):
                 if kind == COMMAND:
                     counts = {STDOUT: 0, STDERR: 0}
                 elif kind in counts:
@@ -783,9 +785,8 @@ class JobLog:
 
     def close(self) -> None:
         """Puts the log safely on disk."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), self._file:
             os.fsync(self._file.fileno())
-        self._file.close()
 
     def write(self, kind: bytes, lines: list[bytes]) -> None:
         """Appends `lines`, stamped. While the disk refuses, waits, and then says that lines may be missing."""
@@ -803,42 +804,42 @@ class JobLog:
                 time.sleep(1)
 
     def _append(self, kind: bytes, lines: list[bytes]) -> None:
-        self._stamp = max(time.time_ns(), self._stamp + 1)
-        if self._stamp % 10**9 + len(lines) > 10**9:  # one second, one prefix
-            self._stamp += 10**9 - self._stamp % 10**9
-        second, first = divmod(self._stamp, 10**9)
+        stamp = max(time.time_ns(), self._stamp + 1)
+        if stamp % 10**9 + len(lines) > 10**9:  # one second, one prefix
+            stamp += 10**9 - stamp % 10**9
+        second, first = divmod(stamp, 10**9)
         form = time.strftime("[%Y-%m-%dT%H:%M:%S.%%09dZ] ", time.gmtime(second)).encode() + kind + b" %b\n"
         data = b"".join([form % stamped for stamped in enumerate(lines, first)])
         try:
             written = self._file.write(data)
             if written < len(data):  # a disk that has just become full says so at the next write only
-                self._file.write(data[written:])
+                written += self._file.write(data[written:])
+            if written < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError:
             self._file.truncate(self._size)
             self._file.seek(self._size)
             raise
-        self._size += len(data)
-        self._stamp += len(lines) - 1
+        self._size, self._stamp = self._size + len(data), stamp + len(lines) - 1
 
-    def _lines(self) -> Iterator[list[bytes]]:
-        """The log's lines, as many at once as fit in a chunk; nothing where the log is gone."""
+    def _lines(self, start: int = 0) -> Iterator[tuple[list[bytes], int]]:
+        """The log's lines from a byte on, as many at once as fit in a chunk, and where they end."""
         with contextlib.suppress(FileNotFoundError), open(self.path, "rb", buffering=0) as file:
-            rest, left = b"", os.fstat(file.fileno()).st_size  # not what is appended meanwhile
-            while left > 0:
-                data = file.read(min(CHUNK, left))
-                if not data:
-                    return
+            rest, left, end = b"", os.fstat(file.fileno()).st_size - start, start  # not what is appended meanwhile
+            file.seek(start)
+            while left > 0 and (data := file.read(min(CHUNK, left))):
                 left -= len(data)
                 *lines, rest = (rest + data).split(b"\n")
+                end += sum(map(len, lines)) + len(lines)
                 if lines:
-                    yield lines
+                    yield lines, end
 
-    def read(self, *kinds: bytes) -> Iterator[list[str]]:
-        """The lines of these kinds as the protocol shows them, `[stamp] text`, many at once."""
+    def read(self, *kinds: bytes, start: int = 0) -> Iterator[tuple[list[str], int]]:
+        """The lines of these kinds as the protocol shows them, `[stamp] text`, and where in the file they end."""
         at = self.KIND
-        for lines in self._lines():
+        for lines, end in self._lines(start):
             yield [(line[:at] + line[at + 2:]).decode("utf-8", "replace")
-                   for line in lines if line[at:at + 1] in kinds]
+                   for line in lines if line[at:at + 1] in kinds], end
 
 
 # ---------------------------------------------------------------- recipes
@@ -848,11 +849,15 @@ class JobFailed(Exception):
     """A job ended without doing what it was to do; the text says why, and what ONI holds now."""
 
 
+class Cancelled(Exception):
+    """The job at work is to end."""
+
+
 @dataclass
 class Run:
     """One manage.py that has ended."""
 
-    status: Optional[int] = None  # exit status, -N for signal N, None if an earlier agent started it
+    status: int | None = None  # exit status, -N for signal N; None if an earlier agent started it
     first_error: str = ""  # its first [ERROR] line
     last_lines: deque[str] = field(default_factory=lambda: deque(maxlen=20))  # of stderr
 
@@ -875,10 +880,6 @@ class Run:
             return f"killed by signal {-self.status} ({signal.Signals(-self.status).name})"
         return f"exit status {self.status}: {self.complaint}"
 
-    def says(self, pattern: str) -> bool:
-        """Whether one of its last lines on stderr has the pattern."""
-        return any(re.search(pattern, line) for line in self.last_lines)
-
 
 class Tail:
     """The lines that a running command appends to a file.
@@ -888,15 +889,12 @@ class Tail:
 
     def __init__(self, path: Path, skip: int):
         self._file = open(path, "rb", buffering=0)
-        self._rest = b""
-        self._skip = skip  # lines that are in the log already
+        self._rest, self._skip = b"", skip  # skip: how many lines are in the log already
 
     def read(self, over: bool) -> list[bytes]:
         """The next lines, none if there are none yet; when the command is `over`, an unfinished one too."""
         data = self._file.read(CHUNK)
-        lines = (self._rest + data).split(b"\n")
-        lines = [piece for line in lines for piece in self._pieces(line)]
-        self._rest = lines.pop()
+        *lines, self._rest = (piece for line in (self._rest + data).split(b"\n") for piece in self._pieces(line))
         if over and not data and self._rest:
             lines, self._rest = [self._rest], b""
         skipped, self._skip = self._skip, max(0, self._skip - len(lines))
@@ -905,26 +903,39 @@ class Tail:
     @staticmethod
     def _pieces(line: bytes) -> Iterator[bytes]:
         while len(line) > MAX_LINE:
-            end = MAX_LINE
-            while end > MAX_LINE - 4 and line[end] & 0xC0 == 0x80:  # not within a character
-                end -= 1
-            yield line[:end]
+            end = next((end for end in range(MAX_LINE, MAX_LINE - 4, -1) if line[end] & 0xC0 != 0x80), MAX_LINE)
+            yield line[:end]  # not within a character
             line = line[end:]
         yield line
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator:
+    """Waits for the lock on a file and holds it; a process that inherits the file goes on holding it."""
+    with open(path, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
+
+
+def holders(path: Path) -> set[int]:
+    """The process groups, the agent's own apart, of the processes that have a file open."""
+    groups = set()
+    for entry in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):  # the process may end meanwhile, or be another user's
+            if os.readlink(entry) == str(path):
+                groups.add(os.getpgid(int(entry.parts[2])))
+    return groups - {os.getpgrp()}
 
 
 class Work:
     """One job at work: what a recipe can do and say."""
 
     def __init__(self, job: Job, settings: Settings, oni: OpenONI, store: JobStore):
-        self.job = job
-        self.source = settings.batch_source
-        self.oni = oni
-        self.payload = functools.partial(store.payload, job)
-        self.folder = store.job_folder(job)
-        self._lock = store.run_lock
+        self.job, self.oni, self.source = job, oni, settings.batch_source
+        self.payload, self.folder = functools.partial(store.payload, job), store.job_folder(job)
+        self.cancelled = threading.Event()
+        self._lock, self._log = store.run_lock, store.log(job)
         self._outputs = {STDOUT: store.folder / "run.out", STDERR: store.folder / "run.err"}
-        self._log = store.log(job)
 
     def __enter__(self) -> Work:
         self._copied = self._log.open()
@@ -941,43 +952,49 @@ class Work:
         """What ONI holds of a batch now. Raises ONIError."""
         return batch_states(self.oni, self.source, name, within=PATIENT_SECONDS)[name]
 
+    def held(self, name: str) -> str:
+        """What ONI holds of a batch now, in words; or that nobody knows."""
+        try:
+            return str(self.state(name))
+        except ONIError as error:
+            return f"what ONI holds of the batch now is not known: {error}"
+
     def manage(self, *words: str, batch: str = "") -> Run:
         """Runs manage.py with `words` to a good end, its output going to the job's log.
 
-        Its output goes to files and it inherits a locked file, so that it outlives this agent
-        and the next one can tell, and read on. Raises ONINotRun, or JobFailed, which says why
-        and what ONI holds of `batch` now.
+        Its output goes to files and it inherits a locked file, so that it outlives this agent, and the next one can
+        tell and read on. Raises Cancelled, ONINotRun, or JobFailed, which says why and what ONI holds of `batch` now.
         """
         with locked(self._lock) as lock, contextlib.ExitStack() as files:
             out, err = (files.enter_context(open(path, "wb")) for path in self._outputs.values())
             self._log.write(COMMAND, [shlex.join(["manage.py", *words]).encode()])
+            self.go_on()
             process = self.oni.start(*words, stdout=out, stderr=err, pass_fds=[lock.fileno()])
         self._copied = dict.fromkeys(self._outputs, 0)
         run = self._follow(process)
+        self.go_on()
         if run.status:
             raise JobFailed("; ".join([run.reason, *([self.held(batch)] if batch else [])]))
         return run
 
-    def held(self, batch: str) -> str:
-        """What ONI holds of a batch now, in words; or that nobody knows."""
-        try:
-            return str(self.state(batch))
-        except ONIError as error:
-            return f"what ONI holds of the batch now is not known: {error}"
+    def go_on(self) -> None:
+        """Raises Cancelled if the job is to end."""
+        if self.cancelled.is_set():
+            raise Cancelled
 
     def resume(self) -> bool:
-        """Copies what the manage.py of an earlier agent printed since; whether it was still at work.
+        """Copies what the manage.py of an earlier agent has printed since; whether it was still at work.
 
         If so, this returns when it has ended.
         """
-        survives = is_locked(self._lock)
-        if survives:
-            log.warning("job=%d is adopted: its manage.py is still at work", self.job.id)
+        survivors = holders(self._lock)
+        if survivors:
+            log.warning("job=%d adopted=%s: its manage.py is still at work", self.job.id, survivors)
         if self._copied:
             self._follow()
-        return survives
+        return bool(survivors)
 
-    def _follow(self, process: Optional[subprocess.Popen] = None) -> Run:
+    def _follow(self, process: subprocess.Popen | None = None) -> Run:
         """Copies what manage.py prints, until it and all that it left behind have ended."""
         run, ended = Run(), threading.Event()
 
@@ -988,36 +1005,31 @@ class Work:
 
         threading.Thread(target=wait, daemon=True).start()
         tails = {kind: Tail(path, self._copied[kind]) for kind, path in self._outputs.items()}
-        found = over = False
+        terminated, found, over = 0.0, False, False
         while found or not over:
             over = ended.wait(0 if found else TICK)
             found = False
             for kind, tail in tails.items():
                 lines = tail.read(over)
+                found = found or bool(lines)
                 if lines:
-                    found = True
                     self._log.write(kind, lines)
                 if kind == STDERR:
                     run.read(lines)
+            if self.cancelled.is_set() and not over:
+                terminated = self._terminate(terminated)
         return run
 
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator:
-    """Waits for the lock on a file and holds it; a process that inherits the file goes on holding it."""
-    with open(path, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield file
-
-
-def is_locked(path: Path) -> bool:
-    """Whether some process holds the lock on a file."""
-    with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+    def _terminate(self, since: float) -> float:
+        """Ends manage.py, gently first; `since` when that has been tried."""
+        patience = time.monotonic() - since < TERM_SECONDS
+        if since and patience:
+            return since
+        for group in holders(self._lock):
+            self.note(f"cancelled: {'SIGKILL' if since else 'SIGTERM'} to process group {group}")
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL if since else signal.SIGTERM)
+        return time.monotonic()
 
 
 def load_batch(work: Work, name: str) -> None:
@@ -1028,7 +1040,6 @@ def load_batch(work: Work, name: str) -> None:
     if state.row:
         work.note(f"{state}; purging that before the load")
         work.manage("purge_batch", name, batch=name)
-        state = work.state(name)
     remove_leftover_link(work, state.link, work.source / name)
     run = work.manage("load_batch", str(work.source / name), batch=name)
     state = work.state(name)
@@ -1037,12 +1048,12 @@ def load_batch(work: Work, name: str) -> None:
 
 
 def remove_leftover_link(work: Work, link: Path, folder: Path) -> None:
-    """A link that a killed load of another copy left would make load_batch load that copy again."""
+    """A link that a killed load of another copy has left would make load_batch load that copy again."""
     if link.is_symlink() and os.path.realpath(link) != os.path.realpath(folder):
         work.note(f"removing {link}, a leftover link to {os.readlink(link)}")
         link.unlink()
     elif link.exists() and not link.is_symlink():
-        raise JobFailed(f"{link} is no link but a real folder or file, which load_batch cannot replace: move it away")
+        raise JobFailed(f"{link} is a real folder or file, not a link, and load_batch cannot replace it: move it away")
 
 
 def purge_batch(work: Work, name: str) -> None:
@@ -1056,27 +1067,44 @@ def purge_batch(work: Work, name: str) -> None:
 
 
 def load_title(work: Work) -> None:
-    """ONI holds the titles of a MARC file as the file has them. The file is kept where that fails."""
-    folder = work.folder
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    (folder / "marc.xml").write_bytes(work.payload())
-    kept = f"the MARC record is kept in {folder}"
+    """ONI holds the titles of a MARC file as the file has them. Where that fails, the file is kept."""
+    work.folder.mkdir(mode=0o700, exist_ok=True)
+    (work.folder / "marc.xml").write_bytes(work.payload())
     try:
-        run = work.manage("load_titles", str(folder))
-    except JobFailed as failure:
-        raise JobFailed(f"{failure}; {kept}") from failure
-    missing = [lccn for lccn in marc_lccns(work.payload()) if not work.oni.ask("title", lccn, within=PATIENT_SECONDS)]
-    if missing or not run.says(r"ERRORS: 0\b"):
-        held = f"ONI has no title {', '.join(missing)}" if missing else "ONI has not updated every title"
-        raise JobFailed(f"{held}; load_titles ended with exit status 0, but said: {run.complaint}; {kept}")
-    shutil.rmtree(folder)
+        run = work.manage("load_titles", str(work.folder))
+        missing = [lccn for lccn in marc_lccns(work.payload())
+                   if not work.oni.ask("title", lccn, within=PATIENT_SECONDS)]
+        if missing or not any(line.endswith("ERRORS: 0") for line in run.last_lines):
+            held = f"ONI has no title {', '.join(missing)}" if missing else "ONI has not stored every record"
+            raise JobFailed(f"{held}; load_titles ended with exit status 0, but said: {run.complaint}")
+    except (JobFailed, ONIError) as failure:
+        raise type(failure)(f"{failure}; the MARC record is kept in {work.folder}") from failure
+    shutil.rmtree(work.folder)
 
 
 def batch_patch(work: Work, old: str, new: str) -> None:
     """The batch `new` is the batch `old` without the issues that the payload names."""
     if not work.state(old).row:
         raise JobFailed("batch does not exist")
-    patch_batch_files(work.source / old, work.source / new, work.payload(), work.note)
+    for progress in patch_batch_files(work.source / old, work.source / new, work.payload()):
+        work.go_on()
+        if progress:
+            work.note(progress)
+
+
+def undo(work: Work) -> str:
+    """What is left of a cancelled job goes, as far as ONI can tell; says what is there now."""
+    kind, *names = work.job.words
+    if kind not in ("load-batch", "purge-batch"):
+        return ""
+    work.cancelled.clear()
+    try:
+        if kind == "load-batch" and work.state(*names).row:
+            work.note("cancelled: purging what was loaded")
+            work.manage("purge_batch", *names, batch=names[0])
+    except (JobFailed, ONIError) as error:
+        return f"; {error}"
+    return f"; {work.held(*names)}"
 
 
 RECIPES: dict[str, Callable] = {"load-batch": load_batch, "purge-batch": purge_batch, "load-title": load_title,
@@ -1089,12 +1117,16 @@ RECIPES: dict[str, Callable] = {"load-batch": load_batch, "purge-batch": purge_b
 class JobQueue:
     """The jobs in order, and the one thread that works on them."""
 
-    def __init__(self, store: JobStore, settings: Settings, oni: OpenONI):
-        self._store = store
-        self._work = functools.partial(Work, settings=settings, oni=oni, store=store)
+    def __init__(self, store: JobStore, settings: Settings, oni: OpenONI, on_end: Callable[[Job], None],
+                 tell: Callable[[str], None]):
+        self._store, self._on_end, self._tell = store, on_end, tell
+        self._work_on = functools.partial(Work, settings=settings, oni=oni, store=store)
         self._changed = threading.Condition()  # guards the jobs; re-entrant
         self._jobs = {job.id: job for job in store.jobs()}
         self._waiting: queue.Queue[int] = queue.Queue()
+        self._work: Work | None = None  # on the job at work
+        self._oni, self._source = oni, settings.batch_source
+        self._progress = (0.0, 0, {})  # when ONI was asked how far which load was, and what it said
         for job in self._jobs.values():
             if not job.finished:
                 self._waiting.put(job.id)
@@ -1108,12 +1140,16 @@ class JobQueue:
         with self._changed:
             return list(self._jobs.values())
 
-    def get(self, id: int) -> Optional[Job]:
+    def get(self, id: int) -> Job | None:
         """The job with this id."""
-        with self._changed:
-            return self._jobs.get(id)
+        return self._jobs.get(id)
 
-    def add(self, words: list[str], payload: Optional[bytes] = None) -> Job:
+    def wait(self, job: Job, seconds: float) -> bool:
+        """Waits for a job's end, so long at most; whether it has ended."""
+        with self._changed:
+            return self._changed.wait_for(lambda: job.finished, seconds)
+
+    def add(self, words: list[str], payload: bytes | None = None) -> Job:
         """Accepts a job: it is on disk when this returns. Raises StoreError."""
         with self._changed:
             job = self._store.add(words, payload)
@@ -1121,12 +1157,11 @@ class JobQueue:
             self._waiting.put(job.id)
             return job
 
-    def add_once(self, words: list[str], redundant: Callable[[], bool]) -> tuple[Optional[Job], bool]:
+    def add_once(self, words: list[str], redundant: Callable[[], bool]) -> tuple[Job | None, bool]:
         """Accepts a job on a batch, unless it is there already: the job, and whether it is new.
 
-        The batch's last unfinished job decides. It is the same: that one is returned. It is another:
-        the new one comes after it. There is none: there is no need for a job, None, if `redundant()`.
-        Raises StoreError.
+        The batch's last unfinished job decides. It is the same: that one is returned. It is another: the new one
+        comes after it. There is none: there is no need for a job, None, if `redundant()`. Raises StoreError.
         """
         if not self._last_on(words[1]) and redundant() and not self._last_on(words[1]):
             return None, False
@@ -1134,10 +1169,37 @@ class JobQueue:
             last = self._last_on(words[1])
             return (last, False) if last and last.words == words else (self.add(words), True)
 
-    def _last_on(self, batch: str) -> Optional[Job]:
+    def _last_on(self, batch: str) -> Job | None:
+        return next((job for job in reversed(self.jobs()) if not job.finished
+                     and job.words[0] in ("load-batch", "purge-batch") and job.words[1] == batch), None)
+
+    def progress(self, job: Job) -> dict:
+        """How far a job is: its place in the queue, or how much of its batch ONI holds (asked every 5 s at most)."""
+        if job.status == PENDING:
+            return {"place": sum(not each.finished and each.id <= job.id for each in self.jobs())}
+        if job.status != STARTED or job.words[0] != "load-batch":
+            return {}
+        asked, id, known = self._progress
+        if id != job.id or time.monotonic() - asked > 5:
+            self._progress = (time.monotonic(), job.id, known if id == job.id else {})
+            with contextlib.suppress(ONIError):
+                state = batch_states(self._oni, self._source, job.words[1], within=2)[job.words[1]]
+                self._progress = (time.monotonic(), job.id, {"issues_loaded": state.issues, "issues": state.expected})
+        return self._progress[2]
+
+    def cancel(self, job: Job) -> bool:
+        """Sees to it that a job ends unsuccessful; False if it has ended already. Raises StoreError."""
         with self._changed:
-            return next((job for job in reversed(self._jobs.values()) if not job.finished
-                         and job.words[0] in ("load-batch", "purge-batch") and job.words[1] == batch), None)
+            if job.finished:
+                return False
+            at_work = self._work and self._work.job is job
+            changes = {"cancelled": 1} if at_work else {"status": FAILED, "error": "cancelled before it started",
+                                                        "ended": time.time_ns()}
+            self._store.update(job, **changes)
+            self._show(job, changes)
+            if at_work:
+                self._work.cancelled.set()
+        return True
 
     def _run(self) -> None:
         forgotten = 0.0
@@ -1146,27 +1208,37 @@ class JobQueue:
                 forgotten = time.monotonic()
                 self._forget_old()
             with contextlib.suppress(queue.Empty):
-                self._perform(self._jobs[self._waiting.get(timeout=3600)])
+                job = self._jobs[self._waiting.get(timeout=3600)]
+                with self._changed:
+                    self._work = None if job.finished else self._work_on(job)
+                if self._work:
+                    self._perform(job, self._work)
 
-    def _perform(self, job: Job) -> None:
+    def _perform(self, job: Job, work: Work) -> None:
         """Brings a job to its end, whatever happens."""
-        with self._work(job) as work:
+        with work:
+            if job.cancelled:
+                work.cancelled.set()
             self._begin(job, work)
-            status, error = SUCCESSFUL, ""
+            status, error = FAILED, ""
             try:
                 if job.attempts > MAX_ATTEMPTS:
-                    raise JobFailed(f"the agent's host or manage.py was lost {MAX_ATTEMPTS} times while this job ran")
+                    raise JobFailed(f"given up: {MAX_ATTEMPTS} times the agent and manage.py were gone before its end")
                 RECIPES[job.words[0]](work, *job.words[1:])
+                status = SUCCESSFUL
+            except Cancelled:
+                error = f"cancelled{undo(work)}"
             except ONINotRun as problem:
                 status, error = COULD_NOT_START, str(problem)
             except (JobFailed, ONIError, BatchError, OSError) as problem:
-                status, error = FAILED, str(problem)
+                error = str(problem)
             except Exception as problem:
                 log.exception("job=%d stumbled over a fault of the agent", job.id)
-                status, error = FAILED, f"a fault of the agent, see its log: {problem!r}"
+                error = f"a fault of the agent, see its log: {problem!r}"
         self._record(job, status=status, error=error, ended=time.time_ns())
         log.log(logging.INFO if status == SUCCESSFUL else logging.WARNING, "job=%d command=%r status=%r error=%r",
                 job.id, shlex.join(job.words), status, error)
+        self._on_end(job)
 
     def _begin(self, job: Job, work: Work) -> None:
         """Marks a job as started; one that an earlier agent left started is carried on, or begun again."""
@@ -1181,27 +1253,34 @@ class JobQueue:
 
     def _record(self, job: Job, **changes) -> None:
         """Changes a job on disk, then for all to see; waits for a disk that refuses."""
-        refused = False
-        while True:
+        for attempt in itertools.count():
             try:
                 self._store.update(job, **changes)
                 break
             except StoreError as error:
-                if not refused:
+                if not attempt:
                     log.error("job=%d cannot be recorded: %s; trying again every second", job.id, error)
-                refused = True
                 time.sleep(1)
+        self._show(job, changes)
+
+    def _show(self, job: Job, changes: dict) -> None:
         with self._changed:
-            vars(job).update(changes)
+            for name, value in changes.items():
+                setattr(job, name, value)
             self._changed.notify_all()
+            waiting = sum(each.status == PENDING for each in self._jobs.values())
+        at_work = f"{shlex.join(job.words)} (job {job.id})" if job.status == STARTED else "nothing"
+        self._tell(f"at work: {at_work}; waiting: {waiting}")
 
     def _forget_old(self) -> None:
         horizon = time.time_ns() - KEEP_DAYS * 86400 * 10**9
-        for job in self.jobs():
-            if job.finished and job.ended < horizon:
-                self._store.remove(job)
-                with self._changed:
-                    del self._jobs[job.id]
+        finished = [job for job in self.jobs() if job.finished]
+        for job in finished[:-KEEP_JOBS]:
+            if job.ended < horizon:
+                with contextlib.suppress(StoreError, OSError):  # the next time, then
+                    self._store.remove(job)
+                    with self._changed:
+                        del self._jobs[job.id]
 
 
 # ---------------------------------------------------------------- commands
@@ -1212,92 +1291,91 @@ class Refused(Exception):
 
     def __init__(self, message: str, **keys):
         super().__init__(message)
-        self.answer = {"status": "error", "message": message, **keys}
+        self.keys = {"status": "error", "message": message, **keys}
 
 
 class ClientGone(Exception):
-    """The client went away before its request was whole, so there is nobody to answer and nothing to do."""
+    """The client went away before its request was whole: there is nobody to answer and nothing to do."""
+
+
+@dataclass
+class Answer:
+    """What a request is answered: one JSON object or, where a person watches, text as it comes."""
+
+    keys: dict
+    text: Iterator[str] | None = None
+    job: Job | None = None  # whose success the exit status tells; else it is 0, error or not, as NCA needs it
 
 
 @dataclass
 class Agent:
-    """What commands work on."""
+    """What commands work on; in a request's own copy also its words and the way to its standard input."""
 
     settings: Settings
     oni: OpenONI
     store: JobStore
     queue: JobQueue
-
-
-@dataclass
-class Request:
-    """One request: its words, and the way to its standard input."""
-
-    agent: Agent
-    words: list[str]
-    payload: Callable[[], bytes]
+    words: list[str] = field(default_factory=list)
+    payload: Callable[[], bytes] = bytes
+    present: Callable[[], None] = lambda: None  # raises ClientGone if it is
 
     def state(self, name: str) -> BatchState:
         """What ONI holds of a batch now. Raises ONIError."""
-        return batch_states(self.agent.oni, self.agent.settings.batch_source, name)[name]
+        return batch_states(self.oni, self.settings.batch_source, name)[name]
+
+    def folder(self, name: str) -> Path:
+        """Where the batch `name` lies, or would. Raises BatchError unless it is a batch's name."""
+        if not BATCH_NAME.fullmatch(name):
+            raise BatchError(f'"{name}" is not a batch name: Open ONI takes batch_AWARDEE_NAME_verNN')
+        return self.settings.batch_source / name
+
+    def job(self, id: str) -> Job:
+        """The job that a command names. Raises Refused."""
+        if not re.fullmatch(r"[+-]?\d{1,19}", id, re.ASCII) or not 0 < abs(int(id)) < 2**63:
+            raise Refused(f'"{id}" is not a valid job id')
+        job = Job(-1, ["no-op"], time.time_ns(), SUCCESSFUL) if int(id) == -1 else self.queue.get(int(id))
+        if not job:
+            raise Refused("Job not found", job={"id": int(id)})
+        return job
 
 
-@dataclass
-class Command:
-    """A word of the API: the function that answers it and how it is used."""
-
-    run: Callable[..., dict]
-    name: str
-    arguments: str
-    wrong: str  # the message for a wrong number of arguments
-
-    @property
-    def summary(self) -> str:
-        """What the command does, in a sentence."""
-        return inspect.getdoc(self.run).replace("\n", " ")
-
-    def takes(self, words: list[str]) -> bool:
-        """Whether the number of arguments is right."""
-        try:
-            inspect.signature(self.run).bind(None, *words)
-            return True
-        except TypeError:
-            return False
-
-
-COMMANDS: dict[str, Command] = {}
+COMMANDS: dict[str, Callable] = {}
 
 
 def command(arguments: str = "", wrong: str = "") -> Callable:
-    """Enters a function cmd_… in COMMANDS; its arguments after the first are the command's."""
-    def enter(run: Callable) -> Callable:
-        name = run.__name__.removeprefix("cmd_").replace("_", "-")
-        COMMANDS[name] = Command(run, name, arguments, wrong or f'"{name}" takes no arguments')
-        return run
+    """Enters a function cmd_… in COMMANDS; `wrong` is the answer to a wrong number of arguments."""
+    def enter(function: Callable) -> Callable:
+        name = function.__name__[4:].replace("_", "-")
+        function.usage, function.wrong = f"{name} {arguments}".rstrip(), wrong or f'"{name}" takes no arguments'
+        COMMANDS[name] = function
+        return function
     return enter
 
 
-def answer(agent: Agent, line: bytes, payload: Callable[[], bytes]) -> dict:
-    """Answers one command line, without the session's number. Raises ClientGone and nothing else."""
+def answer(agent: Agent, line: bytes) -> Answer:
+    """Answers one command line. Raises ClientGone and nothing else."""
     try:
         words = split_words(line)
         if not words:
             raise Refused("no command specified")
         if words[0] not in COMMANDS:
-            raise Refused(f'"{words[0]}" is not a valid command name')
-        chosen = COMMANDS[words[0]]
-        if not chosen.takes(words[1:]):
-            raise Refused(chosen.wrong, error=f"usage: {chosen.name} {chosen.arguments}".rstrip())
-        return {"status": "success", **chosen.run(Request(agent, words, payload), *words[1:])}
+            raise Refused(f'"{words[0]}" is not a valid command name', error=f"see help{nearly(words[0], COMMANDS)}")
+        function = COMMANDS[words[0]]
+        try:
+            inspect.signature(function).bind(agent, *words[1:])
+        except TypeError:
+            raise Refused(function.wrong, error=f"usage: {function.usage}") from None
+        reply = function(dataclasses.replace(agent, words=words), *words[1:])
+        return reply if isinstance(reply, Answer) else Answer({"status": "success", **reply})
     except Refused as refusal:
-        return refusal.answer
-    except (StoreError, sqlite3.Error) as error:
-        return Refused("The agent cannot use its state folder", error=str(error)).answer
+        return Answer(refusal.keys)
+    except StoreError as error:
+        return Answer(Refused("The agent cannot use its state folder", error=str(error)).keys)
     except ClientGone:
         raise
     except Exception as error:
         log.exception("a command stumbled over a fault of the agent")
-        return Refused("A fault of the agent; its log says more", error=repr(error)).answer
+        return Answer(Refused("A fault of the agent; its log says more", error=repr(error)).keys)
 
 
 GO_WORD = r'"(?:[^"\\\x00-\x1f\x7f]|\\(?:[abfnrtv\\"]|x[0-9a-f]{2}|u[0-9a-f]{4}|U00(?:0[0-9a-f]|10)[0-9a-f]{4}))*"'
@@ -1307,23 +1385,21 @@ GO_LINE = re.compile(rf"\s*{GO_WORD}(?:\s+{GO_WORD})*\s*", re.ASCII)
 def split_words(line: bytes) -> list[str]:
     """The words of a command line. Raises Refused.
 
-    A line all of whose words are in double quotes is Go's (NCA quotes with %q, whose escapes
-    are those of Python's literals); any other is split as a POSIX shell does.
+    A line all of whose words are in double quotes is Go's (NCA quotes with %q, whose escapes are those of Python's
+    literals); any other is split as a POSIX shell does.
     """
     if len(line) > MAX_COMMAND:
-        raise Refused("the command line is too long", error=f"it has {len(line)} bytes; at most {MAX_COMMAND} are taken")
+        raise Refused("the command line is too long", error=f"it has {len(line)} bytes; {MAX_COMMAND} are allowed")
     try:
         text = line.decode()
-        if GO_LINE.fullmatch(text):
-            words = [ast.literal_eval(word) for word in re.findall(GO_WORD, text)]
-        else:
-            words = shlex.split(text)
-        "".join(words).encode()  # Go writes no lone surrogates; nor can an answer
+        words = ([ast.literal_eval(word) for word in re.findall(GO_WORD, text)] if GO_LINE.fullmatch(text)
+                 else shlex.split(text))
+        "".join(words).encode()  # lone surrogates are no text, and no answer could hold them
+        return words
     except UnicodeError:
         raise Refused("the command line is not valid UTF-8") from None
     except ValueError as error:
         raise Refused("the quotes in the command line are unbalanced", error=str(error)) from None
-    return words
 
 
 @contextlib.contextmanager
@@ -1335,130 +1411,211 @@ def refused(message: str, **keys) -> Iterator[None]:
         raise Refused(message, error=str(error), **keys) from error
 
 
-def batch_folder(request: Request, name: str) -> Path:
-    """Where the batch `name` lies, or would. Raises BatchError unless it is a batch's name."""
-    if not BATCH_NAME.fullmatch(name):
-        raise BatchError(f'"{name}" is not a batch name: Open ONI takes batch_AWARDEE_NAME_verNN')
-    return request.agent.settings.batch_source / name
+def nearly(name: str, names: Iterable[str]) -> str:
+    """A question that suggests what a wrong name may be meant to be."""
+    meant = difflib.get_close_matches(name, list(names), 1)
+    return f'; did you mean "{meant[0]}"?' if meant else ""
 
 
-def requested_job(request: Request, id: str) -> Job:
-    """The job that a command names. Raises Refused."""
-    if not re.fullmatch(r"[+-]?\d{1,19}", id, re.ASCII) or not 0 < abs(int(id)) < 2**63:
-        raise Refused(f'"{id}" is not a valid job id')
-    if int(id) == -1:
-        return Job(-1, ["no-op"], time.time_ns(), SUCCESSFUL)
-    job = request.agent.queue.get(int(id))
+def accepted(job: Job | None, new: bool = True, **keys) -> dict:
+    """The answer to a request that has become a job, was one already, or needs none."""
     if not job:
-        raise Refused("Job not found", job={"id": int(id)})
-    return job
+        return {"message": "No-op: job is redundant or already completed", "job": {"id": -1}}
+    return {"message": "Job added to queue" if new else "Job already in queue", "job": {"id": job.id}, **keys}
 
 
 def job_object(job: Job) -> dict:
     """A job as answers show it."""
-    shown = {"id": job.id, "name": job.name, "queued": timestamp(job.queued), "status": job.status}
-    return {**shown, "error": job.error} if job.error else shown
+    shown = {"id": job.id, "name": JOB_NAMES[job.words[0]], "queued": timestamp(job.queued), "status": job.status}
+    if job.error:
+        shown["error"] = job.error
+    if job.id > 0:
+        shown.update(words=job.words, attempts=job.attempts)
+    if job.started:
+        shown.update(started=timestamp(job.started), seconds=((job.ended or time.time_ns()) - job.started) // 10**6 / 1000)
+    return {**shown, "ended": timestamp(job.ended)} if job.ended else shown
 
 
-def accepted(job: Optional[Job], new: bool = True) -> dict:
-    """The answer to a request that has become a job, was one already, or needs none."""
-    if not job:
-        return {"message": "No-op: job is redundant or already completed", "job": {"id": -1}}
-    return {"message": "Job added to queue" if new else "Job already in queue", "job": {"id": job.id}}
+def batch_object(state: BatchState, folder: Path) -> dict:
+    """A batch as answers show it."""
+    return {"name": folder.name, "on_disk": folder.is_dir(), "state": state.word, "issues": state.issues,
+            "pages": state.pages, "issues_in_batch_xml": state.expected, "loaded": state.loaded}
 
 
 @command()
-def cmd_version(request: Request) -> dict:
+def cmd_version(agent: Agent) -> dict:
     """Says which version of the agent is running."""
     return {"version": VERSION}
 
 
 @command()
-def cmd_help(request: Request) -> dict:
+def cmd_help(agent: Agent) -> dict:
     """Lists the commands."""
-    return {"commands": [{"usage": f"{each.name} {each.arguments}".rstrip(), "help": each.summary}
-                         for each in COMMANDS.values()]}
+    return {"commands": [{"usage": function.usage, "help": inspect.getdoc(function)} for function in COMMANDS.values()]}
 
 
 @command("BATCH", '"load-batch" requires exactly one batch name')
-def cmd_load_batch(request: Request, name: str) -> dict:
+def cmd_load_batch(agent: Agent, name: str) -> dict:
     """Loads a batch from BATCH_SOURCE into Open ONI, as a job."""
-    refusal = f'"{name}" cannot be loaded'
-    with refused(refusal):
-        check_batch(batch_folder(request, name))
-        return accepted(*request.agent.queue.add_once(request.words, lambda: request.state(name).complete))
+    with refused(f'"{name}" cannot be loaded'):
+        folder = agent.folder(name)
+        try:
+            check_batch(folder)
+        except BatchError as error:
+            names = [] if folder.exists() else os.listdir(agent.settings.batch_source)
+            raise BatchError(f"{error}{nearly(name, names)}") from error
+        return accepted(*agent.queue.add_once(agent.words, lambda: agent.state(name).complete))
 
 
 @command("BATCH", '"purge-batch" requires exactly one batch name')
-def cmd_purge_batch(request: Request, name: str) -> dict:
+def cmd_purge_batch(agent: Agent, name: str) -> dict:
     """Removes a batch from Open ONI, as a job; its files stay."""
     with refused(f'"{name}" cannot be purged'):
-        batch_folder(request, name)
-        return accepted(*request.agent.queue.add_once(request.words, lambda: not request.state(name).row))
+        agent.folder(name)
+        return accepted(*agent.queue.add_once(agent.words, lambda: not agent.state(name).row))
 
 
 @command("< MARC.xml", '"load-title" takes no arguments; the MARC XML comes on standard input')
-def cmd_load_title(request: Request) -> dict:
+def cmd_load_title(agent: Agent) -> dict:
     """Loads or updates titles from MARC XML on standard input, as a job."""
     with refused("Invalid data"):
-        payload = request.payload()
+        payload = agent.payload()
         marc_lccns(payload)
-    return accepted(request.agent.queue.add(request.words, payload))
+    return accepted(agent.queue.add(agent.words, payload))
 
 
 @command("CODE [NAME]", '"ensure-awardee" requires one or two arguments: an awardee code and, to create it, a name')
-def cmd_ensure_awardee(request: Request, code: str, name: str = "") -> dict:
+def cmd_ensure_awardee(agent: Agent, code: str, name: str = "") -> dict:
     """Makes sure that Open ONI has an awardee, at once and without a job."""
-    keys = {"org_code": code, "name": name}
-    with refused("Unable to create awardee", **keys):
+    with refused("Unable to create awardee", org_code=code, name=name):
         if not 0 < len(code) <= 50 or len(name) > 100:
             raise ValueError("an awardee code has 1 to 50 characters, a name at most 100")
-        row = request.agent.oni.ask("awardee", code, name)
+        row = agent.oni.ask("awardee", code, name)
         if not row:
             raise ValueError("awardee name must be given to auto-create awardees")
         if row[0] != code:
-            raise ValueError(f'Open ONI has the awardee "{row[0]}", which its database takes for the same code')
-    return {"message": "Awardee created" if row[2] else "Awardee already exists"}
+            raise ValueError(f'Open ONI has the awardee "{row[0]}", and its database takes the two codes for one')
+    return {"message": "Awardee created" if row[1] else "Awardee already exists"}
 
 
 @command("OLD NEW < INSTRUCTIONS", '"batch-patch" requires exactly two batch names')
-def cmd_batch_patch(request: Request, old: str, new: str) -> dict:
-    """Makes a batch NEW from OLD without the issues that `RemoveIssue LCCN/YYYYMMDDEE` lines name, as a job."""
+def cmd_batch_patch(agent: Agent, old: str, new: str) -> dict:
+    """Makes a batch NEW from OLD, without the issues of the lines `RemoveIssue LCCN/YYYYMMDDEE`, as a job."""
     with refused(f'"{old}" cannot be modified'):
-        check_batch(batch_folder(request, old))
-        if os.path.lexists(batch_folder(request, new)):
+        check_batch(agent.folder(old))
+        if os.path.lexists(agent.folder(new)):
             raise BatchError(f'"{new}" is in BATCH_SOURCE already')
-        payload = request.payload()
-        read_patch(batch_folder(request, old), payload)
-        if not request.state(old).row:
+        payload = agent.payload()
+        read_patch(agent.folder(old), payload)
+        if not agent.state(old).row:
             raise BatchError("batch does not exist")
-    return accepted(request.agent.queue.add(request.words, payload))
+    return accepted(agent.queue.add(agent.words, payload))
+
+
+@command("[STATUS]", '"list-jobs" takes at most one argument, a status')
+def cmd_list_jobs(agent: Agent, status: str = "") -> dict:
+    """Lists all jobs, oldest first; or those that are pending, started, "couldn't start", successful or failed."""
+    if status and status not in STATUS_MESSAGES:
+        raise Refused(f'"{status}" is not a job status', error=f"there are {', '.join(STATUS_MESSAGES)}")
+    return {"jobs": [job_object(job) for job in agent.queue.jobs() if status in ("", job.status)]}
+
+
+@command("ID", "You must supply a job ID")
+def cmd_job_status(agent: Agent, id: str) -> dict:
+    """Says what has become of a job: for a pending one its place in the queue, for a running load how far it is."""
+    job = agent.job(id)
+    return {"message": STATUS_MESSAGES[job.status], "job": {**job_object(job), **agent.queue.progress(job)}}
+
+
+@command("ID", "You must supply a job ID")
+def cmd_job_wait(agent: Agent, id: str) -> Answer:
+    """Answers as job-status when the job has ended; the exit status is 1 if it was not successful."""
+    job = agent.job(id)
+    while not job.finished:
+        agent.queue.wait(job, 1)
+        agent.present()
+    return Answer({"status": "success", **cmd_job_status(agent, id)}, job=job)
+
+
+@command("ID", "You must supply a job ID")
+def cmd_job_follow(agent: Agent, id: str) -> Answer:
+    """Shows a job's log as plain text as it comes, until the job ends; the exit status is 1 if it was not successful."""
+    job = agent.job(id)
+
+    def text() -> Iterator[str]:
+        end, over = 0, False
+        while not over:
+            over = agent.queue.wait(job, 0.2)
+            agent.present()
+            for lines, read in agent.store.log(job).read(STDOUT, STDERR, NOTE, start=end):
+                yield "".join(f"{line}\n" for line in lines)
+                end = read
+
+    return Answer({}, text=text(), job=job)
+
+
+@command("ID [LINES]", "You must supply a job ID")
+def cmd_job_logs(agent: Agent, id: str, count: str = "") -> dict:
+    """Shows what a job has printed so far, or the last LINES of it, each line with its time in UTC."""
+    job = agent.job(id)
+    job_log = agent.store.log(job)
+    if not count:
+        return {"job": {**job_object(job), "stdout": job_log.read(STDOUT, NOTE), "stderr": job_log.read(STDERR)}}
+    if not re.fullmatch(r"\d{1,9}", count, re.ASCII):
+        raise Refused(f'"{count}" is not a number of lines')
+    last = deque((line for lines, _ in job_log.read(STDOUT, STDERR, NOTE) for line in lines), int(count))
+    since = last[0] if last else "~"  # stamps increase, and sort as text
+    return {"job": {**job_object(job), **{
+        name: [line for lines, _ in job_log.read(*kinds) for line in lines if line >= since]
+        for name, kinds in (("stdout", (STDOUT, NOTE)), ("stderr", (STDERR,)))}}}
+
+
+@command("ID", "You must supply a job ID")
+def cmd_job_cancel(agent: Agent, id: str) -> dict:
+    """Ends a job: a pending one never starts, a running one is terminated, and what a load has loaded is purged."""
+    job = agent.job(id)
+    if not agent.queue.cancel(job):
+        raise Refused("The job has ended already", error=STATUS_MESSAGES[job.status], job=job_object(job))
+    return {"message": "Job cancelled" if job.finished else "Job is being cancelled", "job": job_object(job)}
+
+
+@command("ID", "You must supply a job ID")
+def cmd_job_retry(agent: Agent, id: str) -> dict:
+    """Queues a job that was not successful again, as a new job."""
+    job = agent.job(id)
+    if job.status not in (FAILED, COULD_NOT_START):
+        raise Refused("Only a job that has failed can be retried", error=STATUS_MESSAGES[job.status], job=job_object(job))
+    if job.words[0] in ("load-batch", "purge-batch"):
+        return accepted(*agent.queue.add_once(job.words, bool), retry_of=job.id)
+    return accepted(agent.queue.add(job.words, agent.store.payload(job)), retry_of=job.id)
 
 
 @command()
-def cmd_list_jobs(request: Request) -> dict:
-    """Lists all jobs, oldest first."""
-    return {"jobs": [job_object(job) for job in request.agent.queue.jobs()]}
+def cmd_list_batches(agent: Agent) -> dict:
+    """Lists every batch that is in BATCH_SOURCE or in Open ONI, and whether it is absent, partial or complete."""
+    source = agent.settings.batch_source
+    with refused("The batches cannot be listed"):
+        states = batch_states(agent.oni, source)
+    for name in filter(BATCH_NAME.fullmatch, os.listdir(source)):
+        states.setdefault(name, BatchState(False, None, source))
+    return {"batches": [batch_object(states[name], source / name) for name in sorted(states)]}
 
 
-@command("ID", "You must supply a job ID")
-def cmd_job_status(request: Request, id: str) -> dict:
-    """Says what has become of a job."""
-    job = requested_job(request, id)
-    return {"message": STATUS_MESSAGES[job.status], "job": job_object(job)}
-
-
-@command("ID", "You must supply a job ID")
-def cmd_job_logs(request: Request, id: str) -> dict:
-    """Shows what a job has printed so far, each line with its time in UTC."""
-    job = requested_job(request, id)
-    log = request.agent.store.log(job)
-    return {"job": {**job_object(job), "stdout": log.read(STDOUT, NOTE), "stderr": log.read(STDERR)}}
+@command("BATCH", '"batch-status" requires exactly one batch name')
+def cmd_batch_status(agent: Agent, name: str) -> dict:
+    """Says what Open ONI holds of a batch, its newest events, and the jobs that the agent had for it."""
+    with refused(f'"{name}" cannot be looked up'):
+        folder, state = agent.folder(name), agent.state(name)
+        if not state.row and not folder.exists():
+            raise BatchError("there is no such batch, in BATCH_SOURCE or in Open ONI"
+                             + nearly(name, [*os.listdir(folder.parent), *batch_states(agent.oni, folder.parent)]))
+    return {"message": str(state), "batch": batch_object(state, folder), "events": list(state.events[-5:]),
+            "jobs": [job_object(job) for job in agent.queue.jobs() if name in job.words]}
 
 
 # ---------------------------------------------------------------- SSH
 
-KEX = ("mlkem768x25519-sha256", "curve25519-sha256", "curve25519-sha256@libssh.org")
+KEX = ("mlkem768x25519-sha256", "curve25519-sha256", "curve25519-sha256@libssh.org")  # every client of today has one
 CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com", "aes128-ctr", "aes192-ctr", "aes256-ctr")
 MACS = ("hmac-sha2-256-etm@openssh.com", "hmac-sha2-512-etm@openssh.com")
 TRAILER = b"\n\nEND\n"  # ends a payload; so does the end of standard input
@@ -1467,14 +1624,14 @@ TRAILER = b"\n\nEND\n"  # ends a payload; so does the end of standard input
 def load_host_key(path: Path) -> paramiko.PKey:
     """The ed25519, ECDSA or RSA key in a file. Raises ValueError."""
     try:
-        path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"is {str(path)!r}, which cannot be read: {error.strerror}") from error
+        read_regular(path)
+    except BatchError as error:
+        raise ValueError(f"is {str(path)!r}, which cannot be used: {error}") from error
     for kind in (paramiko.Ed25519Key, paramiko.ECDSAKey, paramiko.RSAKey):
         with contextlib.suppress(Exception):  # paramiko tells a foreign file in many ways
             return kind(filename=str(path))
-    raise ValueError(f"is {str(path)!r}, which holds no ed25519, ECDSA or RSA key without a passphrase;"
-                     " it was left as it is")
+    raise ValueError(f"is {str(path)!r}, which holds no ed25519, ECDSA or RSA key without a passphrase; it was left"
+                     " as it is")
 
 
 def make_host_key(path: Path) -> None:
@@ -1483,66 +1640,44 @@ def make_host_key(path: Path) -> None:
     private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH,
                                 serialization.NoEncryption())
     public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-    path.with_name(path.name + ".pub").write_bytes(public + b" oni-agent\n")
     unready = path.with_name(path.name + ".unready")  # under its name only when whole
     unready.unlink(missing_ok=True)
     with open(os.open(unready, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(private)
         file.flush()
         os.fsync(file.fileno())
+    path.with_name(path.name + ".pub").write_bytes(public + b" oni-agent\n")
     unready.rename(path)
 
 
-def encoded(value: object, end: str = "", step: str = "") -> Iterator[str]:
-    """`value` as JSON, in pieces: compact, or with `end` as line break and `step` as indentation.
-
-    A dict's values may be iterators of lists; each becomes one array, of which only a piece is in memory.
-    """
-    inner = end + step
-    if isinstance(value, dict):
-        for number, (key, item) in enumerate(value.items()):
-            yield ("," if number else "{") + inner + json.dumps(key) + (": " if end else ":")
-            yield from encoded(item, inner, step)
-        yield end + "}" if value else "{}"
-    elif isinstance(value, (list, Iterator)):
+def encoded(reply: dict, indent: int | None) -> Iterator[str]:
+    """A reply as JSON, in pieces. The lines of a log, which may be many, are encoded as they are read."""
+    logs: list[Iterator] = []
+    text = json.dumps(reply, ensure_ascii=False, indent=indent, separators=None if indent else (",", ":"),
+                      default=lambda lines: logs.append(lines) or "\0")
+    first, *rest = text.split(json.dumps("\0"))  # what a reply says itself can hold no such string
+    yield first
+    for lines, after in zip(logs, rest):
         opening = "["
-        for items in value if isinstance(value, Iterator) else [value]:
-            if items and isinstance(items[0], str):  # the many lines of a log
-                yield opening + inner + json.dumps(items, ensure_ascii=False, separators=("," + inner, ""))[1:-1]
+        for some, _ in lines:
+            if some:
+                yield opening + json.dumps(some, ensure_ascii=False, separators=(",\n" if indent else ",", ""))[1:-1]
                 opening = ","
-                continue
-            for item in items:
-                yield opening + inner
-                yield from encoded(item, inner, step)
-                opening = ","
-        yield end + "]" if opening == "," else "[]"
-    else:
-        yield json.dumps(value, ensure_ascii=False)
-
-
-def gathered(pieces: Iterator[str]) -> Iterator[bytes]:
-    """The pieces as UTF-8, joined to chunks that are worth sending."""
-    held, size = [], 0
-    for piece in pieces:
-        held.append(piece)
-        size += len(piece)
-        if size >= CHUNK:
-            yield "".join(held).encode()
-            held, size = [], 0
-    yield "".join(held).encode()
+        yield ("[]" if opening == "[" else "]") + after
+    yield "\n"
 
 
 class ClientSocket(socket.socket):
     """An accepted socket as paramiko uses it.
 
-    paramiko asks for more only when it has dealt with, and answered, the last message: the moment
-    to begin a command whose answer must not overtake the reply to its request.
+    paramiko asks for more only when it has dealt with, and answered, the last message: the moment to begin a command,
+    whose answer must not overtake the reply to its request.
     """
 
     before_read: Callable[[], None]
 
     def recv(self, size: int, flags: int = 0) -> bytes:
-        """Receives, and acknowledges at once: OpenSSH's next packet waits for it (40 ms, Nagle)."""
+        """Receives, and acknowledges at once: OpenSSH's next packet waits for that (40 ms, Nagle)."""
         self.before_read()
         data = super().recv(size, flags)
         if hasattr(socket, "TCP_QUICKACK"):
@@ -1554,21 +1689,20 @@ class ClientSocket(socket.socket):
 class Connection(paramiko.ServerInterface):
     """One client's connection: whom paramiko asks what is allowed, and the sessions that come of it."""
 
-    def __init__(self, server: SSHServer, accepted: socket.socket, address: str):
-        self.server = server
-        self.address = address
-        self.user = ""
+    def __init__(self, server: SSHServer, accepted: socket.socket, address: tuple):
+        self.server, self.address, self.host = server, show_address(address), plain_host(address)
+        self.user, self.admitted = "", "anyone"
         self.born = self.idle_since = time.monotonic()
         self.sessions: set[Session] = set()
+        self.cut_off = False
         self._begun: list[Session] = []  # sessions whose request paramiko is about to answer
         self._channels: list[paramiko.Channel] = []
-        self._ttys: set[int] = set()
-        self.cut_off = False
+        self._ttys: set[paramiko.Channel] = set()
         self._socket = ClientSocket(fileno=accepted.detach())
         self._socket.before_read = self._start_sessions
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        self.transport = paramiko.Transport(self._socket)
+        self.transport = paramiko.Transport(self._socket, disabled_algorithms={"pubkeys": ["ssh-rsa"]})  # SHA-1
         self.transport.local_version = f"SSH-2.0-ONI_Agent_{VERSION}"
         self.transport.add_server_key(server.host_key)
         options = self.transport.get_security_options()
@@ -1577,43 +1711,42 @@ class Connection(paramiko.ServerInterface):
         options.digests = [name for name in MACS if name in options.digests]
         self.transport.start_server(event=threading.Event(), server=self)
 
-    def get_allowed_auths(self, username: str) -> str:
-        """As paramiko asks: the ways to authenticate."""
-        return "none"
+    # What paramiko asks, on the transport's thread: no work here.
 
-    def check_auth_none(self, username: str) -> int:
-        """As paramiko asks: anyone who reaches the agent may use it."""
+    def get_allowed_auths(self, username):
+        return "publickey" if self.server.agent.settings.authorized_keys else "none"
+
+    def check_auth_none(self, username):
         self.user = username
+        return paramiko.AUTH_FAILED if self.server.agent.settings.authorized_keys else paramiko.AUTH_SUCCESSFUL
+
+    def check_auth_publickey(self, username, key):
+        self.user = username
+        if not key_is_authorized(self.server.agent.settings.authorized_keys, key, self.host):
+            log.warning("connection from=%s user=%r refused key=%s", self.address, username, fingerprint(key))
+            return paramiko.AUTH_FAILED
+        self.admitted = fingerprint(key)
         return paramiko.AUTH_SUCCESSFUL
 
-    def check_channel_request(self, kind: str, chanid: int) -> int:
-        """As paramiko asks: sessions only, and not too many."""
-        while True:
-            channel = self.transport.accept(0)  # else paramiko keeps each for ever
-            if not channel:
-                break
+    def check_channel_request(self, kind, chanid):
+        while channel := self.transport.accept(0):  # else paramiko keeps each for ever
             self._channels.append(channel)
         self._channels = [channel for channel in self._channels if not channel.closed]
         if kind != "session":
             return paramiko.OPEN_FAILED_ADMINISTRATIVELY_PROHIBITED
-        if len(self._channels) >= MAX_CHANNELS:
-            return paramiko.OPEN_FAILED_RESOURCE_SHORTAGE
-        return paramiko.OPEN_SUCCEEDED
+        return paramiko.OPEN_FAILED_RESOURCE_SHORTAGE if len(self._channels) >= MAX_CHANNELS else paramiko.OPEN_SUCCEEDED
 
-    def check_channel_pty_request(self, channel: paramiko.Channel, *_) -> bool:
-        """As paramiko asks: a terminal is taken note of."""
-        self._ttys.add(channel.get_id())
+    def check_channel_pty_request(self, channel, *_):
+        self._ttys.add(channel)
         return True
 
-    def check_channel_shell_request(self, channel: paramiko.Channel) -> bool:
-        """As paramiko asks: no shell, but an answer that says so."""
-        return self.check_channel_exec_request(channel, b"")
+    def check_channel_shell_request(self, channel):
+        return self.check_channel_exec_request(channel, b"")  # no shell, but an answer that says so
 
-    def check_channel_exec_request(self, channel: paramiko.Channel, command: bytes) -> bool:
-        """As paramiko asks: a command, the only one of its channel (RFC 4254, 6.5)."""
+    def check_channel_exec_request(self, channel, command):
         if any(session.channel is channel for session in self.sessions):
-            return False
-        session = Session(self, channel, command, channel.get_id() in self._ttys)
+            return False  # RFC 4254, 6.5: one to a channel
+        session = Session(self, channel, command, channel in self._ttys)
         self.sessions.add(session)
         self._begun.append(session)
         return True
@@ -1625,21 +1758,26 @@ class Connection(paramiko.ServerInterface):
     def ended(self, session: Session) -> None:
         """A session is over."""
         self.idle_since = time.monotonic()
+        self._ttys.discard(session.channel)
         self.sessions.discard(session)
+
+    @property
+    def half_open(self) -> bool:
+        """Whether its client has not been admitted yet."""
+        return not self.transport.is_authenticated()
 
     def overdue(self, now: float) -> str:
         """Why the connection must go by now; empty if it may stay."""
-        if not self.transport.is_authenticated() and now - self.born > HANDSHAKE_SECONDS:
+        if self.half_open and now - self.born > HANDSHAKE_SECONDS:
             return "no handshake in time"
         if not self.sessions and now - self.idle_since > IDLE_SECONDS:
             return "idle"
-        if any(session.stalled(now) for session in list(self.sessions)):
-            return "its client does not read"
-        return ""
+        stalled = any(session.stalled(now) for session in list(self.sessions))
+        return "its client does not read" if stalled else ""
 
     def cut(self, why: str) -> None:
         """Ends the connection at once; its threads see that and end by themselves."""
-        log.debug("connection from=%s is cut: %s", self.address, why)
+        log.debug("connection from=%s cut=%r", self.address, why)
         self.cut_off = True
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
@@ -1656,85 +1794,88 @@ class Session(threading.Thread):
     def __init__(self, connection: Connection, channel: paramiko.Channel, line: bytes, tty: bool):
         self.number = next(connection.server.numbers)
         super().__init__(name=f"session {self.number}", daemon=True)
-        self.connection = connection
-        self.channel = channel
-        self._line = line
-        self._break = "\r\n" if tty else "\n"
-        self._indent = ("\r\n", "  ") if tty else ()
-        self._sending_since: Optional[float] = None  # since when the client has taken nothing
+        self.connection, self.channel, self._line, self._tty = connection, channel, line, tty
+        self._sending_since: float | None = None  # since when the client has taken nothing
 
     def run(self) -> None:
         """Answers, and closes the channel in the order that loses nothing."""
-        begun = time.monotonic()
-        status = "client went away"
+        begun, status = time.monotonic(), "client went away"
         try:
-            reply = answer(self.connection.server.agent, self._line, self._read_payload)
-            self._send({**reply, "session": {"id": self.number}})
-            self.channel.send_exit_status(0)  # NCA's library takes any other for a broken connection
-            status = reply["status"]
+            agent = dataclasses.replace(self.connection.server.agent, payload=self._read_payload, present=self._present)
+            reply = answer(agent, self._line)
+            self._send(reply.text or encoded({**reply.keys, "session": {"id": self.number}}, 2 if self._tty else None))
+            self.channel.send_exit_status(int(reply.job is not None and reply.job.status != SUCCESSFUL))
+            status = reply.keys.get("status", "followed")
         except (ClientGone, OSError, EOFError, paramiko.SSHException):
             pass
         finally:
             with contextlib.suppress(OSError, EOFError, paramiko.SSHException):
                 self.channel.close()
             self.connection.ended(self)
-            log.info("session=%d from=%s user=%r command=%r status=%r ms=%d", self.number, self.connection.address,
-                     self.connection.user, self._line[:200].decode("utf-8", "replace"), status,
-                     (time.monotonic() - begun) * 1000)
+            log.info("session=%d from=%s user=%r admitted=%s command=%r status=%r ms=%d", self.number,
+                     self.connection.address, self.connection.user, self.connection.admitted,
+                     self._line[:200].decode("utf-8", "replace"), status, (time.monotonic() - begun) * 1000)
 
-    def _send(self, reply: dict) -> None:
+    def _send(self, pieces: Iterator[str]) -> None:
         self.channel.settimeout(STALL_SECONDS)
-        for chunk in gathered(itertools.chain(encoded(reply, *self._indent), [self._break])):
-            while chunk:
+        for piece in pieces:
+            data = memoryview((piece.replace("\n", "\r\n") if self._tty else piece).encode())
+            while data:
                 self._sending_since = time.monotonic()
-                sent = self.channel.send(chunk)
+                sent = self.channel.send(data[:CHUNK])
                 if not sent:
                     raise ClientGone
-                chunk = chunk[sent:]
-        self._sending_since = None
+                data = data[sent:]
+            self._sending_since = None
 
     def stalled(self, now: float) -> bool:
-        """Whether the client has taken nothing of its answer for too long, though TCP holds (paramiko waits for ever)."""
-        return self._sending_since is not None and now - self._sending_since > STALL_SECONDS + 5
+        """Whether the client has taken nothing of its answer for too long while TCP holds: paramiko waits for ever."""
+        since = self._sending_since
+        return since is not None and now - since > STALL_SECONDS + 5
+
+    def _present(self) -> None:
+        """Raises ClientGone if it is."""
+        if self.channel.closed or not self.connection.transport.is_active():
+            raise ClientGone
 
     def _read_payload(self) -> bytes:
-        """Standard input to its trailer or its end. Raises Refused, ClientGone."""
+        """Standard input to its trailer or its end. Raises ClientGone, and ValueError, which says what is wrong."""
         self.channel.settimeout(STDIN_SECONDS)
         data = bytearray()
-        try:
-            while True:
+        while True:
+            try:
                 piece = self.channel.recv(65536)
-                data += piece
-                if len(data) > MAX_PAYLOAD + len(TRAILER):
-                    raise Refused("Invalid data", error=f"more than {MAX_PAYLOAD >> 20} MiB on standard input")
-                if data.endswith(TRAILER) and not self.channel.recv_ready():
-                    return bytes(data[:-len(TRAILER)])
-                if not piece and self.channel.eof_received:
-                    return bytes(data)
-                if not piece:
-                    raise ClientGone  # half a payload must not pass for a whole one
-        except socket.timeout:
-            raise Refused("Invalid data", error=f"standard input gave nothing for {STDIN_SECONDS} s and has not ended:"
-                                                " close it, or send an empty line and END") from None
+            except socket.timeout:
+                raise ValueError(f"standard input gave nothing for {STDIN_SECONDS} s and has not ended: close it, or"
+                                 " send an empty line and END") from None
+            data += piece
+            if len(data) > MAX_PAYLOAD + len(TRAILER):
+                raise ValueError(f"there are more than {MAX_PAYLOAD >> 20} MiB on standard input")
+            if data.endswith(TRAILER) and not self.channel.recv_ready():
+                return bytes(data[:-len(TRAILER)])
+            if not piece and self.channel.eof_received:
+                return bytes(data)
+            if not piece:
+                raise ClientGone  # half a payload must not pass for a whole one
 
 
 class SSHServer:
     """Takes connections, and sees to it that each goes when its time is up."""
 
     def __init__(self, agent: Agent, host_key: paramiko.PKey):
-        self.agent = agent
-        self.host_key = host_key
+        self.agent, self.host_key = agent, host_key
         self.numbers = itertools.count(1)
         self._connections: set[Connection] = set()
-        self._listener = listen(*agent.settings.bind)
-        log.info("listening on %s, ONI Agent %s, state in %s", show_address(self._listener.getsockname()), VERSION,
-                 agent.settings.state)
+        self._refused: dict[str, float] = {}  # when an address was last logged as refused
+        self._listener = listen(*agent.settings.ba_bind)
+        self.address = show_address(self._listener.getsockname())
+        self.loopback = ipaddress.ip_address(plain_host(self._listener.getsockname())).is_loopback
 
     def serve(self, stop: socket.socket) -> None:
         """Serves until `stop` can be read, then lets answers under way end, for a moment."""
         with selectors.DefaultSelector() as selector:
             selector.register(self._listener, selectors.EVENT_READ, self._accept)
-            selector.register(stop, selectors.EVENT_READ, None)
+            selector.register(stop, selectors.EVENT_READ)
             swept = 0.0
             while True:
                 for key, _ in selector.select(timeout=1):
@@ -1750,22 +1891,38 @@ class SSHServer:
             accepted, address = self._listener.accept()
         except OSError as error:
             log.error("a connection could not be taken: %s", error)
-            self._make_room()
-            time.sleep(0.1)  # out of descriptors, say: the loop must not spin
-            return
-        if sum(not each.cut_off for each in self._connections) >= MAX_CONNECTIONS and not self._make_room():
-            log.warning("connection from=%s is refused: all %d are at work", show_address(address), MAX_CONNECTIONS)
-            return accepted.close()
-        try:
-            self._connections.add(Connection(self, accepted, show_address(address)))
-        except Exception as error:  # no thread to be had, or gone already
-            log.warning("connection from=%s failed: %s", show_address(address), error)
-            accepted.close()
+            self._make_room(self._connections)
+            return time.sleep(0.1)  # out of descriptors, say: the loop must not spin
+        why = self._refusal(plain_host(address))
+        if not why:
+            with contextlib.suppress(OSError, RuntimeError, EOFError, paramiko.SSHException):  # gone already; no thread
+                return self._connections.add(Connection(self, accepted, address))
+        accepted.close()
 
-    def _make_room(self) -> bool:
-        idle = [each for each in self._connections if not each.sessions and not each.cut_off]
+    def _refusal(self, host: str) -> str:
+        """Why a client at this address may not connect; empty if it may, for which another's connection may go."""
+        allowed = self.agent.settings.allow_from
+        if allowed and not any(ipaddress.ip_address(host) in network for network in allowed):
+            why = "not in ALLOW_FROM"
+        else:
+            live = [each for each in self._connections if not each.cut_off]
+            crowds = ((live, MAX_CONNECTIONS), ([each for each in live if each.host == host], MAX_FROM_ONE_ADDRESS),
+                      ([each for each in live if each.half_open], MAX_HALF_OPEN))
+            if all(len(crowd) < limit or self._make_room(crowd) for crowd, limit in crowds):
+                return ""
+            why = "too many connections, all at work"
+        now = time.monotonic()
+        if now - self._refused.get(host, -60) >= 60:
+            self._refused = {each: when for each, when in self._refused.items() if now - when < 60}
+            self._refused[host] = now
+            log.warning("connection from=%s refused=%r", host, why)
+        return why
+
+    @staticmethod
+    def _make_room(crowd: Iterable[Connection]) -> bool:
+        idle = [each for each in crowd if not each.sessions and not each.cut_off]
         if idle:
-            min(idle, key=lambda each: each.idle_since).cut("another one needs its place")
+            min(idle, key=lambda each: each.idle_since).cut("others need its place")
         return bool(idle)
 
     def _sweep(self, now: float) -> None:
@@ -1778,33 +1935,86 @@ class SSHServer:
     def _finish(self) -> None:
         self._listener.close()
         until = time.monotonic() + STOP_SECONDS
-        for connection in self._connections:
-            for session in list(connection.sessions):
-                session.join(max(0, until - time.monotonic()))
+        for session in [session for each in self._connections for session in list(each.sessions)]:
+            session.join(max(0, until - time.monotonic()))
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; every address, IPv6 too where there is IPv6, if `host` is empty. Raises OSError."""
+    """A listening socket; on every address, IPv6 too where there is IPv6, if `host` is empty. Raises OSError."""
     both = host in ("", "::") and socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)[0][0]
     return socket.create_server((host, port), family=family, backlog=512, dualstack_ipv6=both)
 
 
+def plain_host(address: tuple) -> str:
+    """The IP address in a socket's address; an IPv4 one as such, though it came over an IPv6 socket."""
+    host = ipaddress.ip_address(address[0].partition("%")[0])
+    return str(getattr(host, "ipv4_mapped", None) or host)
+
+
 def show_address(address: tuple) -> str:
     """A socket's address as people write it."""
-    host, port = address[0], address[1]
-    host = host[7:] if host.startswith("::ffff:") else host
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    host = plain_host(address)
+    return f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
+
+
+def fingerprint(key: paramiko.PKey) -> str:
+    """A public key as ssh-keygen -l shows it."""
+    return "SHA256:" + base64.b64encode(hashlib.sha256(key.asbytes()).digest()).decode().rstrip("=")
+
+
+def key_is_authorized(path: Path, key: paramiko.PKey, host: str) -> bool:
+    """Whether an authorized_keys file (sshd(8)) admits a key from an address; an unreadable one admits nobody.
+
+    Of the options before a key, from="…" with addresses and networks is honoured; a key with any other is refused.
+    """
+    blob = base64.b64encode(key.asbytes()).decode()
+    try:
+        lines = path.read_text("utf-8", "replace").splitlines()
+    except OSError as error:
+        log.error("AUTHORIZED_KEYS: %s cannot be read, so nobody is admitted: %s", path, error.strerror)
+        return False
+    for options in (line.strip().partition(f"{key.get_name()} {blob}")[0].strip() for line in lines if blob in line):
+        match = re.fullmatch(r'(?:from="([^"]*)")?', options)
+        with contextlib.suppress(ValueError):
+            if match and (match[1] is None or any(ipaddress.ip_address(host) in each for each in networks(match[1]))):
+                return True
+    return False
 
 
 # ---------------------------------------------------------------- main
 
 
-def set_up_logging(level: str) -> None:
-    """The log goes to stderr; under systemd the journal knows the time."""
-    form = "%(levelname)s %(message)s" if "JOURNAL_STREAM" in os.environ else "%(asctime)s %(levelname)s %(message)s"
-    logging.basicConfig(level=level, format=form, stream=sys.stderr)
-    logging.getLogger("paramiko").setLevel(logging.DEBUG if level == "DEBUG" else logging.CRITICAL)
+class LogForm(logging.Formatter):
+    """Lines for people; under systemd, whose journal knows the time, with the priority in front (sd-daemon(3))."""
+
+    PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3}
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One record as text."""
+        text = super().format(record)
+        if "JOURNAL_STREAM" in os.environ:
+            return "\n".join(f"<{self.PRIORITIES[record.levelname]}>{line}" for line in text.split("\n"))
+        return f"{self.formatTime(record)} {record.levelname} {text}"
+
+
+def tell_systemd(state: str) -> None:
+    """Says how the service is (sd_notify(3)), where systemd wants to know."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if address:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+            notify.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)
+
+
+def run_on_finish(program: str, job: Job, log_path: Path, environ: dict[str, str]) -> None:
+    """Runs ON_FINISH for a job that has ended, 60 s at most; what becomes of it is only logged."""
+    about = {"ONI_JOB_ID": str(job.id), "ONI_JOB_COMMAND": shlex.join(job.words), "ONI_JOB_STATUS": job.status,
+             "ONI_JOB_ERROR": job.error.replace("\0", ""), "ONI_JOB_LOG": str(log_path)}
+    try:
+        subprocess.run([program], env={**environ, **about}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                       timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        log.error("job=%d ON_FINISH failed: %s", job.id, error)
 
 
 def check_oni(oni: OpenONI) -> None:
@@ -1815,14 +2025,51 @@ def check_oni(oni: OpenONI) -> None:
         log.error("Open ONI in %s: %s", oni.location, error)
 
 
+def check_all(environ: dict[str, str]) -> int:
+    """Looks at everything that the agent needs, a line each; the exit status is 1 if something is wrong."""
+    try:
+        settings, problems = Settings.read(environ), []
+    except SettingsError as error:
+        settings, problems = None, list(error.args)
+    findings = [(not problems, "settings", ""), *((False, "", problem) for problem in problems)]
+    if settings:
+        oni, source = OpenONI(settings.oni_location, environ), settings.batch_source
+
+        def attempt(name: str, look: Callable[[], object], advice: str) -> object:
+            try:
+                found = look()
+                findings.append((True, name, str(found or "")))
+                return found
+            except (ONIError, StoreError, OSError) as error:
+                findings.append((False, name, f"{error}; {advice}"))
+
+        def writable(folder: Path) -> Callable[[], None]:
+            return lambda: tempfile.TemporaryFile(dir=folder).close()
+
+        attempt("state folder", lambda: JobStore(settings.state_directory), "an agent may be at work already: ask it")
+        attempt("address", lambda: show_address(listen(*settings.ba_bind).getsockname()), "set BA_BIND to a free port")
+        attempt("batch source", lambda: f"{sum(map(bool, map(BATCH_NAME.fullmatch, os.listdir(source))))} batches",
+                "let the agent's user read it")
+        attempt("manage.py check", oni.check, "run it by hand, as the agent's user")
+        held = attempt("database", lambda: oni.ask("batches", within=PATIENT_SECONDS), "mend ONI's database settings")
+        attempt("ONI's log/", writable(settings.oni_location / "log"), "let the agent's user write there")
+        if held:
+            findings[-2] = (True, "database", f"{len(held['batches'])} batches")
+            attempt("ONI's batch storage", writable(Path(held["storage"])), "let the agent's user write there")
+        oni.rest()
+    for good, name, text in findings:
+        print("✓" if good else "✗", ": ".join(filter(None, (name, text))))
+    return int(not all(good for good, *_ in findings))
+
+
 def stop_on_signals() -> socket.socket:
     """A socket that can be read once SIGTERM or SIGINT has come; a second signal ends the agent at once."""
     reader, writer = socket.socketpair()
 
     def stop(number: int, _) -> None:
-        log.info("stopping on %s; what manage.py does goes on", signal.Signals(number).name)
         for each in (signal.SIGTERM, signal.SIGINT):
             signal.signal(each, lambda *_: os._exit(1))
+        log.info("stopping on %s; what manage.py does goes on", signal.Signals(number).name)
         writer.send(b"!")
 
     signal.signal(signal.SIGTERM, stop)
@@ -1835,35 +2082,49 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="oni_agent.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"ONI Agent {VERSION}")
-    parser.parse_args()
+    parser.add_argument("--check", action="store_true", help="look at all that the agent needs, and say what is wrong")
+    environ = dict(os.environ)
+    if parser.parse_args().check:
+        return check_all(environ)
     try:
-        settings = Settings.read(dict(os.environ))
+        settings = Settings.read(environ)
     except SettingsError as error:
-        for problem in error.args:
-            print(f"oni_agent: {problem}.", file=sys.stderr)
+        print("\n".join(f"oni_agent: {problem}." for problem in error.args), file=sys.stderr)
         return 2
-    set_up_logging(settings.log_level)
-    if "DB_CONNECTION" in os.environ:
-        log.info("DB_CONNECTION is set and not needed: the database is asked through Open ONI's own settings")
+    logging.basicConfig(level=settings.log_level, stream=sys.stderr)
+    logging.getLogger().handlers[0].setFormatter(LogForm())
+    logging.getLogger("paramiko").setLevel(logging.DEBUG if settings.log_level == "DEBUG" else logging.CRITICAL)
+    stop = stop_on_signals()
     try:
-        stop = stop_on_signals()
+        store = JobStore(settings.state_directory)
         if not settings.host_key_file.exists():
             make_host_key(settings.host_key_file)
-        store = JobStore(settings.state)
-        oni = OpenONI(settings.oni_location, dict(os.environ))
-        agent = Agent(settings, oni, store, JobQueue(store, settings, oni))
-        server = SSHServer(agent, load_host_key(settings.host_key_file))
+        oni = OpenONI(settings.oni_location, environ)
+
+        def ended(job: Job) -> None:
+            if settings.on_finish:
+                threading.Thread(target=run_on_finish, daemon=True, args=(
+                    settings.on_finish, job, store.log(job).path, oni.environment)).start()
+
+        jobs = JobQueue(store, settings, oni, ended, lambda text: tell_systemd(f"STATUS={text}"))
+        server = SSHServer(Agent(settings, oni, store, jobs), load_host_key(settings.host_key_file))
     except (StoreError, OSError) as error:
         print(f"oni_agent: {error}.", file=sys.stderr)
         return 1
-    agent.queue.start()
+    log.info("listening on %s version=%s state=%s", server.address, VERSION, settings.state_directory)
+    if settings.db_connection:
+        log.info("DB_CONNECTION is set and not needed: the database is asked through Open ONI's own settings")
+    if not settings.allow_from and not settings.authorized_keys and not server.loopback:
+        log.warning("anyone who reaches %s may load and purge: set ALLOW_FROM or AUTHORIZED_KEYS", server.address)
+    jobs.start()
     threading.Thread(target=check_oni, args=(oni,), daemon=True).start()
+    tell_systemd("READY=1")
     server.serve(stop)
-    logging.shutdown()
+    tell_systemd("STOPPING=1")
     return 0
 
 
 if __name__ == "__main__":
     status = main()
-    sys.stdout.flush()
-    os._exit(status)  # without waiting for threads: whatever they do is safe to cut off at any instant
+    logging.shutdown()
+    os._exit(status)  # without waiting for threads: whatever they do may be cut off at any instant
