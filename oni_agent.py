@@ -119,7 +119,7 @@ class Settings:
     host_key_file: Path
     allow_from: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]
     authorized_keys: Path | None
-    on_finish: str
+    on_finish: Path | None
     log_level: str
     db_connection: bool
 
@@ -141,8 +141,8 @@ class Settings:
         read("STATE_DIRECTORY", private_folder, os.path.join(home, "oni-agent"))
         read("HOST_KEY_FILE", host_key_path, str(values.get("state_directory", Path()) / "host_key"))
         read("ALLOW_FROM", networks)
-        read("AUTHORIZED_KEYS", lambda value: value and existing_file(value))
-        read("ON_FINISH", lambda value: value and str(existing_file(value, os.X_OK)))
+        read("AUTHORIZED_KEYS", file_for(os.R_OK))
+        read("ON_FINISH", file_for(os.X_OK))
         read("LOG_LEVEL", known_log_level, "info")
         read("DB_CONNECTION", bool)
         if problems:
@@ -191,17 +191,19 @@ def bind_address(value: str) -> tuple[str, int]:
 def networks(value: str) -> tuple:
     """The addresses and networks, separated by commas or blanks, in `value`."""
     try:
-        return tuple(map(ipaddress.ip_network, re.split(r"[,\s]+", value.strip()))) if value.strip() else ()
+        return tuple(map(ipaddress.ip_network, value.replace(",", " ").split()))
     except ValueError as error:
         raise ValueError(f"is {value!r}: {error}") from error
 
 
-def existing_file(value: str, access: int = os.R_OK) -> Path:
-    """`value` as the absolute path of a file that can be read, or executed."""
-    path = Path(value).resolve()
-    if not path.is_file() or not os.access(path, access):
-        raise ValueError(f"is {value!r}, which is not a file that can be {'read' if access == os.R_OK else 'executed'}")
-    return path
+def file_for(access: int) -> Callable[[str], Path | None]:
+    """A reader of the absolute path of a file, if it is set, that allows os.R_OK or os.X_OK."""
+    def read(value: str) -> Path | None:
+        path = Path(value).resolve()
+        if value and not (path.is_file() and os.access(path, access)):
+            raise ValueError(f"is {value!r}, not a file that can be {'read' if access == os.R_OK else 'executed'}")
+        return path if value else None
+    return read
 
 
 def host_key_path(value: str) -> Path:
@@ -297,10 +299,11 @@ class OpenONI:
         manage = self.location / "manage.py"
         program = [manage] if os.access(manage, os.X_OK) else [self.location / "ENV" / "bin" / "python3", manage]
         try:
+            manage.stat()
             return subprocess.Popen([*map(str, program), *words], cwd=self.location, env=self.environment,
                                     start_new_session=True, **{"stdin": subprocess.DEVNULL, **options})
         except OSError as error:
-            raise ONINotRun(f"couldn't run {program[0]}: {error.strerror}") from error
+            raise ONINotRun(f"couldn't run {manage}: {error}") from error
 
     def check(self) -> str:
         """What `manage.py check` says of ONI's settings; it asks neither database nor Solr. Raises ONIError."""
@@ -486,11 +489,16 @@ def batch_states(oni: OpenONI, source: Path, *names: str, within: float = ANSWER
     reply = oni.ask("batches", *names, within=within)
     states = {}
     for name in names or reply["batches"]:
-        link, expected, held = Path(reply["storage"]) / name, None, reply["batches"].get(name)
-        with contextlib.suppress(BatchError):
-            expected = len(batch_issues(source / name if (source / name).is_dir() else link))
+        link, held = Path(reply["storage"]) / name, reply["batches"].get(name)
+        expected = issue_count(source / name if (source / name).is_dir() else link)
         states[name] = BatchState(bool(held), expected, link, **(held or {}))
     return states
+
+
+def issue_count(folder: Path) -> int | None:
+    """How many issues a batch's batch.xml names; None if there is none that can be read."""
+    with contextlib.suppress(BatchError):
+        return len(batch_issues(folder))
 
 
 def marc_lccns(data: bytes) -> list[str]:
@@ -853,34 +861,6 @@ class Cancelled(Exception):
     """The job at work is to end."""
 
 
-@dataclass
-class Run:
-    """One manage.py that has ended."""
-
-    status: int | None = None  # exit status, -N for signal N; None if an earlier agent started it
-    first_error: str = ""  # its first [ERROR] line
-    last_lines: deque[str] = field(default_factory=lambda: deque(maxlen=20))  # of stderr
-
-    def read(self, lines: list[bytes]) -> None:
-        """Takes note of what was printed on stderr."""
-        if not self.first_error:
-            self.first_error = next((line[8:].decode("utf-8", "replace") for line in lines
-                                     if line.startswith(b"[ERROR] ")), "")
-        self.last_lines.extend(line.decode("utf-8", "replace") for line in lines[-20:] if line.strip())
-
-    @property
-    def complaint(self) -> str:
-        """Its first [ERROR] line, else the last on stderr."""
-        return self.first_error or (self.last_lines or ["nothing"])[-1]
-
-    @property
-    def reason(self) -> str:
-        """How it ended, and why."""
-        if self.status < 0:
-            return f"killed by signal {-self.status} ({signal.Signals(-self.status).name})"
-        return f"exit status {self.status}: {self.complaint}"
-
-
 class Tail:
     """The lines that a running command appends to a file.
 
@@ -934,11 +914,13 @@ class Work:
         self.job, self.oni, self.source = job, oni, settings.batch_source
         self.payload, self.folder = functools.partial(store.payload, job), store.job_folder(job)
         self.cancelled = threading.Event()
+        self.first_error, self.last_lines = "", deque(maxlen=20)  # of what the last manage.py printed on stderr
         self._lock, self._log = store.run_lock, store.log(job)
         self._outputs = {STDOUT: store.folder / "run.out", STDERR: store.folder / "run.err"}
 
     def __enter__(self) -> Work:
         self._copied = self._log.open()
+        self.ran = bool(self._copied)  # whether a manage.py may have changed something
         return self
 
     def __exit__(self, *_) -> None:
@@ -959,7 +941,12 @@ class Work:
         except ONIError as error:
             return f"what ONI holds of the batch now is not known: {error}"
 
-    def manage(self, *words: str, batch: str = "") -> Run:
+    @property
+    def complaint(self) -> str:
+        """The first [ERROR] line of the last manage.py, else its last line on stderr."""
+        return self.first_error or (self.last_lines or ["nothing"])[-1]
+
+    def manage(self, *words: str, batch: str = "") -> None:
         """Runs manage.py with `words` to a good end, its output going to the job's log.
 
         Its output goes to files and it inherits a locked file, so that it outlives this agent, and the next one can
@@ -970,12 +957,17 @@ class Work:
             self._log.write(COMMAND, [shlex.join(["manage.py", *words]).encode()])
             self.go_on()
             process = self.oni.start(*words, stdout=out, stderr=err, pass_fds=[lock.fileno()])
+        self.ran = True
         self._copied = dict.fromkeys(self._outputs, 0)
-        run = self._follow(process)
+        self.first_error = ""
+        self.last_lines.clear()
+        self._follow(process)
         self.go_on()
-        if run.status:
-            raise JobFailed("; ".join([run.reason, *([self.held(batch)] if batch else [])]))
-        return run
+        status = process.returncode
+        if status:
+            reason = (f"exit status {status}: {self.complaint}" if status > 0 else
+                      f"killed by signal {-status} ({signal.Signals(-status).name})")
+            raise JobFailed(f"{reason}; {self.held(batch)}" if batch else reason)
 
     def go_on(self) -> None:
         """Raises Cancelled if the job is to end."""
@@ -994,31 +986,33 @@ class Work:
             self._follow()
         return bool(survivors)
 
-    def _follow(self, process: subprocess.Popen | None = None) -> Run:
+    def _follow(self, process: subprocess.Popen | None = None) -> None:
         """Copies what manage.py prints, until it and all that it left behind have ended."""
-        run, ended = Run(), threading.Event()
+        ended, terminated = threading.Event(), 0.0
 
         def wait() -> None:
-            run.status = process and process.wait()
+            if process:
+                process.wait()
             with locked(self._lock):
                 ended.set()
 
         threading.Thread(target=wait, daemon=True).start()
         tails = {kind: Tail(path, self._copied[kind]) for kind, path in self._outputs.items()}
-        terminated, found, over = 0.0, False, False
-        while found or not over:
-            over = ended.wait(0 if found else TICK)
-            found = False
-            for kind, tail in tails.items():
-                lines = tail.read(over)
-                found = found or bool(lines)
-                if lines:
-                    self._log.write(kind, lines)
-                if kind == STDERR:
-                    run.read(lines)
+        copied = over = False
+        while copied or not over:
+            over = ended.wait(0 if copied else TICK)
+            copied = any([self._copy(kind, tail.read(over)) for kind, tail in tails.items()])
             if self.cancelled.is_set() and not over:
                 terminated = self._terminate(terminated)
-        return run
+
+    def _copy(self, kind: bytes, lines: list[bytes]) -> bool:
+        if lines:
+            self._log.write(kind, lines)
+        if lines and kind == STDERR:
+            self.first_error = self.first_error or next(
+                (line[8:].decode("utf-8", "replace") for line in lines if line.startswith(b"[ERROR] ")), "")
+            self.last_lines.extend(line.decode("utf-8", "replace") for line in lines[-20:] if line.strip())
+        return bool(lines)
 
     def _terminate(self, since: float) -> float:
         """Ends manage.py, gently first; `since` when that has been tried."""
@@ -1037,14 +1031,15 @@ def load_batch(work: Work, name: str) -> None:
     state = work.state(name)
     if state.complete:
         return work.note(f"nothing to do: {state}")
+    check_batch(work.source / name)  # it may have gone since; then what ONI holds had better stay
     if state.row:
         work.note(f"{state}; purging that before the load")
         work.manage("purge_batch", name, batch=name)
     remove_leftover_link(work, state.link, work.source / name)
-    run = work.manage("load_batch", str(work.source / name), batch=name)
+    work.manage("load_batch", str(work.source / name), batch=name)
     state = work.state(name)
     if not state.complete:
-        raise JobFailed(f"{state}; load_batch ended with exit status 0, but said: {run.complaint}")
+        raise JobFailed(f"{state}; load_batch ended with exit status 0, but said: {work.complaint}")
 
 
 def remove_leftover_link(work: Work, link: Path, folder: Path) -> None:
@@ -1060,10 +1055,10 @@ def purge_batch(work: Work, name: str) -> None:
     """ONI's database holds nothing of the batch."""
     if not work.state(name).row:
         return work.note("nothing to do: ONI holds nothing of the batch")
-    run = work.manage("purge_batch", name, batch=name)
+    work.manage("purge_batch", name, batch=name)
     state = work.state(name)
     if state.row:
-        raise JobFailed(f"{state}; purge_batch ended with exit status 0, but said: {run.complaint}")
+        raise JobFailed(f"{state}; purge_batch ended with exit status 0, but said: {work.complaint}")
 
 
 def load_title(work: Work) -> None:
@@ -1071,12 +1066,12 @@ def load_title(work: Work) -> None:
     work.folder.mkdir(mode=0o700, exist_ok=True)
     (work.folder / "marc.xml").write_bytes(work.payload())
     try:
-        run = work.manage("load_titles", str(work.folder))
+        work.manage("load_titles", str(work.folder))
         missing = [lccn for lccn in marc_lccns(work.payload())
                    if not work.oni.ask("title", lccn, within=PATIENT_SECONDS)]
-        if missing or not any(line.endswith("ERRORS: 0") for line in run.last_lines):
+        if missing or not any(line.endswith("ERRORS: 0") for line in work.last_lines):
             held = f"ONI has no title {', '.join(missing)}" if missing else "ONI has not stored every record"
-            raise JobFailed(f"{held}; load_titles ended with exit status 0, but said: {run.complaint}")
+            raise JobFailed(f"{held}; load_titles ended with exit status 0, but said: {work.complaint}")
     except (JobFailed, ONIError) as failure:
         raise type(failure)(f"{failure}; the MARC record is kept in {work.folder}") from failure
     shutil.rmtree(work.folder)
@@ -1125,8 +1120,6 @@ class JobQueue:
         self._jobs = {job.id: job for job in store.jobs()}
         self._waiting: queue.Queue[int] = queue.Queue()
         self._work: Work | None = None  # on the job at work
-        self._oni, self._source = oni, settings.batch_source
-        self._progress = (0.0, 0, {})  # when ONI was asked how far which load was, and what it said
         for job in self._jobs.values():
             if not job.finished:
                 self._waiting.put(job.id)
@@ -1173,20 +1166,6 @@ class JobQueue:
         return next((job for job in reversed(self.jobs()) if not job.finished
                      and job.words[0] in ("load-batch", "purge-batch") and job.words[1] == batch), None)
 
-    def progress(self, job: Job) -> dict:
-        """How far a job is: its place in the queue, or how much of its batch ONI holds (asked every 5 s at most)."""
-        if job.status == PENDING:
-            return {"place": sum(not each.finished and each.id <= job.id for each in self.jobs())}
-        if job.status != STARTED or job.words[0] != "load-batch":
-            return {}
-        asked, id, known = self._progress
-        if id != job.id or time.monotonic() - asked > 5:
-            self._progress = (time.monotonic(), job.id, known if id == job.id else {})
-            with contextlib.suppress(ONIError):
-                state = batch_states(self._oni, self._source, job.words[1], within=2)[job.words[1]]
-                self._progress = (time.monotonic(), job.id, {"issues_loaded": state.issues, "issues": state.expected})
-        return self._progress[2]
-
     def cancel(self, job: Job) -> bool:
         """Sees to it that a job ends unsuccessful; False if it has ended already. Raises StoreError."""
         with self._changed:
@@ -1228,9 +1207,10 @@ class JobQueue:
                 status = SUCCESSFUL
             except Cancelled:
                 error = f"cancelled{undo(work)}"
-            except ONINotRun as problem:
-                status, error = COULD_NOT_START, str(problem)
-            except (JobFailed, ONIError, BatchError, OSError) as problem:
+            except ONIError as problem:
+                status = COULD_NOT_START if isinstance(problem, ONINotRun) and not work.ran else FAILED
+                error = f"{problem}; {work.held(job.words[1])}" if work.ran and job.words[1:] else str(problem)
+            except (JobFailed, BatchError, OSError) as problem:
                 error = str(problem)
             except Exception as problem:
                 log.exception("job=%d stumbled over a fault of the agent", job.id)
@@ -1502,13 +1482,14 @@ def cmd_ensure_awardee(agent: Agent, code: str, name: str = "") -> dict:
 def cmd_batch_patch(agent: Agent, old: str, new: str) -> dict:
     """Makes a batch NEW from OLD, without the issues of the lines `RemoveIssue LCCN/YYYYMMDDEE`, as a job."""
     with refused(f'"{old}" cannot be modified'):
-        check_batch(agent.folder(old))
+        payload = agent.payload()  # before any refusal: a program that cannot send it all may not read the answer
         if os.path.lexists(agent.folder(new)):
             raise BatchError(f'"{new}" is in BATCH_SOURCE already')
-        payload = agent.payload()
-        read_patch(agent.folder(old), payload)
+        agent.folder(old)
         if not agent.state(old).row:
             raise BatchError("batch does not exist")
+        check_batch(agent.folder(old))
+        read_patch(agent.folder(old), payload)
     return accepted(agent.queue.add(agent.words, payload))
 
 
@@ -1520,11 +1501,24 @@ def cmd_list_jobs(agent: Agent, status: str = "") -> dict:
     return {"jobs": [job_object(job) for job in agent.queue.jobs() if status in ("", job.status)]}
 
 
+@functools.lru_cache(maxsize=1)
+def load_progress(oni: OpenONI, source: Path, name: str, moment: int) -> dict:
+    """How many issues of a batch ONI holds, asked once for each `moment`; nothing if ONI does not say."""
+    with contextlib.suppress(ONIError):
+        state = batch_states(oni, source, name, within=2)[name]
+        return {"issues_loaded": state.issues, "issues": state.expected}
+    return {}
+
+
 @command("ID", "You must supply a job ID")
 def cmd_job_status(agent: Agent, id: str) -> dict:
     """Says what has become of a job: for a pending one its place in the queue, for a running load how far it is."""
-    job = agent.job(id)
-    return {"message": STATUS_MESSAGES[job.status], "job": {**job_object(job), **agent.queue.progress(job)}}
+    job, more = agent.job(id), {}
+    if job.status == PENDING:
+        more = {"place": sum(not each.finished and each.id <= job.id for each in agent.queue.jobs())}
+    elif job.status == STARTED and job.words[0] == "load-batch":
+        more = load_progress(agent.oni, agent.settings.batch_source, job.words[1], int(time.monotonic() / 5))
+    return {"message": STATUS_MESSAGES[job.status], "job": {**job_object(job), **more}}
 
 
 @command("ID", "You must supply a job ID")
@@ -1597,7 +1591,7 @@ def cmd_list_batches(agent: Agent) -> dict:
     with refused("The batches cannot be listed"):
         states = batch_states(agent.oni, source)
     for name in filter(BATCH_NAME.fullmatch, os.listdir(source)):
-        states.setdefault(name, BatchState(False, None, source))
+        states.setdefault(name, BatchState(False, issue_count(source / name), source))
     return {"batches": [batch_object(states[name], source / name) for name in sorted(states)]}
 
 
@@ -1849,12 +1843,11 @@ class Session(threading.Thread):
                 raise ValueError(f"standard input gave nothing for {STDIN_SECONDS} s and has not ended: close it, or"
                                  " send an empty line and END") from None
             data += piece
-            if len(data) > MAX_PAYLOAD + len(TRAILER):
+            ended = data.endswith(TRAILER) and not self.channel.recv_ready()
+            if len(data) - (len(TRAILER) if ended else 0) > MAX_PAYLOAD + (0 if ended or not piece else len(TRAILER)):
                 raise ValueError(f"there are more than {MAX_PAYLOAD >> 20} MiB on standard input")
-            if data.endswith(TRAILER) and not self.channel.recv_ready():
-                return bytes(data[:-len(TRAILER)])
-            if not piece and self.channel.eof_received:
-                return bytes(data)
+            if ended or (not piece and self.channel.eof_received):
+                return bytes(data.removesuffix(TRAILER))
             if not piece:
                 raise ClientGone  # half a payload must not pass for a whole one
 
@@ -1985,17 +1978,15 @@ def key_is_authorized(path: Path, key: paramiko.PKey, host: str) -> bool:
 # ---------------------------------------------------------------- main
 
 
-class LogForm(logging.Formatter):
-    """Lines for people; under systemd, whose journal knows the time, with the priority in front (sd-daemon(3))."""
-
-    PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3}
-
-    def format(self, record: logging.LogRecord) -> str:
-        """One record as text."""
-        text = super().format(record)
-        if "JOURNAL_STREAM" in os.environ:
-            return "\n".join(f"<{self.PRIORITIES[record.levelname]}>{line}" for line in text.split("\n"))
-        return f"{self.formatTime(record)} {record.levelname} {text}"
+def set_up_logging(level: str) -> None:
+    """The log goes to stderr; the journal of systemd knows the time and takes a priority (sd-daemon(3))."""
+    form = "%(asctime)s %(levelname)s %(message)s"
+    if "JOURNAL_STREAM" in os.environ:
+        form = "%(levelname)s%(message)s"
+        for number, priority in ((logging.DEBUG, 7), (logging.INFO, 6), (logging.WARNING, 4), (logging.ERROR, 3)):
+            logging.addLevelName(number, f"<{priority}>")
+    logging.basicConfig(level=level, stream=sys.stderr, format=form)
+    logging.getLogger("paramiko").setLevel(logging.DEBUG if level == "DEBUG" else logging.CRITICAL)
 
 
 def tell_systemd(state: str) -> None:
@@ -2006,13 +1997,13 @@ def tell_systemd(state: str) -> None:
             notify.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)
 
 
-def run_on_finish(program: str, job: Job, log_path: Path, environ: dict[str, str]) -> None:
+def run_on_finish(program: Path, job: Job, log_path: Path, environ: dict[str, str]) -> None:
     """Runs ON_FINISH for a job that has ended, 60 s at most; what becomes of it is only logged."""
-    about = {"ONI_JOB_ID": str(job.id), "ONI_JOB_COMMAND": shlex.join(job.words), "ONI_JOB_STATUS": job.status,
-             "ONI_JOB_ERROR": job.error.replace("\0", ""), "ONI_JOB_LOG": str(log_path)}
+    about = {"ID": str(job.id), "COMMAND": shlex.join(job.words), "STATUS": job.status,
+             "ERROR": job.error.replace("\0", ""), "LOG": str(log_path)}
     try:
-        subprocess.run([program], env={**environ, **about}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                       timeout=60, check=True)
+        subprocess.run([str(program)], env={**environ, **{f"ONI_JOB_{name}": value for name, value in about.items()}},
+                       stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError) as error:
         log.error("job=%d ON_FINISH failed: %s", job.id, error)
 
@@ -2026,40 +2017,33 @@ def check_oni(oni: OpenONI) -> None:
 
 
 def check_all(environ: dict[str, str]) -> int:
-    """Looks at everything that the agent needs, a line each; the exit status is 1 if something is wrong."""
-    try:
-        settings, problems = Settings.read(environ), []
-    except SettingsError as error:
-        settings, problems = None, list(error.args)
-    findings = [(not problems, "settings", ""), *((False, "", problem) for problem in problems)]
+    """Looks at everything that the agent needs, and says it a line each; the exit status is 1 if something is wrong."""
+    wrong = 0
+
+    def look(name: str, at: Callable[[], object], advice: str = "mend the agent's settings") -> object:
+        nonlocal wrong
+        try:
+            found = at()
+            print(f"✓ {name}")
+            return found
+        except (SettingsError, ONIError, StoreError, OSError) as error:
+            wrong += 1
+            print("\n".join(f"✗ {name}: {problem}; {advice}" for problem in map(str, error.args[-1:] if isinstance(
+                error, OSError) else error.args)))
+
+    settings = look("settings", lambda: Settings.read(environ))
     if settings:
-        oni, source = OpenONI(settings.oni_location, environ), settings.batch_source
-
-        def attempt(name: str, look: Callable[[], object], advice: str) -> object:
-            try:
-                found = look()
-                findings.append((True, name, str(found or "")))
-                return found
-            except (ONIError, StoreError, OSError) as error:
-                findings.append((False, name, f"{error}; {advice}"))
-
-        def writable(folder: Path) -> Callable[[], None]:
-            return lambda: tempfile.TemporaryFile(dir=folder).close()
-
-        attempt("state folder", lambda: JobStore(settings.state_directory), "an agent may be at work already: ask it")
-        attempt("address", lambda: show_address(listen(*settings.ba_bind).getsockname()), "set BA_BIND to a free port")
-        attempt("batch source", lambda: f"{sum(map(bool, map(BATCH_NAME.fullmatch, os.listdir(source))))} batches",
-                "let the agent's user read it")
-        attempt("manage.py check", oni.check, "run it by hand, as the agent's user")
-        held = attempt("database", lambda: oni.ask("batches", within=PATIENT_SECONDS), "mend ONI's database settings")
-        attempt("ONI's log/", writable(settings.oni_location / "log"), "let the agent's user write there")
-        if held:
-            findings[-2] = (True, "database", f"{len(held['batches'])} batches")
-            attempt("ONI's batch storage", writable(Path(held["storage"])), "let the agent's user write there")
+        oni = OpenONI(settings.oni_location, environ)
+        look("state folder and jobs", lambda: JobStore(settings.state_directory), "if an agent is at work, ask it instead")
+        look("address to listen on", lambda: listen(*settings.ba_bind).close(), "set BA_BIND to a free port")
+        look("batch source is readable", lambda: os.listdir(settings.batch_source), "let the agent's user read it")
+        look("manage.py check", oni.check, "run it by hand as the agent's user")
+        held = look("database, through Open ONI", lambda: oni.ask("batches", within=PATIENT_SECONDS), "see ONI's settings")
         oni.rest()
-    for good, name, text in findings:
-        print("✓" if good else "✗", ": ".join(filter(None, (name, text))))
-    return int(not all(good for good, *_ in findings))
+        for folder in (settings.oni_location / "log", *([Path(held["storage"])] if held else [])):
+            look(f"{folder} is writable", lambda: tempfile.TemporaryFile(dir=folder).close(),  # noqa: B023
+                 f"let the agent's user write to {folder}")
+    return int(wrong > 0)
 
 
 def stop_on_signals() -> socket.socket:
@@ -2091,9 +2075,7 @@ def main() -> int:
     except SettingsError as error:
         print("\n".join(f"oni_agent: {problem}." for problem in error.args), file=sys.stderr)
         return 2
-    logging.basicConfig(level=settings.log_level, stream=sys.stderr)
-    logging.getLogger().handlers[0].setFormatter(LogForm())
-    logging.getLogger("paramiko").setLevel(logging.DEBUG if settings.log_level == "DEBUG" else logging.CRITICAL)
+    set_up_logging(settings.log_level)
     stop = stop_on_signals()
     try:
         store = JobStore(settings.state_directory)

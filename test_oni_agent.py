@@ -1178,3 +1178,873 @@ def test_a_restart_changes_no_answer_and_reuses_no_id(agent):
                                                                    ["list-jobs"])]
         assert after == before
     assert agent.job("purge-batch", "batch_oru_alpha_ver01") == 2
+
+
+# --- Promises: Open ONI is asked, not guessed -------------------------------------------------------------------------
+
+ALPHA, BETA = "batch_oru_alpha_ver01", "batch_oru_beta_ver01"
+ALREADY_QUEUED = "Job already in queue"
+FRESH = iter(range(1000, 10_000))  # numbers for names, on a site that tests share
+
+
+def kill_at(site: Site, gate: Gate, command: str, how: int = signal.SIGKILL) -> None:
+    """Kills the manage.py that stands at a gate."""
+    gate.reached()
+    [pid] = site.manage_pids(command)
+    os.kill(pid, how)
+    gate.open()
+
+
+def gate_in_manage(site: Site, command: str, at_exit: bool = False) -> Gate:
+    """Makes one command of this site's manage.py wait, before it does anything or when it has done all."""
+    wait = "open('gate-in-manage').read"
+    site.prepend_to_manage(f"import atexit, sys\nif {command!r} in sys.argv: "
+                           + (f"atexit.register(lambda: {wait}())" if at_exit else f"{wait}()"))
+    return site.hold(site.oni / "gate-in-manage")
+
+
+def settings_local(site: Site, text: str) -> Path:
+    """Gives this site's Open ONI settings of its own."""
+    path = site.oni / "onisite/settings_local.py"
+    path.write_text(text)
+    return path
+
+
+def kill_warm_child(site: Site) -> None:
+    """Kills the manage.py that answers the agent's questions."""
+    [pid] = site.manage_pids("shell")
+    os.kill(pid, signal.SIGKILL)
+
+
+def at_once(*calls) -> list:
+    """What each of the calls returns, all made at the same time."""
+    results = {}
+    threads = [threading.Thread(target=lambda number, call: results.update({number: call()}), args=each)
+               for each in enumerate(calls)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [results[number] for number in range(len(calls))]
+
+
+def repaired(site: Site, *words: str) -> list[str]:
+    """Makes the same request again, whose job then succeeds; the log of that job."""
+    job = site.run(*words)
+    assert (job["status"], job.get("error")) == ("successful", None)
+    return site.logs(job["id"])
+
+
+# -- loads and purges that go wrong
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_load_is_failed_and_the_next_one_purges_and_loads_the_whole_batch(agent, how):
+    gate = agent.hold_load(agent.batch(ALPHA, issues=3), issue=1, page=2)
+    id = agent.job("load-batch", ALPHA)
+    kill_at(agent, gate, "load_batch", how)
+    job = agent.ended(id)
+    assert job["status"] == "failed" and job["error"] == (
+        f"killed by signal {how:d} ({how.name}); ONI holds 2 of the 3 issues in batch.xml,"
+        ' and its last event is "starting load"')
+    assert agent.held(ALPHA) == (1, 2, 3)
+    logs = repaired(agent, "load-batch", ALPHA)
+    assert "purging that before the load" in logs[0] and f"[INFO] purging batch '{ALPHA}'" in logs
+    assert logs.index("[INFO] processed 6 pages") > logs.index(f"[INFO] purging batch '{ALPHA}'")
+    assert agent.held(ALPHA) == (1, 3, 6)
+
+
+def test_a_load_killed_in_its_last_issue_is_partial_though_no_issue_is_missing(agent):
+    gate = agent.hold_load(agent.batch(ALPHA), issue=-1, page=2)
+    id = agent.job("load-batch", ALPHA)
+    kill_at(agent, gate, "load_batch")
+    assert "ONI holds 2 of the 2 issues" in agent.ended(id)["error"] and agent.held(ALPHA) == (1, 2, 3)
+    assert f"[INFO] purging batch '{ALPHA}'" in repaired(agent, "load-batch", ALPHA)
+    assert agent.held(ALPHA) == (1, 2, 4)
+
+
+@pytest.mark.parametrize("again, held", [("purge-batch", (0, 0, 0)), ("load-batch", (1, 3, 6))])
+def test_a_killed_purge_is_failed_and_the_next_request_finishes_it(agent, again, held):
+    gate = agent.hold(agent.batch(ALPHA, issues=3) / "purge-gate")
+    agent.run("load-batch", ALPHA)
+    id = agent.job("purge-batch", ALPHA)
+    kill_at(agent, gate, "purge_batch")
+    job = agent.ended(id)
+    assert job["status"] == "failed" and job["error"] == (
+        "killed by signal 9 (SIGKILL); ONI holds 2 of the 3 issues in batch.xml,"
+        ' and its last event is "starting purge"')
+    assert f"[INFO] purging batch '{ALPHA}'" in repaired(agent, again, ALPHA)
+    assert agent.held(ALPHA) == held
+
+
+def test_a_database_lost_in_a_load_and_found_again_is_asked_what_it_holds(site):
+    load, end = site.hold_load(site.batch(ALPHA, issues=3), issue=2), gate_in_manage(site, "load_batch", at_exit=True)
+    id = site.start().job("load-batch", ALPHA)
+    load.reached()
+    with site.database_down():
+        load.open()
+        end.reached()
+    end.open()
+    job = site.ended(id)
+    assert job["status"] == "failed" and job["error"].startswith("exit status 1: unable to load batch: ")
+    assert "; ONI holds 3 of the 3 issues in batch.xml, and its last event is" in job["error"]
+    assert site.held(ALPHA) == (1, 3, 4)
+    repaired(site, "load-batch", ALPHA)
+    assert site.held(ALPHA) == (1, 3, 6)
+
+
+def test_a_database_lost_in_a_load_for_good_leaves_unknown_what_it_holds(agent):
+    gate = agent.hold_load(agent.batch(ALPHA), issue=1)
+    id = agent.job("load-batch", ALPHA)
+    gate.reached()
+    with agent.database_down():
+        gate.open()
+        job = agent.ended(id)
+    assert job["status"] == "failed" and job["error"].startswith("exit status 1: unable to load batch: ")
+    assert "; what ONI holds of the batch now is not known: Open ONI cannot answer: OperationalError" in job["error"]
+    repaired(agent, "load-batch", ALPHA)
+    assert agent.held(ALPHA) == (1, 2, 4)
+
+
+def test_a_load_that_cannot_be_checked_is_failed_and_says_so(site):
+    site.batch(ALPHA)
+    gate = gate_in_manage(site, "load_batch", at_exit=True)
+    id = site.start().job("load-batch", ALPHA)
+    gate.reached()
+    with site.database_down():
+        gate.open()
+        job = site.ended(id)
+    assert job["status"] == "failed" and "what ONI holds of the batch now is not known: " in job["error"]
+    assert without_session(site.call("load-batch", ALPHA)) == NOOP
+
+
+def test_a_silent_hole_is_a_failure_with_the_counts_until_it_is_mended(agent):
+    batch_xml = agent.batch(ALPHA, issues=4) / "data/batch.xml"
+    whole = batch_xml.read_text()
+    batch_xml.write_text(whole.replace('editionOrder="01"', 'editionOrder=""', 1))
+    for _ in range(2):
+        job = agent.run("load-batch", ALPHA)
+        assert job["status"] == "failed" and job["error"].startswith("ONI holds 3 of the 4 issues in batch.xml; ")
+        assert "invalid literal for int" in job["error"]
+    batch_xml.write_text(whole)
+    repaired(agent, "load-batch", ALPHA)
+    assert agent.held(ALPHA) == (1, 4, 8)
+
+
+@pytest.mark.parametrize("change, complete", [
+    ("DELETE FROM core_loadbatchevent", True),  # loaded long ago, its history pruned
+    ("UPDATE core_loadbatchevent SET message = 'starting purge' WHERE message LIKE 'processed %'", False),
+    ("UPDATE core_issue SET batch_id = 'another' WHERE id = 1", False),
+])
+def test_a_batch_is_loaded_when_row_count_and_last_event_agree(agent, change, complete):
+    agent.batch(ALPHA)
+    agent.run("load-batch", ALPHA)
+    with contextlib.closing(sqlite3.connect(agent.oni / "oni.sqlite3", timeout=60)) as database, database:
+        database.execute(change)
+    if complete:
+        assert without_session(agent.call("load-batch", ALPHA)) == NOOP
+    else:
+        assert f"[INFO] purging batch '{ALPHA}'" in repaired(agent, "load-batch", ALPHA)
+        assert agent.held(ALPHA) == (1, 2, 4)
+
+
+@pytest.mark.parametrize("old_copy", [True, False])
+def test_a_leftover_link_to_another_place_is_removed_and_the_right_copy_loaded(agent, tmp_path, old_copy):
+    batch, other, link = agent.batch(ALPHA), tmp_path / "old" / ALPHA, agent.oni / "data/batches" / ALPHA
+    if old_copy:
+        make_batch(tmp_path / "old", ALPHA, issues=1)
+    link.symlink_to(other)
+    logs = repaired(agent, "load-batch", ALPHA)
+    assert logs[0] == f"removing {link}, a leftover link to {other}"
+    assert agent.held(ALPHA) == (1, 2, 4) and os.readlink(link) == str(batch)
+
+
+def test_a_link_to_the_right_place_is_left(agent, tmp_path):
+    agent.batch(ALPHA)
+    (tmp_path / "news").symlink_to(agent.source)
+    link = agent.oni / "data/batches" / ALPHA
+    link.symlink_to(tmp_path / "news" / ALPHA)  # another way to the same folder
+    assert not any("removing" in line for line in repaired(agent, "load-batch", ALPHA))
+    assert os.readlink(link) == str(tmp_path / "news" / ALPHA) and agent.held(ALPHA) == (1, 2, 4)
+
+
+def test_a_real_folder_where_the_link_would_go_is_a_failure_with_a_sentence(agent):
+    agent.batch(ALPHA)
+    folder = agent.oni / "data/batches" / ALPHA
+    folder.mkdir()
+    job = agent.run("load-batch", ALPHA)
+    assert job["status"] == "failed" and job["error"].startswith(f"{folder} is a real folder or file, not a link")
+    assert "move it away" in job["error"] and agent.held(ALPHA) == (0, 0, 0)
+    folder.rmdir()
+    repaired(agent, "load-batch", ALPHA)
+
+
+def test_a_cache_that_cannot_be_written_fails_the_job_but_says_that_the_batch_is_complete(site):
+    site.batch(ALPHA)
+    (site.oni / "no-folder").write_text("")
+    job = site.start(ONI_CACHE_DIR=str(site.oni / "no-folder")).run("load-batch", ALPHA)
+    assert job["status"] == "failed" and job["error"].startswith("exit status 1: FileExistsError: ")
+    assert job["error"].endswith("; the batch is complete: ONI holds 2 of the 2 issues in batch.xml")
+    assert without_session(site.call("load-batch", ALPHA)) == NOOP
+
+
+def test_without_solr_loads_and_purges_fail_and_nothing_is_left(agent):
+    agent.batch(ALPHA)
+    agent.run("load-batch", ALPHA)
+    with socket.socket() as nobody:  # bound, and not listening
+        nobody.bind(("127.0.0.1", 0))
+        settings = settings_local(agent, f"SOLR_BASE_URL = 'http://127.0.0.1:{nobody.getsockname()[1]}'\n")
+        for command, action in (("purge-batch", "purge failed"), ("load-batch", "unable to load batch")):
+            job = agent.run(command, ALPHA)
+            assert job["status"] == "failed"
+            assert job["error"].startswith(f"exit status 1: {action}: Failed to connect to server at http://127.0.0.1:")
+            assert job["error"].endswith("; ONI holds nothing of the batch") and agent.held(ALPHA) == (0, 0, 0)
+        assert without_session(agent.call("purge-batch", ALPHA)) == NOOP
+    settings.unlink()
+    repaired(agent, "load-batch", ALPHA)
+    assert agent.held(ALPHA) == (1, 2, 4)
+
+
+def spoil_image(batch: Path) -> str:
+    next(batch.glob("data/*/print/*/0001.jp2")).unlink()
+    return r"unable to load batch: \[Errno 2\] No such file or directory: .*0001.jp2"
+
+
+def spoil_ocr(batch: Path) -> str:
+    next(batch.glob("data/*/print/*/0001.xml")).write_text("<alto>")
+    return "unable to load batch: no element found"
+
+
+def spoil_mets(batch: Path) -> str:
+    next(batch.glob("data/*/print/*/1900010101.xml")).write_text("<mets>")
+    return "unable to load batch: no element found"
+
+
+def spoil_title(batch: Path) -> str:
+    batch_xml = batch / "data/batch.xml"
+    batch_xml.write_text(batch_xml.read_text().replace('lccn="sn99990001"', 'lccn="sn00000000"'))
+    return "unable to load batch: Title matching query does not exist."
+
+
+def spoil_nothing(batch: Path) -> str:
+    return "no awardee for org code: zzz"
+
+
+@pytest.mark.parametrize("spoil, name", [(spoil_image, ALPHA), (spoil_ocr, ALPHA), (spoil_mets, ALPHA),
+                                         (spoil_title, ALPHA), (spoil_nothing, "batch_zzz_x_ver01")])
+def test_what_open_oni_cannot_load_is_failed_with_its_first_error_and_what_is_left(agent, spoil, name):
+    said = spoil(agent.batch(name))
+    job = agent.run("load-batch", name)
+    assert job["status"] == "failed"
+    assert re.fullmatch(f"exit status 1: {said}.*; ONI holds nothing of the batch", job["error"])
+
+
+def test_a_purge_of_what_is_not_there_is_no_job_and_at_its_turn_no_failure(agent):
+    batch = agent.batch("batch_zzz_x_ver01")
+    assert without_session(agent.call("purge-batch", "batch_oru_nosuch_ver01")) == NOOP
+    gate = agent.hold_load(agent.batch(ALPHA))
+    agent.job("load-batch", ALPHA)
+    agent.job("load-batch", batch.name)  # will fail, and leave nothing
+    id = agent.job("purge-batch", batch.name)
+    gate.open()
+    assert agent.ended(id)["status"] == "successful"
+    assert agent.logs(id) == ["nothing to do: ONI holds nothing of the batch"]
+
+
+def test_a_load_whose_files_have_gone_before_its_turn_purges_nothing(agent):
+    batch = agent.batch(ALPHA, issues=3)
+    gate = agent.hold_load(batch, issue=1)
+    id = agent.job("load-batch", ALPHA)
+    kill_at(agent, gate, "load_batch")
+    agent.ended(id)
+    gate, held = agent.hold_load(agent.batch(BETA)), agent.held(ALPHA)
+    agent.job("load-batch", BETA)
+    id = agent.job("load-batch", ALPHA)
+    gate.reached()
+    batch.rename(agent.source / "away")
+    gate.open()
+    job = agent.ended(id)
+    assert job["status"] == "failed" and f"{batch}/data/batch.xml: no such file" in job["error"]
+    assert agent.held(ALPHA) == held == (1, 2, 2)
+
+
+def test_a_batch_whose_files_are_gone_can_still_be_purged(agent):
+    batch = agent.batch(ALPHA)
+    agent.run("load-batch", ALPHA)
+    shutil.rmtree(batch)
+    assert agent.run("purge-batch", ALPHA)["status"] == "successful" and agent.held(ALPHA) == (0, 0, 0)
+
+
+# -- the same request twice
+
+
+def test_the_same_request_twice_is_one_job_while_it_waits_and_while_it_runs(agent):
+    gate, batch = agent.hold_load(agent.batch(ALPHA)), agent.batch(BETA)
+    assert [agent.job("load-batch", name) for name in (ALPHA, BETA)] == [1, 2]
+    gate.reached()
+    for id, name in (1, ALPHA), (2, BETA):
+        reply = without_session(agent.call("load-batch", name))
+        assert reply == {"status": "success", "message": ALREADY_QUEUED, "job": {"id": id}}
+    gate.open()
+    assert agent.ended(2)["status"] == "successful"
+    gate = agent.hold(batch / "purge-gate")
+    assert agent.job("purge-batch", BETA) == 3
+    gate.reached()
+    assert without_session(agent.call("purge-batch", BETA)) == {
+        "status": "success", "message": ALREADY_QUEUED, "job": {"id": 3}}
+    gate.open()
+    assert agent.ended(3)["status"] == "successful"
+    assert len(agent.call("list-jobs")["jobs"]) == 3
+
+
+def test_the_same_request_ten_times_at_once_is_one_job(agent):
+    gate = agent.hold_load(agent.batch(ALPHA))
+    replies = at_once(*[lambda: agent.call("load-batch", ALPHA)] * 10)
+    assert {reply["job"]["id"] for reply in replies} == {1}
+    assert sorted(reply["message"] for reply in replies) == ["Job added to queue"] + [ALREADY_QUEUED] * 9
+    gate.open()
+    assert agent.ended(1)["status"] == "successful"
+
+
+def test_purge_and_load_of_a_loaded_batch_in_one_breath_end_with_it_complete(agent):
+    gate = agent.hold(agent.batch(ALPHA) / "purge-gate")
+    agent.run("load-batch", ALPHA)
+    assert [agent.job(command, ALPHA) for command in ("purge-batch", "load-batch")] == [2, 3]
+    assert agent.call("load-batch", ALPHA)["message"] == ALREADY_QUEUED
+    gate.open()
+    assert [agent.ended(id)["status"] for id in (2, 3)] == ["successful", "successful"]
+    assert agent.held(ALPHA) == (1, 2, 4) and agent.logs(3)[-1] == "[INFO] processed 4 pages"
+    assert without_session(agent.call("load-batch", ALPHA)) == NOOP
+
+
+# -- titles
+
+TRAILER = b"\n\nEND\n"
+
+
+def titles(site: Site, lccn: str = "sn99990009") -> list[str]:
+    """The names under which Open ONI holds a title."""
+    return [name for name, in site.query("SELECT name FROM core_title WHERE lccn = ?", lccn)]
+
+
+@pytest.mark.parametrize("encoding", ["UTF-8", "ISO-8859-1", "windows-1252", "UTF-16"])
+@pytest.mark.parametrize("wrapped, end", [(False, TRAILER), (True, b"")])
+def test_a_title_is_loaded_whatever_its_wrapping_encoding_and_end(loader, encoding, wrapped, end):
+    lccn = f"sn7777{next(FRESH)}"
+    text = marc_xml(lccn, "L'écho.", wrapped=wrapped).decode().replace("UTF-8", encoding)
+    job = loader.run("load-title", stdin=text.encode(encoding) + end)
+    assert (job["name"], job["status"]) == ("load title", "successful")
+    assert titles(loader, lccn) == ["L'écho."]
+    assert not (loader.state / "titles" / str(job["id"])).exists()
+
+
+@pytest.fixture(scope="module")
+def loader(tmp_path_factory, template):
+    """A site whose agent runs for all tests that load titles of their own."""
+    site = Site(tmp_path_factory.mktemp("loader"), template).start()
+    yield site
+    site.clean_up()
+
+
+def test_a_title_is_answered_at_its_trailer_wherever_that_is_torn(loader):
+    with Client(loader.port) as client:
+        channel = client.channel("load-title")
+        for piece in (marc_xml("sn99990010"), b"\n\nE", b"ND", b"\n"):
+            channel.sendall(piece)
+        reply = json.loads(channel.makefile("rb").readline())  # standard input stays open
+    assert loader.ended(reply["job"]["id"])["status"] == "successful" and titles(loader, "sn99990010")
+
+
+@pytest.mark.parametrize("payload, said", [
+    (b"no XML", "line 1"),
+    (b"", "line 1"),
+    (TRAILER, "line 1"),
+    (marc_xml().replace(b"</record>", b""), "no element found: line "),
+    (marc_xml().replace(b"?>\n", b'?>\n<!DOCTYPE record [<!ENTITY a "b">]>\n', 1), "a DOCTYPE is not allowed"),
+    (marc_xml().replace(b"UTF-8", b"no-such-code"), "unknown encoding"),
+    (b"<html><body>Service unavailable</body></html>", "there is no MARC record in it"),
+    (OCLC_ANSWER.format("").encode(), "there is no MARC record in it"),
+    (marc_xml(lccn=""), "without an LCCN (010 $a)"),
+    (marc_xml(lccn="  "), "without an LCCN (010 $a)"),
+    (b" " * ((32 << 20) + 4096), "32 MiB"),
+])
+def test_a_title_that_cannot_be_stored_is_refused_with_a_sentence(loader, payload, said):
+    jobs = loader.call("list-jobs")["jobs"]
+    reply = loader.ssh("load-title", stdin=payload)
+    assert (reply["status"], reply["message"]) == ("error", "Invalid data") and said in reply["error"]
+    assert loader.call("list-jobs")["jobs"] == jobs
+
+
+def test_a_title_of_32_mib_is_taken(loader):
+    job = loader.ended(loader.ssh("load-title", marc_xml("sn99990032").ljust(32 << 20))["job"]["id"])
+    assert job["status"] == "successful" and titles(loader, "sn99990032")
+
+
+@pytest.mark.parametrize("lccn, before, said", [
+    ("sn99990009", [], "ONI has no title sn99990009"),
+    ("sn99990001", ["The test gazette."], "ONI has not stored every record"),
+])
+def test_a_title_of_unknown_language_is_failed_and_its_file_kept(loader, lccn, before, said):
+    record = marc_xml(lccn, "A new name.", language="zzz")
+    job = loader.run("load-title", stdin=record)
+    folder = loader.state / "titles" / str(job["id"])
+    assert job["status"] == "failed" and job["error"].startswith(said)
+    assert "Code zzz, not found in language table." in job["error"] and str(folder) in job["error"]
+    assert [file.read_bytes() for file in folder.iterdir()] == [record] and folder.stat().st_mode & 0o777 == 0o700
+    assert titles(loader, lccn) == before
+
+
+def test_a_title_known_already_is_updated(loader):
+    assert loader.run("load-title", stdin=marc_xml("sn99990002", "A new name."))["status"] == "successful"
+    assert titles(loader, "sn99990002") == ["A new name."]
+
+
+def test_a_killed_title_load_is_failed_and_its_file_kept(site):
+    gate = gate_in_manage(site, "load_titles")
+    id = site.start().job("load-title", stdin=marc_xml() + TRAILER)
+    kill_at(site, gate, "load_titles")
+    job, folder = site.ended(id), site.state / "titles" / str(id)
+    assert job["status"] == "failed" and job["error"].startswith("killed by signal 9 (SIGKILL); ")
+    assert str(folder) in job["error"] and (folder / "marc.xml").read_bytes() == marc_xml()
+    assert site.run("load-title", stdin=marc_xml())["status"] == "successful" and titles(site)
+
+
+def test_a_title_load_that_cannot_be_checked_is_failed_and_its_file_kept(site):
+    gate = gate_in_manage(site, "load_titles", at_exit=True)
+    id = site.start().job("load-title", stdin=marc_xml())
+    gate.reached()
+    with site.database_down():
+        gate.open()
+        job = site.ended(id)
+    assert job["status"] == "failed" and "OperationalError" in job["error"]
+    assert str(site.state / "titles" / str(id)) in job["error"]
+
+
+# -- awardees
+
+
+def awardees(site: Site, code: str) -> list[str]:
+    """The names under which Open ONI holds an awardee."""
+    return [name for name, in site.query("SELECT name FROM core_awardee WHERE org_code = ?", code)]
+
+
+def test_an_awardee_is_made_once_and_answered_as_recorded(shared):
+    def ask(*words: str) -> dict:
+        return without_session(shared.call("ensure-awardee", *words))
+    assert ask("hoover") == {"status": "error", "message": "Unable to create awardee", "org_code": "hoover", "name": "",
+                             "error": "awardee name must be given to auto-create awardees"}
+    assert awardees(shared, "hoover") == []
+    assert ask("hoover", "Hoover Institution") == {"status": "success", "message": "Awardee created"}
+    for words in (["hoover", "Hoover Institution"], ["hoover", "Another name"], ["hoover"]):
+        assert ask(*words) == {"status": "success", "message": "Awardee already exists"}
+    assert awardees(shared, "hoover") == ["Hoover Institution"]
+    for words in ([], ["a", "b", "c"]):
+        reply = ask(*words)
+        assert reply["status"] == "error" and "one or two arguments" in reply["message"]
+
+
+@pytest.mark.parametrize("code, name", [
+    ("dlc", "Bibliothèque Łódź 図書館 \U0001f4f0"),
+    ("é" * 50, "ü" * 100),
+    (" spaced  out ", "  kept   exactly "),
+    ("DLC2", "upper"), ("dlc2", "lower"),
+])
+def test_an_awardees_code_and_name_are_kept_exactly(shared, code, name):
+    assert shared.call("ensure-awardee", code, name)["message"] == "Awardee created"
+    assert awardees(shared, code) == [name]
+
+
+@pytest.mark.parametrize("code, name", [("x" * 51, "name"), ("é" * 51, "name"), ("long", "n" * 101), ("", "Some name"),
+                                        ("x" * 51, "")])
+def test_an_awardee_that_the_columns_cannot_hold_is_refused(shared, code, name):
+    reply = without_session(shared.call("ensure-awardee", code, name))
+    assert reply == {"status": "error", "message": "Unable to create awardee", "org_code": code, "name": name,
+                     "error": "an awardee code has 1 to 50 characters, a name at most 100"}
+    assert awardees(shared, code) == []
+
+
+def test_an_awardee_asked_for_by_many_at_once_is_made_once(shared):
+    replies = at_once(*[lambda: shared.call("ensure-awardee", "many", "Many at once")] * 6)
+    assert sorted(reply["message"] for reply in replies) == ["Awardee already exists"] * 5 + ["Awardee created"]
+    assert awardees(shared, "many") == ["Many at once"]
+
+
+# -- batch-patch
+
+GAZETTE = "sn99990001"
+
+
+@pytest.fixture(scope="module")
+def patcher(tmp_path_factory, template):
+    """A site whose agent runs, with the batch ALPHA loaded: an issue each of 1900-01-01, -02, -03 and one more."""
+    site = Site(tmp_path_factory.mktemp("patcher"), template)
+    batch = site.batch(ALPHA, issues=3)
+    reel = batch / "data" / GAZETTE / "print"
+    shutil.copytree(reel / "1900010101", reel / "19000101011")  # the first issue's name is the beginning of its own
+    for number, suffix in enumerate(("TIF", "tiff", "TIFF"), 1):
+        (reel / f"1900010301/{number:04}.{suffix}").write_bytes(PAGE_FILES["tif"])
+    text = (batch / "data/batch.xml").read_text()
+    text = text.replace('awardYear="2020">', 'awardYear="2020" xmlns:x="urn:x"\n x:by=\'&#233;&lt;é\'>\n'
+                                             '<!-- <issue>no issue</issue> -->')
+    text = text.replace("</batch>", NDNP_ISSUE.format(lccn=GAZETTE, day="1900-01-01", folder="19000101011").replace(
+        '"01"', '"011"').replace("19000101011.xml", "1900010101.xml") + "<?x y?>\n</batch>\n<!-- the end -->")
+    (batch / "data/batch.xml").write_bytes(text.replace("\n", "\r\n").encode())
+    site.start().run("load-batch", ALPHA)
+    yield site
+    site.clean_up()
+
+
+def files_of(batch: Path) -> dict[str, bytes]:
+    """What is in a batch's folder."""
+    return {str(path.relative_to(batch)): path.read_bytes() for path in batch.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("instructions, removed", [
+    (f"RemoveIssue {GAZETTE}/1900010101", ["1900010101"]),
+    (f"RemoveIssue {GAZETTE}/19000101011", ["19000101011"]),
+    (f"RemoveIssue {GAZETTE}/1900-01-02_01\n", ["1900010201"]),
+    (f"\n  RemoveIssue   sn-9999_0001/1900_01-02-01  \r\n\n", ["1900010201"]),
+    (f"RemoveIssue {GAZETTE}/1900010101\nRemoveIssue {GAZETTE}/1900010301\n\n", ["1900010101", "1900010301"]),
+])
+def test_a_patched_batch_is_the_old_one_without_what_was_to_go(patcher, instructions, removed):
+    old, new = patcher.source / ALPHA, patcher.source / f"batch_oru_new{next(FRESH)}_ver01"
+    before, unready = files_of(old), patcher.source / f"WIP-UNREADY-{new.name}"
+    (unready / "data").mkdir(parents=True)
+    (unready / "data/left.xml").write_text("by an interrupted patch")
+    job = patcher.run("batch-patch", ALPHA, new.name, stdin=instructions.encode() + TRAILER)
+    assert (job["name"], job["status"]) == ("batch patch", "successful") and patcher.logs(job["id"])
+    wanted = {name: content for name, content in before.items()
+              if not name.lower().endswith((".tif", ".tiff", "_1.xml")) and Path(name).parent.name not in removed}
+    for folder in removed:
+        wanted["data/batch.xml"] = re.sub(rb"<issue [^>]*>\./%b/print/%b/[^<]*</issue>" % (
+            GAZETTE.encode(), folder.encode()), b"", wanted["data/batch.xml"])
+    assert files_of(new) == wanted and files_of(old) == before
+    assert not [path for path in new.rglob("*") if path.name in removed] and not unready.exists()
+
+
+def test_a_patched_batch_can_be_loaded_completely(patcher):
+    new = f"batch_oru_new{next(FRESH)}_ver01"
+    patcher.run("batch-patch", ALPHA, new, stdin=f"RemoveIssue {GAZETTE}/1900010201".encode())
+    repaired(patcher, "load-batch", new)
+    assert patcher.held(new) == (1, 3, 6) and patcher.held(ALPHA) == (1, 4, 8)
+
+
+HELD = f"RemoveIssue {GAZETTE}/1900010101\n"
+
+
+@pytest.mark.parametrize("old, new, instructions, said", [
+    (ALPHA, BETA, HELD + f"AddIssue {GAZETTE}/1900010201\n", "line 2: 'AddIssue' is not an instruction"),
+    (ALPHA, BETA, HELD + "RemoveIssue\n", "line 2: "),
+    (ALPHA, BETA, HELD + "\nRemoveIssue  \n", "line 3: "),
+    (ALPHA, BETA, f"RemoveIssue {GAZETTE}/1900010109\n", f"'RemoveIssue {GAZETTE}/1900010109' names no issue of {ALPHA}"),
+    (ALPHA, BETA, "RemoveIssue sn99990002/1900010101\n", f"'RemoveIssue sn99990002/1900010101' names no issue of {ALPHA}"),
+    (ALPHA, BETA, f"RemoveIssue {GAZETTE}/190001010\n", f"names no issue of {ALPHA}"),
+    (ALPHA, BETA, "\n", "there is no instruction"),
+    (ALPHA, ALPHA, HELD, f'"{ALPHA}" is in BATCH_SOURCE already'),
+    (ALPHA, "../" + BETA, HELD, "is not a batch name"),
+    (ALPHA, "", HELD, "is not a batch name"),
+    ("./" + ALPHA, BETA, HELD, "is not a batch name"),
+])
+def test_a_patch_that_cannot_be_made_is_refused_with_a_sentence(patcher, old, new, instructions, said):
+    before = sorted(path.name for path in patcher.source.iterdir()), patcher.call("list-jobs")["jobs"]
+    reply = patcher.call("batch-patch", old, new, stdin=instructions.encode() + TRAILER)
+    assert (reply["status"], reply["message"]) == ("error", f'"{old}" cannot be modified') and said in reply["error"]
+    assert before == (sorted(path.name for path in patcher.source.iterdir()), patcher.call("list-jobs")["jobs"])
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_a_patch_of_a_batch_unknown_to_open_oni_is_answered_as_recorded(patcher, on_disk):
+    old = f"batch_oru_unknown{on_disk:d}_ver01"
+    if on_disk:
+        patcher.batch(old)
+    reply = without_session(patcher.call("batch-patch", old, BETA, stdin=HELD.encode() + TRAILER))
+    assert reply == {"status": "error", "message": f'"{old}" cannot be modified', "error": "batch does not exist"}
+
+
+def test_a_refusal_waits_for_what_its_client_is_about_to_send(patcher):
+    with Client(patcher.port) as client:
+        channels = [client.channel(command) for command in (f"batch-patch {ALPHA} no-name", "batch-patch no-name x")]
+        for _ in range(3):
+            client.ask("version")
+        for channel in channels:
+            channel.sendall(HELD.encode() + TRAILER)  # whoever cannot send it, such as Go's library, reads no answer
+            assert json.loads(channel.makefile("rb").read())["status"] == "error"
+
+
+# -- an Open ONI that is in trouble itself
+
+NO_SHEBANG = "print('not to be run')\n"
+
+
+def no_shebang(manage: Path) -> None:
+    manage.write_text(NO_SHEBANG)
+
+
+def removed(manage: Path) -> None:
+    manage.unlink()
+
+
+@pytest.mark.parametrize("warm", [True, False])
+@pytest.mark.parametrize("spoil", [no_shebang, removed])
+def test_no_kind_of_job_could_start_when_manage_py_cannot_be_run(agent, spoil, warm):
+    for name in BETA, "batch_oru_gamma_ver01":
+        agent.batch(name)
+    agent.run("load-batch", BETA)
+    gate = agent.hold_load(agent.batch(ALPHA))
+    agent.job("load-batch", ALPHA)
+    patch = f"RemoveIssue {GAZETTE}/1900010101".encode()
+    ids = [agent.job("batch-patch", BETA, "batch_oru_delta_ver01", stdin=patch), agent.job("purge-batch", BETA),
+           agent.job("load-batch", "batch_oru_gamma_ver01"), agent.job("load-title", stdin=marc_xml())]
+    gate.reached()
+    spoil(agent.oni / "manage.py")
+    if not warm:
+        kill_warm_child(agent)
+    gate.open()
+    agent.ended(ids[-1])
+    jobs = [agent.call("job-status", str(id)) for id in ids][warm:]  # a patch only asks, and a warm child answers
+    assert [each["job"]["status"] for each in jobs] == ["couldn't start"] * len(jobs)
+    assert {each["message"] for each in jobs} == {"Invalid: this job was not able to start."}
+    assert all(f"couldn't run {agent.oni / 'manage.py'}: " in each["job"]["error"] for each in jobs)
+    assert str(agent.state / "titles" / str(ids[-1])) in jobs[-1]["job"]["error"]
+
+
+def test_a_job_whose_load_has_run_is_not_said_to_have_been_unable_to_start(agent):
+    gate = agent.hold_load(agent.batch(ALPHA))
+    id = agent.job("load-batch", ALPHA)
+    gate.reached()
+    no_shebang(agent.oni / "manage.py")
+    kill_warm_child(agent)
+    gate.open()
+    job = agent.ended(id)
+    assert job["status"] == "failed" and "what ONI holds of the batch now is not known: " in job["error"]
+
+
+def test_a_job_whose_purge_has_run_is_not_said_to_have_been_unable_to_start(agent):
+    batch = agent.batch(ALPHA)
+    gate = agent.hold_load(batch, issue=1)
+    id = agent.job("load-batch", ALPHA)
+    kill_at(agent, gate, "load_batch")
+    agent.ended(id)
+    gate = agent.hold(batch / "purge-gate")
+    id = agent.job("load-batch", ALPHA)
+    gate.reached()
+    no_shebang(agent.oni / "manage.py")
+    gate.open()
+    job = agent.ended(id)
+    assert job["status"] == "failed" and f"couldn't run {agent.oni / 'manage.py'}: " in job["error"]
+    assert job["error"].endswith("; ONI holds nothing of the batch") and agent.held(ALPHA) == (0, 0, 0)
+
+
+def test_an_open_oni_that_answers_late_is_said_to_while_jobs_wait_for_it(agent):
+    gate = agent.hold_load(agent.batch(BETA))
+    agent.batch(ALPHA)
+    id = agent.job("load-batch", BETA)
+    gate.reached()
+    asked = {f'"{ALPHA}" cannot be loaded': ("load-batch", ALPHA),
+             f'"{ALPHA}" cannot be purged': ("purge-batch", ALPHA),
+             "Unable to create awardee": ("ensure-awardee", "dlc", "Library of Congress")}
+    with contextlib.closing(sqlite3.connect(agent.oni / "oni.sqlite3", isolation_level=None)) as database:
+        database.execute("BEGIN EXCLUSIVE")
+        gate.open()
+        *replies, other = at_once(*[lambda words=words: agent.call(*words) for words in asked.values()],
+                                  lambda: agent.call("version"))
+    assert [(reply["message"], reply["error"]) for reply in replies] == [
+        (message, "Open ONI did not answer within 10 s") for message in asked]
+    assert other["status"] == "success" and awardees(agent, "dlc") == []
+    assert agent.ended(id)["status"] == "successful"
+    assert agent.call("ensure-awardee", "dlc", "Library of Congress")["message"] == "Awardee created"
+    assert agent.run("load-batch", ALPHA)["status"] == "successful"
+
+
+def test_broken_settings_are_named_and_mended_ones_used(site):
+    site.batch(ALPHA)
+    settings = settings_local(site, "raise ValueError('no such password')\n")
+    site.start()
+    for _ in range(2):
+        reply = site.call("load-batch", ALPHA)
+        assert reply["message"] == f'"{ALPHA}" cannot be loaded'
+        assert reply["error"] == "Open ONI cannot be asked: ValueError: no such password"
+    settings.unlink()
+    assert site.run("load-batch", ALPHA)["status"] == "successful"
+
+
+@pytest.mark.parametrize("code", [
+    "print('noise')",
+    "print('noise', end='', flush=True)",
+    "import os; os.write(1, b'\\xff{\"answer\": 1}' * 100_000)",
+    "from django.db.backends.signals import connection_created\n"
+    "connection_created.connect(lambda **_: print('noise', end=''), weak=False)",
+])
+def test_noise_on_stdout_does_no_harm(site, code):
+    site.batch(ALPHA)
+    settings_local(site, code + "\n")
+    assert site.start().run("load-batch", ALPHA)["status"] == "successful"
+    for _ in range(2):
+        assert without_session(site.call("load-batch", ALPHA)) == NOOP
+
+
+def test_the_child_that_answers_may_be_killed_between_two_questions(agent):
+    for _ in range(3):
+        assert agent.call("ensure-awardee", "oru")["message"] == "Awardee already exists"
+        kill_warm_child(agent)
+    assert agent.call("ensure-awardee", "oru")["message"] == "Awardee already exists"
+    assert len(agent.manage_pids("shell")) == 1
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_a_database_that_is_down_is_said_and_one_that_is_up_again_asked(agent, warm):
+    agent.batch(ALPHA)
+    gate = agent.hold_load(agent.batch(BETA))
+    if warm:
+        agent.call("ensure-awardee", "oru")
+    with agent.database_down():
+        for words, message in ((("load-batch", ALPHA), f'"{ALPHA}" cannot be loaded'),
+                               (("purge-batch", ALPHA), f'"{ALPHA}" cannot be purged'),
+                               (("ensure-awardee", "oru"), "Unable to create awardee")):
+            reply = agent.call(*words)
+            assert (reply["status"], reply["message"]) == ("error", message)
+            assert reply["error"] == "Open ONI cannot answer: OperationalError: unable to open database file"
+    assert agent.call("list-jobs")["jobs"] == []
+    agent.job("load-batch", BETA)
+    waiting = agent.job("load-batch", ALPHA)
+    gate.reached()
+    with agent.database_down():
+        gate.open()
+        job = agent.ended(waiting)
+    assert (job["status"], job["error"]) == (
+        "failed", "Open ONI cannot answer: OperationalError: unable to open database file")
+    for name in (ALPHA, BETA):
+        repaired(agent, "load-batch", name)
+        assert agent.held(name) == (1, 2, 4)
+
+
+# --- The README's exchanges, and the demo -------------------------------------------------------------------------------
+
+README = AGENT.with_name("README.md")
+SSH = "ssh -p 2222 nobody@127.0.0.1"
+
+
+def demo_site(folder: Path, template: Path) -> Site:
+    """A site with a batch that is small, one that takes half a minute, and one that ONI loads with a hole."""
+    site = Site(folder, template)
+    site.environment["ONI_PAGE_SECONDS"] = "0.1"
+    site.batch("batch_oru_small_ver01", issues=2, pages=2)
+    site.batch("batch_oru_slow_ver01", issues=60, pages=5)
+    hole = site.batch("batch_oru_hole_ver01", issues=4, pages=1) / "data/batch.xml"
+    hole.write_text(hole.read_text().replace('editionOrder="01"', 'editionOrder=""', 1))
+    (folder / "herald.xml").write_bytes(marc_xml(wrapped=True))
+    return site
+
+
+def shell(site: Site, folder: Path, line: str) -> str:
+    """What a command of the README prints, with this site's port and key for the README's."""
+    words = shlex.join(site.ssh_words()).replace("nobody@127.0.0.1", "") + "nobody@127.0.0.1"
+    return subprocess.run(line.replace(SSH, words), shell=True, cwd=folder, stdin=subprocess.DEVNULL, timeout=60,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout.decode()
+
+
+def readme_exchanges() -> list[tuple[str, str]]:
+    """Every `$ ssh …` line of the README, and the lines under it."""
+    blocks = re.findall(r"^```console\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
+    return re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", "".join(blocks), re.MULTILINE)
+
+
+def test_the_readme_shows_what_the_agent_answers(tmp_path, template):
+    site = demo_site(tmp_path, template).start()
+    try:
+        def plain(text: str) -> str:
+            text = re.sub(STAMP, "TIME", text.replace(str(tmp_path), "/srv"))
+            text = re.sub(r'"session":\{"id":\d+\}', "SESSION", text)
+            text = re.sub(r'"(seconds|loaded)":("[^"]*"|[\d.]+)', r'"\1":X', text)
+            return re.sub(r"\d{4}-\d\d-\d\dT[\d:.+]+|in [\d.]+ seconds", "TIME", text)
+        exchanges = [exchange for exchange in readme_exchanges() if SSH in exchange[0]]
+        assert {name for line, _ in exchanges for name in oni_agent.COMMANDS if f" {name}" in line
+                } == set(oni_agent.COMMANDS)
+        for line, printed in exchanges:
+            assert (line, plain(shell(site, tmp_path, line))) == (line, plain(printed))
+    finally:
+        site.clean_up()
+
+
+def test_the_readme_and_help_tell_of_every_setting():
+    told = subprocess.run([sys.executable, str(AGENT), "--help"], stdout=subprocess.PIPE, check=True).stdout.decode()
+    for name in oni_agent.OWN_VARIABLES:
+        assert f"\n  {name} " in told and f"| `{name}` |" in README.read_text()
+
+
+def demo(once: bool) -> None:
+    """An agent on a stand-in site: until Ctrl-C, or for one whole exchange."""
+    with tempfile.TemporaryDirectory(prefix="oni-demo-") as name:
+        folder = Path(name)
+        build_oni(folder / "template")
+        site = demo_site(folder, folder / "template")
+        with contextlib.closing(socket.socket()) as probe:
+            free = probe.connect_ex(("127.0.0.1", 2222)) != 0
+        site.start(BA_BIND="127.0.0.1:2222" if free else "127.0.0.1:0", LOG_LEVEL="info")
+        ssh = f"ssh -p {site.port} nobody@127.0.0.1"
+        try:
+            if once:
+                for line in ("load-batch batch_oru_small_ver01", "job-wait 1", "job-logs 1",
+                             "purge-batch batch_oru_small_ver01", "job-wait 2", "list-jobs"):
+                    print(f"$ {ssh} {line}\n{shell(site, folder, f'{SSH} {line}')}", flush=True)
+                return
+            print(f"""\
+A stand-in Open ONI with three batches is in {folder}, and an ONI Agent on it listens. Try, elsewhere:
+
+    {ssh} help
+    {ssh} load-batch batch_oru_small_ver01     a small one
+    {ssh} job-status 1
+    {ssh} load-batch batch_oru_slow_ver01      takes half a minute
+    {ssh} job-follow 2                         see it load; or job-cancel 2
+    {ssh} load-batch batch_oru_hole_ver01      ONI drops an issue of it and says all is well
+    {ssh} job-wait 3                           the agent does not
+    {ssh} -t list-batches
+
+What follows is the agent's log. Ctrl-C ends both.
+""", flush=True)
+            shown = 0
+            while site.agent.poll() is None:
+                with site._news:
+                    site._news.wait_for(lambda: len(site.log) > shown, 1)
+                print("".join(site.log[shown:]), end="", flush=True)
+                shown = len(site.log)
+        except KeyboardInterrupt:
+            print()
+        finally:
+            site.clean_up()
+
+
+def record() -> None:
+    """Makes the README's exchanges anew."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        build_oni(folder / "template")
+        site = demo_site(folder, folder / "template").start()
+        done, text = "", README.read_text()
+        try:
+            for line, printed in readme_exchanges():
+                said = shell(site, folder, line).replace(str(folder), "/srv") if SSH in line else printed
+                before, text = text.split(f"$ {line}\n{printed}", 1)
+                done += f"{before}$ {line}\n{said}"
+        finally:
+            site.clean_up()
+        README.write_text(done + text)
+
+
+def main() -> None:
+    """Runs what is not a test."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo", action="store_true", help="an agent to try, until Ctrl-C")
+    parser.add_argument("--once", action="store_true", help="with --demo: make an exchange, print it, end")
+    parser.add_argument("--record", action="store_true", help="make the README's exchanges anew")
+    chosen = parser.parse_args()
+    if chosen.demo:
+        demo(chosen.once)
+    elif chosen.record:
+        record()
+    else:
+        parser.print_help()
+
+
+if __name__ == "__main__":
+    main()
