@@ -84,6 +84,7 @@ MAX_CONNECTIONS = 640  # in all; beyond it the connection that has been idle lon
 MAX_FROM_ONE_ADDRESS = 500  # of them
 MAX_HALF_OPEN = 200  # of them not admitted yet
 MAX_CHANNELS = 10  # open at once on one connection, as OpenSSH's MaxSessions
+MAX_PACKET = 256 * 1024  # bytes of one SSH packet, as OpenSSH takes them
 MAX_COMMAND = 16 * 1024  # bytes of a command line
 MAX_PAYLOAD = 32 * 1024 * 1024  # bytes on standard input
 HANDSHAKE_SECONDS = 15  # from connecting to being admitted
@@ -131,8 +132,8 @@ class Settings:
         def read(name: str, reader: Callable[[str], object], default: str = "") -> None:
             try:
                 values[name.lower()] = reader(environ.get(name) or default)
-            except ValueError as error:
-                problems.append(f"{name} {error}")
+            except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: no home for a ~, links in a circle
+                problems.append(f"{name} {'' if isinstance(error, ValueError) else 'cannot be used: '}{error}")
 
         home = environ.get("XDG_STATE_HOME") or os.path.join(environ.get("HOME") or "~", ".local", "state")
         read("ONI_LOCATION", functools.partial(existing_folder, holding="manage.py"))
@@ -170,8 +171,7 @@ def private_folder(value: str) -> Path:
     path = Path(value.split(":")[0]).expanduser().resolve()  # systemd separates several by colons
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = path.stat()
-        if found.st_uid != os.geteuid() or found.st_mode & stat.S_ISVTX:  # not a /tmp
+        if path.stat().st_uid != os.geteuid() or path in (Path("/"), Path("/tmp"), Path("/var/tmp"), Path.home()):
             raise ValueError(f"is {value!r}, a folder that others use; name one that is the agent's alone")
         path.chmod(0o700)
     except OSError as error:
@@ -716,7 +716,10 @@ class JobStore:
     def jobs(self) -> list[Job]:
         """Every job, oldest first."""
         rows = self._execute(f"SELECT {', '.join(self.COLUMNS)} FROM jobs ORDER BY id").fetchall()
-        return [Job(id, json.loads(words), *rest) for id, words, *rest in rows]
+        try:
+            return [Job(id, json.loads(words), *rest) for id, words, *rest in rows]
+        except ValueError as error:
+            raise StoreError(f"{self.folder / 'jobs.db'} is damaged: {error}") from error
 
     def add(self, words: list[str], payload: bytes | None) -> Job:
         """A new pending job, safely on disk when this returns. Raises StoreError: then there is no job."""
@@ -928,7 +931,7 @@ class Work:
 
     def note(self, text: str) -> None:
         """Says in the job's log what the agent does."""
-        self._log.write(NOTE, [text.encode()])
+        self._log.write(NOTE, [text.replace("\n", " ").encode("utf-8", "replace")])
 
     def state(self, name: str) -> BatchState:
         """What ONI holds of a batch now. Raises ONIError."""
@@ -982,6 +985,9 @@ class Work:
         survivors = holders(self._lock)
         if survivors:
             log.warning("job=%d adopted=%s: its manage.py is still at work", self.job.id, survivors)
+        if survivors and not self._copied:  # somebody has deleted the log
+            self._log.write(COMMAND, [b"manage.py, begun by an earlier agent"])
+            self._copied = dict.fromkeys(self._outputs, 0)
         if self._copied:
             self._follow()
         return bool(survivors)
@@ -998,12 +1004,15 @@ class Work:
 
         threading.Thread(target=wait, daemon=True).start()
         tails = {kind: Tail(path, self._copied[kind]) for kind, path in self._outputs.items()}
-        copied = over = False
+        copied = over = full = False
         while copied or not over:
             over = ended.wait(0 if copied else TICK)
+            full = full or not os.statvfs(self._log.path.parent).f_bavail
             copied = any([self._copy(kind, tail.read(over)) for kind, tail in tails.items()])
             if self.cancelled.is_set() and not over:
                 terminated = self._terminate(terminated)
+        if full:
+            self.note("the state folder was full meanwhile: lines that manage.py printed may be missing")
 
     def _copy(self, kind: bytes, lines: list[bytes]) -> bool:
         if lines:
@@ -1128,6 +1137,12 @@ class JobQueue:
         """Begins to work."""
         threading.Thread(target=self._run, name="worker", daemon=True).start()
 
+    def stop(self) -> None:
+        """Takes note that the agent is stopped on purpose, which is no interruption that counts."""
+        if self._work and self._work.job.status == STARTED:
+            with contextlib.suppress(StoreError):
+                self._store.update(self._work.job, attempts=self._work.job.attempts - 1)
+
     def jobs(self) -> list[Job]:
         """Every job, oldest first."""
         with self._changed:
@@ -1191,7 +1206,7 @@ class JobQueue:
                 with self._changed:
                     self._work = None if job.finished else self._work_on(job)
                 if self._work:
-                    self._perform(job, self._work)
+                    self._insist(job, functools.partial(self._perform, job, self._work))
 
     def _perform(self, job: Job, work: Work) -> None:
         """Brings a job to its end, whatever happens."""
@@ -1233,15 +1248,19 @@ class JobQueue:
 
     def _record(self, job: Job, **changes) -> None:
         """Changes a job on disk, then for all to see; waits for a disk that refuses."""
+        self._insist(job, functools.partial(self._store.update, job, **changes))
+        self._show(job, changes)
+
+    @staticmethod
+    def _insist(job: Job, action: Callable[[], None]) -> None:
+        """Does what a full disk may refuse, until it does not; a job can be begun again at any point."""
         for attempt in itertools.count():
             try:
-                self._store.update(job, **changes)
-                break
-            except StoreError as error:
+                return action()
+            except (StoreError, OSError) as error:
                 if not attempt:
-                    log.error("job=%d cannot be recorded: %s; trying again every second", job.id, error)
+                    log.error("job=%d cannot go on: %s; trying again every second", job.id, error)
                 time.sleep(1)
-        self._show(job, changes)
 
     def _show(self, job: Job, changes: dict) -> None:
         with self._changed:
@@ -1254,7 +1273,7 @@ class JobQueue:
 
     def _forget_old(self) -> None:
         horizon = time.time_ns() - KEEP_DAYS * 86400 * 10**9
-        finished = [job for job in self.jobs() if job.finished]
+        finished = sorted((job for job in self.jobs() if job.finished), key=lambda job: job.ended)
         for job in finished[:-KEEP_JOBS]:
             if job.ended < horizon:
                 with contextlib.suppress(StoreError, OSError):  # the next time, then
@@ -1644,12 +1663,15 @@ def make_host_key(path: Path) -> None:
     unready.rename(path)
 
 
+LOG_HERE = f"\0{os.urandom(8).hex()}"  # stands for a log while the rest of a reply is encoded
+
+
 def encoded(reply: dict, indent: int | None) -> Iterator[str]:
     """A reply as JSON, in pieces. The lines of a log, which may be many, are encoded as they are read."""
     logs: list[Iterator] = []
     text = json.dumps(reply, ensure_ascii=False, indent=indent, separators=None if indent else (",", ":"),
-                      default=lambda lines: logs.append(lines) or "\0")
-    first, *rest = text.split(json.dumps("\0"))  # what a reply says itself can hold no such string
+                      default=lambda lines: logs.append(lines) or LOG_HERE)
+    first, *rest = text.split(json.dumps(LOG_HERE))
     yield first
     for lines, after in zip(logs, rest):
         opening = "["
@@ -1673,6 +1695,8 @@ class ClientSocket(socket.socket):
     def recv(self, size: int, flags: int = 0) -> bytes:
         """Receives, and acknowledges at once: OpenSSH's next packet waits for that (40 ms, Nagle)."""
         self.before_read()
+        if size > MAX_PACKET:  # paramiko would believe, and hold, any length
+            raise EOFError
         data = super().recv(size, flags)
         if hasattr(socket, "TCP_QUICKACK"):
             with contextlib.suppress(OSError):
@@ -1697,10 +1721,12 @@ class Connection(paramiko.ServerInterface):
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self.transport = paramiko.Transport(self._socket, disabled_algorithms={"pubkeys": ["ssh-rsa"]})  # SHA-1
+        self.transport.packetizer.start_handshake = lambda timeout: None  # a timer thread each, for HANDSHAKE_SECONDS' work
         self.transport.local_version = f"SSH-2.0-ONI_Agent_{VERSION}"
         self.transport.add_server_key(server.host_key)
         options = self.transport.get_security_options()
         options.kex = [name for name in KEX if name in options.kex]
+        options.key_types = [name for name in options.key_types if name != "ssh-rsa"]  # SHA-1, too
         options.ciphers = [name for name in CIPHERS if name in options.ciphers]
         options.digests = [name for name in MACS if name in options.digests]
         self.transport.start_server(event=threading.Event(), server=self)
@@ -1726,9 +1752,10 @@ class Connection(paramiko.ServerInterface):
         while channel := self.transport.accept(0):  # else paramiko keeps each for ever
             self._channels.append(channel)
         self._channels = [channel for channel in self._channels if not channel.closed]
+        full = max(len(self._channels), len(self.sessions)) >= MAX_CHANNELS  # a session may outlive its channel
         if kind != "session":
             return paramiko.OPEN_FAILED_ADMINISTRATIVELY_PROHIBITED
-        return paramiko.OPEN_FAILED_RESOURCE_SHORTAGE if len(self._channels) >= MAX_CHANNELS else paramiko.OPEN_SUCCEEDED
+        return paramiko.OPEN_FAILED_RESOURCE_SHORTAGE if full else paramiko.OPEN_SUCCEEDED
 
     def check_channel_pty_request(self, channel, *_):
         self._ttys.add(channel)
@@ -1747,7 +1774,7 @@ class Connection(paramiko.ServerInterface):
 
     def _start_sessions(self) -> None:
         while self._begun:
-            self._begun.pop().start()
+            self._begun.pop(0).start()
 
     def ended(self, session: Session) -> None:
         """A session is over."""
@@ -1778,8 +1805,8 @@ class Connection(paramiko.ServerInterface):
 
     @property
     def gone(self) -> bool:
-        """Whether nothing of it is left."""
-        return not self.transport.is_alive() and not self.sessions
+        """Whether nothing of it is left; a session not begun before its client went never will be."""
+        return not self.transport.is_alive() and not any(session.is_alive() for session in list(self.sessions))
 
 
 class Session(threading.Thread):
@@ -1798,6 +1825,7 @@ class Session(threading.Thread):
             agent = dataclasses.replace(self.connection.server.agent, payload=self._read_payload, present=self._present)
             reply = answer(agent, self._line)
             self._send(reply.text or encoded({**reply.keys, "session": {"id": self.number}}, 2 if self._tty else None))
+            self._sending_since = time.monotonic()
             self.channel.send_exit_status(int(reply.job is not None and reply.job.status != SUCCESSFUL))
             status = reply.keys.get("status", "followed")
         except (ClientGone, OSError, EOFError, paramiko.SSHException):
@@ -1873,6 +1901,8 @@ class SSHServer:
             while True:
                 for key, _ in selector.select(timeout=1):
                     if not key.data:
+                        name = signal.Signals(stop.recv(1)[0]).name
+                        log.info("stopping on %s; what manage.py does goes on", name)
                         return self._finish()
                     key.data()
                 if time.monotonic() - swept >= 1:
@@ -1898,6 +1928,8 @@ class SSHServer:
         if allowed and not any(ipaddress.ip_address(host) in network for network in allowed):
             why = "not in ALLOW_FROM"
         else:
+            if len(self._connections) >= MAX_CONNECTIONS:
+                self._sweep(time.monotonic())
             live = [each for each in self._connections if not each.cut_off]
             crowds = ((live, MAX_CONNECTIONS), ([each for each in live if each.host == host], MAX_FROM_ONE_ADDRESS),
                       ([each for each in live if each.half_open], MAX_HALF_OPEN))
@@ -1928,15 +1960,20 @@ class SSHServer:
     def _finish(self) -> None:
         self._listener.close()
         until = time.monotonic() + STOP_SECONDS
-        for session in [session for each in self._connections for session in list(each.sessions)]:
-            session.join(max(0, until - time.monotonic()))
+        busy = [each for each in self._connections if each.sessions]
+        while not all(each.gone for each in busy) and time.monotonic() < until:
+            time.sleep(0.01)
 
 
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket; on every address, IPv6 too where there is IPv6, if `host` is empty. Raises OSError."""
     both = host in ("", "::") and socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if both else socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)[0][0]
-    return socket.create_server((host, port), family=family, backlog=512, dualstack_ipv6=both)
+    try:
+        family = socket.AF_INET6 if both else socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=512, dualstack_ipv6=both)
+    except OSError as error:
+        why = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno)
+        raise OSError(f"BA_BIND: nothing can listen on {host}:{port}: {why}") from error
 
 
 def plain_host(address: tuple) -> str:
@@ -2053,8 +2090,7 @@ def stop_on_signals() -> socket.socket:
     def stop(number: int, _) -> None:
         for each in (signal.SIGTERM, signal.SIGINT):
             signal.signal(each, lambda *_: os._exit(1))
-        log.info("stopping on %s; what manage.py does goes on", signal.Signals(number).name)
-        writer.send(b"!")
+        writer.send(bytes([number]))  # no more than that: the signal may have come in the middle of a log line
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
@@ -2103,6 +2139,7 @@ def main() -> int:
     tell_systemd("READY=1")
     server.serve(stop)
     tell_systemd("STOPPING=1")
+    jobs.stop()
     return 0
 
 

@@ -1918,6 +1918,577 @@ def test_a_database_that_is_down_is_said_and_one_that_is_up_again_asked(agent, w
         assert agent.held(name) == (1, 2, 4)
 
 
+# --- Promises: nothing is lost ----------------------------------------------------------------------------------------
+
+KILLS = int(os.environ.get("CRASH_KILLS", 30))
+SEED = int(os.environ.get("CRASH_SEED", random.randrange(10**6)))
+LANES = -(-KILLS // 5)  # tests that the kills are spread over
+MOMENTS = (
+    ("agent", "before the spawn"), ("both", "just after the spawn"), ("manage.py", "in mid-output"),
+    ("agent", "in mid-output"), ("both", "in a repair's purge"), ("agent", "before the record"),
+    ("agent", "just after the spawn"), ("both", "in mid-output"), ("manage.py", "in a repair's purge"),
+    ("agent", "in a repair's purge"), ("both", "at any time"), ("agent", "at any time"),
+    ("manage.py", "just after the spawn"), ("agent", "in a patch's copying"),
+)
+WITNESS = r'''
+import contextlib, fcntl, os, sys
+def hold(name):
+    """Waits at a gate of the test's, if there is one."""
+    with contextlib.suppress(FileNotFoundError), open("hold-" + name) as gate:
+        gate.read()
+command = "".join(sys.argv[1:2])
+if command == "check":
+    sys.exit()  # saves the tests its half second at every start
+if command in ("load_batch", "purge_batch", "load_titles"):
+    at_work = open("at-work", "a")
+    try:
+        fcntl.flock(at_work, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        open("two-at-once", "a").write(f"{sys.argv}\n")
+if command == "shell":  # a question asked of Open ONI begins with close_old_connections
+    import django.db
+    def before_question(close=django.db.close_old_connections):
+        hold("question")
+        close()
+    django.db.close_old_connections = before_question
+hold(command)
+'''
+
+
+@pytest.fixture
+def witnessed(site) -> Site:
+    """A site whose manage.py tells when two are at work at once, and can be held at its start or at a question."""
+    site.prepend_to_manage(WITNESS)
+    yield site
+    assert not (site.oni / "two-at-once").exists(), (site.oni / "two-at-once").read_text()
+
+
+def half_load(site: Site, batch: Path) -> None:
+    """What a load leaves that is killed in its first issue."""
+    (site.oni / "data/batches" / batch.name).symlink_to(batch)
+    with contextlib.closing(sqlite3.connect(site.oni / "oni.sqlite3", timeout=60)) as database, database:
+        database.execute("INSERT INTO core_batch (name, created, awardee_id) VALUES (?, '2026-01-01 00:00:00', 'oru')",
+                         [batch.name])
+        database.execute("INSERT INTO core_issue (batch_id, title_id, date_issued, edition)"
+                         " VALUES (?, 'sn99990001', '1900-01-01', 1)", [batch.name])
+        database.execute("INSERT INTO core_loadbatchevent (batch_name, created, message)"
+                         " VALUES (?, '2026-01-01 00:00:00', 'starting load')", [batch.name])
+
+
+def load_until(moment: str, site: Site, batch: Path, draw: random.Random) -> tuple[int, Gate | None]:
+    """Has a batch loaded and follows that to a moment: the job's id, and the gate at which the load is held."""
+    question = site.oni / "hold-question"
+    if moment == "before the spawn":
+        asked = site.hold(question)
+        with Client(site.port) as client:
+            channel = client.channel(f"load-batch {batch.name}")
+            asked.reached()  # that was the acceptance's question; the next one is the job's
+            question.unlink()
+            gate = site.hold(question)
+            os.close(asked._writer)
+            return json.loads(channel.makefile("rb").read())["job"]["id"], gate.reached()
+    if moment == "before the record":
+        last_page = site.hold_load(batch, issue=1, page=3)
+        id = site.job("load-batch", batch.name)
+        last_page.reached()
+        gate = site.hold(question)
+        last_page.open()
+        return id, gate.reached()
+    if moment == "just after the spawn":
+        gate = site.hold(site.oni / "hold-load_batch")
+    elif moment == "in mid-output":
+        gate = site.hold_load(batch, issue=draw.randrange(2), page=draw.randint(1, 3))
+    elif moment == "in a repair's purge":
+        half_load(site, batch)
+        gate = site.hold(batch / "purge-gate")
+    else:
+        id = site.job("load-batch", batch.name)
+        time.sleep(draw.uniform(0, 0.6))
+        return id, None
+    return site.job("load-batch", batch.name), gate.reached()
+
+
+def kill(site: Site, victim: str) -> None:
+    """kill -9 of the agent, of manage.py, or of both."""
+    if victim != "manage.py":
+        site.kill()
+    if victim != "agent":
+        for pid in site.manage_pids("load_batch") + site.manage_pids("purge_batch"):
+            os.kill(pid, signal.SIGKILL)
+
+
+def printed(site: Site, since: set[Path] = frozenset()) -> list[str]:
+    """What the manage.py of this site have written to Open ONI's own log files, but for those in `since`."""
+    files = {path for command in ("load", "purge") for path in (site.oni / "log").glob(f"{command}_batch_*.log")}
+    return [line for path in sorted(files - since, key=lambda path: path.stat().st_mtime_ns)
+            for line in path.read_text().splitlines()]
+
+
+def on_stderr(site: Site, id: int) -> list[str]:
+    """The lines of manage.py's stderr in a job's log; their stamps must increase."""
+    stderr = site.call("job-logs", str(id))["job"]["stderr"]
+    stamps = [line[:32] for line in stderr]
+    assert stamps == sorted(set(stamps)) and all(re.fullmatch(rf"\[{STAMP}\]", stamp) for stamp in stamps)
+    return [line[33:] for line in stderr]
+
+
+@pytest.mark.parametrize("lane", range(LANES))
+def test_a_job_outlives_kills_at_every_moment_of_its_life(witnessed, lane):
+    print(f"CRASH_KILLS={KILLS} CRASH_SEED={SEED}")
+    draw = random.Random(f"{SEED} {lane}")
+    witnessed.start()
+    for number in range(lane, KILLS, LANES):
+        victim, moment = MOMENTS[number % len(MOMENTS)]
+        print(f"kill {number}: {victim}, {moment}")
+        crash = crash_patch if moment == "in a patch's copying" else crash_load
+        crash(witnessed, victim, moment, f"batch_oru_k{number}_ver01", draw)
+    jobs = witnessed.call("list-jobs")["jobs"]
+    assert [job["id"] for job in jobs] == list(range(1, len(jobs) + 1))
+    assert {job["status"] for job in jobs} <= {"successful", "failed"}
+
+
+def crash_load(site: Site, victim: str, moment: str, name: str, draw: random.Random) -> None:
+    """A load is killed at a moment; what must become of it becomes of it."""
+    batch = site.batch(name, issues=2, pages=3)
+    before = set((site.oni / "log").iterdir())
+    id, gate = load_until(moment, site, batch, draw)
+    kill(site, victim)
+    for step in sorted(("open", "start"), key=lambda _: draw.random()):
+        if step == "open" and gate:
+            gate.open()
+        if step == "start" and victim != "manage.py":
+            site.start()
+    job = site.ended(id)
+    if victim == "manage.py":
+        row, issues, _ = site.held(name)
+        held = f"ONI holds {issues} of the 2 issues in batch.xml" if row else "ONI holds nothing of the batch"
+        assert job["status"] == "failed" and "signal 9 (SIGKILL)" in job["error"] and held in job["error"]
+        job = site.run("load-batch", name)
+    assert (job["status"], job.get("error")) == ("successful", None)
+    assert site.held(name) == (1, 2, 6)
+    if victim == "agent":
+        assert on_stderr(site, id) == printed(site, before)
+
+
+def crash_patch(site: Site, victim: str, moment: str, name: str, draw: random.Random) -> None:
+    """The agent is killed while it copies the files of a patch; the patch becomes whole all the same."""
+    old, new = site.batch(name, issues=4, pages=100), site.source / name.replace("ver01", "ver02")
+    half_load(site, old)
+    id = site.job("batch-patch", old.name, new.name, stdin=b"RemoveIssue sn99990001/1900010201\n")
+    site.wait_for(rf"job={id} .*begins")
+    time.sleep(draw.uniform(0, 0.1))
+    kill(site, victim)
+    site.start()
+    assert site.ended(id)["status"] == "successful"
+    kept = {path.relative_to(old): path.read_bytes() for path in old.rglob("*")
+            if path.is_file() and path.suffix != ".tif" and not path.name.endswith("_1.xml")
+            and "1900010201" not in path.parts and path.name != "batch.xml"}
+    made = {path.relative_to(new): path.read_bytes() for path in new.rglob("*") if path.is_file()}
+    assert made.pop(Path("data/batch.xml")).count(b"<issue ") == 3 and made == kept
+    assert not list(site.source.glob("WIP*"))
+
+
+def until(true) -> None:
+    """Waits for what tells nobody that it has come."""
+    end = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_the_next_agent_adopts_a_load_and_its_log_goes_on(witnessed):
+    site = witnessed.start()
+    batch = site.batch("batch_oru_alpha_ver01", issues=3, pages=2)
+    gates = [site.hold_load(batch, issue) for issue in range(3)]
+    id = site.job("load-batch", batch.name)
+    lengths = [0]
+    for gate in gates:
+        gate.reached()
+        site.restart()
+        assert "job=1" in site.wait_for("adopted")
+        until(lambda: len(site.logs(id)) > lengths[-1])  # it had no more to say before the gate
+        lengths.append(len(site.logs(id)))
+        assert site.call("job-status", str(id))["job"]["status"] == "started"
+        gate.open()
+    job = site.ended(id)
+    assert (job["id"], job["status"]) == (id, "successful")
+    assert on_stderr(site, id) == printed(site)
+    assert not any("interrupted" in line for line in site.logs(id))
+
+
+def test_sigterm_stops_the_agent_and_leaves_the_load_at_work(witnessed):
+    site = witnessed.start()
+    batch = site.batch("batch_oru_alpha_ver01")
+    gate = site.hold_load(batch)
+    id = site.job("load-batch", batch.name)
+    gate.reached()
+    assert site.stop() == 0
+    loading = site.manage_pids("load_batch")
+    assert len(loading) == 1
+    gate.open()
+    until(lambda: not site.manage_pids("load_batch"))  # nobody reads, and it runs to its end
+    assert site.held(batch.name) == (1, 2, 4)
+    assert site.start().ended(id)["status"] == "successful"
+    assert on_stderr(site, id) == printed(site)
+
+
+def test_sigterm_at_the_first_moment_stops_the_agent(witnessed):
+    for _ in range(6):
+        assert witnessed.start().stop() == 0  # the signal may come while the agent writes to its log
+
+
+def test_the_third_interruption_of_a_job_is_its_end(witnessed):
+    site = witnessed.start()
+    batch = site.batch("batch_oru_alpha_ver01")
+    site.batch("batch_oru_beta_ver01")
+    for attempt in range(3):
+        gate = site.hold_load(batch)
+        if attempt == 0:
+            assert [site.job("load-batch", name) for name in (batch.name, "batch_oru_beta_ver01")] == [1, 2]
+        else:
+            site.start()
+        gate.reached()
+        assert [job["status"] for job in site.call("list-jobs")["jobs"]] == ["started", "pending"]
+        kill(site, "both")
+        gate.open()
+    job = site.start().ended(1)
+    assert job["status"] == "failed" and "3 times" in job["error"]
+    assert sum("interrupted" in line for line in site.logs(1)) == 3
+    assert site.ended(2)["status"] == "successful"
+    assert site.run("load-batch", batch.name)["status"] == "successful"
+    assert site.held(batch.name) == (1, 2, 4)
+
+
+def test_an_interrupted_title_is_loaded_again(witnessed):
+    site = witnessed.start()
+    gate = site.hold(site.oni / "hold-load_titles")
+    id = site.job("load-title", stdin=marc_xml())
+    gate.reached()
+    site.kill()
+    for pid in site.manage_pids("load_titles"):
+        os.kill(pid, signal.SIGKILL)
+    gate.open()
+    assert site.start().ended(id)["status"] == "successful"
+    assert site.query("SELECT name FROM core_title WHERE lccn = 'sn99990009'") == [("The sample herald.",)]
+
+
+def failed_start(site: Site) -> str:
+    """The sentence with which an agent ends that cannot start."""
+    done = subprocess.run([sys.executable, str(AGENT)], env=site.environment, stderr=subprocess.PIPE, timeout=60)
+    said = done.stderr.decode()
+    assert done.returncode == 1, said
+    assert said.startswith("oni_agent: ") and said.count("\n") == 1
+    return said
+
+
+def test_a_second_agent_on_a_state_folder_is_refused(agent):
+    said = failed_start(agent)
+    assert "another ONI Agent" in said and str(agent.state) in said
+    assert agent.call("version")["status"] == "success"
+
+
+class SmallDisk:
+    """The state folder on a file system of its own, which can be full: a tmpfs, or where nobody may mount one, a limit
+    on the size of the files that the agent writes."""
+
+    def __init__(self, site: Site):
+        self.site = site
+        self.filler = site.state / "filler"
+        site.state.mkdir()
+        words = f"mount -t tmpfs -o size=4m tmpfs {shlex.quote(str(site.state))}"
+        self.mounted = subprocess.run(["sh", "-c", words], stderr=subprocess.DEVNULL).returncode == 0
+
+    def fill(self) -> None:
+        """Leaves no byte."""
+        if not self.mounted:
+            return resource.prlimit(self.site.agent.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+        with open(self.filler, "ab", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+
+    def free(self) -> None:
+        """Takes that back."""
+        if self.mounted:
+            self.filler.unlink()
+        else:
+            resource.prlimit(self.site.agent.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+
+    def unmount(self) -> None:
+        """Leaves the machine as it was."""
+        if self.mounted:
+            subprocess.run(["umount", "-l", str(self.site.state)], check=True)
+
+
+@pytest.fixture
+def disk(witnessed):
+    """A small disk under the site's state folder."""
+    disk = SmallDisk(witnessed)
+    yield disk
+    witnessed.clean_up()
+    disk.unmount()
+
+
+def test_a_full_disk_refuses_jobs_and_keeps_none(disk, witnessed):
+    site = witnessed.start()
+    batch = site.batch("batch_oru_alpha_ver01")
+    disk.fill()
+    for words, stdin in ((("load-batch", batch.name), None), (("load-title",), marc_xml())):
+        reply = site.call(*words, stdin=stdin)
+        assert (reply["status"], reply.get("job")) == ("error", None)
+        assert str(site.state / "jobs.db") in reply["error"]
+        assert site.call("list-jobs")["jobs"] == []
+    assert site.agent.poll() is None
+    disk.free()
+    assert site.run("load-batch", batch.name)["status"] == "successful"
+    before = without_session(site.call("list-jobs"))
+    assert len(before["jobs"]) == 1 and without_session(site.restart().call("list-jobs")) == before
+
+
+@pytest.mark.parametrize("room_for_the_log", [False, True])
+def test_a_disk_that_fills_up_stops_no_load_and_the_log_says_so(disk, witnessed, room_for_the_log):
+    site = witnessed.start()
+    batch = site.batch("batch_oru_alpha_ver01", issues=2, pages=40)
+    gate = site.hold_load(batch)
+    id = site.job("load-batch", batch.name)
+    gate.reached()
+    if room_for_the_log and disk.mounted:  # so that only manage.py meets the full disk
+        subprocess.run(["fallocate", "-n", "-l", "1M", str(site.state / "logs/1.log")], check=True)
+    disk.fill()
+    gate.open()
+    until(lambda: not site.manage_pids("load_batch"))
+    assert site.held(batch.name) == (1, 2, 80)
+    assert site.call("job-status", str(id))["job"]["status"] == "started"  # its end cannot be recorded yet
+    assert site.call("job-logs", str(id))["status"] == "success"
+    disk.free()
+    assert site.ended(id)["status"] == "successful"
+    assert any("may be missing" in line for line in site.logs(id))
+    assert set(on_stderr(site, id)) & set(printed(site))
+    assert site.restart().ended(id)["status"] == "successful"
+
+
+def test_a_job_waits_until_its_log_can_be_made(witnessed):
+    site = witnessed.start()
+    batch = site.batch("batch_oru_alpha_ver01")
+    logs, away = site.state / "logs", site.state / "away"
+    logs.rename(away)
+    id = site.job("load-batch", batch.name)
+    site.wait_for(r"logs/1\.log")
+    assert site.call("job-logs", str(id))["job"]["stderr"] == []
+    away.rename(logs)
+    assert site.ended(id)["status"] == "successful"
+    assert on_stderr(site, id) == printed(site)
+
+
+def past_jobs(site: Site, *rows: tuple) -> None:
+    """Writes jobs into the store of an agent that rests: words, status, days since they were queued and ended."""
+    site.start().kill()
+    now, day = time.time_ns(), 86400 * 10**9
+    with contextlib.closing(sqlite3.connect(site.state / "jobs.db")) as database, database:
+        database.executemany(
+            "INSERT INTO jobs (words, queued, status, started, ended, error, attempts) VALUES (?, ?, ?, ?, ?, '', 1)",
+            [(json.dumps(words), now - queued * day, status, now - queued * day,
+              None if ended is None else now - ended * day) for words, status, queued, ended in rows])
+        for id, in database.execute("SELECT id FROM jobs WHERE ended IS NOT NULL").fetchall():
+            (site.state / "logs" / f"{id}.log").write_bytes(b"[2026-01-01T00:00:00.000000000Z] E a line\n")
+
+
+def change_store(site: Site, *statements: str) -> None:
+    """Changes jobs.db by hand, and leaves it as a killed agent would: the changes in a write-ahead log."""
+    path = site.state / "jobs.db"
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
+        database.execute("PRAGMA journal_mode = WAL")
+        for statement in statements:
+            database.execute(statement)
+        for name in "jobs.db", "jobs.db-wal":
+            shutil.copyfile(site.state / name, site.state / f"{name}.copy")
+    for name in "jobs.db", "jobs.db-wal":
+        (site.state / f"{name}.copy").rename(site.state / name)
+
+
+def spoil_garbage(site: Site) -> str:
+    (site.state / "jobs.db").write_bytes(b"This is not a database.\n" * 1000)
+    return "not a database"
+
+
+def spoil_header(site: Site) -> str:
+    with open(site.state / "jobs.db", "r+b") as file:
+        file.write(bytes(100))
+    return "jobs.db"
+
+
+def spoil_page(site: Site) -> str:
+    with open(site.state / "jobs.db", "r+b") as file:
+        file.seek(8 * 4096)
+        file.write(random.Random(1).randbytes(4096))
+    return "jobs.db"
+
+
+def spoil_end(site: Site) -> str:
+    os.truncate(site.state / "jobs.db", 5 * 4096)
+    return "jobs.db"
+
+
+def spoil_row(site: Site) -> str:
+    change_store(site, "UPDATE jobs SET words = '[\"load-bat' WHERE id = 60")
+    return "jobs.db"
+
+
+def spoil_owner(site: Site) -> str:
+    for path in site.state.glob("jobs.db*"):
+        path.unlink()
+    change_store(site, "CREATE TABLE addresses (name TEXT)", "INSERT INTO addresses VALUES ('somebody')")
+    return "not an ONI Agent's"
+
+
+def spoil_version(site: Site) -> str:
+    change_store(site, "PRAGMA user_version = 99")
+    return "newer"
+
+
+@pytest.mark.parametrize("spoil", [spoil_garbage, spoil_header, spoil_page, spoil_end, spoil_row, spoil_owner,
+                                   spoil_version])
+def test_a_store_that_is_damaged_foreign_or_newer_is_left_alone(witnessed, spoil):
+    site = witnessed
+    past_jobs(site, *[(["load-batch", "batch_oru_alpha_ver01"], "successful", 1, 1)] * 800)
+    expected = spoil(site)
+    before = {path: path.read_bytes() for path in site.state.glob("jobs.db*")}
+    for _ in range(2):
+        said = failed_start(site)
+        assert expected in said and str(site.state / "jobs.db") in said
+        assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_log_deleted_by_hand_is_an_empty_log(witnessed):
+    site = witnessed.start()
+    batch = site.batch("batch_oru_alpha_ver01")
+    assert site.run("load-batch", batch.name)["status"] == "successful"
+    (site.state / "logs/1.log").unlink()
+    job = site.call("job-logs", "1")["job"]
+    assert (job["status"], job["stdout"], job["stderr"]) == ("successful", [], [])
+    gate = site.hold(site.oni / "hold-purge_batch")
+    assert site.job("purge-batch", batch.name) == 2
+    gate.reached()
+    (site.state / "logs/2.log").unlink()  # while the job is at work
+    job = site.call("job-logs", "2")["job"]
+    assert (job["status"], job["stdout"], job["stderr"]) == ("started", [], [])
+    gate.open()
+    assert site.ended(2)["status"] == "successful"
+    assert site.call("job-logs", "2")["status"] == "success"
+
+
+def test_a_load_is_adopted_though_its_log_has_been_deleted(witnessed):
+    site = witnessed.start()
+    batch = site.batch("batch_oru_alpha_ver01")
+    gate = site.hold_load(batch, issue=1)
+    site.job("load-batch", batch.name)
+    gate.reached()
+    site.kill()
+    (site.state / "logs/1.log").unlink()
+    site.start()
+    site.wait_for("adopted")
+    site.call("purge-batch", "batch_oru_beta_ver01")  # asks Open ONI, and so comes after whatever the job has asked
+    assert site.call("job-status", "1")["job"]["status"] == "started"
+    gate.open()
+    assert site.ended(1)["status"] == "successful"
+    assert site.query("SELECT message FROM core_loadbatchevent ORDER BY id") == [
+        ("starting load",), ("processed 4 pages",)]  # and not purged and loaded once more
+
+
+def test_a_clock_set_back_does_not_disturb_the_order_of_a_log(witnessed):
+    site = witnessed.start()
+    batch = site.batch("batch_oru_alpha_ver01")
+    gate = site.hold_load(batch)
+    site.job("load-batch", batch.name)
+    gate.reached()
+    until(lambda: any("trying harder" in line for line in site.logs(1)))
+    site.kill()
+    path = site.state / "logs/1.log"
+    before, newest = path.read_text().rstrip("\n").rsplit("\n", 1)
+    path.write_text(f"{before}\n[2099-12-31T23:59:59.999999998Z]{newest[32:]}\n")
+    gate.open()
+    assert site.start().ended(1)["status"] == "successful"
+    assert on_stderr(site, 1) == printed(site)
+    job = site.call("job-logs", "1")["job"]
+    assert job["stderr"] == sorted(job["stderr"]) and job["stderr"][-1].startswith("[2100-01-01T00:00:00.0")
+
+
+def test_finished_jobs_are_forgotten_after_90_days_but_for_the_newest_100(witnessed):
+    site = witnessed
+    site.batch("batch_oru_alpha_ver01")
+    done = (["load-batch", "batch_oru_old_ver01"], "successful")
+    past_jobs(site, (*done, 200, 1), *[(*done, 200, 91)] * 149,
+              (["load-batch", "batch_oru_alpha_ver01"], "pending", 200, None),
+              (["purge-batch", "batch_oru_alpha_ver01"], "started", 200, None))
+    assert site.start().ended(152)["status"] == "successful"
+    ids = [job["id"] for job in site.call("list-jobs")["jobs"]]
+    assert ids in ([1, *range(51, 153)], [1, *range(52, 153)])  # job 1 ended yesterday; it may be one of the 100
+    assert sorted(int(path.stem) for path in (site.state / "logs").iterdir()) == ids
+    assert site.call("job-logs", "2")["message"] == "Job not found"
+    assert site.restart().job("load-batch", "batch_oru_alpha_ver01") == 153
+
+
+def test_a_log_that_cannot_be_removed_stops_no_job(witnessed):
+    site = witnessed
+    site.batch("batch_oru_alpha_ver01")
+    past_jobs(site, *[(["load-batch", "batch_oru_old_ver01"], "successful", 200, 91)] * 120)
+    (site.state / "logs/1.log").unlink()
+    (site.state / "logs/1.log/by-hand").mkdir(parents=True)
+    assert site.start().run("load-batch", "batch_oru_alpha_ver01")["status"] == "successful"
+
+
+def test_what_the_agent_says_in_a_log_is_one_line(witnessed):
+    site = witnessed.start()
+    batch = site.batch("batch_oru_alpha_ver01")
+    half_load(site, batch)
+    with contextlib.closing(sqlite3.connect(site.oni / "oni.sqlite3", timeout=60)) as database, database:
+        database.execute("UPDATE core_loadbatchevent SET message = 'unable to load batch: a fault\n' || ?", ["E" * 60])
+    assert site.run("load-batch", batch.name)["status"] == "successful"
+    assert on_stderr(site, 1) == printed(site)
+    assert all(re.match(rf"\[{STAMP}\] ", line) for line in site.call("job-logs", "1")["job"]["stdout"])
+
+
+QUICK_LOAD = r'''
+if command == "load_batch":  # what matters here is the queue; a real load takes half a second to begin
+    import sqlite3
+    name = os.path.basename(sys.argv[2])
+    database = sqlite3.connect("oni.sqlite3", timeout=60)
+    database.execute("INSERT INTO core_batch (name, created, awardee_id)"
+                     " VALUES (?, '2026-01-01 00:00:00', 'oru')", [name])
+    database.execute("INSERT INTO core_issue (batch_id, title_id, date_issued, edition)"
+                     " VALUES (?, 'sn99990001', '1900-01-01', 1)", [name])
+    database.execute("INSERT INTO core_loadbatchevent (batch_name, created, message)"
+                     " VALUES (?, '2026-01-01 00:00:00', 'processed 1 pages')", [name])
+    database.commit()
+    sys.exit(print(name, file=sys.stderr))
+'''
+
+
+def test_two_hundred_jobs_survive_ten_kills_in_order(witnessed):
+    site = witnessed
+    site.prepend_to_manage(WITNESS + QUICK_LOAD)  # which never comes to the fixture's WITNESS
+    site.start()
+    print(f"CRASH_SEED={SEED}")
+    draw = random.Random(SEED)
+    names = [f"batch_oru_n{number:03}_ver01" for number in range(1, 201)]
+    for name in names:
+        site.batch(name, issues=1, pages=1)
+    gate = site.hold(site.oni / "hold-load_batch")
+    with Client(site.port) as client:
+        assert [client.ask(f"load-batch {name}")["job"]["id"] for name in names] == list(range(1, 201))
+    gate.open()
+    for last in sorted(draw.sample(range(1, 200), 10)):
+        site.wait_for(rf"job={last} .*begins|job={last + 1} .*begins")
+        time.sleep(draw.uniform(0, 0.1))
+        site.restart()
+    site.ended(200)
+    jobs = site.call("list-jobs")["jobs"]
+    assert [(job["id"], job["status"]) for job in jobs] == [(id, "successful") for id in range(1, 201)]
+    assert [name for name, in site.query("SELECT batch_name FROM core_loadbatchevent ORDER BY id")] == names
+    with Client(site.port) as client:
+        assert [[line[33:] for line in client.ask(f"job-logs {id}")["job"]["stderr"]] for id in range(1, 201)] == [
+            [name] for name in names]
+
+
 # --- The README's exchanges, and the demo -------------------------------------------------------------------------------
 
 README = AGENT.with_name("README.md")
