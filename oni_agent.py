@@ -167,17 +167,23 @@ def existing_folder(value: str, holding: str = "") -> Path:
 
 
 def private_folder(value: str) -> Path:
-    """The folder `value`, made if missing, closed to other users (mode 0700)."""
+    """`value` as the path of a folder that is there and the agent's alone, or that can be made."""
     path = Path(value.split(":")[0]).expanduser().resolve()  # systemd separates several by colons
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if path.stat().st_uid != os.geteuid() or path in (Path("/"), Path("/tmp"), Path("/var/tmp"), Path.home()):
-            raise ValueError(f"is {value!r}, a folder that others use; name one that is the agent's alone")
-        path.chmod(0o700)
-    except OSError as error:
-        raise ValueError(f"is {value!r}, which cannot be used ({error.strerror}); name a folder that the agent's"
-                         " user may write to") from error
+    place = nearest_folder(path)
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"is {value!r}, and the agent's user cannot write to {place}")
+    if path == place and (path.stat().st_uid != os.geteuid() or path in (
+            Path("/"), Path("/tmp"), Path("/var/tmp"), Path.home())):
+        raise ValueError(f"is {value!r}, a folder that others use; name one that is the agent's alone")
     return path
+
+
+def nearest_folder(path: Path) -> Path:
+    """`path`, or the folder that is there and in which it could be made."""
+    place = next(each for each in (path, *path.parents) if os.path.lexists(each))
+    if not place.is_dir():
+        raise ValueError(f"is {str(path)!r}, but {place} is not a folder")
+    return place
 
 
 def bind_address(value: str) -> tuple[str, int]:
@@ -211,8 +217,8 @@ def host_key_path(value: str) -> Path:
     path = Path(value).expanduser().resolve()
     if os.path.lexists(path):
         load_host_key(path)
-    elif not path.parent.is_dir():
-        raise ValueError(f"is {value!r}, in a folder that does not exist")
+    else:
+        nearest_folder(path)
     return path
 
 
@@ -598,7 +604,6 @@ def patch_batch_files(old: Path, new: Path, instructions: bytes) -> Iterator[str
         raise
     os.sync()  # whole on disk before it is seen
     unready.rename(new)
-    yield f"{new} is ready, with {len(sizes)} files"
 
 
 def copied_files(batch: Path, gone: set[str]) -> Iterator[tuple[str, int]]:
@@ -670,6 +675,8 @@ class JobStore:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.chmod(0o700)
         self.run_lock = folder / "run.lock"  # held by the manage.py at work
         self._lock = threading.Lock()
         self._agent_lock = self._keep_others_out()
@@ -1094,6 +1101,7 @@ def batch_patch(work: Work, old: str, new: str) -> None:
         work.go_on()
         if progress:
             work.note(progress)
+    work.note(f"{work.source / new} is whole")
 
 
 def undo(work: Work) -> str:
@@ -1163,6 +1171,7 @@ class JobQueue:
             job = self._store.add(words, payload)
             self._jobs[job.id] = job
             self._waiting.put(job.id)
+            self._show(job, {})
             return job
 
     def add_once(self, words: list[str], redundant: Callable[[], bool]) -> tuple[Job | None, bool]:
@@ -1184,15 +1193,17 @@ class JobQueue:
     def cancel(self, job: Job) -> bool:
         """Sees to it that a job ends unsuccessful; False if it has ended already. Raises StoreError."""
         with self._changed:
-            if job.finished:
-                return False
+            if job.finished or job.cancelled:
+                return not job.finished
             at_work = self._work and self._work.job is job
-            changes = {"cancelled": 1} if at_work else {"status": FAILED, "error": "cancelled before it started",
-                                                        "ended": time.time_ns()}
-            self._store.update(job, **changes)
-            self._show(job, changes)
+            never = {} if at_work or job.status == STARTED else {
+                "status": FAILED, "error": "cancelled before it started", "ended": time.time_ns()}
+            self._store.update(job, cancelled=1, **never)
+            self._show(job, {"cancelled": 1, **never})
             if at_work:
                 self._work.cancelled.set()
+        if never:
+            self._tell_of_end(job)
         return True
 
     def _run(self) -> None:
@@ -1206,7 +1217,10 @@ class JobQueue:
                 with self._changed:
                     self._work = None if job.finished else self._work_on(job)
                 if self._work:
-                    self._insist(job, functools.partial(self._perform, job, self._work))
+                    try:
+                        self._insist(job, functools.partial(self._perform, job, self._work))
+                    except Exception:  # the queue goes on; the next agent will try this job again
+                        log.exception("job=%d could not be brought to its end", job.id)
 
     def _perform(self, job: Job, work: Work) -> None:
         """Brings a job to its end, whatever happens."""
@@ -1218,6 +1232,7 @@ class JobQueue:
             try:
                 if job.attempts > MAX_ATTEMPTS:
                     raise JobFailed(f"given up: {MAX_ATTEMPTS} times the agent and manage.py were gone before its end")
+                work.go_on()
                 RECIPES[job.words[0]](work, *job.words[1:])
                 status = SUCCESSFUL
             except Cancelled:
@@ -1231,8 +1246,11 @@ class JobQueue:
                 log.exception("job=%d stumbled over a fault of the agent", job.id)
                 error = f"a fault of the agent, see its log: {problem!r}"
         self._record(job, status=status, error=error, ended=time.time_ns())
-        log.log(logging.INFO if status == SUCCESSFUL else logging.WARNING, "job=%d command=%r status=%r error=%r",
-                job.id, shlex.join(job.words), status, error)
+        self._tell_of_end(job)
+
+    def _tell_of_end(self, job: Job) -> None:
+        log.log(logging.INFO if job.status == SUCCESSFUL else logging.WARNING, "job=%d command=%r status=%r error=%r",
+                job.id, shlex.join(job.words), job.status, job.error)
         self._on_end(job)
 
     def _begin(self, job: Job, work: Work) -> None:
@@ -1268,7 +1286,8 @@ class JobQueue:
                 setattr(job, name, value)
             self._changed.notify_all()
             waiting = sum(each.status == PENDING for each in self._jobs.values())
-        at_work = f"{shlex.join(job.words)} (job {job.id})" if job.status == STARTED else "nothing"
+            at_work = next((f"{shlex.join(each.words)} (job {each.id})" for each in self._jobs.values()
+                            if each.status == STARTED), "nothing")
         self._tell(f"at work: {at_work}; waiting: {waiting}")
 
     def _forget_old(self) -> None:
@@ -1406,7 +1425,7 @@ def refused(message: str, **keys) -> Iterator[None]:
     """What is wrong with a request, or with Open ONI just now, becomes an error answer."""
     try:
         yield
-    except (BatchError, ONIError, ValueError) as error:
+    except (BatchError, ONIError, ValueError, OSError) as error:
         raise Refused(message, error=str(error), **keys) from error
 
 
@@ -1609,8 +1628,8 @@ def cmd_list_batches(agent: Agent) -> dict:
     source = agent.settings.batch_source
     with refused("The batches cannot be listed"):
         states = batch_states(agent.oni, source)
-    for name in filter(BATCH_NAME.fullmatch, os.listdir(source)):
-        states.setdefault(name, BatchState(False, issue_count(source / name), source))
+        for name in filter(BATCH_NAME.fullmatch, os.listdir(source)):
+            states.setdefault(name, BatchState(False, issue_count(source / name), source))
     return {"batches": [batch_object(states[name], source / name) for name in sorted(states)]}
 
 
@@ -1653,6 +1672,7 @@ def make_host_key(path: Path) -> None:
     private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH,
                                 serialization.NoEncryption())
     public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     unready = path.with_name(path.name + ".unready")  # under its name only when whole
     unready.unlink(missing_ok=True)
     with open(os.open(unready, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
@@ -1709,7 +1729,7 @@ class Connection(paramiko.ServerInterface):
 
     def __init__(self, server: SSHServer, accepted: socket.socket, address: tuple):
         self.server, self.address, self.host = server, show_address(address), plain_host(address)
-        self.user, self.admitted = "", "anyone"
+        self.user, self.admitted = "", "ALLOW_FROM" if server.agent.settings.allow_from else "anyone"
         self.born = self.idle_since = time.monotonic()
         self.sessions: set[Session] = set()
         self.cut_off = False
@@ -1741,11 +1761,13 @@ class Connection(paramiko.ServerInterface):
         return paramiko.AUTH_FAILED if self.server.agent.settings.authorized_keys else paramiko.AUTH_SUCCESSFUL
 
     def check_auth_publickey(self, username, key):
-        self.user = username
+        self.user, allowed = username, self.server.agent.settings.allow_from
+        if not self.server.agent.settings.authorized_keys:
+            return paramiko.AUTH_FAILED  # its client tries "none" next
         if not key_is_authorized(self.server.agent.settings.authorized_keys, key, self.host):
             log.warning("connection from=%s user=%r refused key=%s", self.address, username, fingerprint(key))
             return paramiko.AUTH_FAILED
-        self.admitted = fingerprint(key)
+        self.admitted = ("ALLOW_FROM+" if allowed else "") + fingerprint(key)
         return paramiko.AUTH_SUCCESSFUL
 
     def check_channel_request(self, kind, chanid):
@@ -1856,7 +1878,9 @@ class Session(threading.Thread):
         return since is not None and now - since > STALL_SECONDS + 5
 
     def _present(self) -> None:
-        """Raises ClientGone if it is."""
+        """Raises ClientGone if it is; Ctrl-C on a terminal comes as a byte."""
+        if self._tty and self.channel.recv_ready() and b"\x03" in self.channel.recv(1024):
+            raise ClientGone
         if self.channel.closed or not self.connection.transport.is_active():
             raise ClientGone
 
@@ -2057,29 +2081,44 @@ def check_all(environ: dict[str, str]) -> int:
     """Looks at everything that the agent needs, and says it a line each; the exit status is 1 if something is wrong."""
     wrong = 0
 
-    def look(name: str, at: Callable[[], object], advice: str = "mend the agent's settings") -> object:
+    def look(name: str, at: Callable[[], object], advice: str = "") -> object:
         nonlocal wrong
         try:
             found = at()
-            print(f"✓ {name}")
+            print("✓", name)
             return found
-        except (SettingsError, ONIError, StoreError, OSError) as error:
+        except (SettingsError, ONIError, StoreError, OSError, ValueError) as error:
             wrong += 1
-            print("\n".join(f"✗ {name}: {problem}; {advice}" for problem in map(str, error.args[-1:] if isinstance(
-                error, OSError) else error.args)))
+            for problem in error.args if isinstance(error, SettingsError) else [f"{name}: {error}; {advice}"]:
+                print("✗", problem)
+
+    def writable(folder: Path) -> None:
+        tempfile.TemporaryFile(dir=folder).close()
+
+    def state() -> None:
+        writable(nearest_folder(settings.state_directory))
+        if (settings.state_directory / "jobs.db").exists():
+            JobStore(settings.state_directory).jobs()
+
+    def host_key() -> None:
+        if settings.host_key_file.exists():
+            load_host_key(settings.host_key_file)
+        elif settings.host_key_file.parent != settings.state_directory:
+            writable(nearest_folder(settings.host_key_file.parent))
 
     settings = look("settings", lambda: Settings.read(environ))
     if settings:
         oni = OpenONI(settings.oni_location, environ)
-        look("state folder and jobs", lambda: JobStore(settings.state_directory), "if an agent is at work, ask it instead")
-        look("address to listen on", lambda: listen(*settings.ba_bind).close(), "set BA_BIND to a free port")
-        look("batch source is readable", lambda: os.listdir(settings.batch_source), "let the agent's user read it")
-        look("manage.py check", oni.check, "run it by hand as the agent's user")
-        held = look("database, through Open ONI", lambda: oni.ask("batches", within=PATIENT_SECONDS), "see ONI's settings")
+        look("state folder", state, "if an agent is at work there, ask that instead")
+        look("host key", host_key, "see HOST_KEY_FILE")
+        look("address", lambda: listen(*settings.ba_bind).close(), "set BA_BIND to a free port")
+        look("batch source", lambda: os.listdir(settings.batch_source), "let the agent's user read it")
+        look("manage.py check", oni.check, "run it by hand, as the agent's user")
+        held = look("database", lambda: oni.ask("batches", within=PATIENT_SECONDS), "see ONI's database settings")
         oni.rest()
-        for folder in (settings.oni_location / "log", *([Path(held["storage"])] if held else [])):
-            look(f"{folder} is writable", lambda: tempfile.TemporaryFile(dir=folder).close(),  # noqa: B023
-                 f"let the agent's user write to {folder}")
+        look("ONI's log/", lambda: writable(settings.oni_location / "log"), "let the agent's user write there")
+        if held:
+            look("ONI's batch storage", lambda: writable(Path(held["storage"])), "let the agent's user write there")
     return int(wrong > 0)
 
 
@@ -2146,4 +2185,5 @@ def main() -> int:
 if __name__ == "__main__":
     status = main()
     logging.shutdown()
+    sys.stdout.flush()
     os._exit(status)  # without waiting for threads: whatever they do may be cut off at any instant

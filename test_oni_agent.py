@@ -2489,6 +2489,779 @@ def test_two_hundred_jobs_survive_ten_kills_in_order(witnessed):
             [name] for name in names]
 
 
+# --- Promises: what an administrator wants at 2 a.m. ------------------------------------------------------------------
+
+
+def ssh_run(site: Site, command: str, *options: str) -> subprocess.CompletedProcess:
+    """OpenSSH's client, run to its end."""
+    return subprocess.run([*site.ssh_words(*options), command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, timeout=90)
+
+
+def ssh_begin(site: Site, command: str, *options: str) -> subprocess.Popen:
+    """OpenSSH's client, at work."""
+    return subprocess.Popen([*site.ssh_words(*options), command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+
+
+def until(condition, seconds: float = 60):
+    """What a condition gives once it gives something; for what tells nobody that it has happened."""
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)
+    return found
+
+
+def in_use(site: Site) -> tuple:
+    """How many descriptors and threads the agent has."""
+    return tuple(len(os.listdir(f"/proc/{site.agent.pid}/{kind}")) for kind in ("fd", "task"))
+
+
+def failing_load(site: Site, name: str = "batch_oru_broken_ver01") -> Path:
+    """A batch that passes the agent's look at its files and then fails to load; gives its spoilt file."""
+    ocr = sorted((site.batch(name) / "data").glob("*/print/*/0001.xml"))[0]
+    ocr.write_text("<alto>")
+    return ocr
+
+
+def test_job_wait_answers_when_the_job_has_ended_and_its_exit_status_tells_success(agent):
+    gate = agent.hold_load(agent.batch("batch_oru_alpha_ver01"))
+    failing_load(agent)
+    good, bad = agent.job("load-batch", "batch_oru_alpha_ver01"), agent.job("load-batch", "batch_oru_broken_ver01")
+    gate.reached()
+    waiting = [ssh_begin(agent, f"job-wait {id}") for id in (good, bad)]
+    gone = ssh_begin(agent, f"job-wait {good}")
+    until(lambda: len([line for line in agent.log if "session=" in line]) == 2 and in_use(agent)[1] > 9)
+    gone.kill()
+    gone.communicate()
+    assert agent.call("job-status", str(good))["job"]["status"] == "started"
+    assert [each.poll() for each in waiting] == [None, None]
+    gate.open()
+    answers = [(json.loads(each.communicate(timeout=90)[0]), each.returncode) for each in waiting]
+    assert [(reply["status"], reply["job"]["status"], code) for reply, code in answers] == [
+        ("success", "successful", 0), ("success", "failed", 1)]
+    for reply, _ in answers:
+        assert without_session(reply) == without_session(agent.call("job-status", str(reply["job"]["id"])))
+    assert ssh_run(agent, f"job-wait {bad}").returncode == 1 and ssh_run(agent, "job-wait -1").returncode == 0
+    assert json.loads(ssh_run(agent, "job-wait 77").stdout)["message"] == "Job not found"
+
+
+BOTH_STREAMS = "import os, sys\nif 'load_batch' in sys.argv:\n    os.write(1, b'said on stdout\\n')"
+
+
+@pytest.mark.parametrize("options, newline", [((), b"\n"), (("-tt",), b"\r\n")])
+def test_job_follow_shows_lines_as_they_come_until_the_job_ends(site, options, newline):
+    site.prepend_to_manage(BOTH_STREAMS)
+    gate = site.hold_load(site.batch("batch_oru_alpha_ver01", issues=2), issue=1)
+    site.start()
+    site.job("load-batch", "batch_oru_alpha_ver01")
+    gate.reached()
+    following = ssh_begin(site, "job-follow 1", *options)
+    so_far = []
+    while "Image 1" not in (so_far or [""])[-1] or len([line for line in so_far if "trying harder" in line]) < 3:
+        so_far.append(following.stdout.readline().decode())
+    assert following.poll() is None and site.call("job-status", "1")["job"]["status"] == "started"
+    gate.open()
+    rest = following.stdout.read()
+    assert following.wait(60) == 0
+    whole = "".join(so_far).encode() + rest
+    assert whole.endswith(newline) and whole.count(newline) == whole.count(b"\n")
+    job = site.call("job-logs", "1")["job"]
+    lines = whole.decode().splitlines()
+    assert lines == sorted(job["stdout"] + job["stderr"]) and all(re.match(rf"\[{STAMP}\] ", line) for line in lines)
+    assert any(line.endswith("said on stdout") for line in lines) and lines[-1].endswith("processed 4 pages")
+
+
+def test_following_a_job_that_has_ended_shows_all_of_it_and_how_it_ended(agent):
+    failing_load(agent)
+    agent.run("load-batch", "batch_oru_broken_ver01")
+    done = ssh_run(agent, "job-follow 1")
+    assert done.returncode == 1 and b"[ERROR] unable to load batch" in done.stdout and done.stderr == b""
+    done = ssh_run(agent, "job-follow 77")
+    assert (json.loads(done.stdout)["message"], done.returncode) == ("Job not found", 0)
+
+
+def test_who_follows_and_goes_away_cancels_nothing_and_leaves_nothing(agent):
+    gate = agent.hold_load(agent.batch("batch_oru_alpha_ver01"))
+    agent.job("load-batch", "batch_oru_alpha_ver01")
+    gate.reached()
+    agent.call("version")
+    before = until(lambda: agent.wait_for("Open ONI in") and in_use(agent))
+    for options, how in (((), signal.SIGKILL), (("-tt",), signal.SIGINT), ((), signal.SIGINT)):
+        followers = [ssh_begin(agent, "job-follow 1", *options) for _ in range(5)]
+        for each in followers:
+            each.stdout.readline()
+            each.send_signal(how)
+            each.communicate(timeout=30)
+    until(lambda: all(now <= then for now, then in zip(in_use(agent), before)))
+    assert agent.call("job-status", "1")["job"]["status"] == "started"
+    gate.open()
+    assert agent.ended(1)["status"] == "successful"
+
+
+def test_ctrl_c_in_a_terminal_ends_the_following_and_not_the_job(agent):
+    gate = agent.hold_load(agent.batch("batch_oru_alpha_ver01"))
+    agent.job("load-batch", "batch_oru_alpha_ver01")
+    gate.reached()
+    ours, theirs = os.openpty()
+    following = subprocess.Popen([*agent.ssh_words("-t"), "job-follow 1"], stdin=theirs, stdout=subprocess.PIPE,
+                                 start_new_session=True)
+    following.stdout.readline()
+    os.write(ours, b"\x03")
+    agent.wait_for("session=.*job-follow.*client went away", 20)
+    following.communicate(timeout=30)
+    os.close(ours)
+    os.close(theirs)
+    assert agent.call("job-status", "1")["job"]["status"] == "started"
+    gate.open()
+    assert agent.ended(1)["status"] == "successful"
+
+
+def test_a_cancelled_pending_job_never_runs(agent):
+    gate = agent.hold_load(agent.batch("batch_oru_alpha_ver01"))
+    agent.batch("batch_oru_beta_ver01")
+    agent.batch("batch_oru_gamma_ver01")
+    for name in ("alpha", "beta", "gamma"):
+        agent.job("load-batch", f"batch_oru_{name}_ver01")
+    gate.reached()
+    reply = agent.ssh("job-cancel 2")
+    assert (reply["message"], reply["job"]["status"]) == ("Job cancelled", "failed")
+    assert reply["job"]["error"] == "cancelled before it started"
+    gate.open()
+    assert [agent.ended(id)["status"] for id in (1, 2, 3)] == ["successful", "failed", "successful"]
+    assert agent.held("batch_oru_beta_ver01") == (0, 0, 0) and agent.logs(2) == []
+    agent.restart()
+    assert agent.call("job-status", "2")["job"] == reply["job"]
+
+
+@pytest.mark.parametrize("adopted", [False, True])
+def test_a_cancelled_load_leaves_the_batch_absent(agent, adopted):
+    gate = agent.hold_load(agent.batch("batch_oru_alpha_ver01", issues=3), issue=1)
+    agent.job("load-batch", "batch_oru_alpha_ver01")
+    gate.reached()
+    assert agent.held("batch_oru_alpha_ver01") == (1, 2, 2)
+    if adopted:
+        agent.restart().wait_for("adopted")
+    assert agent.ssh("job-cancel 1")["message"] == "Job is being cancelled"
+    job = agent.ended(1)
+    assert (job["status"], job["error"]) == ("failed", "cancelled; ONI holds nothing of the batch")
+    assert agent.held("batch_oru_alpha_ver01") == (0, 0, 0) and agent.manage_pids("load_batch") == []
+    assert not (agent.oni / "data/batches/batch_oru_alpha_ver01").is_symlink()
+    logged = "\n".join(agent.logs(1))
+    assert "SIGTERM" in logged and "SIGKILL" not in logged and "cancelled: purging what was loaded" in logged
+    assert agent.ssh("batch-status batch_oru_alpha_ver01")["batch"]["state"] == "absent"
+
+
+def test_a_manage_py_that_ignores_sigterm_is_killed_and_its_batch_purged(site):
+    site.prepend_to_manage("import sys, signal\nif 'load_batch' in sys.argv: "
+                           "signal.signal(signal.SIGTERM, signal.SIG_IGN)")
+    gate = site.hold_load(site.batch("batch_oru_alpha_ver01"))
+    site.start()
+    site.job("load-batch", "batch_oru_alpha_ver01")
+    gate.reached()
+    site.call("job-cancel", "1")
+    assert site.ended(1)["error"] == "cancelled; ONI holds nothing of the batch"
+    signals = [line.split()[1] for line in site.logs(1) if line.startswith("cancelled: SIG")]
+    assert signals == ["SIGTERM", "SIGKILL"] and site.held("batch_oru_alpha_ver01") == (0, 0, 0)
+
+
+def test_a_cancelled_purge_says_what_is_left(agent):
+    batch = agent.batch("batch_oru_alpha_ver01", issues=3)
+    agent.run("load-batch", batch.name)
+    gate = agent.hold(batch / "purge-gate")
+    agent.job("purge-batch", batch.name)
+    gate.reached()
+    agent.call("job-cancel", "2")
+    job = agent.ended(2)
+    assert job["status"] == "failed" and job["error"].startswith("cancelled; ONI holds 2 of the 3 issues in batch.xml")
+    assert agent.ssh(f"batch-status {batch.name}")["batch"]["state"] == "partial"
+    (batch / "purge-gate").unlink()
+    assert agent.run("purge-batch", batch.name)["status"] == "successful"
+
+
+def test_a_cancel_repeated_while_the_remains_are_purged_harms_nothing(agent):
+    batch = agent.batch("batch_oru_alpha_ver01", issues=3)
+    gate, purge_gate = agent.hold_load(batch, issue=1), agent.hold(batch / "purge-gate")
+    agent.batch("batch_oru_beta_ver01")
+    agent.job("load-batch", batch.name)
+    agent.job("load-batch", "batch_oru_beta_ver01")
+    gate.reached()
+    agent.call("job-cancel", "1")
+    purge_gate.reached()
+    assert "being cancelled" in agent.call("job-cancel", "1")["message"]
+    purge_gate.open()
+    job = agent.ended(1)
+    assert (job["status"], job["error"]) == ("failed", "cancelled; ONI holds nothing of the batch")
+    assert agent.ended(2)["status"] == "successful"
+
+
+def test_a_cancelled_patch_leaves_no_unready_folder(agent):
+    old = agent.batch("batch_oru_alpha_ver01")
+    agent.run("load-batch", old.name)
+    (old / "data/many").mkdir()
+    for number in range(15_000):
+        os.link(old / "data/batch.xml", old / f"data/many/{number}")
+    with Client(agent.port) as client:
+        words = "batch-patch batch_oru_alpha_ver01 batch_oru_alpha_ver02"
+        client.ask(words, b"RemoveIssue sn99990001/1900010101\n")
+        until((agent.source / "WIP-UNREADY-batch_oru_alpha_ver02").exists)
+        assert client.ask("job-cancel 2")["status"] == "success"
+    job = agent.ended(2)
+    assert (job["status"], job["error"]) == ("failed", "cancelled")
+    assert os.listdir(agent.source) == [old.name]
+
+
+def test_a_cancel_survives_a_killed_agent(agent):
+    gate = agent.hold_load(agent.batch("batch_oru_alpha_ver01", issues=3), issue=1)
+    agent.job("load-batch", "batch_oru_alpha_ver01")
+    gate.reached()
+    agent.call("job-cancel", "1")
+    agent.restart()
+    job = agent.ended(1)
+    assert (job["status"], job["error"]) == ("failed", "cancelled; ONI holds nothing of the batch")
+    assert agent.held("batch_oru_alpha_ver01") == (0, 0, 0)
+    loads = agent.query("SELECT count(*) FROM core_loadbatchevent WHERE message = 'starting load'")
+    assert loads == [(1,)]
+
+
+def test_a_cancel_holds_though_the_load_was_whole_before_the_next_agent_came(site):
+    site.prepend_to_manage("import sys, signal\nif 'load_batch' in sys.argv: "
+                           "signal.signal(signal.SIGTERM, signal.SIG_IGN)")
+    gate = site.hold_load(site.batch("batch_oru_alpha_ver01"))
+    site.start()
+    site.job("load-batch", "batch_oru_alpha_ver01")
+    gate.reached()
+    site.call("job-cancel", "1")
+    site.kill()
+    gate.open()
+    until(lambda: not site.manage_pids("load_batch"))
+    assert site.held("batch_oru_alpha_ver01") == (1, 2, 4)
+    site.start()
+    job = site.ended(1)
+    assert (job["status"], job["error"]) == ("failed", "cancelled; ONI holds nothing of the batch")
+    assert site.held("batch_oru_alpha_ver01") == (0, 0, 0)
+
+
+def test_what_has_ended_or_never_was_cannot_be_cancelled_and_says_so(agent):
+    failing_load(agent)
+    agent.batch("batch_oru_alpha_ver01")
+    agent.run("load-batch", "batch_oru_alpha_ver01")
+    agent.run("load-batch", "batch_oru_broken_ver01")
+    said = [agent.ssh(f"job-cancel {id}") for id in (1, 2, -1)]
+    assert {(each["status"], each["message"]) for each in said} == {("error", "The job has ended already")}
+    assert [each["error"].split(":")[0] for each in said] == ["Success", "Failed", "Success"]
+    assert said[1]["job"]["error"].startswith("exit status 1: ")
+    assert agent.ssh("job-cancel 77")["message"] == "Job not found"
+    assert agent.ssh("job-cancel x")["message"] == '"x" is not a valid job id'
+    assert agent.ssh("job-cancel")["message"] == "You must supply a job ID"
+
+
+def test_a_failed_load_is_retried_as_a_new_job(agent):
+    ocr = failing_load(agent)
+    assert agent.run("load-batch", "batch_oru_broken_ver01")["status"] == "failed"
+    ocr.write_text("<alto/>")
+    reply = agent.ssh("job-retry 1")
+    assert (reply["status"], reply["job"], reply["retry_of"]) == ("success", {"id": 2}, 1)
+    assert agent.ended(2)["status"] == "successful" and agent.ended(1)["status"] == "failed"
+    assert agent.ended(2)["words"] == ["load-batch", "batch_oru_broken_ver01"]
+    for id, said in ((2, "Success: this job is complete."), (-1, "Success: this job is complete.")):
+        reply = agent.ssh(f"job-retry {id}")
+        assert (reply["status"], reply["error"]) == ("error", said)
+    assert agent.ssh("job-retry 77")["message"] == "Job not found" and len(agent.ssh("list-jobs")["jobs"]) == 2
+
+
+def test_a_failed_title_is_retried_with_its_payload(agent):
+    with agent.database_down():
+        assert agent.run("load-title", stdin=marc_xml(name="The retried herald."))["status"] == "failed"
+    assert agent.ssh("job-retry 1")["job"]["id"] == 2
+    assert agent.ended(2)["status"] == "successful"
+    assert agent.query("SELECT name FROM core_title WHERE lccn = 'sn99990009'") == [("The retried herald.",)]
+
+
+def test_a_job_that_could_not_start_is_retried_and_one_that_waits_is_not(agent):
+    manage, text = agent.oni / "manage.py", (agent.oni / "manage.py").read_text()
+    agent.batch("batch_oru_alpha_ver01")
+    agent.call("batch-status", "batch_oru_alpha_ver01")  # the child that answers is there
+    manage.write_text(text.replace("#!/usr/bin/env python3", "#!/nowhere/python3"))
+    assert agent.run("load-batch", "batch_oru_alpha_ver01")["status"] == "couldn't start"
+    assert [job["id"] for job in agent.ssh('list-jobs "couldn\'t start"')["jobs"]] == [1]
+    manage.write_text(text)
+    gate = agent.hold_load(agent.source / "batch_oru_alpha_ver01")
+    failing_load(agent)
+    assert agent.ssh("job-retry 1")["job"]["id"] == 2
+    agent.job("load-batch", "batch_oru_broken_ver01")
+    gate.reached()
+    assert [agent.ssh(f"job-retry {id}")["error"].split(":")[0] for id in (2, 3)] == ["Started", "Pending"]
+    again = agent.ssh("job-retry 1")
+    assert (again["message"], again["job"]["id"]) == ("Job already in queue", 2)
+    gate.open()
+    assert agent.ended(2)["status"] == "successful"
+
+
+def test_the_last_lines_of_a_log_can_be_had_alone(site):
+    site.prepend_to_manage(BOTH_STREAMS)
+    site.batch("batch_oru_alpha_ver01")
+    site.start().run("load-batch", "batch_oru_alpha_ver01")
+    whole = site.ssh("job-logs 1")["job"]
+    lines = sorted(whole["stdout"] + whole["stderr"])
+    for count in (0, 1, 3, len(lines), len(lines) + 1000):
+        some = site.ssh(f"job-logs 1 {count}")["job"]
+        assert sorted(some["stdout"] + some["stderr"]) == lines[max(0, len(lines) - count):]
+    for count in ("-1", "x", "9999999999"):
+        assert site.ssh(f"job-logs 1 {count}")["message"] == f'"{count}" is not a number of lines'
+
+
+def test_list_jobs_filters_by_status_and_tells_all_of_each_job(agent):
+    gate = agent.hold_load(agent.batch("batch_oru_gamma_ver01"))
+    agent.batch("batch_oru_alpha_ver01")
+    failing_load(agent)
+    for name in ("alpha", "broken", "gamma"):
+        agent.job("load-batch", f"batch_oru_{name}_ver01")
+    agent.job("purge-batch", "batch_oru_alpha_ver01")
+    gate.reached()
+    assert [job["id"] for job in agent.ssh("list-jobs")["jobs"]] == [1, 2, 3, 4]
+    for status, id in (("successful", 1), ("failed", 2), ("started", 3), ("pending", 4)):
+        job, = agent.ssh(f"list-jobs {status}")["jobs"]
+        assert job["id"] == id and job["words"][0] in ("load-batch", "purge-batch")
+        assert job["attempts"] == (0 if status == "pending" else 1)
+        assert ("error" in job, "started" in job, "ended" in job) == (id == 2, id != 4, id < 3)
+        assert all(re.fullmatch(STAMP, job[key]) for key in ("queued", "started", "ended") if key in job)
+        assert job.get("seconds", 0) >= 0
+    assert agent.ssh("list-jobs finished")["message"] == '"finished" is not a job status'
+    gate.open()
+
+
+def test_job_status_tells_the_place_in_the_queue_and_how_far_a_load_is(agent):
+    gate = agent.hold_load(agent.batch("batch_oru_alpha_ver01", issues=5), issue=2)
+    for name in ("batch_oru_beta_ver01", "batch_oru_gamma_ver01"):
+        agent.batch(name)
+    for name in ("alpha", "beta", "gamma"):
+        agent.job("load-batch", f"batch_oru_{name}_ver01")
+    gate.reached()
+    assert [agent.ssh(f"job-status {id}")["job"]["place"] for id in (2, 3)] == [2, 3]  # the one at work is the first
+    job = until(lambda: (job := agent.ssh("job-status 1")["job"]).get("issues_loaded") and job)
+    assert (job["issues_loaded"], job["issues"]) == (3, 5) and job["seconds"] > 0 and "ended" not in job
+    gate.open()
+    job = agent.ended(1)
+    assert job["started"] < job["ended"] and "issues_loaded" not in job and "place" not in job
+
+
+def test_batches_are_listed_as_they_are_on_disk_and_in_oni(agent):
+    agent.batch("batch_oru_absent_ver01", issues=3)
+    agent.batch("batch_oru_part_ver01", issues=3)
+    agent.batch("batch_oru_whole_ver01", issues=3, pages=2)
+    agent.run("load-batch", "batch_oru_whole_ver01")
+    shutil.copytree(agent.source / "batch_oru_whole_ver01", agent.source / "batch_oru_gone_ver01")
+    agent.run("load-batch", "batch_oru_gone_ver01")
+    shutil.rmtree(agent.source / "batch_oru_gone_ver01")
+    gate = agent.hold_load(agent.source / "batch_oru_part_ver01", issue=1)
+    agent.job("load-batch", "batch_oru_part_ver01")
+    gate.reached()
+    (agent.source / "not a batch").mkdir()
+    listed = {each["name"]: each for each in agent.ssh("list-batches")["batches"]}
+    assert list(listed) == [f"batch_oru_{name}_ver01" for name in ("absent", "gone", "part", "whole")]
+    shown = [(each["on_disk"], each["state"], each["issues"], each["pages"], bool(each["loaded"]))
+             for each in listed.values()]
+    assert shown == [(True, "absent", 0, 0, False), (False, "unknown", 3, 6, True), (True, "partial", 2, 2, True),
+                     (True, "complete", 3, 6, True)]
+    for name, entry in listed.items():
+        reply = agent.ssh(f"batch-status {name}")
+        assert reply["batch"]["state"] == entry["state"] and reply["batch"]["issues"] == entry["issues"]
+        assert [job["words"] for job in reply["jobs"]] == [["load-batch", name]] * (entry["state"] != "absent")
+    assert [message for _, message in agent.ssh("batch-status batch_oru_whole_ver01")["events"]] == [
+        "starting load", "processed 6 pages"]
+    gate.open()
+    agent.ended(3)
+    assert agent.ssh("batch-status batch_oru_part_ver01")["batch"]["state"] == "complete"
+
+
+def test_an_oni_that_cannot_answer_is_an_error_and_not_an_empty_list(agent):
+    agent.batch("batch_oru_alpha_ver01")
+    with agent.database_down():
+        for command, message in (("list-batches", "The batches cannot be listed"),
+                                 ("batch-status batch_oru_alpha_ver01", '"batch_oru_alpha_ver01" cannot be looked up')):
+            reply = agent.ssh(command)
+            assert (reply["status"], reply["message"]) == ("error", message) and "OperationalError" in reply["error"]
+    assert agent.ssh("list-batches")["status"] == "success"
+
+
+@pytest.mark.parametrize("command, message", [
+    ("load-batch batch_oru_alpha_ver01", '"batch_oru_alpha_ver01" cannot be loaded'),
+    ("list-batches", "The batches cannot be listed"),
+    ("batch-status batch_oru_alpha_ver01", '"batch_oru_alpha_ver01" cannot be looked up'),
+])
+def test_a_batch_source_that_went_away_is_named(agent, command, message):
+    agent.source.rmdir()
+    reply = agent.ssh(command)
+    assert (reply["status"], reply["message"]) == ("error", message) and str(agent.source) in reply["error"]
+
+
+@pytest.mark.parametrize("command, meant", [
+    ("load-bacth batch_oru_alpha_ver01", "load-batch"), ("jobstatus 1", "job-status"), ("jog-logs 1", "job-logs"),
+    ("load-batch batch_oru_suggest_ver02", "batch_oru_suggest_ver01"),
+    ("batch-status batch_oru_sugest_ver01", "batch_oru_suggest_ver01"),
+])
+def test_a_name_that_is_nearly_right_is_suggested(shared, command, meant):
+    if not (shared.source / "batch_oru_suggest_ver01").exists():
+        shared.batch("batch_oru_suggest_ver01")
+    reply = shared.ssh(command)
+    assert reply["status"] == "error" and reply["error"].endswith(f'; did you mean "{meant}"?')
+    assert "did you mean" not in shared.ssh("xyzzy")["error"]
+
+
+@pytest.mark.parametrize("command", ["help", "job-wait -1", "list-jobs", "job-logs -1"])
+def test_json_is_indented_for_a_terminal_and_one_line_without(shared, command):
+    pretty, plain = ssh_run(shared, command, "-tt"), ssh_run(shared, command)
+    assert plain.stdout.count(b"\n") == 1 and pretty.stdout.startswith(b'{\r\n  "status": "success"')
+    assert set(json.loads(pretty.stdout)) == set(json.loads(plain.stdout))
+
+
+def program(path: Path, text: str) -> str:
+    """A script that can be executed."""
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_program_is_told_of_each_job_that_has_ended(site, tmp_path):
+    told, gate = tmp_path / "told", Gate(tmp_path / "gate")
+    failing_load(site)
+    site.batch("batch_oru_alpha_ver01")
+    site.start(ON_FINISH=program(tmp_path / "finish", f"env > {told}.$ONI_JOB_ID.new && mv {told}.$ONI_JOB_ID.new "
+                                 f"{told}.$ONI_JOB_ID\ncat {gate.path}\nexit 3"))
+    jobs = [site.run("load-batch", f"batch_oru_{name}_ver01") for name in ("broken", "alpha")]  # though the first hangs
+    for job, error in zip(jobs, (jobs[0]["error"], "")):
+        until(Path(f"{told}.{job['id']}").exists)
+        about = dict(line.split("=", 1) for line in Path(f"{told}.{job['id']}").read_text().splitlines() if "=" in line)
+        shown = {name: value for name, value in about.items() if name.startswith("ONI_JOB_")}
+        assert shown == {"ONI_JOB_ID": str(job["id"]), "ONI_JOB_COMMAND": " ".join(job["words"]),
+                         "ONI_JOB_STATUS": job["status"], "ONI_JOB_ERROR": error,
+                         "ONI_JOB_LOG": str(site.state / f"logs/{job['id']}.log")}
+    gate.open()
+    site.wait_for("ON_FINISH failed: .*exit status 3")
+    assert site.call("version")["status"] == "success" and site.stop() == 0
+
+
+def test_a_program_that_cannot_run_or_hangs_harms_nothing(site, tmp_path):
+    hanging = Path(program(tmp_path / "finish", f"echo > {tmp_path}/begun; exec sleep 600"))
+    for name in ("alpha", "beta"):
+        site.batch(f"batch_oru_{name}_ver01")
+    site.start(ON_FINISH=str(hanging))
+    assert site.run("load-batch", "batch_oru_alpha_ver01")["status"] == "successful"
+    until((tmp_path / "begun").exists)
+    hanging.unlink()
+    assert site.run("load-batch", "batch_oru_beta_ver01")["status"] == "successful"
+    site.wait_for("job=2 ON_FINISH failed: .*No such file")
+    assert site.stop() == 0
+    for entry in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if f"ONI_JOB_LOG={site.state}".encode() in entry.read_bytes():
+                os.kill(int(entry.parent.name), signal.SIGKILL)
+
+
+# --- Promises: --check ------------------------------------------------------------------------------------------------
+
+
+def check(site: Site, **environment: str) -> tuple:
+    """The lines of --check that are marked good and bad."""
+    done = subprocess.run([sys.executable, str(AGENT), "--check"], env={**site.environment, **environment},
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=90)
+    lines = done.stdout.decode().splitlines()
+    good, bad = ([line[2:] for line in lines if line[0] == mark] for mark in "✓✗")
+    assert len(good) + len(bad) == len(lines) and done.stderr == b"" and done.returncode == int(bool(bad)), done
+    return good, bad
+
+
+def tree(folder: Path) -> dict:
+    """What lies in a folder, less what Python and SQLite leave behind in reading."""
+    return {str(path): (path.stat().st_mode, path.read_bytes() if path.is_file() else b"")
+            for path in folder.glob("**/*") if not re.search(r"__pycache__|/ENV/|-(wal|shm)$", str(path))}
+
+
+def test_check_says_that_all_is_well_and_changes_nothing(site, tmp_path):
+    site.batch("batch_oru_alpha_ver01")
+    before = tree(tmp_path)
+    good, bad = check(site)
+    assert bad == [] and len(good) >= 7 and "object at 0x" not in "".join(good)
+    assert {"settings", "state folder", "host key", "address", "batch source", "database"} < set(good)
+    assert tree(tmp_path) == before
+    assert site.manage_pids() == []
+
+
+def test_check_leaves_a_state_folder_as_it_is_and_unlocked(site, tmp_path):
+    site.batch("batch_oru_alpha_ver01")
+    site.start().run("load-batch", "batch_oru_alpha_ver01")
+    site.stop()
+    before = tree(tmp_path)
+    assert check(site)[1] == []
+    after = tree(tmp_path)
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert changed <= {str(site.state / "jobs.db")}  # which may have taken in its WAL
+    assert set(after) == set(before)
+    assert site.start().call("job-status", "1")["job"]["status"] == "successful"
+
+
+@contextlib.contextmanager
+def fault_port(site):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        site.environment["BA_BIND"] = f"127.0.0.1:{taken.getsockname()[1]}"
+        yield
+
+
+@contextlib.contextmanager
+def fault_second_agent(site):
+    site.start()
+    yield
+
+
+def setting(name: str, value: str):
+    """A fault that is one variable; {} stands for the site's folder."""
+    @contextlib.contextmanager
+    def fault(site):
+        site.environment[name] = value.format(site.oni.parent)
+        yield
+    return fault
+
+
+def file(name: str, text: str):
+    """A fault that is the text of one file, in place of whatever was there."""
+    @contextlib.contextmanager
+    def fault(site):
+        path = site.oni.parent / name
+        path.parent.mkdir(exist_ok=True)
+        if path.is_dir():
+            path.rename(f"{path}.away")
+        path.write_text(text)
+        yield
+    return fault
+
+
+FAULTS = {
+    "no manage.py": (setting("ONI_LOCATION", "{}/batches"), ["ONI_LOCATION is .* without manage.py"]),
+    "no batch source": (setting("BATCH_SOURCE", "{}/nowhere"), ["BATCH_SOURCE is .*not a folder"]),
+    "port in use": (fault_port, ["address: .*in use"]),
+    "agent at work": (fault_second_agent, ["state folder: another ONI Agent is at work"]),
+    "foreign host key": (file("state/host_key", "my only thesis"), ["HOST_KEY_FILE is .*holds no ed25519"]),
+    "host key cannot be made": (setting("HOST_KEY_FILE", "/proc/host_key"), ["[Kk]ey.*/proc"]),
+    "damaged jobs.db": (file("state/jobs.db", "not SQLite" * 1000), ["state folder: .*jobs.db.*not a database"]),
+    "manage.py cannot run": (file("oni/manage.py", "#!/nowhere/python3\n"), ["manage.py check: couldn't run",
+                                                                            "database: couldn't run"]),
+    "broken settings": (file("oni/onisite/settings_local.py", "import nowhere"),
+                        ["manage.py check: .*No module named 'nowhere'", "database: .*No module named 'nowhere'"]),
+    "database down": (Site.database_down, ["database: .*OperationalError"]),
+    "log/ not writable": (file("oni/log", "a file"), ["ONI's log/: .*[Nn]ot a directory"]),
+    "storage not writable": (file("oni/onisite/settings_local.py", 'BATCH_STORAGE = "/proc/sys"'),
+                             ["ONI's batch storage: "]),
+    "storage missing": (file("oni/onisite/settings_local.py", 'BATCH_STORAGE = "/nowhere/batches"'),
+                        ["ONI's batch storage: .*No such file"]),
+    "log level": (setting("LOG_LEVEL", "loud"), ["LOG_LEVEL is 'loud'"]),
+    "allow from": (setting("ALLOW_FROM", "10.0.0.0/8, everyone"), ["ALLOW_FROM is .*'everyone'"]),
+    "address to bind": (setting("BA_BIND", "2222"), ["BA_BIND is '2222'"]),
+    "authorized keys": (setting("AUTHORIZED_KEYS", "{}/nowhere"), ["AUTHORIZED_KEYS is .*read"]),
+    "on finish": (setting("ON_FINISH", "{}/oni/onisite/settings.py"), ["ON_FINISH is .*executed"]),
+    "state folder": (setting("STATE_DIRECTORY", "/proc/oni-agent"), ["state folder: .*/proc"]),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_check_finds_each_fault_and_nothing_else(site, fault):
+    prepare, expected = FAULTS[fault]
+    with prepare(site):
+        bad = check(site)[1]
+    assert len(bad) == len(expected) and all(map(re.search, expected, bad)), bad
+
+
+def test_check_finds_all_that_is_wrong_at_once(site):
+    site.environment.update(LOG_LEVEL="loud", BATCH_SOURCE="/nowhere", BA_BIND="x")
+    bad = "\n".join(check(site)[1])
+    assert all(name in bad for name in ("LOG_LEVEL", "BATCH_SOURCE", "BA_BIND"))
+
+
+# --- Promises: systemd ------------------------------------------------------------------------------------------------
+
+
+def test_systemd_is_told_what_the_agent_does(site, tmp_path):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified:
+        notified.bind(str(tmp_path / "notify"))
+        notified.settimeout(60)
+        gate = site.hold_load(site.batch("batch_oru_alpha_ver01"))
+        for name in ("beta", "gamma"):
+            site.batch(f"batch_oru_{name}_ver01")
+
+        def told(pattern: str) -> None:
+            while not re.search(pattern, notified.recv(4096).decode(), re.MULTILINE):
+                pass
+
+        site.start(NOTIFY_SOCKET=str(tmp_path / "notify"))
+        told("^READY=1$")
+        with Client(site.port):  # ready means listening
+            site.job("load-batch", "batch_oru_alpha_ver01")
+        told(r"^STATUS=.*load-batch batch_oru_alpha_ver01.*job 1.*waiting: 0")
+        gate.reached()
+        site.job("load-batch", "batch_oru_beta_ver01")
+        told(r"^STATUS=.*alpha.*waiting: 1")
+        site.job("load-batch", "batch_oru_gamma_ver01")
+        told(r"^STATUS=.*alpha.*waiting: 2")
+        site.call("job-cancel", "2")
+        notice = notified.recv(4096).decode()
+        assert "alpha" in notice and "waiting: 1" in notice  # the cancelled one was not the one at work
+        gate.open()
+        told(r"^STATUS=.*gamma.*waiting: 0")
+        told(r"^STATUS=.*nothing.*waiting: 0")
+        assert site.stop() == 0
+        told("^STOPPING=1$")
+
+
+def test_log_lines_carry_priorities_under_the_journal(site):
+    failing_load(site)
+    site.start(JOURNAL_STREAM="8:1").run("load-batch", "batch_oru_broken_ver01")
+    site.wait_for("<6>session=.*load-batch")
+    assert all(re.match("<[3-7]>", line) for line in site.log)
+    assert site.wait_for("job=1 .*status='failed'").startswith("<4>")
+
+
+def test_the_unit_is_sound_and_closed(tmp_path):
+    unit = tmp_path / "oni-agent.service"
+    text = (AGENT.parent / "oni-agent.service").read_text()
+    unit.write_text(re.sub(r"(?m)^ExecStart=.*$", f"ExecStart={sys.executable} {AGENT}", text))
+    verified = subprocess.run(["systemd-analyze", "verify", "--man=no", str(unit)], stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, timeout=60)
+    assert (verified.stdout, verified.returncode) == (b"", 0)
+    secured = subprocess.run(["systemd-analyze", "security", "--no-pager", "--offline=true", "--threshold=20",
+                              str(unit)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
+    assert secured.returncode == 0, secured.stdout.decode()  # 2.0 of 10; what runs ONI and listens cannot be much lower
+    for line in ("Type=notify", "KillMode=process", "NoNewPrivileges=yes", "StateDirectory=oni-agent"):
+        assert f"\n{line}\n" in text
+    assert not re.search(r"(?m)^PrivateTmp=(yes|true|on|1)", text)  # ONI's cache is in /var/tmp
+
+
+# --- Promises: who may connect ----------------------------------------------------------------------------------------
+
+
+def banner(port: int, host: str = "127.0.0.1") -> bytes:
+    """What an agent says first to whoever connects; nothing to those it cuts off."""
+    with socket.create_connection((host, port), timeout=30) as connection:
+        try:
+            return connection.recv(100)
+        except ConnectionResetError:
+            return b""
+
+
+@pytest.mark.parametrize("bind, host, allowed, admitted", [
+    ("127.0.0.1:0", "127.0.0.1", "127.0.0.1", True),
+    ("127.0.0.1:0", "127.0.0.1", "10.0.0.0/8, 127.0.0.0/8", True),
+    ("127.0.0.1:0", "127.0.0.1", "10.0.0.0/8 192.168.1.1 ::1", False),
+    ("127.0.0.1:0", "127.0.0.1", "127.0.0.2,::/0", False),
+    ("[::1]:0", "::1", "::1", True),
+    ("[::1]:0", "::1", "fe80::/10 127.0.0.1 0.0.0.0/0", False),
+    (":0", "127.0.0.1", "127.0.0.0/8", True),  # over an IPv6 socket, as ::ffff:127.0.0.1
+    (":0", "127.0.0.1", "::1", False),
+    (":0", "::1", "::/64", True),
+])
+def test_only_the_addresses_of_allow_from_are_let_in(site, bind, host, allowed, admitted):
+    site.start(BA_BIND=bind, ALLOW_FROM=allowed)
+    if not admitted:
+        assert [banner(site.port, host) for _ in range(20)] == [b""] * 20
+        site.wait_for(rf"connection from={host} refused='not in ALLOW_FROM'")
+        assert "".join(site.log).count("refused=") == 1  # a minute
+    else:
+        assert banner(site.port, host).startswith(b"SSH-2.0-")
+        with Client(site.port, host=host, user="some one") as client:
+            assert client.ask("version")["status"] == "success"
+        line = site.wait_for("session=1 ")
+        assert re.search(rf"from=\[?{host}]?:\d+ user='some one' admitted=\S*ALLOW_FROM", line)
+
+
+def make_key(folder: Path, name: str, *options: str) -> Path:
+    """A key of ssh-keygen's; its public half is beside it."""
+    subprocess.run(["ssh-keygen", "-q", "-N", "", "-C", f"{name} key", "-f", str(folder / name), *options], check=True)
+    return folder / name
+
+
+def public(key: Path) -> str:
+    """A key's line for an authorized_keys file."""
+    return key.with_name(key.name + ".pub").read_text()
+
+
+def with_key(site: Site, key: Path, command: str = "version") -> int:
+    """The exit status of OpenSSH's client with one key; 255 when it is not let in."""
+    return ssh_run(site, command, "-i", str(key), "-o", "IdentitiesOnly=yes", "-o", "IdentityAgent=none").returncode
+
+
+@pytest.mark.parametrize("options", [("-t", "ed25519"), ("-t", "ecdsa", "-b", "256"), ("-t", "ecdsa", "-b", "521"),
+                                     ("-t", "rsa", "-b", "2048")], ids=" ".join)
+def test_who_has_an_authorized_key_is_let_in_and_nobody_else(site, tmp_path, options):
+    mine, other = (make_key(tmp_path, name, *options) for name in ("mine", "other"))
+    authorized = tmp_path / "authorized"
+    authorized.write_text(f"# who may\n\n{public(mine)}")
+    site.start(AUTHORIZED_KEYS=str(authorized))
+    assert (with_key(site, mine), with_key(site, other), ssh_run(site, "version").returncode) == (0, 255, 255)
+    with pytest.raises(paramiko.BadAuthenticationType):
+        Client(site.port)
+    printed = subprocess.run(["ssh-keygen", "-l", "-f", str(mine)], stdout=subprocess.PIPE, check=True).stdout.decode()
+    line = site.wait_for("session=1 ")
+    assert re.search(rf"from=127.0.0.1:\d+ user='nobody' admitted=\S*{re.escape(printed.split()[1])}", line)
+    assert site.wait_for("refused key=SHA256:")
+
+
+@pytest.mark.parametrize("line, admitted", [
+    ('from="127.0.0.0/8" {}', True), ('from="10.0.0.0/8,127.0.0.1" {}', True), ("  {}  ", True),
+    ('from="10.0.0.0/8" {}', False), ('from="" {}', False), ('from="127.0.0.1,!127.0.0.1" {}', False),
+    ('command="date" {}', False), ("no-pty {}", False), ('from="127.0.0.1",no-pty {}', False),
+    ("cert-authority {}", False), ("restrict {}", False), ('expiry-time="20200101" {}', False), ("# {}", False),
+    ("#{}", False), ('from="10.0.0.0/8" {0}\n{0}', True), ("ssh-ed25519 AAAA {}", False), ("", False),
+])
+def test_options_before_a_key_are_honoured_or_refused_never_ignored(site, tmp_path, line, admitted):
+    key, authorized = make_key(tmp_path, "mine", "-t", "ed25519"), tmp_path / "authorized"
+    authorized.write_text(line.format(public(key).strip()) + "\n")
+    site.start(AUTHORIZED_KEYS=str(authorized))
+    assert with_key(site, key) == (0 if admitted else 255)
+
+
+def test_the_keys_are_read_at_each_login(site, tmp_path):
+    key, authorized = make_key(tmp_path, "mine", "-t", "ed25519"), tmp_path / "authorized"
+    authorized.write_text("")
+    site.start(AUTHORIZED_KEYS=str(authorized))
+    assert with_key(site, key) == 255
+    authorized.write_text(public(key))
+    assert with_key(site, key) == 0
+    authorized.unlink()
+    assert with_key(site, key) == 255
+    site.wait_for("AUTHORIZED_KEYS: .* cannot be read, so nobody is admitted")
+    authorized.write_text(public(key))
+    assert with_key(site, key) == 0
+
+
+def test_with_both_controls_both_must_hold(site, tmp_path):
+    key, other = (make_key(tmp_path, name, "-t", "ed25519") for name in ("mine", "other"))
+    site.start(AUTHORIZED_KEYS=f"{key}.pub", ALLOW_FROM="127.0.0.1")
+    assert (with_key(site, key), with_key(site, other)) == (0, 255)
+    site.stop()
+    site.start(ALLOW_FROM="127.0.0.2")
+    assert with_key(site, key) == 255 and banner(site.port) == b""
+
+
+def test_a_client_that_offers_a_key_is_served_where_no_keys_are_asked_for(shared):
+    with contextlib.closing(paramiko.Transport(("127.0.0.1", shared.port))) as transport:
+        transport.start_client(timeout=30)
+        with contextlib.suppress(paramiko.AuthenticationException):
+            transport.auth_publickey("nca", paramiko.RSAKey.generate(2048))
+        if not transport.is_authenticated():
+            transport.auth_none("nca")
+        channel = transport.open_session(timeout=30)
+        channel.exec_command("version")
+        assert json.loads(channel.makefile("rb").read())["status"] == "success"
+
+
+@pytest.mark.parametrize("bind, control, warnings", [(":0", {}, 1), ("0.0.0.0:0", {}, 1), ("127.0.0.1:0", {}, 0),
+                                                     ("[::1]:0", {}, 0), (":0", {"ALLOW_FROM": "10.0.0.0/8"}, 0)])
+def test_an_agent_open_to_anyone_warns_once(site, bind, control, warnings):
+    site.start(BA_BIND=bind, **control)
+    site.wait_for("Open ONI in")  # said after the warning
+    site.stop()
+    assert len([line for line in site.log if "WARNING" in line and "ALLOW_FROM" in line]) == warnings
+
+
 # --- The README's exchanges, and the demo -------------------------------------------------------------------------------
 
 README = AGENT.with_name("README.md")
