@@ -36,6 +36,7 @@ import difflib
 import errno
 import fcntl
 import functools
+import gc
 import hashlib
 import inspect
 import ipaddress
@@ -62,9 +63,10 @@ import warnings
 import xml.etree.ElementTree as ET
 import xml.parsers.expat
 from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, NoReturn
+from typing import NoReturn
 
 warnings.filterwarnings("ignore", module="paramiko")  # old releases warn of ciphers that are switched off below
 try:
@@ -90,6 +92,8 @@ MAX_PAYLOAD = 32 * 1024 * 1024  # bytes on standard input
 HANDSHAKE_SECONDS = 15  # from connecting to being admitted
 IDLE_SECONDS = 30  # without a command at work; NCA never closes a connection itself
 STDIN_SECONDS = 30  # without a byte of a payload that has not ended
+PAYLOAD_SECONDS = 600  # for a payload in all
+SESSION_SECONDS = 86400  # for a session in all; somebody may follow a long load
 STALL_SECONDS = 60  # without the client's taking any of its answer
 STOP_SECONDS = 1.5  # for answers under way when the agent is told to stop
 ANSWER_SECONDS = 10  # for Open ONI to answer a question
@@ -140,7 +144,8 @@ class Settings:
         read("BATCH_SOURCE", existing_folder)
         read("BA_BIND", bind_address, "127.0.0.1:2222")
         read("STATE_DIRECTORY", private_folder, os.path.join(home, "oni-agent"))
-        read("HOST_KEY_FILE", host_key_path, str(values.get("state_directory", Path()) / "host_key"))
+        state = values.get("state_directory", Path())
+        read("HOST_KEY_FILE", functools.partial(host_key_path, state=state), str(state / "host_key"))
         read("ALLOW_FROM", networks)
         read("AUTHORIZED_KEYS", file_for(os.R_OK))
         read("ON_FINISH", file_for(os.X_OK))
@@ -155,7 +160,7 @@ OWN_VARIABLES = tuple(name.upper() for name in Settings.__dataclass_fields__)
 
 
 def existing_folder(value: str, holding: str = "") -> Path:
-    """`value` as the absolute path of a folder, which holds a file named `holding`. Raises ValueError, as all readers."""
+    """`value` as the absolute path of a folder, which holds a file named `holding`. All readers raise ValueError."""
     if not value:
         raise ValueError(f"is not set; it names the folder {'of ' + holding if holding else 'that holds the batches'}")
     path = Path(value).resolve()
@@ -212,13 +217,13 @@ def file_for(access: int) -> Callable[[str], Path | None]:
     return read
 
 
-def host_key_path(value: str) -> Path:
-    """`value` as a path; a file that is there holds a usable key."""
+def host_key_path(value: str, state: Path) -> Path:
+    """`value` as a path; a file that is there holds a usable key, else its folder is there or will be, as `state`."""
     path = Path(value).expanduser().resolve()
     if os.path.lexists(path):
         load_host_key(path)
-    else:
-        nearest_folder(path)
+    elif path.parent != state and not path.parent.is_dir():
+        raise ValueError(f"is {value!r}, in a folder that does not exist")
     return path
 
 
@@ -290,7 +295,7 @@ class OpenONI:
         self.location = location
         self.environment = {name: value for name, value in environ.items()
                             if name not in (*OWN_VARIABLES, "PYTHONHOME", "NOTIFY_SOCKET")}
-        self.environment.update(VIRTUAL_ENV=str(location / "ENV"), PYTHONUNBUFFERED="1",  # else lines come in 8 KB lumps
+        self.environment.update(VIRTUAL_ENV=str(location / "ENV"), PYTHONUNBUFFERED="1",  # else it prints lumps of 8 KB
                                 PATH=f"{location / 'ENV' / 'bin'}:{environ.get('PATH', os.defpath)}")
         self._asking = threading.Lock()
         self._child: subprocess.Popen | None = None  # a manage.py shell that answers QUESTIONS
@@ -675,12 +680,13 @@ class JobStore:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder.chmod(0o700)
         self.run_lock = folder / "run.lock"  # held by the manage.py at work
         self._lock = threading.Lock()
-        self._agent_lock = self._keep_others_out()
         try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if (folder / "agent.lock").exists() or not any(folder.iterdir()):  # nobody else's
+                folder.chmod(0o700)
+            self._agent_lock = self._keep_others_out()
             for name in ("logs", "titles"):
                 (folder / name).mkdir(mode=0o700, exist_ok=True)
             self._database = self._open(folder / "jobs.db")
@@ -699,7 +705,7 @@ class JobStore:
     def _open(self, path: Path) -> sqlite3.Connection:
         database = sqlite3.connect(path, check_same_thread=False, isolation_level=None)  # each statement commits
         application, version, tables, health = (database.execute(question).fetchone()[0] for question in (
-            "PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_master", "PRAGMA quick_check(1)"))
+            "PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_master", "PRAGMA quick_check"))
         if tables and application != self.APPLICATION:
             raise StoreError(f"{path} is not an ONI Agent's; nothing was changed")
         if version > self.VERSION:
@@ -856,8 +862,8 @@ class JobLog:
         """The lines of these kinds as the protocol shows them, `[stamp] text`, and where in the file they end."""
         at = self.KIND
         for lines, end in self._lines(start):
-            yield [(line[:at] + line[at + 2:]).decode("utf-8", "replace")
-                   for line in lines if line[at:at + 1] in kinds], end
+            wanted = b"\n".join([line[:at] + line[at + 2:] for line in lines if line[at:at + 1] in kinds])
+            yield wanted.decode("utf-8", "replace").split("\n") if wanted else [], end
 
 
 # ---------------------------------------------------------------- recipes
@@ -884,7 +890,10 @@ class Tail:
     def read(self, over: bool) -> list[bytes]:
         """The next lines, none if there are none yet; when the command is `over`, an unfinished one too."""
         data = self._file.read(CHUNK)
-        *lines, self._rest = (piece for line in (self._rest + data).split(b"\n") for piece in self._pieces(line))
+        lines = (self._rest + data).split(b"\n")
+        if max(map(len, lines)) > MAX_LINE:
+            lines = [piece for line in lines for piece in self._pieces(line)]
+        self._rest = lines.pop()
         if over and not data and self._rest:
             lines, self._rest = [self._rest], b""
         skipped, self._skip = self._skip, max(0, self._skip - len(lines))
@@ -1450,7 +1459,8 @@ def job_object(job: Job) -> dict:
     if job.id > 0:
         shown.update(words=job.words, attempts=job.attempts)
     if job.started:
-        shown.update(started=timestamp(job.started), seconds=((job.ended or time.time_ns()) - job.started) // 10**6 / 1000)
+        took = (job.ended or time.time_ns()) - job.started
+        shown.update(started=timestamp(job.started), seconds=took // 10**6 / 1000)
     return {**shown, "ended": timestamp(job.ended)} if job.ended else shown
 
 
@@ -1571,7 +1581,7 @@ def cmd_job_wait(agent: Agent, id: str) -> Answer:
 
 @command("ID", "You must supply a job ID")
 def cmd_job_follow(agent: Agent, id: str) -> Answer:
-    """Shows a job's log as plain text as it comes, until the job ends; the exit status is 1 if it was not successful."""
+    """Shows a job's log as plain text as it comes, until the job ends; then the exit status is as job-wait's."""
     job = agent.job(id)
 
     def text() -> Iterator[str]:
@@ -1616,7 +1626,7 @@ def cmd_job_retry(agent: Agent, id: str) -> dict:
     """Queues a job that was not successful again, as a new job."""
     job = agent.job(id)
     if job.status not in (FAILED, COULD_NOT_START):
-        raise Refused("Only a job that has failed can be retried", error=STATUS_MESSAGES[job.status], job=job_object(job))
+        raise Refused("Only a failed job can be retried", error=STATUS_MESSAGES[job.status], job=job_object(job))
     if job.words[0] in ("load-batch", "purge-batch"):
         return accepted(*agent.queue.add_once(job.words, bool), retry_of=job.id)
     return accepted(agent.queue.add(job.words, agent.store.payload(job)), retry_of=job.id)
@@ -1667,20 +1677,22 @@ def load_host_key(path: Path) -> paramiko.PKey:
 
 
 def make_host_key(path: Path) -> None:
-    """Writes a new ed25519 key, and its public half beside it. Raises OSError."""
+    """Writes a new ed25519 key, and its public half beside it. Raises StoreError."""
     key = Ed25519PrivateKey.generate()
     private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH,
                                 serialization.NoEncryption())
     public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     unready = path.with_name(path.name + ".unready")  # under its name only when whole
-    unready.unlink(missing_ok=True)
-    with open(os.open(unready, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(private)
-        file.flush()
-        os.fsync(file.fileno())
-    path.with_name(path.name + ".pub").write_bytes(public + b" oni-agent\n")
-    unready.rename(path)
+    try:
+        unready.unlink(missing_ok=True)
+        with open(os.open(unready, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(private)
+            file.flush()
+            os.fsync(file.fileno())
+        path.with_name(path.name + ".pub").write_bytes(public + b" oni-agent\n")
+        unready.rename(path)
+    except OSError as error:
+        raise StoreError(f"the HOST_KEY_FILE {path} cannot be made: {error.strerror}") from error
 
 
 LOG_HERE = f"\0{os.urandom(8).hex()}"  # stands for a log while the rest of a reply is encoded
@@ -1741,7 +1753,7 @@ class Connection(paramiko.ServerInterface):
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self.transport = paramiko.Transport(self._socket, disabled_algorithms={"pubkeys": ["ssh-rsa"]})  # SHA-1
-        self.transport.packetizer.start_handshake = lambda timeout: None  # a timer thread each, for HANDSHAKE_SECONDS' work
+        self.transport.packetizer.start_handshake = lambda timeout: None  # a timer thread each
         self.transport.local_version = f"SSH-2.0-ONI_Agent_{VERSION}"
         self.transport.add_server_key(server.host_key)
         options = self.transport.get_security_options()
@@ -1815,8 +1827,7 @@ class Connection(paramiko.ServerInterface):
             return "no handshake in time"
         if not self.sessions and now - self.idle_since > IDLE_SECONDS:
             return "idle"
-        stalled = any(session.stalled(now) for session in list(self.sessions))
-        return "its client does not read" if stalled else ""
+        return next(filter(None, (session.overdue(now) for session in list(self.sessions))), "")
 
     def cut(self, why: str) -> None:
         """Ends the connection at once; its threads see that and end by themselves."""
@@ -1838,11 +1849,12 @@ class Session(threading.Thread):
         self.number = next(connection.server.numbers)
         super().__init__(name=f"session {self.number}", daemon=True)
         self.connection, self.channel, self._line, self._tty = connection, channel, line, tty
+        self.begun = time.monotonic()
         self._sending_since: float | None = None  # since when the client has taken nothing
 
     def run(self) -> None:
         """Answers, and closes the channel in the order that loses nothing."""
-        begun, status = time.monotonic(), "client went away"
+        status = "client went away"
         try:
             agent = dataclasses.replace(self.connection.server.agent, payload=self._read_payload, present=self._present)
             reply = answer(agent, self._line)
@@ -1858,7 +1870,7 @@ class Session(threading.Thread):
             self.connection.ended(self)
             log.info("session=%d from=%s user=%r admitted=%s command=%r status=%r ms=%d", self.number,
                      self.connection.address, self.connection.user, self.connection.admitted,
-                     self._line[:200].decode("utf-8", "replace"), status, (time.monotonic() - begun) * 1000)
+                     self._line[:200].decode("utf-8", "replace"), status, (time.monotonic() - self.begun) * 1000)
 
     def _send(self, pieces: Iterator[str]) -> None:
         self.channel.settimeout(STALL_SECONDS)
@@ -1872,10 +1884,12 @@ class Session(threading.Thread):
                 data = data[sent:]
             self._sending_since = None
 
-    def stalled(self, now: float) -> bool:
-        """Whether the client has taken nothing of its answer for too long while TCP holds: paramiko waits for ever."""
+    def overdue(self, now: float) -> str:
+        """Why the session must end by now; paramiko itself waits for ever for a client that TCP holds back."""
         since = self._sending_since
-        return since is not None and now - since > STALL_SECONDS + 5
+        if since is not None and now - since > STALL_SECONDS + 5:
+            return "its client does not read"
+        return "a session too long" if now - self.begun > SESSION_SECONDS else ""
 
     def _present(self) -> None:
         """Raises ClientGone if it is; Ctrl-C on a terminal comes as a byte."""
@@ -1891,9 +1905,11 @@ class Session(threading.Thread):
         while True:
             try:
                 piece = self.channel.recv(65536)
+                if time.monotonic() - self.begun > PAYLOAD_SECONDS:
+                    raise socket.timeout
             except socket.timeout:
-                raise ValueError(f"standard input gave nothing for {STDIN_SECONDS} s and has not ended: close it, or"
-                                 " send an empty line and END") from None
+                raise ValueError("standard input gave nothing for too long and has not ended: close it, or send an"
+                                 " empty line and END") from None
             data += piece
             ended = data.endswith(TRAILER) and not self.channel.recv_ready()
             if len(data) - (len(TRAILER) if ended else 0) > MAX_PAYLOAD + (0 if ended or not piece else len(TRAILER)):
@@ -1975,7 +1991,10 @@ class SSHServer:
         return bool(idle)
 
     def _sweep(self, now: float) -> None:
-        self._connections = {each for each in self._connections if not each.gone}
+        left = {each for each in self._connections if not each.gone}
+        if len(left) < len(self._connections):
+            self._connections = left
+            gc.collect()  # paramiko's transports are circles, which would pile up for long
         for connection in self._connections:
             why = connection.overdue(now)
             if why and not connection.cut_off:
@@ -2101,10 +2120,10 @@ def check_all(environ: dict[str, str]) -> int:
             JobStore(settings.state_directory).jobs()
 
     def host_key() -> None:
-        if settings.host_key_file.exists():
+        if os.path.lexists(settings.host_key_file):
             load_host_key(settings.host_key_file)
         elif settings.host_key_file.parent != settings.state_directory:
-            writable(nearest_folder(settings.host_key_file.parent))
+            writable(settings.host_key_file.parent)
 
     settings = look("settings", lambda: Settings.read(environ))
     if settings:
@@ -2154,7 +2173,7 @@ def main() -> int:
     stop = stop_on_signals()
     try:
         store = JobStore(settings.state_directory)
-        if not settings.host_key_file.exists():
+        if not os.path.lexists(settings.host_key_file):
             make_host_key(settings.host_key_file)
         oni = OpenONI(settings.oni_location, environ)
 
@@ -2173,6 +2192,7 @@ def main() -> int:
         log.info("DB_CONNECTION is set and not needed: the database is asked through Open ONI's own settings")
     if not settings.allow_from and not settings.authorized_keys and not server.loopback:
         log.warning("anyone who reaches %s may load and purge: set ALLOW_FROM or AUTHORIZED_KEYS", server.address)
+    gc.freeze()  # what is there by now stays, and need not be looked at
     jobs.start()
     threading.Thread(target=check_oni, args=(oni,), daemon=True).start()
     tell_systemd("READY=1")

@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.9"
-# dependencies = ["paramiko>=2.12", "django>=3.2", "pytest", "pytest-xdist", "hypothesis"]
+# dependencies = ["paramiko>=2.12", "django>=3.2", "pytest", "pytest-xdist", "hypothesis", "ssh-audit"]
 # ///
 """Everything that checks oni_agent.py.
 
     python3 -m pytest -n 4 test_oni_agent.py    the tests, against a stand-in Open ONI, over SSH
     python3 test_oni_agent.py --demo            an agent to try, on 127.0.0.1:2222, until Ctrl-C
     python3 test_oni_agent.py --demo --once     a whole exchange, printed
+    python3 test_oni_agent.py --bench           how fast the agent is; --address HOST:PORT: another one beside it
+
+CRASH_KILLS=150 makes the crash tests kill more often, CRASH_SEED=… at the same instants again.
 
 The stand-in is a real Django project with the models, the commands and the bad habits of a real
 Open ONI. The agent runs as a process of its own and is talked to by OpenSSH's client and by
@@ -37,10 +40,12 @@ import threading
 import time
 import venv
 import warnings
+from collections.abc import Iterator
 from datetime import date, timedelta
 from pathlib import Path
 
 import django
+from hypothesis import HealthCheck, given, settings, strategies
 
 warnings.filterwarnings("ignore", module="paramiko")
 import paramiko  # noqa: E402
@@ -601,7 +606,7 @@ def marc_xml(lccn: str = "sn99990009", name: str = "The sample herald.", languag
     record = MARC_RECORD.format(key=key, name=name, language=language)
     return ('<?xml version="1.0" encoding="UTF-8"?>\n' + (OCLC_ANSWER.format(record) if wrapped else record)).encode()
 
-# --- An agent on a site, and ways to talk to it ------------------------------------------------------------------------
+# --- An agent on a site, and ways to talk to it -----------------------------------------------------------------------
 
 
 class Site:
@@ -874,6 +879,15 @@ def deadline():
     signal.alarm(0)
 
 
+def until(condition, seconds: float = 60):
+    """What a condition gives once it gives something; for what tells nobody that it has happened."""
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)
+    return found
+
+
 def without_session(reply: dict) -> dict:
     """An answer less the number of its session, which must be there."""
     assert reply.pop("session")["id"] > 0
@@ -883,7 +897,7 @@ def without_session(reply: dict) -> dict:
 STAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}Z"
 
 
-# --- Promises: the wire contract ---------------------------------------------------------------------------------------
+# --- Promises: the wire contract --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("command, answer", [
@@ -1007,7 +1021,7 @@ def test_several_commands_share_a_connection(shared, tmp_path):
         assert all(json.loads(channel.makefile("rb").read())["status"] == "success" for channel in channels)
 
 
-# --- Promises: loading and purging --------------------------------------------------------------------------------------
+# --- Promises: loading and purging ------------------------------------------------------------------------------------
 
 
 def test_a_batch_is_loaded_and_purged_over_ssh(agent):
@@ -1703,7 +1717,7 @@ def files_of(batch: Path) -> dict[str, bytes]:
     (f"RemoveIssue {GAZETTE}/1900010101", ["1900010101"]),
     (f"RemoveIssue {GAZETTE}/19000101011", ["19000101011"]),
     (f"RemoveIssue {GAZETTE}/1900-01-02_01\n", ["1900010201"]),
-    (f"\n  RemoveIssue   sn-9999_0001/1900_01-02-01  \r\n\n", ["1900010201"]),
+    ("\n  RemoveIssue   sn-9999_0001/1900_01-02-01  \r\n\n", ["1900010201"]),
     (f"RemoveIssue {GAZETTE}/1900010101\nRemoveIssue {GAZETTE}/1900010301\n\n", ["1900010101", "1900010301"]),
 ])
 def test_a_patched_batch_is_the_old_one_without_what_was_to_go(patcher, instructions, removed):
@@ -1736,8 +1750,8 @@ HELD = f"RemoveIssue {GAZETTE}/1900010101\n"
     (ALPHA, BETA, HELD + f"AddIssue {GAZETTE}/1900010201\n", "line 2: 'AddIssue' is not an instruction"),
     (ALPHA, BETA, HELD + "RemoveIssue\n", "line 2: "),
     (ALPHA, BETA, HELD + "\nRemoveIssue  \n", "line 3: "),
-    (ALPHA, BETA, f"RemoveIssue {GAZETTE}/1900010109\n", f"'RemoveIssue {GAZETTE}/1900010109' names no issue of {ALPHA}"),
-    (ALPHA, BETA, "RemoveIssue sn99990002/1900010101\n", f"'RemoveIssue sn99990002/1900010101' names no issue of {ALPHA}"),
+    (ALPHA, BETA, f"RemoveIssue {GAZETTE}/1900010109\n", f"{GAZETTE}/1900010109' names no issue of {ALPHA}"),
+    (ALPHA, BETA, "RemoveIssue sn99990002/1900010101\n", f"sn99990002/1900010101' names no issue of {ALPHA}"),
     (ALPHA, BETA, f"RemoveIssue {GAZETTE}/190001010\n", f"names no issue of {ALPHA}"),
     (ALPHA, BETA, "\n", "there is no instruction"),
     (ALPHA, ALPHA, HELD, f'"{ALPHA}" is in BATCH_SOURCE already'),
@@ -2086,14 +2100,6 @@ def crash_patch(site: Site, victim: str, moment: str, name: str, draw: random.Ra
     made = {path.relative_to(new): path.read_bytes() for path in new.rglob("*") if path.is_file()}
     assert made.pop(Path("data/batch.xml")).count(b"<issue ") == 3 and made == kept
     assert not list(site.source.glob("WIP*"))
-
-
-def until(true) -> None:
-    """Waits for what tells nobody that it has come."""
-    end = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def test_the_next_agent_adopts_a_load_and_its_log_goes_on(witnessed):
@@ -2501,15 +2507,6 @@ def ssh_run(site: Site, command: str, *options: str) -> subprocess.CompletedProc
 def ssh_begin(site: Site, command: str, *options: str) -> subprocess.Popen:
     """OpenSSH's client, at work."""
     return subprocess.Popen([*site.ssh_words(*options), command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
-
-
-def until(condition, seconds: float = 60):
-    """What a condition gives once it gives something; for what tells nobody that it has happened."""
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.02)
-    return found
 
 
 def in_use(site: Site) -> tuple:
@@ -3262,7 +3259,882 @@ def test_an_agent_open_to_anyone_warns_once(site, bind, control, warnings):
     assert len([line for line in site.log if "WARNING" in line and "ALLOW_FROM" in line]) == warnings
 
 
-# --- The README's exchanges, and the demo -------------------------------------------------------------------------------
+# --- Promises: settings, start and stop -------------------------------------------------------------------------------
+
+
+def hurry(site: Site, **limits: float) -> Site:
+    """Starts an agent with limits that a test can wait for, or reach, in place of its own."""
+    text = AGENT.read_text()
+    for name, value in limits.items():
+        text, found = re.subn(rf"^{name} = \d+(\.\d+)?", f"{name} = {value}", text, flags=re.MULTILINE)
+        assert found == 1, name
+    copy = site.state.parent / AGENT.name
+    copy.write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[Site.__module__], "AGENT", copy)
+        return site.start()
+
+
+def run_agent(*options: str, python: str = "", **environment: str) -> tuple[int, str, str]:
+    """An agent that should end by itself: its exit status, and what it said on stdout and on stderr."""
+    done = subprocess.run([sys.executable, *([python] if python else []), str(AGENT), *options], env=environment,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stdout, done.stderr
+
+
+def key_made_by_ssh_keygen(path: Path, *options: str) -> Path:
+    """A private key file in the old PEM form, where its kind has one."""
+    subprocess.run(["ssh-keygen", "-q", "-m", "PEM", "-N", "", "-f", str(path), *options], check=True)
+    return path
+
+
+def test_an_agent_without_settings_names_everything_that_is_missing(tmp_path):
+    status, out, said = run_agent(HOME=str(tmp_path), BA_BIND="nowhere", LOG_LEVEL="loud")
+    assert (status, out) == (2, "")
+    assert [line.split()[:2] for line in said.splitlines()] == [
+        ["oni_agent:", name] for name in ("ONI_LOCATION", "BATCH_SOURCE", "BA_BIND", "LOG_LEVEL")]
+    assert "is not set" in said and "manage.py" in said
+    status, out, said = run_agent()
+    assert (status, out) == (2, "") and [line.split()[1] for line in said.splitlines()] == [
+        "ONI_LOCATION", "BATCH_SOURCE"]
+
+
+@pytest.mark.parametrize("name, value, said", [
+    *[("BA_BIND", value, f"BA_BIND is '{value}'; write host:port") for value in (
+        "2222", "127.0.0.1", "127.0.0.1:", ":port", ":65536", "::1:2222", "[::1]", "[]:2222", "[::1:2222", ":-1")],
+    ("BA_BIND", "no-such-host.invalid:2222", "no-such-host.invalid"),
+    ("BA_BIND", "[no-such-host.invalid]:2222", "no-such-host.invalid"),
+    ("BA_BIND", "192.0.2.1:2222", "192.0.2.1"),
+    ("ONI_LOCATION", "", "ONI_LOCATION is not set"),
+    ("ONI_LOCATION", "{0}/nowhere", "which is not a folder"),
+    ("ONI_LOCATION", "{0}/batches", "a folder without manage.py"),
+    ("ONI_LOCATION", "{0}/oni/manage.py", "which is not a folder"),
+    ("BATCH_SOURCE", "", "BATCH_SOURCE is not set"),
+    ("BATCH_SOURCE", "{0}/nowhere", "which is not a folder"),
+    ("STATE_DIRECTORY", "{0}/oni/manage.py", "is not a folder"),
+    ("STATE_DIRECTORY", "{0}/oni/manage.py/state", "is not a folder"),
+    ("STATE_DIRECTORY", "~no-such-user/state", "STATE_DIRECTORY"),
+    ("LOG_LEVEL", "loud", "LOG_LEVEL is 'loud'; write debug, info, warning or error"),
+    ("HOST_KEY_FILE", "{0}/nowhere/key", "in a folder that does not exist"),
+    ("HOST_KEY_FILE", "{0}/oni", "is a directory"),
+    ("HOST_KEY_FILE", "{0}/oni/manage.py", "holds no ed25519, ECDSA or RSA key"),
+    ("HOST_KEY_FILE", "/dev/null", "is not a regular file"),
+    ("HOST_KEY_FILE", "~no-such-user/key", "HOST_KEY_FILE"),
+    ("HOST_KEY_FILE", "{0}/" + "x" * 300, "HOST_KEY_FILE"),
+])
+def test_each_setting_that_cannot_be_is_told_in_a_sentence(site, name, value, said):
+    site.environment[name] = value.format(site.oni.parent)
+    status, out, problems = run_agent(**site.environment)
+    assert out == "" and said in problems and status in (1, 2)
+    assert [line[:11] for line in problems.splitlines()] == ["oni_agent: "] and "Errno" not in problems
+
+
+@pytest.mark.parametrize("content", ["", "no key at all\n", "encrypted", "public"])
+def test_a_host_key_file_that_cannot_be_used_is_never_overwritten(site, content):
+    key = site.oni.parent / "key"
+    if content == "encrypted":
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "secret", "-f", str(key)], check=True)
+    elif content == "public":
+        key_made_by_ssh_keygen(key).with_name("key.pub").replace(key)
+    else:
+        key.write_text(content)
+    before = key.read_bytes()
+    status, _, said = run_agent(**site.environment, HOST_KEY_FILE=str(key))
+    assert status == 2 and "HOST_KEY_FILE" in said and "it was left as it is" in said
+    assert key.read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", [("rsa",), ("rsa", "-b", "2048"), ("ecdsa",), ("ecdsa", "-b", "521"), ("ed25519",)])
+def test_an_existing_host_key_is_used_as_it_is(site, kind):
+    key = key_made_by_ssh_keygen(site.oni.parent / "key", "-t", *kind)
+    before = key.read_bytes()
+    site.start(HOST_KEY_FILE=str(key))
+    with Client(site.port) as client:
+        shown = client.transport.get_remote_server_key()
+    assert [shown.get_name(), shown.get_base64()] == key.with_name("key.pub").read_text().split()[:2]
+    assert site.ssh("version")["status"] == "success"
+    assert key.read_bytes() == before and not (site.state / "host_key").exists()
+
+
+def test_the_state_folder_is_private_and_the_host_key_made_once(site):
+    site.environment["STATE_DIRECTORY"] = str(site.state / "below")
+    keys = []
+    for _ in range(2):
+        site.start()
+        with Client(site.port) as client:
+            keys.append(client.transport.get_remote_server_key().get_base64())
+        site.stop()
+    key = site.state / "below/host_key"
+    assert stat.S_IMODE(key.parent.stat().st_mode) == 0o700 and stat.S_IMODE(key.stat().st_mode) == 0o600
+    assert key.with_name("host_key.pub").read_text().split()[:2] == ["ssh-ed25519", keys[0]] and keys[0] == keys[1]
+    subprocess.run(["ssh-keygen", "-y", "-f", str(key)], check=True, stdout=subprocess.PIPE)
+
+
+@pytest.mark.parametrize("variables, folder", [
+    ({"XDG_STATE_HOME": "{0}/xdg"}, "xdg/oni-agent"), ({}, ".local/state/oni-agent"),
+    ({"STATE_DIRECTORY": "{0}/one:{0}/two"}, "one")])
+def test_the_state_folder_is_where_systemd_or_the_user_keeps_state(site, variables, folder):
+    del site.environment["STATE_DIRECTORY"]
+    site.start(**{name: value.format(site.oni.parent) for name, value in variables.items()})
+    made = site.oni.parent / folder
+    assert stat.S_IMODE(made.stat().st_mode) == 0o700 and (made / "jobs.db").exists()
+
+
+LOCAL = ["127.0.0.1", *(["::1"] if socket.has_dualstack_ipv6() else [])]
+
+
+@pytest.mark.parametrize("bind, hosts", [
+    ("127.0.0.1:0", ["127.0.0.1"]), ("0.0.0.0:0", ["127.0.0.1"]), (":0", LOCAL),
+    *([("[::1]:0", ["::1"]), ("[::]:0", LOCAL)] if "::1" in LOCAL else [])])
+def test_the_agent_listens_where_it_is_told_to_and_nowhere_else(site, bind, hosts):
+    site.start(BA_BIND=bind)
+    for host in hosts:
+        with Client(site.port, host=host) as client:
+            assert client.ask("version")["status"] == "success"
+    for host in set(LOCAL) - set(hosts):
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((host, site.port))
+
+
+def test_a_port_in_use_is_told_in_a_sentence(site):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        status, _, said = run_agent(**{**site.environment, "BA_BIND": address})
+    assert status == 1 and re.fullmatch(rf"oni_agent: .*{address}.*in use.*\.\n", said)
+
+
+def test_a_second_agent_on_the_same_state_folder_is_refused(agent):
+    status, _, said = run_agent(**agent.environment)
+    assert status == 1 and said.startswith("oni_agent: another ONI Agent is at work on") and said.count("\n") == 1
+    assert agent.ssh("version")["status"] == "success"
+
+
+def test_without_paramiko_the_agent_says_what_to_install():
+    status, out, said = run_agent(python="-S")
+    assert (status, out) == (1, "") and "python3-paramiko" in said and "pip install paramiko" in said
+
+
+def test_help_and_version_need_no_settings():
+    status, out, said = run_agent("--help")
+    assert (status, said) == (0, "") and all(name in out for name in oni_agent.OWN_VARIABLES)
+    assert run_agent("--version") == (0, f"ONI Agent {oni_agent.VERSION}\n", "")
+
+
+def refused_soon(port: int) -> bool:
+    """Whether nobody listens any more within a minute."""
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+        except OSError:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopping_agent_takes_no_more_and_finishes_the_answers_under_way(site, how):
+    hurry(site, STOP_SECONDS=60)
+    with Client(site.port) as client:
+        channel = client.channel("load-title")
+        channel.sendall(marc_xml()[:50])
+        site.agent.send_signal(how)
+        site.wait_for(f"stopping on {how.name}")
+        assert refused_soon(site.port)
+        channel.sendall(marc_xml()[50:])
+        channel.shutdown_write()
+        assert json.loads(channel.makefile("rb").read())["job"] == {"id": 1} and channel.recv_exit_status() == 0
+    assert site.agent.wait(30) == 0
+    assert site.start().ended(1)["status"] == "successful"
+
+
+def test_an_idle_agent_stops_with_exit_status_0_though_clients_are_connected(agent):
+    with Client(agent.port) as client, socket.create_connection(("127.0.0.1", agent.port)) as silent:
+        assert client.ask("version")["status"] == "success"
+        assert agent.stop() == 0
+        while silent.recv(1000):
+            pass
+        client.transport.join(30)
+        assert not client.transport.is_active()
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_stops_the_agent_at_once(site, second):
+    hurry(site, STOP_SECONDS=600)
+    with Client(site.port) as client:
+        client.channel("load-title")
+        site.agent.send_signal(signal.SIGTERM)
+        site.wait_for("stopping on SIGTERM")
+        assert site.stop(second) == 1
+
+
+# --- Promises: long answers, slow clients and clients that vanish -----------------------------------------------------
+
+TWENTY_MEGABYTES = ("if 'load_batch' in sys.argv:\n    sys.stdout.write(''.join("
+                    "'%06d %s\\n' % (n, '\\u20ac' * 30) for n in range(160_000)))\n    sys.stdout.flush()")
+
+
+def make_verbose(site: Site) -> Site:
+    """Makes job 1 of the site's agent one whose log is 20 MB long."""
+    site.prepend_to_manage(f"import sys\n{TWENTY_MEGABYTES}")
+    site.batch("batch_oru_verbose_ver01")
+    assert site.run("load-batch", "batch_oru_verbose_ver01")["status"] == "successful"
+    return site
+
+
+@pytest.fixture(scope="module")
+def verbose(tmp_path_factory, template):
+    """A site whose agent has a job with a log of 20 MB."""
+    site = Site(tmp_path_factory.mktemp("verbose"), template).start()
+    yield make_verbose(site)
+    site.clean_up()
+
+
+def is_whole(answer: bytes) -> bool:
+    """Whether this is the whole answer to `job-logs 1` of a verbose site."""
+    reply = json.loads(answer)
+    said = [line[33:] for line in reply["job"]["stdout"]]
+    return len(answer) > 20_000_000 and reply["session"]["id"] > 0 and said == [
+        f"{number:06} {'€' * 30}" for number in range(160_000)]
+
+
+@pytest.mark.parametrize("option", ["Compression=no", "RekeyLimit=1M"])
+def test_a_long_answer_is_whole_every_time(verbose, option):
+    words = [*verbose.ssh_words("-o", option), "job-logs 1"]
+    first = b""
+    for _ in range(10):
+        done = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=60)
+        first = first or done.stdout
+        assert done.returncode == 0 and is_whole(first)
+        assert done.stdout.rpartition(b',"session"')[0] == first.rpartition(b',"session"')[0]
+
+
+def test_a_long_answer_is_whole_for_a_slow_reader(verbose):
+    with Client(verbose.port, default_window_size=32768, default_max_packet_size=4096) as client:
+        channel = client.channel("job-logs 1")
+        pieces = list(iter(lambda: channel.recv(random.randrange(1, 5000)), b""))
+        assert is_whole(b"".join(pieces)) and channel.recv_exit_status() == 0
+
+
+def test_a_long_answer_under_way_is_whole_when_the_agent_is_stopped(site):
+    make_verbose(hurry(site, STOP_SECONDS=60))
+    ssh = subprocess.Popen([*site.ssh_words(), "job-logs 1"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    with Client(site.port) as client:
+        channel = client.channel("job-logs 1")
+        begun = os.read(ssh.stdout.fileno(), 1000)
+        site.agent.send_signal(signal.SIGTERM)
+        site.wait_for("stopping on SIGTERM")
+        assert is_whole(b"".join(iter(lambda: channel.recv(3000), b""))) and channel.recv_exit_status() == 0
+        assert is_whole(begun + ssh.communicate(timeout=60)[0]) and ssh.returncode == 0
+    assert site.agent.wait(30) == 0
+
+
+def resources(site: Site) -> tuple[int, int]:
+    """How many threads and descriptors the agent has."""
+    site.wait_for("Open ONI in ")  # its check of Open ONI is over
+    threads, descriptors = (len(os.listdir(f"/proc/{site.agent.pid}/{kind}")) for kind in ("task", "fd"))
+    return threads, descriptors
+
+
+def has_no_more_than(site: Site, before: tuple[int, int]) -> bool:
+    """Whether the agent is back at as many threads and descriptors, soon."""
+    until = time.monotonic() + 10
+    while any(now > then for now, then in zip(resources(site), before)):
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+OPENS_WIDE = """
+import os, paramiko, signal, sys
+transport = paramiko.Transport(("127.0.0.1", int(sys.argv[1])), default_window_size=2**31 - 1)
+transport.start_client(timeout=30)
+transport.auth_none("nobody")
+channel = transport.open_session()
+channel.exec_command("job-logs 1")
+print(channel.recv(1), flush=True)
+signal.pause()
+"""
+
+
+@pytest.mark.parametrize("how", ["window stays shut", "ssh is stopped", "window is wide, client is stopped"])
+def test_a_client_that_does_not_read_is_cut_in_time(site, how):
+    make_verbose(hurry(site, STALL_SECONDS=1, IDLE_SECONDS=2))
+    before = resources(site)
+    with contextlib.ExitStack() as stack:
+        if how == "window stays shut":
+            client = stack.enter_context(Client(site.port))
+            client.channel("job-logs 1")
+        else:
+            words = [*site.ssh_words(), "job-logs 1"] if how == "ssh is stopped" else [
+                sys.executable, "-W", "ignore", "-c", OPENS_WIDE, str(site.port)]
+            process = stack.enter_context(subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE))
+            stack.callback(process.kill)
+            assert os.read(process.stdout.fileno(), 1)
+            process.send_signal(signal.SIGSTOP)
+        site.wait_for("command='job-logs 1' status='client went away'")
+        assert has_no_more_than(site, before)
+        assert site.call("version")["status"] == "success"
+
+
+def reset(client: Client) -> None:
+    """The client's host goes away: no word of SSH's, no FIN, an RST."""
+    client.transport.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, (1).to_bytes(4, sys.byteorder) + bytes(4))
+    client.transport.sock.close()
+
+
+def hang_up(client: Client) -> None:
+    """The client's process ends: no word of SSH's, a FIN."""
+    client.transport.sock.shutdown(socket.SHUT_RDWR)
+
+
+def close_channel(client: Client) -> None:
+    """The client closes its channel without the EOF that would end its input."""
+    for channel in client.transport._channels.values():
+        channel.eof_sent = True
+        channel.close()
+
+
+@pytest.mark.parametrize("vanish", [reset, hang_up, close_channel])
+@pytest.mark.parametrize("payload", [marc_xml(), marc_xml()[:100], b""])
+def test_a_client_that_vanishes_before_its_input_ends_leaves_no_job(shared, vanish, payload):
+    with Client(shared.port, user=f"{vanish.__name__}-{len(payload)}") as client:
+        client.channel("load-title").sendall(payload)
+        vanish(client)
+        line = shared.wait_for(rf"user='{vanish.__name__}-{len(payload)}'")
+    assert "status='client went away'" in line
+    assert shared.call("list-jobs")["jobs"] == []
+
+
+def test_clients_that_vanish_as_they_ask_take_up_no_room(site):
+    hurry(site, MAX_CONNECTIONS=10)
+    before = resources(site)
+    for _ in range(20):
+        with Client(site.port) as client:
+            channel = client.transport.open_session(timeout=30)
+            request = paramiko.Message()
+            request.add_byte(bytes([98]))  # SSH_MSG_CHANNEL_REQUEST
+            request.add_int(channel.remote_chanid)
+            request.add_string("exec")
+            request.add_boolean(True)
+            request.add_string("version")
+            client.transport._send_user_message(request)
+            reset(client)
+    assert has_no_more_than(site, before)
+    with Client(site.port) as client:
+        assert client.ask("version")["status"] == "success"
+    assert site.stop() == 0
+
+
+@pytest.mark.parametrize("command", ["load-title", "batch-patch batch_oru_alpha_ver01 batch_oru_alpha_ver02"])
+def test_input_that_does_not_end_is_answered_when_its_time_is_up(site, command):
+    site.batch("batch_oru_alpha_ver01")
+    hurry(site, STDIN_SECONDS=2)
+    with Client(site.port) as client:
+        channel = client.channel(command)
+        channel.sendall(b"<record>")
+        reply = json.loads(channel.makefile("rb").read())
+        assert reply["status"] == "error" and "END" in reply["error"] and channel.recv_exit_status() == 0
+    assert site.call("list-jobs")["jobs"] == []
+
+
+# --- Promises: clients that ask nothing, or too much ------------------------------------------------------------------
+
+
+def test_clients_that_never_close_are_all_answered_and_all_reaped(site):
+    hurry(site, IDLE_SECONDS=3)
+    before = resources(site)
+    clients = []
+    for _ in range(100):
+        clients.append(Client(site.port))
+        assert clients[-1].ask("version")["status"] == "success"
+    for client in clients:
+        client.transport.join(60)
+        assert not client.transport.is_active()
+    assert has_no_more_than(site, before)
+
+
+def test_clients_that_leave_in_the_handshake_leave_nothing(agent):
+    before = resources(agent)
+    for _ in range(200):
+        with silent(agent.port, b"SSH-2.0-short\r\n") as connection:
+            assert connection.recv(1000)
+    assert has_no_more_than(agent, before)
+
+
+def silent(port: int, said: bytes = b"") -> socket.socket:
+    """A connection on which no more than this has been said."""
+    connection = socket.create_connection(("127.0.0.1", port))
+    connection.sendall(said)
+    return connection
+
+
+class Recorder(socket.socket):
+    """A client's socket that keeps what was sent."""
+
+    sent = b""
+
+    def send(self, data: bytes, flags: int = 0) -> int:
+        count = super().send(data, flags)
+        self.sent += data[:count]
+        return count
+
+
+def recorded_bytes(port: int) -> bytes:
+    """What a client sends to ask for the version."""
+    connection = Recorder()
+    connection.connect(("127.0.0.1", port))
+    transport = paramiko.Transport(connection)
+    transport.start_client(timeout=30)
+    transport.auth_none("nobody")
+    channel = transport.open_session(timeout=30)
+    channel.exec_command("version")
+    assert channel.makefile("rb").read()
+    transport.close()
+    return connection.sent
+
+
+def test_clients_that_stop_halfway_are_gone_when_their_time_is_up(site):
+    hurry(site, HANDSHAKE_SECONDS=3, IDLE_SECONDS=3)
+    recorded = recorded_bytes(site.port)
+    before = resources(site)
+    version = recorded.index(b"\n") + 1
+    sockets = [silent(site.port, recorded[:length]) for length in (
+        0, 4, version, version + 2, version + 100, len(recorded) // 2, len(recorded) - 1)]
+    clients = [Client(site.port) for _ in range(3)]
+    clients[1].transport.open_session(timeout=30)
+    clients[2].transport.open_session(timeout=30).get_pty()
+    unauthenticated = paramiko.Transport(silent(site.port))
+    unauthenticated.start_client(timeout=30)
+    for transport in [unauthenticated, *(client.transport for client in clients)]:
+        transport.join(60)
+        assert not transport.is_active()
+    for connection in sockets:
+        with contextlib.suppress(ConnectionResetError):
+            while connection.recv(10_000):
+                pass
+    assert has_no_more_than(site, before)
+    assert site.call("version")["status"] == "success"
+
+
+def test_a_slow_loris_keeps_nobody_waiting_and_is_gone_in_time(site):
+    hurry(site, HANDSHAKE_SECONDS=4, IDLE_SECONDS=6)
+    before = resources(site)
+    clients = [Client(site.port) for _ in range(100)]
+    sockets = [silent(site.port, said) for said in [b""] * 300 + [b"SSH-2.0-loris\r\n"] * 100]
+    while any(client.transport.is_active() for client in clients):
+        assert site.call("version")["status"] == "success"
+    assert has_no_more_than(site, before)
+    for connection in sockets:
+        connection.close()
+
+
+def test_several_hundred_clients_at_once_are_all_answered(shared):
+    clients = [Client(shared.port) for _ in range(250)]
+    channels = [client.channel("version") for client in clients]
+    assert all(json.loads(channel.makefile("rb").read())["status"] == "success" for channel in channels)
+    for client in clients:
+        client.transport.close()
+
+
+def test_a_full_house_makes_room_for_who_asks_but_not_at_the_cost_of_who_is_at_work(site):
+    hurry(site, MAX_CONNECTIONS=5)
+    at_work = [Client(site.port) for _ in range(4)]
+    channels = [client.channel("load-title") for client in at_work]
+    idle = silent(site.port)
+    with Client(site.port) as client:
+        assert client.ask("version")["status"] == "success"
+        while idle.recv(1000):
+            pass
+        refused = client.channel("load-title")
+        with pytest.raises((paramiko.SSHException, EOFError, ConnectionError)):
+            Client(site.port)
+        refused.close()
+    for client, channel in zip(at_work, channels):
+        channel.shutdown_write()
+        assert json.loads(channel.makefile("rb").read())["message"] == "Invalid data"
+        client.transport.close()
+
+
+def test_more_than_ten_channels_are_refused_and_the_connection_goes_on(shared):
+    with Client(shared.port) as client:
+        channels = [client.channel("load-title") for _ in range(10)]
+        with pytest.raises(paramiko.ChannelException):
+            client.channel("version")
+        for channel in channels:
+            channel.shutdown_write()
+            assert json.loads(channel.makefile("rb").read())["message"] == "Invalid data"
+            channel.close()
+        assert client.ask("version")["status"] == "success"
+
+
+def test_requests_whose_channels_are_closed_still_count_as_at_work(site):
+    site.prepend_to_manage("import sys\nif 'shell' in sys.argv: open('gate').close()")
+    gate = site.hold(site.oni / "gate")
+    site.batch("batch_oru_alpha_ver01")
+    site.start()
+    before = resources(site)
+    with Client(site.port) as client, contextlib.suppress(paramiko.ChannelException):
+        for _ in range(100):
+            client.channel("purge-batch batch_oru_alpha_ver01").close()
+    assert resources(site)[0] <= before[0] + 15
+    gate.open()
+    assert site.call("version")["status"] == "success"
+
+
+def memory(site: Site, what: str = "VmHWM") -> int:
+    """The most memory that the agent has had so far, or has now (VmRSS), in KiB."""
+    return int(re.search(rf"{what}:\s*(\d+) kB", Path(f"/proc/{site.agent.pid}/status").read_text())[1])
+
+
+@pytest.mark.parametrize("length", [0x40000004, 0xFFFFFFFC])
+def test_a_packet_without_end_is_not_collected(agent, length):
+    agent.call("version")
+    before = memory(agent)
+    with silent(agent.port, b"SSH-2.0-endless\r\n" + length.to_bytes(4, "big")) as connection:
+        with pytest.raises(ConnectionError):  # the agent hangs up
+            for _ in range(200):
+                connection.sendall(bytes(1_000_000))
+    assert memory(agent) < before + 20_000
+    assert agent.call("version")["status"] == "success"
+
+
+# --- Promises: an auditor, and chance ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["ed25519", "rsa", "ecdsa"])
+def test_an_auditor_finds_nothing_but_the_classical_fall_back(site, kind):
+    site.start(HOST_KEY_FILE=str(key_made_by_ssh_keygen(site.oni.parent / "key", "-t", kind)))
+    done = subprocess.run([sys.executable, "-m", "ssh_audit", "-j", "-p", str(site.port), "127.0.0.1"],
+                          stdout=subprocess.PIPE, timeout=60)
+    report = json.loads(done.stdout)
+    assert not report["cves"] and "curve25519-sha256@libssh.org" in {each["algorithm"] for each in report["kex"]}
+    found = {(kind, each["algorithm"], level, text) for kind in ("kex", "key", "enc", "mac") for each in report[kind]
+             for level in ("fail", "warn") for text in each["notes"].get(level, ())}
+    allowed = {("kex", name, "warn", "does not provide protection against post-quantum attacks")
+               for name in ("curve25519-sha256", "curve25519-sha256@libssh.org")}
+    if kind == "ecdsa":  # the administrator's own choice of a key
+        found = {each for each in found if each[0] != "key"}
+    assert found <= allowed
+
+
+NASTY = ["version", "help", "load-batch", "purge-batch", "load-title", "batch-patch", "ensure-awardee", "list-jobs",
+         "job-status", "job-logs", "batch_oru_alpha_ver01", "../batch_oru_alpha_ver01", "batch_oru_broken_ver01", "oru",
+         "-1", "1", "0", "9" * 19, "*", "$(touch /tmp/x)", "`id`", ";", "--help", "-c", "é", "\u200b", "\0", "\n", "\r",
+         "\t", "'", '"', "\\", "\x1b[31m", "\N{RIGHT-TO-LEFT OVERRIDE}", "x" * 5000]
+WORDS = strategies.one_of(strategies.sampled_from(NASTY), strategies.text(max_size=30))
+LINES = strategies.one_of(
+    strategies.binary(max_size=300),
+    strategies.lists(WORDS, max_size=5).map(lambda words: " ".join(words).encode("utf-8", "surrogatepass")),
+    strategies.lists(WORDS, max_size=5).map(lambda words: " ".join(map(go_quoted, words)).encode("utf-8", "replace")),
+    strategies.lists(WORDS, max_size=5).map(lambda words: " ".join(map(shlex.quote, words)).encode("utf-8", "replace")),
+    strategies.tuples(strategies.sampled_from(["load-title", "batch-patch batch_oru_alpha_ver01 batch_oru_new_ver02",
+                                               "ensure-awardee oru", '"job-status" "1"']),
+                      strategies.integers(0, 60), strategies.binary(max_size=3)).map(
+        lambda it: it[0].encode()[:it[1]] + it[2] + it[0].encode()[it[1]:]))
+PAYLOADS = strategies.one_of(
+    strategies.binary(max_size=2000),
+    strategies.tuples(strategies.integers(0, 900), strategies.binary(max_size=20), strategies.integers(0, 900)).map(
+        lambda it: marc_xml()[:it[0]] + it[1] + marc_xml()[it[2]:]),
+    strategies.sampled_from([b"", b"\n\nEND\n", b"RemoveIssue sn99990001/19000101\n", b"RemoveIssue x/../../y\n",
+                             b"<!DOCTYPE a [<!ENTITY b 'c'>]><a>&b;</a>", b"<" * 100_000, bytes(200_000)]))
+RELENTLESS = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
+
+
+def files_below(folder: Path, *less: str) -> dict[str, bytes]:
+    """What every file below a folder holds, except below those whose path begins with one of `less`."""
+    paths = {str(path.relative_to(folder)): path for path in folder.rglob("*") if "__pycache__" not in path.parts}
+    return {name: path.read_bytes() if path.is_file() else b"" for name, path in paths.items()
+            if not name.startswith(less)}
+
+
+def test_whatever_is_asked_gets_one_answer_and_nothing_happens_that_was_not_asked_for(site):
+    site.batch("batch_oru_alpha_ver01")
+    spoil_xml(site.batch("batch_oru_broken_ver01"))
+    site.start()
+    site.call("purge-batch", "batch_oru_alpha_ver01")  # from here on Open ONI's own files stay as they are, too
+    site.prepend_to_manage("import sys\nif 'shell' not in sys.argv: sys.exit(1)")  # no job does what it could
+    site.wait_for("Open ONI in ")
+    files = files_below(site.oni.parent, "state", "oni/oni.sqlite3")  # load-title and ensure-awardee may write that
+    jobs, awardees = [], {"oru"}
+    client = Client(site.port)
+
+    @settings(max_examples=1000, **RELENTLESS)
+    @given(LINES, PAYLOADS)
+    def every_request_is_answered(line: bytes, payload: bytes) -> None:
+        channel = client.channel(line)
+        with contextlib.suppress(OSError):  # answered already
+            channel.sendall(payload)
+        channel.shutdown_write()
+        said = channel.makefile("rb").read()
+        assert channel.recv_exit_status() == 0 and said.count(b"\n") == 1 and channel.recv_stderr(1) == b""
+        reply = json.loads(said)
+        assert reply["status"] in ("success", "error") and reply["session"]["id"] > 0
+        assert "fault of the agent" not in reply.get("message", "")
+        if reply.get("message") == "Job added to queue":
+            jobs.append(reply["job"]["id"])
+        if reply.get("message") == "Awardee created":
+            awardees.add(oni_agent.split_words(line)[1])
+        channel.close()
+
+    with client:
+        every_request_is_answered()
+        assert [job["id"] for job in client.ask("list-jobs")["jobs"]] == jobs
+    assert {code for code, in site.query("SELECT org_code FROM core_awardee")} == awardees
+    assert files_below(site.oni.parent, "state", "oni/oni.sqlite3") == files
+
+
+def test_whatever_bytes_come_the_agent_lives_and_keeps_nothing_of_them(agent):
+    recorded = recorded_bytes(agent.port)
+    before = resources(agent)
+    lengths = strategies.integers(0, len(recorded))
+
+    @settings(max_examples=300, **RELENTLESS)
+    @given(lengths, strategies.binary(max_size=200), lengths)
+    def connect_and_say(cut: int, noise: bytes, resume: int) -> None:
+        with contextlib.suppress(ConnectionError), silent(agent.port) as connection:
+            connection.sendall(recorded[:cut] + noise + recorded[resume:])
+
+    connect_and_say()
+    assert has_no_more_than(agent, before)
+    assert agent.call("list-jobs")["jobs"] == []
+
+
+# --- How fast it is ---------------------------------------------------------------------------------------------------
+
+BENCH_GO = r"""
+package main
+
+import (
+	"fmt"
+	"golang.org/x/crypto/ssh"
+	"os"
+	"sort"
+	"time"
+)
+
+func main() {
+	config := &ssh.ClientConfig{User: "nca", HostKeyCallback: ssh.InsecureIgnoreHostKey()}
+	var took []float64
+	for i := 0; i < 200; i++ {
+		start := time.Now()
+		client, err := ssh.Dial("tcp", os.Args[1], config)
+		if err != nil {
+			panic(err)
+		}
+		session, err := client.NewSession()
+		if err != nil {
+			panic(err)
+		}
+		if _, err := session.Output("\"version\""); err != nil {
+			panic(err)
+		}
+		took = append(took, time.Since(start).Seconds()*1000)
+		client.Close()
+	}
+	sort.Float64s(took)
+	fmt.Println(took[len(took)/2])
+}
+"""
+BENCH_MANAGE = r"""
+import os, sys
+if sys.argv[1:2] == ["load_batch"] and "batch_oru_bench" in sys.argv[2]:
+    count = int(sys.argv[2].split("lines")[1].split("_")[0])
+    line = "[INFO] Saving page. issue date: 1900-01-01 00:00:00, page sequence: %07d, of The test gazette (Or.)\n"
+    for first in range(0, count, 1000):
+        sys.stderr.write("".join(line % number for number in range(first, min(first + 1000, count))))
+    sys.stderr.flush()
+    os._exit(0)
+"""
+
+
+def median(figures: list[float]) -> float:
+    """The middle one."""
+    return sorted(figures)[len(figures) // 2]
+
+
+def seconds(run, *arguments) -> float:
+    """How long a call takes."""
+    begun = time.perf_counter()
+    run(*arguments)
+    return time.perf_counter() - begun
+
+
+def all_at_once(count: int, at_once: int, run) -> list[float]:
+    """How long each of `count` calls takes, of which so many are under way at any time."""
+    left, took = iter(range(count)), []
+
+    def work() -> None:
+        for _ in left:  # iterators of ranges are safe to share
+            took.append(seconds(run))
+
+    threads = [threading.Thread(target=work) for _ in range(at_once)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return took
+
+
+class Bench:
+    """What can be measured of any agent at an address."""
+
+    def __init__(self, host: str, port: int):
+        self.host, self.port = host, port
+        self.ssh_words = ["ssh", "-F", "none", "-p", str(port), "-o", "StrictHostKeyChecking=no", "-o", "BatchMode=yes",
+                          "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR", f"nobody@{host}"]
+
+    def ssh(self, command: str = "version") -> None:
+        subprocess.run([*self.ssh_words, command], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True)
+
+    def call(self, *words: str) -> dict:
+        with Client(self.port, host=self.host) as client:
+            return client.ask(shlex.join(words) or "version")
+
+    def rows(self) -> Iterator[tuple[str, float, str]]:
+        """Name, figure and unit of each row."""
+        yield "ssh ... version", median([seconds(self.ssh) for _ in range(40)]) * 1000, "ms"
+        yield "paramiko: a call with its connection", median([seconds(self.call) for _ in range(60)]) * 1000, "ms"
+        yield from self.go_rows()
+        begun = time.perf_counter()
+        took = all_at_once(200, 8, self.ssh)
+        yield "200 x ssh ... version, 8 at a time", 200 / (time.perf_counter() - begun), "calls/s"
+        yield "  the slowest of them", max(took) * 1000, "ms"
+
+    def go_rows(self) -> Iterator[tuple[str, float, str]]:
+        """What NCA's own SSH library takes, where there is a Go to compile it."""
+        sources = "/usr/share/gocode"  # of Debian's golang-golang-x-crypto-dev
+        if not shutil.which("go") or not os.path.isdir(f"{sources}/src/golang.org/x/crypto/ssh"):
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            program = Path(folder, "call.go")
+            program.write_text(BENCH_GO)
+            subprocess.run(["go", "build", "-o", f"{folder}/call", str(program)], check=True, cwd=folder, env={
+                **os.environ, "GO111MODULE": "off", "GOPATH": sources, "GOCACHE": f"{folder}/cache", "GOFLAGS": ""})
+            done = subprocess.run([f"{folder}/call", f"{self.host}:{self.port}"], check=True, stdout=subprocess.PIPE)
+        yield "Go's library: a call with its connection", float(done.stdout), "ms"
+
+
+class OwnBench(Bench):
+    """What else can be measured of an agent that is ours to start, to feed and to look into."""
+
+    def __init__(self, site: Site):
+        self.site = site
+        site.prepend_to_manage(BENCH_MANAGE)
+        for number in range(20):
+            make_batch(site.source, f"batch_oru_bench{number}lines1_ver01", 1, 1)
+        for number in range(50):
+            make_batch(site.source, f"batch_oru_bench{number}lines0_ver01", 1, 1)
+        for lines in 100_000, 1_000_000:
+            make_batch(site.source, f"batch_oru_benchlines{lines}_ver01", 1, 1)
+        make_batch(site.source, "batch_oru_plain_ver01", 1, 1)
+        site.environment["LOG_LEVEL"] = "info"
+        super().__init__("127.0.0.1", site.start().port)
+
+    def memory(self, what: str = "VmRSS") -> float:
+        """MB that the agent has in memory now, or (VmHWM) has had at most."""
+        status = Path(f"/proc/{self.site.agent.pid}/status").read_text()
+        return int(re.search(rf"{what}:\s*(\d+) kB", status)[1]) / 1000
+
+    def forget_peak(self) -> None:
+        """From here on VmHWM begins anew."""
+        Path(f"/proc/{self.site.agent.pid}/clear_refs").write_text("5")
+
+    def job(self, batch: str) -> int:
+        """The id of a job that has ended, not well: nothing was loaded."""
+        id = self.call("load-batch", batch)["job"]["id"]
+        self.site.wait_for(rf"job={id} .*status=")
+        return id
+
+    def bare(self, batch: str) -> list[str]:
+        """The words of the same command without the agent."""
+        return [str(self.site.oni / "manage.py"), "load_batch", str(self.site.source / batch)]
+
+    def rows(self) -> Iterator[tuple[str, float, str]]:
+        environment = {"PATH": f"{self.site.oni}/ENV/bin:{os.environ['PATH']}"}
+        self.site.wait_for("Open ONI in ")
+        yield "memory at rest", self.memory(), "MB"
+        yield from super().rows()
+        all_at_once(1000, 8, self.call)
+        yield "memory after 1,000 sessions", self.memory(), "MB"
+        clients = [Client(self.port) for _ in range(200)]
+        yield "memory with 200 connections held open", self.memory(), "MB"
+        for client in clients:
+            client.transport.close()
+
+        self.site.run("load-batch", "batch_oru_plain_ver01")
+        self.site.stop()
+        self.port = self.site.start().port
+        self.ssh_words[self.ssh_words.index("-p") + 1] = str(self.port)
+        self.site.wait_for("Open ONI in ")
+        yield "load-batch answered, cold", seconds(self.call, "load-batch", "batch_oru_plain_ver01") * 1000, "ms"
+        yield "load-batch answered, warm", median(
+            [seconds(self.call, "load-batch", "batch_oru_plain_ver01") for _ in range(40)]) * 1000, "ms"
+
+        waits, bare = [], []
+        for number in range(20):
+            batch = f"batch_oru_bench{number}lines1_ver01"
+            job = self.call("job-logs", str(self.job(batch)))["job"]
+            waits.append(nanoseconds(job["stderr"][0][1:31]) - nanoseconds(job["queued"]))
+            with subprocess.Popen(self.bare(batch), env=environment, stderr=subprocess.PIPE) as process:
+                begun = time.perf_counter()
+                process.stderr.readline()
+                bare.append(time.perf_counter() - begun)
+        yield "accepted to first line, idle queue", median(waits) / 1e6, "ms"
+        yield "  the same command bare", median(bare) * 1000, "ms"
+
+        begun = time.perf_counter()
+        with Client(self.port) as client:
+            for number in range(50):
+                id = client.ask(f"load-batch batch_oru_bench{number}lines0_ver01")["job"]["id"]
+        self.site.wait_for(rf"job={id} .*status=")
+        yield "50 jobs of nothing, accepted to ended", time.perf_counter() - begun, "s"
+
+        few = self.job("batch_oru_benchlines100000_ver01")
+        self.forget_peak()
+        took = seconds(lambda: self.job("batch_oru_benchlines1000000_ver01"))
+        yield "1,000,000 lines (112 MB) captured", 1_000_000 / took, "lines/s"
+        with open(self.site.oni / "bare.log", "wb") as file:
+            alone = seconds(lambda: subprocess.run(self.bare("batch_oru_benchlines1000000_ver01"), stderr=file,
+                                                   env=environment))
+        yield "  the same command bare, to a file", 1_000_000 / alone, "lines/s"
+        yield "  the agent's most memory meanwhile", self.memory("VmHWM"), "MB"
+        self.forget_peak()
+        yield "job-logs of 100,000 lines", median([seconds(self.ssh, f"job-logs {few}") for _ in range(5)]), "s"
+        yield "job-logs of 1,000,000 lines", median([seconds(self.ssh, f"job-logs {few + 1}") for _ in range(3)]), "s"
+        yield "  the agent's most memory meanwhile", self.memory("VmHWM"), "MB"
+        for number in "once", "twice":
+            id = self.job("batch_oru_benchlines1000000_ver01")
+            self.ssh(f"job-logs {id}")
+            all_at_once(1000, 8, self.call)
+            yield f"memory after all this, {number}", self.memory(), "MB"
+
+
+def nanoseconds(stamp: str) -> int:
+    """A time stamp of the protocol's, less the day."""
+    hours, minutes, rest = stamp[11:-1].split(":")
+    return (int(hours) * 60 + int(minutes)) * 60 * 10**9 + int(float(rest[:2])) * 10**9 + int(rest[3:])
+
+
+def bench(address: str = "") -> None:
+    """Prints what an own agent takes, and, beside it, what the agent at an address takes."""
+    host, _, port = address.rpartition(":")
+    other = {name: figure for name, figure, _ in Bench(host.strip("[]"), int(port)).rows()} if address else {}
+    print(f"{'':42}{'this agent':>12}{address:>{len(address) and 24}}")
+    with tempfile.TemporaryDirectory() as folder:
+        build_oni(Path(folder) / "template")
+        site = Site(Path(folder), Path(folder) / "template")
+        try:
+            for name, figure, unit in OwnBench(site).rows():
+                beside = (f"{other[name]:24,.1f}" if name in other else " " * 24) if other else ""
+                print(f"{name:42}{figure:12,.1f}{beside} {unit}", flush=True)
+        finally:
+            site.clean_up()
+
+
+# --- The README's exchanges, and the demo -----------------------------------------------------------------------------
 
 README = AGENT.with_name("README.md")
 SSH = "ssh -p 2222 nobody@127.0.0.1"
@@ -3380,10 +4252,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", action="store_true", help="an agent to try, until Ctrl-C")
     parser.add_argument("--once", action="store_true", help="with --demo: make an exchange, print it, end")
+    parser.add_argument("--bench", action="store_true", help="measure an agent, and print a table")
+    parser.add_argument("--address", default="", metavar="HOST:PORT", help="with --bench: another agent, beside ours")
     parser.add_argument("--record", action="store_true", help="make the README's exchanges anew")
     chosen = parser.parse_args()
     if chosen.demo:
         demo(chosen.once)
+    elif chosen.bench:
+        bench(chosen.address)
     elif chosen.record:
         record()
     else:
