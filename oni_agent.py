@@ -29,7 +29,6 @@ from __future__ import annotations
 import argparse
 import ast
 import base64
-import calendar
 import contextlib
 import dataclasses
 import difflib
@@ -65,8 +64,8 @@ import xml.parsers.expat
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
-from typing import NoReturn
 
 warnings.filterwarnings("ignore", module="paramiko")  # old releases warn of ciphers that are switched off below
 try:
@@ -113,54 +112,43 @@ class SettingsError(Exception):
     """The environment does not describe an agent; each argument is a sentence that says what to mend."""
 
 
-@dataclass(frozen=True)
+OWN_VARIABLES = ("ONI_LOCATION", "BATCH_SOURCE", "BA_BIND", "STATE_DIRECTORY", "HOST_KEY_FILE", "ALLOW_FROM",
+                 "AUTHORIZED_KEYS", "ON_FINISH", "LOG_LEVEL", "DB_CONNECTION")
+
+
 class Settings:
-    """What an administrator tells the agent, checked. The fields are the variables' names in lower case."""
+    """What an administrator tells the agent in `environ`, checked. Raises SettingsError with every problem at once."""
 
-    oni_location: Path
-    batch_source: Path
-    ba_bind: tuple[str, int]
-    state_directory: Path
-    host_key_file: Path
-    allow_from: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]
-    authorized_keys: Path | None
-    on_finish: Path | None
-    log_level: str
-    db_connection: bool
+    def __init__(self, environ: dict[str, str]):
+        problems = []
 
-    @classmethod
-    def read(cls, environ: dict[str, str]) -> Settings:
-        """The settings in `environ`. Raises SettingsError with every problem at once."""
-        values, problems = {}, []
-
-        def read(name: str, reader: Callable[[str], object], default: str = "") -> None:
+        def read(name: str, reader: Callable, default: str = ""):
             try:
-                values[name.lower()] = reader(environ.get(name) or default)
+                return reader(environ.get(name) or default)
             except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: no home for a ~, links in a circle
                 problems.append(f"{name} {'' if isinstance(error, ValueError) else 'cannot be used: '}{error}")
 
         home = environ.get("XDG_STATE_HOME") or os.path.join(environ.get("HOME") or "~", ".local", "state")
-        read("ONI_LOCATION", functools.partial(existing_folder, holding="manage.py"))
-        read("BATCH_SOURCE", existing_folder)
-        read("BA_BIND", bind_address, "127.0.0.1:2222")
-        read("STATE_DIRECTORY", private_folder, os.path.join(home, "oni-agent"))
-        state = values.get("state_directory", Path())
-        read("HOST_KEY_FILE", functools.partial(host_key_path, state=state), str(state / "host_key"))
-        read("ALLOW_FROM", networks)
-        read("AUTHORIZED_KEYS", file_for(os.R_OK))
-        read("ON_FINISH", file_for(os.X_OK))
-        read("LOG_LEVEL", known_log_level, "info")
-        read("DB_CONNECTION", bool)
+        self.oni_location: Path = read("ONI_LOCATION", lambda value: existing_folder(value, holding="manage.py"))
+        self.batch_source: Path = read("BATCH_SOURCE", existing_folder)
+        self.ba_bind: tuple[str, int] = read("BA_BIND", bind_address, "127.0.0.1:2222")
+        self.state_directory: Path = read("STATE_DIRECTORY", private_folder, os.path.join(home, "oni-agent"))
+        state = self.state_directory or Path()
+        self.host_key_file: Path = read("HOST_KEY_FILE", lambda value: host_key_path(value, state), f"{state}/host_key")
+        self.allow_from: tuple = read("ALLOW_FROM", networks)
+        self.authorized_keys: Path | None = read("AUTHORIZED_KEYS", lambda value: file_for(os.R_OK, value))
+        self.on_finish: Path | None = read("ON_FINISH", lambda value: file_for(os.X_OK, value))
+        self.log_level: str = read("LOG_LEVEL", known_log_level, "info")
+        self.db_connection = bool(environ.get("DB_CONNECTION"))
         if problems:
             raise SettingsError(*problems)
-        return cls(**values)
 
 
-OWN_VARIABLES = tuple(name.upper() for name in Settings.__dataclass_fields__)
+# Readers of one setting each; they raise ValueError, or an OSError.
 
 
 def existing_folder(value: str, holding: str = "") -> Path:
-    """`value` as the absolute path of a folder, which holds a file named `holding`. All readers raise ValueError."""
+    """`value` as the absolute path of a folder, which holds a file named `holding`."""
     if not value:
         raise ValueError(f"is not set; it names the folder {'of ' + holding if holding else 'that holds the batches'}")
     path = Path(value).resolve()
@@ -177,8 +165,8 @@ def private_folder(value: str) -> Path:
     place = nearest_folder(path)
     if not os.access(place, os.W_OK | os.X_OK):
         raise ValueError(f"is {value!r}, and the agent's user cannot write to {place}")
-    if path == place and (path.stat().st_uid != os.geteuid() or path in (
-            Path("/"), Path("/tmp"), Path("/var/tmp"), Path.home())):
+    shared = (Path("/"), Path("/tmp"), Path("/var/tmp"), Path.home())
+    if path == place and (path.stat().st_uid != os.geteuid() or path in shared):
         raise ValueError(f"is {value!r}, a folder that others use; name one that is the agent's alone")
     return path
 
@@ -207,14 +195,12 @@ def networks(value: str) -> tuple:
         raise ValueError(f"is {value!r}: {error}") from error
 
 
-def file_for(access: int) -> Callable[[str], Path | None]:
-    """A reader of the absolute path of a file, if it is set, that allows os.R_OK or os.X_OK."""
-    def read(value: str) -> Path | None:
-        path = Path(value).resolve()
-        if value and not (path.is_file() and os.access(path, access)):
-            raise ValueError(f"is {value!r}, not a file that can be {'read' if access == os.R_OK else 'executed'}")
-        return path if value else None
-    return read
+def file_for(access: int, value: str) -> Path | None:
+    """The absolute path of a file, if it is set, that allows os.R_OK or os.X_OK."""
+    path = Path(value).resolve()
+    if value and not (path.is_file() and os.access(path, access)):
+        raise ValueError(f"is {value!r}, not a file that can be {'read' if access == os.R_OK else 'executed'}")
+    return path if value else None
 
 
 def host_key_path(value: str, state: Path) -> Path:
@@ -269,10 +255,9 @@ def title(lccn):
     return lccn in Title.objects.filter(lccn=lccn).values_list("lccn", flat=True)
 
 def awardee(code, name):
-    if name:
+    row, new = Awardee.objects.filter(org_code=code).first(), False
+    if name and not row:
         row, new = Awardee.objects.get_or_create(org_code=code, defaults={"name": name})
-    else:
-        row, new = Awardee.objects.filter(org_code=code).first(), False
     return row and [row.org_code, new]
 
 for line in sys.stdin:
@@ -299,14 +284,10 @@ class OpenONI:
                                 PATH=f"{location / 'ENV' / 'bin'}:{environ.get('PATH', os.defpath)}")
         self._asking = threading.Lock()
         self._child: subprocess.Popen | None = None  # a manage.py shell that answers QUESTIONS
-        self._complaints = tempfile.TemporaryFile()  # its stderr
         self._rest = threading.Timer(0, self.rest)
 
     def start(self, *words: str, **options) -> subprocess.Popen:
-        """manage.py with `words`, in a session of its own, so that it outlives the agent.
-
-        `options` are Popen's. Raises ONINotRun.
-        """
+        """manage.py with `words`, in a session of its own, so that it outlives the agent. Raises ONINotRun."""
         manage = self.location / "manage.py"
         program = [manage] if os.access(manage, os.X_OK) else [self.location / "ENV" / "bin" / "python3", manage]
         try:
@@ -333,13 +314,19 @@ class OpenONI:
 
         A `manage.py shell` is kept warm for it: its first answer takes half a second, later ones milliseconds.
         """
-        until = time.monotonic() + within
-        late = ONIError(f"Open ONI did not answer within {within:g} s")
+        until, late = time.monotonic() + within, ONIError(f"Open ONI did not answer within {within:g} s")
         if not self._asking.acquire(timeout=within):
             raise late
         try:
             self._rest.cancel()
-            reply = (self._child and self._exchange(question, until)) or self._exchange(question, until, anew=True)
+            reply = self._child and self._exchange(question, until)
+            if not reply:  # there is no child, or it has died since its last answer
+                self._begin_child()
+                reply = self._exchange(question, until)
+            if not reply:
+                self._complaints.seek(0)
+                said = self._complaints.read().decode("utf-8", "replace").strip().rpartition("\n")[2]
+                raise ONIError(f"Open ONI cannot be asked: {said or 'manage.py shell ended'}")
         except TimeoutError:
             self._end_child()
             raise late from None
@@ -348,20 +335,18 @@ class OpenONI:
             self._rest.daemon = True
             self._rest.start()
             self._asking.release()
-        if not reply:
-            raise ONIError(f"Open ONI cannot be asked: {self._last_complaint()}")
         if "error" in reply:
             raise ONIError(f"Open ONI cannot answer: {reply['error']}")
         return reply["answer"]
 
-    def _exchange(self, question: tuple, until: float, anew: bool = False) -> dict | None:
-        """The reply to a question; None if the child ends instead. Raises TimeoutError, ONINotRun."""
-        if anew:
-            self._end_child()
-            self._complaints.seek(0)
-            self._complaints.truncate()
-            self._child = self.start("shell", "-c", f"exec({QUESTIONS!r}, {{'MARK': {self.MARK!r}}})",
-                                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._complaints)
+    def _begin_child(self) -> None:
+        self._end_child()
+        self._complaints = tempfile.TemporaryFile()  # its stderr
+        self._child = self.start("shell", "-c", f"exec({QUESTIONS!r}, {{'MARK': {self.MARK!r}}})",
+                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._complaints)
+
+    def _exchange(self, question: tuple, until: float) -> dict | None:
+        """The reply to a question; None if the child ends instead. Raises TimeoutError."""
         with contextlib.suppress(BrokenPipeError):
             self._child.stdin.write(json.dumps(question).encode() + b"\n")
             self._child.stdin.flush()
@@ -388,10 +373,6 @@ class OpenONI:
                 self._child.communicate()
         self._child = None
 
-    def _last_complaint(self) -> str:
-        self._complaints.seek(0)
-        return self._complaints.read().decode("utf-8", "replace").strip().rpartition("\n")[2] or "manage.py shell ended"
-
 
 # ---------------------------------------------------------------- batch files
 
@@ -405,8 +386,7 @@ class BatchError(Exception):
 class PlainXML(ET.TreeBuilder):
     """Builds a tree of XML without a DOCTYPE, and so without entities that grow or point elsewhere."""
 
-    def doctype(self, *_) -> NoReturn:
-        """Called by the parser where a DOCTYPE begins."""
+    def doctype(self, *_):
         raise ValueError("a DOCTYPE is not allowed")
 
 
@@ -421,7 +401,7 @@ def parse_xml(data: bytes) -> ET.Element:
 def read_regular(path: Path) -> bytes:
     """The content of a regular file. Raises BatchError, in the Go agent's words."""
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a FIFO must not hold us
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:  # maybe a FIFO
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise BatchError(f"reading file: {path} is not a regular file")
             return file.read()
@@ -456,8 +436,7 @@ def check_batch(folder: Path) -> None:
 class BatchState:
     """What ONI's database holds of a batch, beside what the batch's files say it should.
 
-    Neither a row nor the number of issues nor the last event alone proves that a batch is loaded: silent holes,
-    a kill in the last issue and a purge during the load each pass for loaded by one of them.
+    Silent holes leave a good last event, a load killed in its last issue all the issues: it takes both to be complete.
     """
 
     row: bool
@@ -477,7 +456,6 @@ class BatchState:
 
     @property
     def complete(self) -> bool:
-        """Whether all of the batch is in the database."""
         return self.word == "complete"
 
     @property
@@ -513,9 +491,9 @@ def issue_count(folder: Path) -> int | None:
 
 
 def marc_lccns(data: bytes) -> list[str]:
-    """The LCCNs (010 $a, blanks removed) of the MARC records in an XML document. Raises ValueError.
+    """The LCCNs (010 $a, blanks removed) of the MARC records anywhere in an XML document, as ONI finds them.
 
-    Real files may wrap the records; as ONI does, they are found wherever they stand.
+    Raises ValueError.
     """
     lccns = []
     for record in parse_xml(data).iter():
@@ -561,28 +539,28 @@ def without_issues(data: bytes, removed: set[int]) -> bytes:
         return lambda name="", *_: marks.append((parser.CurrentByteIndex, what if name.endswith("issue") else ""))
 
     parser.StartElementHandler, parser.EndElementHandler = mark("issue"), mark("end")
-    parser.CharacterDataHandler = parser.CommentHandler = parser.ProcessingInstructionHandler = mark("")
+    parser.DefaultHandler = mark("")
     parser.Parse(data, True)
-    kept, at = [], 0
-    starts = (number for number, (_, what) in enumerate(marks) if what == "issue")
-    for start in (start for number, start in enumerate(starts) if number in removed):
-        kept.append(data[at:marks[start][0]])
-        at = next(marks[end + 1][0] for end in range(start, len(marks)) if marks[end][1] == "end")
-    return b"".join([*kept, data[at:]])
+    numbers, keep, kept = itertools.count(), True, [data[:marks[0][0]]]
+    for (start, what), (end, _) in zip(marks, [*marks[1:], (len(data), "")]):
+        if what == "issue":
+            keep = next(numbers) not in removed
+        if keep:
+            kept.append(data[start:end])
+        if what == "end":
+            keep = True
+    return b"".join(kept)
 
 
 def patch_batch_files(old: Path, new: Path, instructions: bytes) -> Iterator[str]:
     """Makes the batch `new` of the batch `old`: without removed issues, TIFFs and validated XML.
 
-    Yields after each file what there is to say, often nothing. The new batch is built under another name and
-    renamed when whole, so this may be begun again at any time; a `new` that is there already must be what it
-    would become. Raises BatchError, OSError.
+    Yields after each file what there is to say, often nothing. May be begun again at any time: `new` has its name only
+    when whole, and one that is there already must be what it would become. Raises BatchError, OSError.
     """
     gone, batch_xml = read_patch(old, instructions)
     unready, listing = new.with_name(f"WIP-UNREADY-{new.name}"), os.path.join("data", "batch.xml")
-    sizes = {name: size for name, size in copied_files(old, gone)}
-    sizes[listing] = len(batch_xml)
-    need, free, done = sum(sizes.values()), shutil.disk_usage(new.parent).free, 0
+    sizes = {**dict(copied_files(old, gone)), listing: len(batch_xml)}
     if os.path.lexists(new):
         if read_regular(new / listing) != batch_xml or dict(copied_files(new, set())) != sizes:
             raise BatchError(f"{new} is there already, and is not what this patch makes; move it away")
@@ -591,17 +569,19 @@ def patch_batch_files(old: Path, new: Path, instructions: bytes) -> Iterator[str
     if unready.exists():
         yield f"removing {unready}, which an interrupted patch has left"
         shutil.rmtree(unready)
+    need, free, done = sum(sizes.values()), shutil.disk_usage(new.parent).free, 0
     if need > free:
         raise BatchError(f"the patch needs {need:,} bytes in {new.parent}, where {free:,} are free")
     try:
         for name, size in sizes.items():
-            (unready / name).parent.mkdir(parents=True, exist_ok=True)
+            target = unready / name
+            target.parent.mkdir(parents=True, exist_ok=True)
             if name == listing:
-                (unready / name).write_bytes(batch_xml)
+                target.write_bytes(batch_xml)
             else:
-                shutil.copy2(old / name, unready / name, follow_symlinks=False)
-            if (unready / name).lstat().st_size != size:
-                raise BatchError(f"{unready / name} is not as long as {old / name} was: it changed, or the copy failed")
+                shutil.copy2(old / name, target, follow_symlinks=False)
+            if target.lstat().st_size != size:
+                raise BatchError(f"{target} is not as long as {old / name} was: it changed, or the copy failed")
             done += size
             yield f"{done * 100 // need} % of {need:,} bytes" if done * 10 // need > (done - size) * 10 // need else ""
     except BaseException:  # cancelled, too
@@ -661,18 +641,16 @@ class Job:
 
     @property
     def finished(self) -> bool:
-        """Whether the job has ended, well or not."""
         return self.status not in (PENDING, STARTED)
 
 
 class JobStore:
-    """The jobs on disk: `jobs.db`, `logs/` and `titles/` in the state folder, and that folder's locks.
+    """The jobs on disk: `jobs.db`, `logs/` and `titles/` in the state folder, which is one agent's alone.
 
-    Raises StoreError where the folder is another agent's, or its jobs.db is not ours to write.
+    Its methods raise StoreError; `add` and `update` return when all is safely on disk.
     """
 
     APPLICATION, VERSION = 0x4F4E4941, 1  # SQLite's application_id ("ONIA") and user_version
-    COLUMNS = ("id", "words", "queued", "status", "started", "ended", "error", "attempts", "cancelled")
     SCHEMA = """CREATE TABLE jobs (id INTEGER PRIMARY KEY AUTOINCREMENT, words TEXT NOT NULL, payload BLOB,
                 queued INTEGER NOT NULL, status TEXT NOT NULL, started INTEGER, ended INTEGER,
                 error TEXT NOT NULL DEFAULT '', attempts INTEGER NOT NULL DEFAULT 0,
@@ -728,20 +706,21 @@ class JobStore:
 
     def jobs(self) -> list[Job]:
         """Every job, oldest first."""
-        rows = self._execute(f"SELECT {', '.join(self.COLUMNS)} FROM jobs ORDER BY id").fetchall()
+        columns = ", ".join(each.name for each in dataclasses.fields(Job))
         try:
-            return [Job(id, json.loads(words), *rest) for id, words, *rest in rows]
+            return [Job(id, json.loads(words), *rest)
+                    for id, words, *rest in self._execute(f"SELECT {columns} FROM jobs ORDER BY id").fetchall()]
         except ValueError as error:
             raise StoreError(f"{self.folder / 'jobs.db'} is damaged: {error}") from error
 
     def add(self, words: list[str], payload: bytes | None) -> Job:
-        """A new pending job, safely on disk when this returns. Raises StoreError: then there is no job."""
+        """A new pending job."""
         queued = time.time_ns()
         return Job(self._execute("INSERT INTO jobs (words, payload, queued, status) VALUES (?, ?, ?, ?)",
                                  (json.dumps(words), payload, queued, PENDING)).lastrowid, words, queued)
 
     def update(self, job: Job, **changes) -> None:
-        """Changes columns of a job, safely on disk when this returns. Raises StoreError."""
+        """Changes columns of a job."""
         self._execute(f"UPDATE jobs SET {', '.join(f'{name} = ?' for name in changes)} WHERE id = ?",
                       (*changes.values(), job.id))
 
@@ -754,11 +733,10 @@ class JobStore:
         return self.folder / "titles" / str(job.id)
 
     def log(self, job: Job) -> JobLog:
-        """The job's log."""
         return JobLog(self.folder / "logs" / f"{job.id}.log")
 
     def remove(self, job: Job) -> None:
-        """Forgets a job: its files first, so that a crash in between leaves none without a job. Raises StoreError."""
+        """Forgets a job: its files first, so that a crash in between leaves none without a job."""
         self.log(job).path.unlink(missing_ok=True)
         shutil.rmtree(self.job_folder(job), ignore_errors=True)
         self._execute("DELETE FROM jobs WHERE id = ?", (job.id,))
@@ -782,9 +760,7 @@ class JobLog:
 
     def __init__(self, path: Path):
         self.path = path
-        self._file = None
-        self._size = 0
-        self._stamp = 0  # nanoseconds: of the newest line
+        self._size, self._stamp = 0, 0  # in bytes; the newest line's, in nanoseconds
 
     def open(self) -> dict[bytes, int]:
         """Makes the log ready to go on; returns how many O and E lines its newest command has, if it has one.
@@ -801,8 +777,8 @@ class JobLog:
                 elif kind in counts:
                     counts[kind] += 1
         with contextlib.suppress(ValueError):  # a damaged line tells no time
-            seconds = calendar.timegm(time.strptime(newest[1:20].decode(), "%Y-%m-%dT%H:%M:%S"))
-            self._stamp = seconds * 10**9 + int(newest[21:30])
+            second = datetime.fromisoformat(newest[1:20].decode() + "+00:00")
+            self._stamp = int(second.timestamp()) * 10**9 + int(newest[21:30])
         self._file.truncate(self._size)
         self._file.seek(self._size)
         return counts
@@ -835,10 +811,7 @@ class JobLog:
         form = time.strftime("[%Y-%m-%dT%H:%M:%S.%%09dZ] ", time.gmtime(second)).encode() + kind + b" %b\n"
         data = b"".join([form % stamped for stamped in enumerate(lines, first)])
         try:
-            written = self._file.write(data)
-            if written < len(data):  # a disk that has just become full says so at the next write only
-                written += self._file.write(data[written:])
-            if written < len(data):
+            if self._file.write(data) < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError:
             self._file.truncate(self._size)
@@ -878,42 +851,29 @@ class Cancelled(Exception):
 
 
 class Tail:
-    """The lines that a running command appends to a file.
+    """The lines that a running command appends to a file, but for the first `skip`, which are in the log already.
 
     A line longer than MAX_LINE comes in pieces, always cut at the same places, so that lines can be counted.
     """
 
+    PIECE = re.compile(rb"(?s).{%d,%d}(?![\x80-\xbf])|.{1,%d}"  # not cut within a character
+                       % (MAX_LINE - 3, MAX_LINE, MAX_LINE))
+
     def __init__(self, path: Path, skip: int):
-        self._file = open(path, "rb", buffering=0)
-        self._rest, self._skip = b"", skip  # skip: how many lines are in the log already
+        self._file = open(os.open(path, os.O_RDONLY | os.O_CREAT, 0o600), "rb", buffering=0)
+        self._rest, self._skip = b"", skip
 
     def read(self, over: bool) -> list[bytes]:
         """The next lines, none if there are none yet; when the command is `over`, an unfinished one too."""
         data = self._file.read(CHUNK)
         lines = (self._rest + data).split(b"\n")
         if max(map(len, lines)) > MAX_LINE:
-            lines = [piece for line in lines for piece in self._pieces(line)]
+            lines = [piece for line in lines for piece in self.PIECE.findall(line) or [b""]]
         self._rest = lines.pop()
         if over and not data and self._rest:
             lines, self._rest = [self._rest], b""
         skipped, self._skip = self._skip, max(0, self._skip - len(lines))
         return lines[skipped:]
-
-    @staticmethod
-    def _pieces(line: bytes) -> Iterator[bytes]:
-        while len(line) > MAX_LINE:
-            end = next((end for end in range(MAX_LINE, MAX_LINE - 4, -1) if line[end] & 0xC0 != 0x80), MAX_LINE)
-            yield line[:end]  # not within a character
-            line = line[end:]
-        yield line
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator:
-    """Waits for the lock on a file and holds it; a process that inherits the file goes on holding it."""
-    with open(path, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield file
 
 
 def holders(path: Path) -> set[int]:
@@ -933,7 +893,6 @@ class Work:
         self.job, self.oni, self.source = job, oni, settings.batch_source
         self.payload, self.folder = functools.partial(store.payload, job), store.job_folder(job)
         self.cancelled = threading.Event()
-        self.first_error, self.last_lines = "", deque(maxlen=20)  # of what the last manage.py printed on stderr
         self._lock, self._log = store.run_lock, store.log(job)
         self._outputs = {STDOUT: store.folder / "run.out", STDERR: store.folder / "run.err"}
 
@@ -960,10 +919,16 @@ class Work:
         except ONIError as error:
             return f"what ONI holds of the batch now is not known: {error}"
 
+    def stderr(self) -> Iterator[str]:
+        """The lines that the last manage.py has printed on stderr, but for empty ones."""
+        with open(self._outputs[STDERR], encoding="utf-8", errors="replace", newline="\n") as file:
+            yield from filter(None, map(str.rstrip, iter(functools.partial(file.readline, MAX_LINE), "")))
+
     @property
     def complaint(self) -> str:
         """The first [ERROR] line of the last manage.py, else its last line on stderr."""
-        return self.first_error or (self.last_lines or ["nothing"])[-1]
+        errors = (line[8:] for line in self.stderr() if line.startswith("[ERROR] "))
+        return next(errors, "") or (deque(self.stderr(), 1) or ["nothing"])[-1]
 
     def manage(self, *words: str, batch: str = "") -> None:
         """Runs manage.py with `words` to a good end, its output going to the job's log.
@@ -971,15 +936,13 @@ class Work:
         Its output goes to files and it inherits a locked file, so that it outlives this agent, and the next one can
         tell and read on. Raises Cancelled, ONINotRun, or JobFailed, which says why and what ONI holds of `batch` now.
         """
-        with locked(self._lock) as lock, contextlib.ExitStack() as files:
+        with open(self._lock, "a") as lock, contextlib.ExitStack() as files:
+            fcntl.flock(lock, fcntl.LOCK_EX)
             out, err = (files.enter_context(open(path, "wb")) for path in self._outputs.values())
             self._log.write(COMMAND, [shlex.join(["manage.py", *words]).encode()])
             self.go_on()
             process = self.oni.start(*words, stdout=out, stderr=err, pass_fds=[lock.fileno()])
-        self.ran = True
-        self._copied = dict.fromkeys(self._outputs, 0)
-        self.first_error = ""
-        self.last_lines.clear()
+        self.ran, self._copied = True, dict.fromkeys(self._outputs, 0)
         self._follow(process)
         self.go_on()
         status = process.returncode
@@ -994,10 +957,7 @@ class Work:
             raise Cancelled
 
     def resume(self) -> bool:
-        """Copies what the manage.py of an earlier agent has printed since; whether it was still at work.
-
-        If so, this returns when it has ended.
-        """
+        """Copies the rest of what an earlier agent's manage.py prints, until it ends; whether it was still at work."""
         survivors = holders(self._lock)
         if survivors:
             log.warning("job=%d adopted=%s: its manage.py is still at work", self.job.id, survivors)
@@ -1009,46 +969,39 @@ class Work:
         return bool(survivors)
 
     def _follow(self, process: subprocess.Popen | None = None) -> None:
-        """Copies what manage.py prints, until it and all that it left behind have ended."""
-        ended, terminated = threading.Event(), 0.0
+        """Copies what manage.py prints, until it and all that it left behind have ended; ends it if cancelled."""
+        tails = {kind: Tail(path, self._copied[kind]) for kind, path in self._outputs.items()}
+        signals, next_signal = itertools.chain([signal.SIGTERM], itertools.repeat(signal.SIGKILL)), 0.0
+        ended, lock = threading.Event(), open(self._lock, "a")
 
         def wait() -> None:
             if process:
                 process.wait()
-            with locked(self._lock):
-                ended.set()
+            with lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            ended.set()
 
         threading.Thread(target=wait, daemon=True).start()
-        tails = {kind: Tail(path, self._copied[kind]) for kind, path in self._outputs.items()}
         copied = over = full = False
         while copied or not over:
             over = ended.wait(0 if copied else TICK)
             full = full or not os.statvfs(self._log.path.parent).f_bavail
-            copied = any([self._copy(kind, tail.read(over)) for kind, tail in tails.items()])
-            if self.cancelled.is_set() and not over:
-                terminated = self._terminate(terminated)
+            copied = False
+            for kind, tail in tails.items():
+                if lines := tail.read(over):
+                    self._log.write(kind, lines)
+                    copied = True
+            if self.cancelled.is_set() and not over and time.monotonic() > next_signal:
+                next_signal = time.monotonic() + TERM_SECONDS
+                self._kill(next(signals))
         if full:
             self.note("the state folder was full meanwhile: lines that manage.py printed may be missing")
 
-    def _copy(self, kind: bytes, lines: list[bytes]) -> bool:
-        if lines:
-            self._log.write(kind, lines)
-        if lines and kind == STDERR:
-            self.first_error = self.first_error or next(
-                (line[8:].decode("utf-8", "replace") for line in lines if line.startswith(b"[ERROR] ")), "")
-            self.last_lines.extend(line.decode("utf-8", "replace") for line in lines[-20:] if line.strip())
-        return bool(lines)
-
-    def _terminate(self, since: float) -> float:
-        """Ends manage.py, gently first; `since` when that has been tried."""
-        patience = time.monotonic() - since < TERM_SECONDS
-        if since and patience:
-            return since
+    def _kill(self, number: signal.Signals) -> None:
         for group in holders(self._lock):
-            self.note(f"cancelled: {'SIGKILL' if since else 'SIGTERM'} to process group {group}")
+            self.note(f"cancelled: {number.name} to process group {group}")
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(group, signal.SIGKILL if since else signal.SIGTERM)
-        return time.monotonic()
+                os.killpg(group, number)
 
 
 def load_batch(work: Work, name: str) -> None:
@@ -1094,7 +1047,7 @@ def load_title(work: Work) -> None:
         work.manage("load_titles", str(work.folder))
         missing = [lccn for lccn in marc_lccns(work.payload())
                    if not work.oni.ask("title", lccn, within=PATIENT_SECONDS)]
-        if missing or not any(line.endswith("ERRORS: 0") for line in work.last_lines):
+        if missing or not any(line.endswith("ERRORS: 0") for line in work.stderr()):
             held = f"ONI has no title {', '.join(missing)}" if missing else "ONI has not stored every record"
             raise JobFailed(f"{held}; load_titles ended with exit status 0, but said: {work.complaint}")
     except (JobFailed, ONIError) as failure:
@@ -1151,7 +1104,6 @@ class JobQueue:
                 self._waiting.put(job.id)
 
     def start(self) -> None:
-        """Begins to work."""
         threading.Thread(target=self._run, name="worker", daemon=True).start()
 
     def stop(self) -> None:
@@ -1166,7 +1118,6 @@ class JobQueue:
             return list(self._jobs.values())
 
     def get(self, id: int) -> Job | None:
-        """The job with this id."""
         return self._jobs.get(id)
 
     def wait(self, job: Job, seconds: float) -> bool:
@@ -1184,10 +1135,9 @@ class JobQueue:
             return job
 
     def add_once(self, words: list[str], redundant: Callable[[], bool]) -> tuple[Job | None, bool]:
-        """Accepts a job on a batch, unless it is there already: the job, and whether it is new.
+        """A job on a batch, and whether it is new; None where it is `redundant()` and none on the batch is unfinished.
 
-        The batch's last unfinished job decides. It is the same: that one is returned. It is another: the new one
-        comes after it. There is none: there is no need for a job, None, if `redundant()`. Raises StoreError.
+        The batch's last unfinished job is returned if it is the same, else the new one comes after it.
         """
         if not self._last_on(words[1]) and redundant() and not self._last_on(words[1]):
             return None, False
@@ -1302,12 +1252,11 @@ class JobQueue:
     def _forget_old(self) -> None:
         horizon = time.time_ns() - KEEP_DAYS * 86400 * 10**9
         finished = sorted((job for job in self.jobs() if job.finished), key=lambda job: job.ended)
-        for job in finished[:-KEEP_JOBS]:
-            if job.ended < horizon:
-                with contextlib.suppress(StoreError, OSError):  # the next time, then
-                    self._store.remove(job)
-                    with self._changed:
-                        del self._jobs[job.id]
+        for job in (job for job in finished[:-KEEP_JOBS] if job.ended < horizon):
+            with contextlib.suppress(StoreError, OSError):  # the next time, then
+                self._store.remove(job)
+                with self._changed:
+                    del self._jobs[job.id]
 
 
 # ---------------------------------------------------------------- commands
@@ -2125,7 +2074,7 @@ def check_all(environ: dict[str, str]) -> int:
         elif settings.host_key_file.parent != settings.state_directory:
             writable(settings.host_key_file.parent)
 
-    settings = look("settings", lambda: Settings.read(environ))
+    settings = look("settings", lambda: Settings(environ))
     if settings:
         oni = OpenONI(settings.oni_location, environ)
         look("state folder", state, "if an agent is at work there, ask that instead")
@@ -2165,7 +2114,7 @@ def main() -> int:
     if parser.parse_args().check:
         return check_all(environ)
     try:
-        settings = Settings.read(environ)
+        settings = Settings(environ)
     except SettingsError as error:
         print("\n".join(f"oni_agent: {problem}." for problem in error.args), file=sys.stderr)
         return 2
