@@ -190,9 +190,12 @@ def bind_address(value: str) -> tuple[str, int]:
 def networks(value: str) -> tuple:
     """The addresses and networks, separated by commas or blanks, in `value`."""
     try:
-        return tuple(map(ipaddress.ip_network, value.replace(",", " ").split()))
+        found = tuple(map(ipaddress.ip_network, value.replace(",", " ").split()))
     except ValueError as error:
         raise ValueError(f"is {value!r}: {error}") from error
+    if value and (not found or any(getattr(each.network_address, "ipv4_mapped", None) for each in found)):
+        raise ValueError(f"is {value!r}; write addresses and networks as 192.0.2.7, 192.0.2.0/24 or 2001:db8::/32")
+    return found
 
 
 def file_for(access: int, value: str) -> Path | None:
@@ -248,7 +251,7 @@ def batches(*names):
             held[name][shown] = count
     for event in rows(LoadBatchEvent, "batch_name").order_by("created", "pk"):
         if event.batch_name in held:
-            held[event.batch_name]["events"].append([event.created.isoformat(), event.message])
+            held[event.batch_name]["events"].append([event.created.isoformat(), event.message or ""])
     return {"storage": settings.BATCH_STORAGE, "batches": held}
 
 def title(lccn):
@@ -331,10 +334,11 @@ class OpenONI:
             self._end_child()
             raise late from None
         finally:
-            self._rest = threading.Timer(REST_SECONDS, self.rest)
-            self._rest.daemon = True
-            self._rest.start()
             self._asking.release()
+            with contextlib.suppress(RuntimeError):  # no thread to be had: then the child rests later
+                self._rest = threading.Timer(REST_SECONDS, self.rest)
+                self._rest.daemon = True
+                self._rest.start()
         if "error" in reply:
             raise ONIError(f"Open ONI cannot answer: {reply['error']}")
         return reply["answer"]
@@ -479,7 +483,7 @@ def batch_states(oni: OpenONI, source: Path, *names: str, within: float = ANSWER
     states = {}
     for name in names or reply["batches"]:
         link, held = Path(reply["storage"]) / name, reply["batches"].get(name)
-        expected = issue_count(source / name if (source / name).is_dir() else link)
+        expected = issue_count(source / name if os.path.isdir(source / name) else link)
         states[name] = BatchState(bool(held), expected, link, **(held or {}))
     return states
 
@@ -536,7 +540,8 @@ def without_issues(data: bytes, removed: set[int]) -> bytes:
     marks: list[tuple[int, str]] = []  # where in the data something begins, and what
 
     def mark(what: str) -> Callable:
-        return lambda name="", *_: marks.append((parser.CurrentByteIndex, what if name.endswith("issue") else ""))
+        return lambda name="", *_: marks.append(
+            (parser.CurrentByteIndex, what if name.rpartition(" ")[2] == "issue" else ""))
 
     parser.StartElementHandler, parser.EndElementHandler = mark("issue"), mark("end")
     parser.DefaultHandler = mark("")
@@ -584,6 +589,11 @@ def patch_batch_files(old: Path, new: Path, instructions: bytes) -> Iterator[str
                 raise BatchError(f"{target} is not as long as {old / name} was: it changed, or the copy failed")
             done += size
             yield f"{done * 100 // need} % of {need:,} bytes" if done * 10 // need > (done - size) * 10 // need else ""
+        check_batch(unready)
+        kept = {issue.text for issue in batch_issues(unready)}
+        for name in {issue.text for issue in batch_issues(old)} - kept:
+            if (unready / "data" / (name or "").strip()).exists():
+                raise BatchError(f"{name}, which is to go, does not lie in a folder of its own in {old}")
     except BaseException:  # cancelled, too
         shutil.rmtree(unready, ignore_errors=True)
         raise
@@ -861,11 +871,12 @@ class Tail:
 
     def __init__(self, path: Path, skip: int):
         self._file = open(os.open(path, os.O_RDONLY | os.O_CREAT, 0o600), "rb", buffering=0)
-        self._rest, self._skip = b"", skip
+        self._rest, self._skip, self.dry = b"", skip, False
 
     def read(self, over: bool) -> list[bytes]:
         """The next lines, none if there are none yet; when the command is `over`, an unfinished one too."""
         data = self._file.read(CHUNK)
+        self.dry = not data
         lines = (self._rest + data).split(b"\n")
         if max(map(len, lines)) > MAX_LINE:
             lines = [piece for line in lines for piece in self.PIECE.findall(line) or [b""]]
@@ -874,6 +885,19 @@ class Tail:
             lines, self._rest = [self._rest], b""
         skipped, self._skip = self._skip, max(0, self._skip - len(lines))
         return lines[skipped:]
+
+
+def start_thread(target: Callable[[], None]) -> None:
+    """Starts a thread, as soon as there is one to be had."""
+    while True:
+        with contextlib.suppress(RuntimeError):
+            return threading.Thread(target=target, daemon=True).start()
+        time.sleep(1)
+
+
+def signal_name(number: int) -> str:
+    """SIGKILL for 9; real-time signals have none."""
+    return next((each.name for each in signal.Signals if each == number), "of no name")
 
 
 def holders(path: Path) -> set[int]:
@@ -925,10 +949,14 @@ class Work:
             yield from filter(None, map(str.rstrip, iter(functools.partial(file.readline, MAX_LINE), "")))
 
     @property
+    def first_error(self) -> str:
+        """The first [ERROR] line of the last manage.py, if there is one."""
+        return next((line[8:] for line in self.stderr() if line.startswith("[ERROR] ")), "")
+
+    @property
     def complaint(self) -> str:
-        """The first [ERROR] line of the last manage.py, else its last line on stderr."""
-        errors = (line[8:] for line in self.stderr() if line.startswith("[ERROR] "))
-        return next(errors, "") or (deque(self.stderr(), 1) or ["nothing"])[-1]
+        """Its first [ERROR] line, else its last line on stderr."""
+        return self.first_error or (deque(self.stderr(), 1) or ["nothing"])[-1]
 
     def manage(self, *words: str, batch: str = "") -> None:
         """Runs manage.py with `words` to a good end, its output going to the job's log.
@@ -948,7 +976,7 @@ class Work:
         status = process.returncode
         if status:
             reason = (f"exit status {status}: {self.complaint}" if status > 0 else
-                      f"killed by signal {-status} ({signal.Signals(-status).name})")
+                      f"killed by signal {-status} ({signal_name(-status)})")
             raise JobFailed(f"{reason}; {self.held(batch)}" if batch else reason)
 
     def go_on(self) -> None:
@@ -964,6 +992,7 @@ class Work:
         if survivors and not self._copied:  # somebody has deleted the log
             self._log.write(COMMAND, [b"manage.py, begun by an earlier agent"])
             self._copied = dict.fromkeys(self._outputs, 0)
+        self.ran = bool(self._copied)
         if self._copied:
             self._follow()
         return bool(survivors)
@@ -981,9 +1010,9 @@ class Work:
                 fcntl.flock(lock, fcntl.LOCK_EX)
             ended.set()
 
-        threading.Thread(target=wait, daemon=True).start()
+        start_thread(wait)
         copied = over = full = False
-        while copied or not over:
+        while not over or not all(tail.dry for tail in tails.values()):
             over = ended.wait(0 if copied else TICK)
             full = full or not os.statvfs(self._log.path.parent).f_bavail
             copied = False
@@ -1018,6 +1047,9 @@ def load_batch(work: Work, name: str) -> None:
     state = work.state(name)
     if not state.complete:
         raise JobFailed(f"{state}; load_batch ended with exit status 0, but said: {work.complaint}")
+    if work.first_error:  # the only trace of a page that was skipped
+        raise JobFailed(f"ONI holds all {state.issues} issues in batch.xml, with {state.pages} pages, but load_batch"
+                        f" said: {work.first_error}; pages may be missing")
 
 
 def remove_leftover_link(work: Work, link: Path, folder: Path) -> None:
@@ -1070,13 +1102,13 @@ def undo(work: Work) -> str:
     """What is left of a cancelled job goes, as far as ONI can tell; says what is there now."""
     kind, *names = work.job.words
     if kind not in ("load-batch", "purge-batch"):
-        return ""
+        return f"; the MARC record is kept in {work.folder}" if work.folder.exists() else ""
     work.cancelled.clear()
     try:
-        if kind == "load-batch" and work.state(*names).row:
+        if kind == "load-batch" and work.ran and work.state(*names).row:
             work.note("cancelled: purging what was loaded")
             work.manage("purge_batch", *names, batch=names[0])
-    except (JobFailed, ONIError) as error:
+    except (JobFailed, ONIError, OSError) as error:
         return f"; {error}"
     return f"; {work.held(*names)}"
 
@@ -1110,7 +1142,7 @@ class JobQueue:
         """Takes note that the agent is stopped on purpose, which is no interruption that counts."""
         if self._work and self._work.job.status == STARTED:
             with contextlib.suppress(StoreError):
-                self._store.update(self._work.job, attempts=self._work.job.attempts - 1)
+                self._store.update(self._work.job, attempts=max(0, self._work.job.attempts - 1))
 
     def jobs(self) -> list[Job]:
         """Every job, oldest first."""
@@ -1143,7 +1175,8 @@ class JobQueue:
             return None, False
         with self._changed:
             last = self._last_on(words[1])
-            return (last, False) if last and last.words == words else (self.add(words), True)
+            same = last and last.words == words and not last.cancelled
+            return (last, False) if same else (self.add(words), True)
 
     def _last_on(self, batch: str) -> Job | None:
         return next((job for job in reversed(self.jobs()) if not job.finished
@@ -1178,8 +1211,9 @@ class JobQueue:
                 if self._work:
                     try:
                         self._insist(job, functools.partial(self._perform, job, self._work))
-                    except Exception:  # the queue goes on; the next agent will try this job again
+                    except Exception as fault:  # the queue goes on
                         log.exception("job=%d could not be brought to its end", job.id)
+                        self._record(job, status=FAILED, error=f"a fault of the agent: {fault!a}", ended=time.time_ns())
 
     def _perform(self, job: Job, work: Work) -> None:
         """Brings a job to its end, whatever happens."""
@@ -1193,17 +1227,19 @@ class JobQueue:
                     raise JobFailed(f"given up: {MAX_ATTEMPTS} times the agent and manage.py were gone before its end")
                 work.go_on()
                 RECIPES[job.words[0]](work, *job.words[1:])
+                work.go_on()
                 status = SUCCESSFUL
             except Cancelled:
                 error = f"cancelled{undo(work)}"
             except ONIError as problem:
                 status = COULD_NOT_START if isinstance(problem, ONINotRun) and not work.ran else FAILED
                 error = f"{problem}; {work.held(job.words[1])}" if work.ran and job.words[1:] else str(problem)
-            except (JobFailed, BatchError, OSError) as problem:
+            except (JobFailed, BatchError, StoreError, OSError) as problem:
                 error = str(problem)
             except Exception as problem:
                 log.exception("job=%d stumbled over a fault of the agent", job.id)
                 error = f"a fault of the agent, see its log: {problem!r}"
+        error = error.encode("utf-8", "replace").decode()  # it may tell of a file whose name is no text
         self._record(job, status=status, error=error, ended=time.time_ns())
         self._tell_of_end(job)
 
@@ -1216,7 +1252,7 @@ class JobQueue:
         """Marks a job as started; one that an earlier agent left started is carried on, or begun again."""
         if job.status == STARTED:
             if work.resume():
-                return
+                return self._record(job, attempts=max(1, job.attempts))  # a stop on purpose has taken it back
             log.warning("job=%d was interrupted; it begins again", job.id)
             work.note("interrupted: the agent went, and manage.py is no longer at work; it begins again")
             self._record(job, status=PENDING)
@@ -1415,7 +1451,7 @@ def job_object(job: Job) -> dict:
 
 def batch_object(state: BatchState, folder: Path) -> dict:
     """A batch as answers show it."""
-    return {"name": folder.name, "on_disk": folder.is_dir(), "state": state.word, "issues": state.issues,
+    return {"name": folder.name, "on_disk": os.path.isdir(folder), "state": state.word, "issues": state.issues,
             "pages": state.pages, "issues_in_batch_xml": state.expected, "loaded": state.loaded}
 
 
@@ -1439,8 +1475,8 @@ def cmd_load_batch(agent: Agent, name: str) -> dict:
         try:
             check_batch(folder)
         except BatchError as error:
-            names = [] if folder.exists() else os.listdir(agent.settings.batch_source)
-            raise BatchError(f"{error}{nearly(name, names)}") from error
+            there = [] if folder.exists() else filter(BATCH_NAME.fullmatch, os.listdir(agent.settings.batch_source))
+            raise BatchError(f"{error}{nearly(name, there)}") from error
         return accepted(*agent.queue.add_once(agent.words, lambda: agent.state(name).complete))
 
 
@@ -1546,11 +1582,11 @@ def cmd_job_follow(agent: Agent, id: str) -> Answer:
 
 
 @command("ID [LINES]", "You must supply a job ID")
-def cmd_job_logs(agent: Agent, id: str, count: str = "") -> dict:
+def cmd_job_logs(agent: Agent, id: str, count: str | None = None) -> dict:
     """Shows what a job has printed so far, or the last LINES of it, each line with its time in UTC."""
     job = agent.job(id)
     job_log = agent.store.log(job)
-    if not count:
+    if count is None:
         return {"job": {**job_object(job), "stdout": job_log.read(STDOUT, NOTE), "stderr": job_log.read(STDERR)}}
     if not re.fullmatch(r"\d{1,9}", count, re.ASCII):
         raise Refused(f'"{count}" is not a number of lines')
@@ -1599,7 +1635,8 @@ def cmd_batch_status(agent: Agent, name: str) -> dict:
         folder, state = agent.folder(name), agent.state(name)
         if not state.row and not folder.exists():
             raise BatchError("there is no such batch, in BATCH_SOURCE or in Open ONI"
-                             + nearly(name, [*os.listdir(folder.parent), *batch_states(agent.oni, folder.parent)]))
+                             + nearly(name, filter(BATCH_NAME.fullmatch, [
+                                 *os.listdir(folder.parent), *batch_states(agent.oni, folder.parent)])))
     return {"message": str(state), "batch": batch_object(state, folder), "events": list(state.events[-5:]),
             "jobs": [job_object(job) for job in agent.queue.jobs() if name in job.words]}
 
@@ -1824,7 +1861,7 @@ class Session(threading.Thread):
     def _send(self, pieces: Iterator[str]) -> None:
         self.channel.settimeout(STALL_SECONDS)
         for piece in pieces:
-            data = memoryview((piece.replace("\n", "\r\n") if self._tty else piece).encode())
+            data = memoryview((piece.replace("\n", "\r\n") if self._tty else piece).encode("utf-8", "replace"))
             while data:
                 self._sending_since = time.monotonic()
                 sent = self.channel.send(data[:CHUNK])
@@ -1990,16 +2027,16 @@ def key_is_authorized(path: Path, key: paramiko.PKey, host: str) -> bool:
 
     Of the options before a key, from="…" with addresses and networks is honoured; a key with any other is refused.
     """
-    blob = base64.b64encode(key.asbytes()).decode()
+    blob = re.escape(base64.b64encode(key.asbytes()).decode())
+    form = re.compile(rf'\s*(?:from="([^"]*)"\s+)?{key.get_name()}\s+{blob}(?:\s.*)?', re.ASCII)
     try:
-        lines = path.read_text("utf-8", "replace").splitlines()
+        matches = map(form.fullmatch, path.read_text("utf-8-sig", "replace").split("\n"))
     except OSError as error:
         log.error("AUTHORIZED_KEYS: %s cannot be read, so nobody is admitted: %s", path, error.strerror)
         return False
-    for options in (line.strip().partition(f"{key.get_name()} {blob}")[0].strip() for line in lines if blob in line):
-        match = re.fullmatch(r'(?:from="([^"]*)")?', options)
+    for match in filter(None, matches):
         with contextlib.suppress(ValueError):
-            if match and (match[1] is None or any(ipaddress.ip_address(host) in each for each in networks(match[1]))):
+            if match[1] is None or any(ipaddress.ip_address(host) in each for each in networks(match[1])):
                 return True
     return False
 
@@ -2112,6 +2149,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="look at all that the agent needs, and say what is wrong")
     environ = dict(os.environ)
     if parser.parse_args().check:
+        sys.stdout.reconfigure(errors="replace")  # not every terminal has a ✓
         return check_all(environ)
     try:
         settings = Settings(environ)

@@ -3920,6 +3920,133 @@ def test_whatever_bytes_come_the_agent_lives_and_keeps_nothing_of_them(agent):
     assert agent.call("list-jobs")["jobs"] == []
 
 
+# --- Promises: what somebody found who tried to break it --------------------------------------------------------------
+
+
+def test_cancelling_a_job_that_has_loaded_nothing_purges_nothing(agent):
+    gate = agent.hold_load(agent.batch(ALPHA))
+    id = agent.job("load-batch", ALPHA)
+    kill_at(agent, gate, "load_batch")
+    agent.ended(id)
+    assert agent.run("load-batch", ALPHA)["status"] == "successful"
+    with contextlib.closing(sqlite3.connect(agent.oni / "oni.sqlite3", isolation_level=None)) as database:
+        database.execute("BEGIN EXCLUSIVE")  # the next job's first question waits
+        again = agent.job("job-retry", str(id))
+        agent.wait_for(rf"job={again} .*begins")
+        assert agent.call("job-cancel", str(again))["message"] == "Job is being cancelled"
+    job = agent.ended(again)
+    assert (job["status"], job["error"][:30]) == ("failed", "cancelled; the batch is comple")
+    assert agent.held(ALPHA) == (1, 2, 4)
+
+
+def test_a_request_while_its_like_is_being_cancelled_is_a_job_of_its_own(agent):
+    batch = agent.batch(ALPHA)
+    purge, gate = agent.hold(batch / "purge-gate"), agent.hold_load(batch, issue=1)
+    id = agent.job("load-batch", ALPHA)
+    gate.reached()
+    agent.call("job-cancel", str(id))
+    purge.reached()  # what was loaded is being purged
+    gate.open()
+    again = agent.call("load-batch", ALPHA)
+    assert again["message"] == "Job added to queue" and again["job"]["id"] != id
+    purge.open()
+    assert agent.ended(id)["error"].startswith("cancelled")
+    assert agent.ended(again["job"]["id"])["status"] == "successful" and agent.held(ALPHA) == (1, 2, 4)
+
+
+def test_a_page_that_open_oni_skips_is_not_called_loaded(agent):
+    mets = next((agent.batch(ALPHA) / "data").glob("*/print/*/1900010101.xml"))
+    mets.write_text(mets.read_text().replace('ORDER="2"', 'ORDER=""'))
+    job = agent.run("load-batch", ALPHA)
+    assert job["status"] == "failed" and agent.held(ALPHA) == (1, 2, 3)
+    assert "with 3 pages, but load_batch said: invalid literal for int()" in job["error"]
+
+
+def test_what_was_printed_while_no_agent_was_there_is_in_the_log_however_long_it_is(site):
+    site.prepend_to_manage("import sys\nif 'load_batch' in sys.argv:\n"
+                           "    print(*(f'before {n:040}' for n in range(9000)), sep='\\n', flush=True)\n"
+                           "    open('gate-in-manage').read()\n"
+                           "    print(*(f'after {n}' for n in range(100)), sep='\\n', end=' the end', flush=True)")
+    gate = site.hold(site.oni / "gate-in-manage")
+    site.batch(ALPHA)
+    site.start()
+    id = site.job("load-batch", ALPHA)
+    gate.reached()
+    until(lambda: len(site.logs(id)) == 9000)
+    site.kill()
+    gate.open()
+    until(lambda: not site.manage_pids("load_batch"))
+    site.start()
+    assert site.ended(id)["status"] == "successful"
+    printed = [line[33:] for line in site.call("job-logs", str(id))["job"]["stdout"]]
+    assert [line for line in printed if line.startswith("before")] == [f"before {n:040}" for n in range(9000)]
+    assert [line for line in printed if line.startswith("after")] == [*(f"after {n}" for n in range(99)),
+                                                                      "after 99 the end"]
+
+
+def test_a_patch_that_would_not_be_whole_is_not_made(agent):
+    listing = agent.batch(ALPHA) / "data/batch.xml"
+    issue = re.search("<issue .*?</issue>", listing.read_text())[0]
+    listing.write_text(listing.read_text().replace(issue, issue + issue.replace('Order="01"', 'Order="02"')))
+    agent.run("load-batch", ALPHA)
+    job = agent.run("batch-patch", ALPHA, BETA, stdin=f"RemoveIssue {GAZETTE}/1900010102".encode())
+    assert job["status"] == "failed" and "no such file" in job["error"]
+    assert [path.name for path in agent.source.iterdir()] == [ALPHA]
+
+
+def test_names_that_are_no_text_do_no_harm(agent):
+    os.mkdir(os.fsencode(agent.source) + b"/batch_oru_alph\xe9_ver01")
+    os.mkdir(os.fsencode(agent.batch(BETA)) + b"/data/caf\xe9")
+    os.mkfifo(os.fsencode(agent.source / BETA) + b"/data/caf\xe9/fifo")
+    assert "no such file" in agent.call("load-batch", ALPHA)["error"]
+    agent.run("load-batch", BETA)
+    job = agent.run("batch-patch", BETA, ALPHA, stdin=f"RemoveIssue {GAZETTE}/1900010101".encode())
+    assert job["status"] == "failed" and "cannot be copied" in job["error"]
+
+
+def test_stopping_on_purpose_is_no_interruption(agent):
+    gate = agent.hold_load(agent.batch(ALPHA))
+    id = agent.job("load-batch", ALPHA)
+    gate.reached()
+    for _ in range(4):
+        agent.stop()
+        agent.start().wait_for("adopted")
+    gate.open()
+    job = agent.ended(id)
+    assert (job["status"], job["attempts"]) == ("successful", 1)
+
+
+@pytest.mark.parametrize("value", [",", " ", "::ffff:127.0.0.1", "10.0.0.1/8", "localhost"])
+def test_an_allow_from_that_names_no_address_is_refused(site, value):
+    status, _, said = run_agent(**{**site.environment, "ALLOW_FROM": value})
+    assert status == 2 and said.startswith(f"oni_agent: ALLOW_FROM is {value!r}")
+
+
+def test_a_key_must_be_the_whole_word(site, tmp_path):
+    mine = make_key(tmp_path, "mine", "-t", "ed25519")
+    kind, blob, comment = public(mine).split(" ", 2)
+    authorized = tmp_path / "authorized"
+    authorized.write_text("")
+    site.start(AUTHORIZED_KEYS=str(authorized))
+    for text, status in ((f"{kind} {blob}AAAA {comment}", 255), (f"x\f{kind} {blob}\n", 255),
+                         (f"\ufeff{kind} \t {blob}\r\n", 0)):
+        authorized.write_text(text)
+        assert with_key(site, mine) == status
+
+
+def test_check_works_on_a_terminal_without_unicode(site):
+    status, said, _ = run_agent("--check", **{**site.environment, "PYTHONIOENCODING": "ascii"})
+    assert status == 0 and said.startswith("? settings\n")
+
+
+def test_an_event_without_a_message_is_no_fault(agent):
+    agent.batch(ALPHA)
+    agent.run("load-batch", ALPHA)
+    with contextlib.closing(sqlite3.connect(agent.oni / "oni.sqlite3", timeout=60)) as database, database:
+        database.execute("UPDATE core_loadbatchevent SET message = NULL")
+    assert agent.call("batch-status", ALPHA)["batch"]["state"] == "partial"
+
+
 # --- How fast it is ---------------------------------------------------------------------------------------------------
 
 BENCH_GO = r"""
