@@ -819,7 +819,7 @@ class JobLog:
             stamp += 10**9 - stamp % 10**9
         second, first = divmod(stamp, 10**9)
         form = time.strftime("[%Y-%m-%dT%H:%M:%S.%%09dZ] ", time.gmtime(second)).encode() + kind + b" %b\n"
-        data = b"".join([form % stamped for stamped in enumerate(lines, first)])
+        data = (form * len(lines)) % tuple(itertools.chain.from_iterable(enumerate(lines, first)))
         try:
             if self._file.write(data) < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
