@@ -1189,7 +1189,7 @@ class JobQueue:
                 return not job.finished
             at_work = self._work and self._work.job is job
             never = {} if at_work or job.status == STARTED else {
-                "status": FAILED, "error": "cancelled before it started", "ended": time.time_ns()}
+                "error": "cancelled before it started", "ended": time.time_ns(), "status": FAILED}
             self._store.update(job, cancelled=1, **never)
             self._show(job, {"cancelled": 1, **never})
             if at_work:
@@ -1213,7 +1213,7 @@ class JobQueue:
                         self._insist(job, functools.partial(self._perform, job, self._work))
                     except Exception as fault:  # the queue goes on
                         log.exception("job=%d could not be brought to its end", job.id)
-                        self._record(job, status=FAILED, error=f"a fault of the agent: {fault!a}", ended=time.time_ns())
+                        self._record(job, error=f"a fault of the agent: {fault!a}", ended=time.time_ns(), status=FAILED)
 
     def _perform(self, job: Job, work: Work) -> None:
         """Brings a job to its end, whatever happens."""
@@ -1240,7 +1240,7 @@ class JobQueue:
                 log.exception("job=%d stumbled over a fault of the agent", job.id)
                 error = f"a fault of the agent, see its log: {problem!r}"
         error = error.encode("utf-8", "replace").decode()  # it may tell of a file whose name is no text
-        self._record(job, status=status, error=error, ended=time.time_ns())
+        self._record(job, error=error, ended=time.time_ns(), status=status)  # status last: it is what others look at
         self._tell_of_end(job)
 
     def _tell_of_end(self, job: Job) -> None:
