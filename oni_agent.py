@@ -922,11 +922,15 @@ class Work:
 
     def __enter__(self) -> Work:
         self._copied = self._log.open()
-        self.ran = bool(self._copied)  # whether a manage.py may have changed something
         return self
 
     def __exit__(self, *_) -> None:
         self._log.close()
+
+    @property
+    def ran(self) -> bool:
+        """Whether a manage.py of this job may have changed something."""
+        return bool(self._copied)
 
     def note(self, text: str) -> None:
         """Says in the job's log what the agent does."""
@@ -970,7 +974,7 @@ class Work:
             self._log.write(COMMAND, [shlex.join(["manage.py", *words]).encode()])
             self.go_on()
             process = self.oni.start(*words, stdout=out, stderr=err, pass_fds=[lock.fileno()])
-        self.ran, self._copied = True, dict.fromkeys(self._outputs, 0)
+        self._copied = dict.fromkeys(self._outputs, 0)
         self._follow(process)
         self.go_on()
         status = process.returncode
@@ -989,11 +993,10 @@ class Work:
         survivors = holders(self._lock)
         if survivors:
             log.warning("job=%d adopted=%s: its manage.py is still at work", self.job.id, survivors)
-        if survivors and not self._copied:  # somebody has deleted the log
+        if survivors and not self.ran:  # somebody has deleted the log
             self._log.write(COMMAND, [b"manage.py, begun by an earlier agent"])
             self._copied = dict.fromkeys(self._outputs, 0)
-        self.ran = bool(self._copied)
-        if self._copied:
+        if self.ran:
             self._follow()
         return bool(survivors)
 
@@ -1073,12 +1076,12 @@ def purge_batch(work: Work, name: str) -> None:
 
 def load_title(work: Work) -> None:
     """ONI holds the titles of a MARC file as the file has them. Where that fails, the file is kept."""
+    payload = work.payload()
     work.folder.mkdir(mode=0o700, exist_ok=True)
-    (work.folder / "marc.xml").write_bytes(work.payload())
+    (work.folder / "marc.xml").write_bytes(payload)
     try:
         work.manage("load_titles", str(work.folder))
-        missing = [lccn for lccn in marc_lccns(work.payload())
-                   if not work.oni.ask("title", lccn, within=PATIENT_SECONDS)]
+        missing = [lccn for lccn in marc_lccns(payload) if not work.oni.ask("title", lccn, within=PATIENT_SECONDS)]
         if missing or not any(line.endswith("ERRORS: 0") for line in work.stderr()):
             held = f"ONI has no title {', '.join(missing)}" if missing else "ONI has not stored every record"
             raise JobFailed(f"{held}; load_titles ended with exit status 0, but said: {work.complaint}")
@@ -1634,9 +1637,8 @@ def cmd_batch_status(agent: Agent, name: str) -> dict:
     with refused(f'"{name}" cannot be looked up'):
         folder, state = agent.folder(name), agent.state(name)
         if not state.row and not folder.exists():
-            raise BatchError("there is no such batch, in BATCH_SOURCE or in Open ONI"
-                             + nearly(name, filter(BATCH_NAME.fullmatch, [
-                                 *os.listdir(folder.parent), *batch_states(agent.oni, folder.parent)])))
+            there = filter(BATCH_NAME.fullmatch, [*os.listdir(folder.parent), *agent.oni.ask("batches")["batches"]])
+            raise BatchError(f"there is no such batch, in BATCH_SOURCE or in Open ONI{nearly(name, there)}")
     return {"message": str(state), "batch": batch_object(state, folder), "events": list(state.events[-5:]),
             "jobs": [job_object(job) for job in agent.queue.jobs() if name in job.words]}
 

@@ -626,6 +626,12 @@ class Site:
 
     # -- the agent's life
 
+    def __enter__(self) -> Site:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.clean_up()
+
     def start(self, **environment: str) -> Site:
         """Starts the agent and waits until it listens."""
         self.environment.update(environment)
@@ -857,9 +863,8 @@ def template(tmp_path_factory) -> Path:
 @pytest.fixture
 def site(tmp_path, template):
     """A site whose agent is not started yet."""
-    site = Site(tmp_path, template)
-    yield site
-    site.clean_up()
+    with Site(tmp_path, template) as site:
+        yield site
 
 
 @pytest.fixture
@@ -927,9 +932,8 @@ def test_each_request_gets_the_recorded_answer(shared, command, answer):
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory, template):
     """A site whose agent runs for all tests that only ask it something."""
-    site = Site(tmp_path_factory.mktemp("shared"), template).start()
-    yield site
-    site.clean_up()
+    with Site(tmp_path_factory.mktemp("shared"), template) as site:
+        yield site.start()
 
 
 def test_an_answer_is_one_line_of_compact_json_then_status_eof_and_close(shared):
@@ -1555,9 +1559,8 @@ def test_a_title_is_loaded_whatever_its_wrapping_encoding_and_end(loader, encodi
 @pytest.fixture(scope="module")
 def loader(tmp_path_factory, template):
     """A site whose agent runs for all tests that load titles of their own."""
-    site = Site(tmp_path_factory.mktemp("loader"), template).start()
-    yield site
-    site.clean_up()
+    with Site(tmp_path_factory.mktemp("loader"), template) as site:
+        yield site.start()
 
 
 def test_a_title_is_answered_at_its_trailer_wherever_that_is_torn(loader):
@@ -1703,9 +1706,9 @@ def patcher(tmp_path_factory, template):
     text = text.replace("</batch>", NDNP_ISSUE.format(lccn=GAZETTE, day="1900-01-01", folder="19000101011").replace(
         '"01"', '"011"').replace("19000101011.xml", "1900010101.xml") + "<?x y?>\n</batch>\n<!-- the end -->")
     (batch / "data/batch.xml").write_bytes(text.replace("\n", "\r\n").encode())
-    site.start().run("load-batch", ALPHA)
-    yield site
-    site.clean_up()
+    with site:
+        site.start().run("load-batch", ALPHA)
+        yield site
 
 
 def files_of(batch: Path) -> dict[str, bytes]:
@@ -3504,9 +3507,8 @@ def make_verbose(site: Site) -> Site:
 @pytest.fixture(scope="module")
 def verbose(tmp_path_factory, template):
     """A site whose agent has a job with a log of 20 MB."""
-    site = Site(tmp_path_factory.mktemp("verbose"), template).start()
-    yield make_verbose(site)
-    site.clean_up()
+    with Site(tmp_path_factory.mktemp("verbose"), template) as site:
+        yield make_verbose(site.start())
 
 
 def is_whole(answer: bytes) -> bool:
