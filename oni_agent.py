@@ -252,7 +252,7 @@ def batches(*names):
     for event in rows(LoadBatchEvent, "batch_name").order_by("created", "pk"):
         if event.batch_name in held:
             held[event.batch_name]["events"].append([event.created.isoformat(), event.message or ""])
-    return {"storage": settings.BATCH_STORAGE, "batches": held}
+    return {"storage": str(settings.BATCH_STORAGE), "batches": held}
 
 def title(lccn):
     return lccn in Title.objects.filter(lccn=lccn).values_list("lccn", flat=True)
