@@ -1,7 +1,10 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.9"
-# dependencies = ["paramiko>=2.12", "django>=3.2", "pytest", "pytest-xdist", "hypothesis", "ssh-audit"]
+# dependencies = [
+#     "paramiko>=2.12", "django>=3.2", "lxml", "pysolr",
+#     "pytest", "pytest-xdist", "hypothesis", "ssh-audit",
+# ]
 # ///
 """Everything that checks oni_agent.py.
 
@@ -20,7 +23,9 @@ by a FIFO in place of one of the batch's files.
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
+import functools
 import io
 import json
 import os
@@ -40,11 +45,14 @@ import threading
 import time
 import venv
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import date, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import parse_qs
+from xml.etree import ElementTree
 
-import django
 from hypothesis import HealthCheck, given, settings, strategies
 
 warnings.filterwarnings("ignore", module="paramiko")
@@ -55,7 +63,7 @@ import oni_agent  # noqa: E402
 
 AGENT = Path(oni_agent.__file__).resolve()
 
-# --- The stand-in's own files -----------------------------------------------------------------------------------------
+# --- The stand-in's own files ---------------------------------------------------------------------
 
 ONI_MANAGE = '''\
 #!/usr/bin/env python3
@@ -70,8 +78,9 @@ if __name__ == "__main__":
     try:
         from django.core.management import execute_from_command_line
     except ImportError as error:
-        raise ImportError("Couldn't import Django. Are you sure it's installed and available on your PYTHONPATH "
-                          "environment variable? Did you forget to activate a virtual environment?") from error
+        raise ImportError(
+            "Couldn't import Django. Are you sure it's installed and available on your PYTHONPATH "
+            "environment variable? Did you forget to activate a virtual environment?") from error
     execute_from_command_line(sys.argv)
 '''
 
@@ -83,16 +92,31 @@ from pathlib import Path
 
 BASE_DIR = Path(__file__).resolve().parent.parent
 SECRET_KEY = "a stand-in has no secrets"
+TIME_ZONE = "America/New_York"
 USE_TZ = True
-INSTALLED_APPS = ["core"]
+INSTALLED_APPS = ["core.apps.CoreConfig"]
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
-DATABASES = {"default": {"ENGINE": "django.db.backends.sqlite3", "OPTIONS": {"timeout": 60},
-                         "NAME": os.environ.get("ONI_DB_NAME", str(BASE_DIR / "oni.sqlite3"))}}
+DATABASES = {
+    "default": {
+        "ENGINE": "django.db.backends.sqlite3",
+        "NAME": os.environ.get("ONI_DB_NAME", str(BASE_DIR / "oni.sqlite3")),
+        "OPTIONS": {"timeout": 60},
+    },
+}
+CACHES = {
+    "default": {
+        "BACKEND": "django.core.cache.backends.filebased.FileBasedCache",
+        "LOCATION": os.environ.get("ONI_CACHE_DIR", str(BASE_DIR / "cache")),
+    },
+}
 
-SOLR_BASE_URL = os.environ.get("ONI_SOLR_URL")  # None: say that Solr was asked, ask nobody
-BATCH_STORAGE = os.path.join(os.environ.get("ONI_STORAGE_PATH", str(BASE_DIR / "data")), "batches")
-CACHE_DIR = os.environ.get("ONI_CACHE_DIR", str(BASE_DIR / "cache"))
-PAGE_SECONDS = float(os.environ.get("ONI_PAGE_SECONDS", 0))
+STORAGE = os.environ.get("ONI_STORAGE_PATH", BASE_DIR / "data")
+SOLR_BASE_URL = os.environ.get("ONI_SOLR_URL", "http://127.0.0.1:9")
+MARC_RETRIEVAL_URLFORMAT = os.environ.get(
+    "ONI_MARC_RETRIEVAL_URLFORMAT", "http://127.0.0.1:9/lccn/%s/marc.xml")
+
+PATHS_ARE_TEXT = False  # True: as in Open ONI 1.0
+PAGE_SECONDS = float(os.environ.get("ONI_PAGE_SECONDS", 0))  # not ONI's: how long a page takes
 
 # Every line goes to standard error, and to log/COMMAND_PID.log.
 LOG_FILE = "{}_{}.log".format("".join(sys.argv[1:2]), os.getpid())
@@ -102,8 +126,13 @@ LOGGING = {
     "formatters": {"line": {"format": "[%(levelname)s] %(message)s"}},
     "handlers": {
         "stderr": {"class": "logging.StreamHandler", "formatter": "line"},
-        "file": {"class": "logging.FileHandler", "formatter": "line", "delay": True, "encoding": "utf-8",
-                 "filename": str(BASE_DIR / "log" / LOG_FILE)},
+        "file": {
+            "class": "logging.FileHandler",
+            "formatter": "line",
+            "filename": str(BASE_DIR / "log" / LOG_FILE),
+            "encoding": "utf-8",
+            "delay": True,
+        },
     },
     "root": {"handlers": ["stderr", "file"], "level": "INFO"},
 }
@@ -112,8 +141,31 @@ if (BASE_DIR / "onisite" / "settings_local.py").exists():
     from .settings_local import *
 '''
 
+ONI_APPS = '''\
+"""Settings that are made of other settings, once these are known: no settings file has them."""
+from pathlib import Path
+
+from django.apps import AppConfig
+from django.conf import settings
+
+
+class CoreConfig(AppConfig):
+    name = "core"
+
+    def ready(self):
+        kind = str if settings.PATHS_ARE_TEXT else Path
+        settings.SOLR = settings.SOLR_BASE_URL + "/solr/openoni"
+        settings.BATCH_STORAGE = kind(Path(settings.STORAGE) / "batches")
+        settings.COORD_STORAGE = kind(Path(settings.STORAGE) / "word_coordinates")
+'''
+
 ONI_MODELS = '''\
-"""The tables that a batch and a title end up in. Nothing cascades: what a purge overlooks, the database holds it to."""
+"""The tables that a batch and a title end up in."""
+import logging
+import os
+from urllib.parse import urljoin
+
+from django.conf import settings
 from django.db import models
 
 
@@ -122,337 +174,728 @@ class Awardee(models.Model):
     name = models.CharField(max_length=100)
     created = models.DateTimeField(auto_now_add=True)
 
+    def __str__(self):
+        return self.name
+
+
+class Country(models.Model):
+    code = models.CharField(primary_key=True, max_length=3)
+
 
 class Language(models.Model):
     code = models.CharField(primary_key=True, max_length=3)
+    titles = models.ManyToManyField("Title", related_name="languages")
 
 
 class Title(models.Model):
     lccn = models.CharField(primary_key=True, max_length=25)
     name = models.CharField(max_length=250)
+    place_of_publication = models.CharField(null=True, max_length=250)
+    start_year = models.CharField(max_length=10)
+    end_year = models.CharField(max_length=10)
+    country = models.ForeignKey(Country, models.CASCADE)
     version = models.DateTimeField()
-    languages = models.ManyToManyField(Language)
+    created = models.DateTimeField(auto_now_add=True)
+    has_issues = models.BooleanField(default=False)
+
+    def __str__(self):
+        years = f"{self.start_year}-{self.end_year}"
+        return f"{self.name} ({self.place_of_publication}) {years}"
+
+    @property
+    def solr_doc(self):
+        return {
+            "id": f"/lccn/{self.lccn}/",
+            "type": "title",
+            "title": self.name,
+            "lccn": self.lccn,
+        }
 
 
 class Batch(models.Model):
     name = models.CharField(primary_key=True, max_length=250)
     created = models.DateTimeField(auto_now_add=True)
-    awardee = models.ForeignKey(Awardee, models.DO_NOTHING, related_name="batches")
+    validated_batch_file = models.CharField(max_length=100)
+    awardee = models.ForeignKey(Awardee, models.CASCADE, null=True, related_name="batches")
+    source = models.CharField(null=True, max_length=4096)
+
+    def __str__(self):
+        return f"{self.name} ({self.awardee})" if self.awardee else self.name
+
+    @property
+    def path(self):
+        return os.path.join(settings.BATCH_STORAGE, self.name, "data/")
+
+    @property
+    def storage_url(self):
+        return urljoin("file:", self.path)
+
+    @property
+    def page_count(self):
+        return Page.objects.filter(issue__batch=self).count()
+
+    def delete(self, *arguments, **options):
+        logging.warning("no OcrDump to delete for %s", self)
+        super().delete(*arguments, **options)
+
+
+class Reel(models.Model):
+    number = models.CharField(max_length=50)
+    batch = models.ForeignKey(Batch, models.CASCADE, related_name="reels")
+    created = models.DateTimeField(auto_now_add=True)
 
 
 class Issue(models.Model):
-    batch = models.ForeignKey(Batch, models.DO_NOTHING, related_name="issues")
-    title = models.ForeignKey(Title, models.DO_NOTHING, related_name="issues")
     date_issued = models.DateField()
     edition = models.IntegerField()
+    title = models.ForeignKey(Title, models.CASCADE, related_name="issues")
+    batch = models.ForeignKey(Batch, models.CASCADE, related_name="issues")
+    created = models.DateTimeField(auto_now_add=True)
+
+    class Meta:
+        ordering = ["date_issued"]
+
+    def __str__(self):
+        return f"{self.title.name} [{self.date_issued}]"
 
 
 class Page(models.Model):
-    issue = models.ForeignKey(Issue, models.DO_NOTHING, related_name="pages")
     sequence = models.IntegerField()
+    number = models.CharField(max_length=50)
+    tiff_filename = models.CharField(max_length=250)
+    jp2_filename = models.CharField(null=True, max_length=250)
+    jp2_width = models.IntegerField(null=True)
+    jp2_length = models.IntegerField(null=True)
+    pdf_filename = models.CharField(null=True, max_length=250)
+    ocr_filename = models.CharField(null=True, max_length=250)
+    issue = models.ForeignKey(Issue, models.CASCADE, related_name="pages")
+    indexed = models.BooleanField(default=False)
+    created = models.DateTimeField(auto_now_add=True)
+
+    class Meta:
+        ordering = ["sequence"]
+
+    def __str__(self):
+        return f"{self.issue.title}, {self.issue.date_issued:%B %d, %Y}, Image {self.sequence}"
+
+    @property
+    def url(self):
+        day = f"{self.issue.date_issued:%Y-%m-%d}"
+        edition = f"ed-{self.issue.edition}"
+        return f"/lccn/{self.issue.title.lccn}/{day}/{edition}/seq-{self.sequence}/"
+
+    @property
+    def coordinates_path(self):
+        folder = os.path.join(settings.COORD_STORAGE, self.url.lstrip("/"))
+        os.makedirs(folder, exist_ok=True)
+        return os.path.join(folder, "coordinates.json.gz")
+
+    @property
+    def solr_doc(self):
+        """Raises TypeError for a page that has no OCR."""
+        try:
+            texts = self.ocr.language_texts.values_list("language__code", "text")
+        except OCR.DoesNotExist:
+            texts = None
+        return {
+            **self.issue.title.solr_doc,
+            "id": self.url,
+            "type": "page",
+            "batch": self.issue.batch.name,
+            "date": f"{self.issue.date_issued:%Y%m%d}",
+            "sequence": self.sequence,
+            **{f"ocr_{code}": text for code, text in texts},
+        }
+
+
+class OCR(models.Model):
+    created = models.DateTimeField(auto_now_add=True)
+    page = models.OneToOneField(Page, models.CASCADE, null=True, related_name="ocr")
+
+
+class LanguageText(models.Model):
+    text = models.TextField()
+    language = models.ForeignKey(Language, models.CASCADE, null=True)
+    ocr = models.ForeignKey(OCR, models.CASCADE, related_name="language_texts")
 
 
 class LoadBatchEvent(models.Model):
-    """A line of a batch's history. It names the batch and does not point to it, so it survives the purge."""
+    """A line of a batch's history. It only names the batch, and so outlives its purge."""
     batch_name = models.CharField(max_length=250)
     created = models.DateTimeField(auto_now_add=True)
     message = models.TextField(null=True)
 '''
 
-ONI_SOLR = '''\
-"""The search index: every page, purge and title file is announced to it. When it is down, that is an error."""
+ONI_SOLR_INDEX = '''\
+"""The search index, as far as a load, a purge and the titles need it."""
 import logging
-import time
-import urllib.request
 
+import pysolr
 from django.conf import settings
 
-DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+from core.models import Title
 
 
-def post(body, query=""):
-    url = (settings.SOLR_BASE_URL or "http://localhost:8983") + "/solr/openoni/update/" + query
-    started = time.monotonic()
-    if settings.SOLR_BASE_URL:
+def conn():
+    return pysolr.Solr(settings.SOLR)
+
+
+def page_count():
+    return conn().search(q="type:page", rows=0).hits
+
+
+def index_titles(since):
+    """A title that cannot be added is a logged error only; a commit that fails is an exception."""
+    solr = conn()
+    for title in Title.objects.filter(created__gte=since):
+        logging.info("indexing title: lccn=%s", title.lccn)
         try:
-            DIRECTLY.open(urllib.request.Request(url, body.encode()), timeout=60).read()
-        except OSError as error:
-            raise ConnectionError(f"Failed to connect to server at {url}: {error}")
-    logging.info("Finished %r (post) with body %r in %.3f seconds, with status 200",
-                 url, body[:10], time.monotonic() - started)
+            solr.add([title.solr_doc])
+        except Exception as error:
+            logging.exception(error)
+    solr.commit()
+'''
+
+ONI_OCR_EXTRACTOR = '''\
+"""The words of an ALTO file, and where on the page they stand."""
+import re
+import xml.sax
+import xml.sax.handler
+
+EDGES = re.compile("^[^a-zA-Z0-9]+|[^a-zA-Z0-9]+$|'s$")
 
 
-def commit():
-    post("<commit />", "?commit=true")
+class Alto(xml.sax.handler.ContentHandler):
+    def __init__(self):
+        self.width = None
+        self.height = None
+        self.language = "eng"
+        self.line = []
+        self.lines = {}
+        self.places = {}
+
+    def startElement(self, tag, attributes):
+        if tag == "Page":
+            assert self.width is None
+            assert self.height is None
+            self.width = attributes.get("WIDTH")
+            self.height = attributes.get("HEIGHT")
+        elif tag == "TextBlock":
+            self.language = attributes.get("language", "eng")
+        elif tag == "String":
+            self.add_word(attributes)
+
+    def add_word(self, attributes):
+        content = attributes.get("CONTENT")
+        self.line.append(content)
+        word = EDGES.sub("", content)  # a TypeError when there is no CONTENT
+        if word:
+            place = [attributes.get(name) for name in ("HPOS", "VPOS", "WIDTH", "HEIGHT")]
+            self.places.setdefault(word, []).append(place)
+
+    def endElement(self, tag):
+        if tag == "TextLine":
+            self.lines.setdefault(self.language, []).append(" ".join(self.line))
+            self.line = []
+
+
+def extract(url):
+    """Texts by language, and coordinates, of the ALTO file at a URL."""
+    alto = Alto()
+    parser = xml.sax.make_parser()
+    parser.setContentHandler(alto)
+    parser.setFeature(xml.sax.handler.feature_namespaces, 0)
+    parser.parse(url)
+    texts = {language: "\\n".join(lines) for language, lines in alto.lines.items()}
+    return texts, {"width": alto.width, "height": alto.height, "coords": alto.places}
 '''
 
 ONI_BATCH_LOADER = '''\
-"""Loading and purging batches: row by row, each row committed at once, so that a kill leaves what was there by then."""
+"""Loading and purging batches.
+
+Each row is committed at once, so that a kill leaves whatever was there by then.
+"""
+import gzip
+import json
 import logging
 import os
 import re
 import time
 from datetime import datetime
-from xml.etree import ElementTree
+from urllib.error import URLError
+from urllib.parse import urljoin
+from urllib.request import urlopen
 
 from django.conf import settings
+from django.core.cache import cache
+from django.core.management import call_command
+from django.db.models import Max, Min
+from lxml import etree
 
-from core import solr
-from core.models import Awardee, Batch, Issue, LoadBatchEvent, Page, Title
+from core import solr_index
+from core.models import Awardee, Batch, Issue, Language, LoadBatchEvent, OCR, Page, Reel, Title
+from core.ocr_extractor import extract
 
-NDNP = "{http://www.loc.gov/ndnp}"
-METS = "{http://www.loc.gov/METS/}"
-HREF = "{http://www.w3.org/1999/xlink}href"
+NAMESPACES = {
+    "ndnp": "http://www.loc.gov/ndnp",
+    "mods": "http://www.loc.gov/mods/v3",
+    "mets": "http://www.loc.gov/METS/",
+    "mix": "http://www.loc.gov/mix/",
+    "xlink": "http://www.w3.org/1999/xlink",
+}
+BATCH_FILES = (
+    "batch_1.xml", "BATCH_1.xml", "batchfile_1.xml", "batch_2.xml", "BATCH_2.xml", "batch.xml")
+SPATIAL = ("mets:mdWrap/mets:xmlData/mix:mix/mix:ImagingPerformanceAssessment/mix:SpatialMetrics")
 
 
-class BatchLoaderException(Exception):
+class BatchLoaderException(RuntimeError):
     pass
 
 
-def load_batch(path):
-    """A row of that name means loaded, whatever it stands for. A link of that name is used, wherever it points."""
-    path = path.rstrip("/")
-    name, link = os.path.basename(path), storage(os.path.basename(path))
-    logging.info("loading batch at %s", path)
-    if Batch.objects.filter(name=name).exists():
-        logging.info("Batch already loaded: %s", name)
-        return
-    if not os.path.islink(link):
-        logging.info("creating symlink %s -> %s", path, link)
-        os.symlink(path, link)
-    logging.info("loading batch: %s", name)
-    remember(name, "starting load")
-    try:
-        load_issues(create_batch(name))
-        solr.commit()
-    except Exception as error:
-        give_up(name, error)
-    loaded = "processed %d pages" % Page.objects.filter(issue__batch=name).count()
-    logging.info(loaded)
-    remember(name, loaded)
-    renew_cache(name)
+def found(node, path):
+    return node.xpath(path, namespaces=NAMESPACES)
 
 
-def give_up(name, error):
-    """Purge what was loaded and fail. When the purge fails too (the database is gone), the rows stay."""
-    message = f"unable to load batch: {error}"
-    logging.error(message)
-    logging.exception(error)
-    try:
-        purge_batch(name)
-    except Exception as second:
-        logging.error("purge batch failed for failed load batch: %s", second)
-        logging.exception(second)
-    remember(name, message)
-    raise BatchLoaderException(message)
+def text_of(node, path):
+    return found(node, f"string({path})")
 
 
-def create_batch(name):
-    """The batch's row comes first, before any of its issues: from here on the batch counts as loaded."""
-    if not re.fullmatch(r"batch_\\w+_\\w+_ver\\d\\d", name):
-        raise BatchLoaderException(f"unrecognized batch name: {name}")
-    org_code = name.split("_")[1]
-    try:
-        return Batch.objects.create(name=name, awardee=Awardee.objects.get(org_code=org_code))
-    except Awardee.DoesNotExist:
-        message = f"no awardee for org code: {org_code}"
-        logging.error(message)
-        raise BatchLoaderException(message)
-
-
-def load_issues(batch):
-    """An issue or a page without its number is left out, with an [ERROR] line, and the load goes on."""
-    data = os.path.join(storage(batch.name), "data")
-    for listed in ElementTree.parse(os.path.join(data, "batch.xml")).iter(NDNP + "issue"):
-        try:
-            load_issue(batch, listed, os.path.normpath(os.path.join(data, listed.text.strip())))
-        except ValueError as error:
-            logging.exception(error)
-
-
-def load_issue(batch, listed, mets_file):
-    edition = int(listed.get("editionOrder"))
-    mets = ElementTree.parse(mets_file)
-    issue = Issue.objects.create(batch=batch, title=Title.objects.get(lccn=listed.get("lccn")), edition=edition,
-                                 date_issued=datetime.strptime(listed.get("issueDate"), "%Y-%m-%d"))
-    files = {file.get("ID"): file for file in mets.iter(METS + "file")}
-    for division in mets.iter(METS + "div"):
-        if division.get("TYPE") == "np:page":
-            own = [files[pointer.get("FILEID")] for pointer in division.iter(METS + "fptr")]
-            try:
-                load_page(issue, division, os.path.dirname(mets_file), {f.get("USE"): f[0].get(HREF) for f in own})
-            except ValueError as error:
-                logging.exception(error)
-
-
-def load_page(issue, division, folder, files):
-    """Five lines a page. Its image is read before its row is saved: a FIFO in place of the image holds the load."""
-    logging.warning("unable to find reel number in page metadata")
-    sequence = int(division.get("ORDER"))
-    logging.info("Assigned page sequence: %d", sequence)
-    logging.info("Saving page. issue date: %s, page sequence: %d", issue.date_issued, sequence)
-    time.sleep(settings.PAGE_SECONDS)
-    try:
-        division.attrib["ADMID"]
-    except KeyError:
-        logging.info("Could not determine dimensions of jp2 for issue: %s [%s] page: %s (Eugene, Or.) 1850-1999, "
-                     "%s, Image %d... trying harder...", issue.title.name, issue.date_issued, issue.title.name,
-                     issue.date_issued.strftime("%B %d, %Y"), sequence)
-        read(folder, files["service"])
-    ElementTree.fromstring(read(folder, files["ocr"]))
-    Page.objects.create(issue=issue, sequence=sequence)
-    solr.post('[{"id": "/lccn/%s/seq-%d/"}]' % (issue.title_id, sequence))
-
-
-def renew_cache(newest):
-    """The last thing a load does, after all is loaded: a cache it cannot write makes it fail all the same."""
-    os.makedirs(settings.CACHE_DIR, exist_ok=True)
-    for cached in os.listdir(settings.CACHE_DIR):
-        os.remove(os.path.join(settings.CACHE_DIR, cached))
-    with open(os.path.join(settings.CACHE_DIR, "newest_batch"), "w") as cache:
-        cache.write(newest)
-
-
-def purge_batch(name):
-    remember(name, "starting purge")
-    try:
-        purge_rows(Batch.objects.get(name=name))
-        solr.post(f"<delete><query>batch:{name}</query></delete>")
-        solr.commit()
-        if os.path.islink(storage(name)):
-            logging.info("Removing symlink %s", storage(name))
-            os.remove(storage(name))
-    except Exception as error:
-        message = f"purge failed: {error}"
-        logging.error(message)
-        logging.exception(error)
-        raise BatchLoaderException(message)
-    remember(name, "purged")
-
-
-def purge_rows(batch):
-    """Delete the issues known at the start, the batch's row last. An issue that a load adds meanwhile makes it fail."""
-    for number, issue in enumerate(list(batch.issues.order_by("id"))):
-        for page in issue.pages.all():
-            page.delete()
-        issue.delete()
-        if number == 0 and os.path.exists(os.path.join(storage(batch.name), "purge-gate")):
-            read(storage(batch.name), "purge-gate")  # not ONI's: where a test may hold a purge
-        time.sleep(settings.PAGE_SECONDS)
-    logging.warning("no OcrDump to delete for %s (%s)", batch.name, batch.awardee.name)
-    batch.delete()
-
-
-def storage(name):
-    return os.path.join(settings.BATCH_STORAGE, name)
+def mods_of(document, name):
+    return found(document, f'.//mets:dmdSec[@ID="{name}"]/descendant::mods:mods')[0]
 
 
 def remember(name, message):
     LoadBatchEvent.objects.create(batch_name=name, message=message)
 
 
-def read(folder, name):
-    with open(os.path.join(folder, name), "rb") as file:
-        return file.read()
+def link_of(name):
+    return os.path.join(settings.BATCH_STORAGE, name)
+
+
+def wait_at(folder, name):
+    """Not ONI's: where a test may hold a load or a purge, by a FIFO of this name."""
+    gate = os.path.join(folder, name)
+    if os.path.exists(gate):
+        with open(gate, "rb") as file:
+            file.read()
+
+
+class BatchLoader:
+    """One load or purge of one batch."""
+
+    def __init__(self):
+        self.solr = solr_index.conn()
+        self.batch = None
+
+    def load_batch(self, path):
+        """Without a row of its name. A link of that name is used, wherever it points."""
+        path = path.rstrip("/")
+        logging.info("loading batch at %s", path)
+        make_link(path)
+        name = os.path.basename(path)
+        if not re.match(r"batch_\\w+_\\w+_ver\\d\\d", name):
+            message = f"unrecognized format for batch name {name}"
+            logging.error(message)
+            raise BatchLoaderException(message)
+        if Batch.objects.filter(name=name).exists():
+            logging.info("Batch already loaded: %s", name)
+            return
+        logging.info("loading batch: %s", name)
+        remember(name, "starting load")
+        try:
+            self.create_batch(name)
+            self.load_issues()
+        except Exception as error:
+            self.give_up(name, error)
+        set_fulltext_range()
+
+    def give_up(self, name, error):
+        """Purges what was loaded, and fails. Where the purge fails too, its remains stay."""
+        message = f"unable to load batch: {error}"
+        logging.error(message)
+        logging.exception(error)
+        remember(name, message)
+        try:
+            self.purge_batch(name)
+        except Exception as second:
+            logging.error("purge batch failed for failed load batch: %s", second)
+            logging.exception(second)
+        raise BatchLoaderException(message)
+
+    def create_batch(self, name):
+        """The row comes first, before any issue: from here on the batch counts as loaded."""
+        code = name.split("_")[1]
+        try:
+            awardee = Awardee.objects.get(org_code=code)
+        except Awardee.DoesNotExist:
+            message = f"no awardee for org code: {code}"
+            logging.error(message)
+            raise BatchLoaderException(message)
+        self.batch = Batch.objects.create(name=name, awardee=awardee)
+
+    def load_issues(self):
+        """Issue by issue; one with a ValueError is left out, or left as it is by then."""
+        storage = self.batch.storage_url
+        self.batch.validated_batch_file = self.find_batch_file()
+        document = etree.parse(urljoin(storage, self.batch.validated_batch_file))
+        for reel in found(document, "ndnp:reel"):
+            number = reel.attrib["reelNumber"].strip()
+            Reel.objects.get_or_create(number=number, batch=self.batch)
+        for issue in found(document, "ndnp:issue"):
+            mets_file = urljoin(storage, issue.text)
+            try:
+                self.load_issue(mets_file)
+            except ValueError as error:
+                logging.exception(error)
+        self.solr.commit()
+        self.batch.save()
+        message = f"processed {self.batch.page_count} pages"
+        logging.info(message)
+        remember(self.batch.name, message)
+
+    def find_batch_file(self):
+        for name in BATCH_FILES:
+            try:
+                urlopen(urljoin(self.batch.storage_url, name)).close()
+                return name
+            except URLError:
+                pass
+        raise BatchLoaderException("could not find batch_1.xml (or any of its aliases) in '%s' "
+                                   "-- has the batch been validated?" % self.batch.path)
+
+    def load_issue(self, mets_file):
+        document = etree.parse(mets_file)
+        division = found(document, './/mets:div[@TYPE="np:issue"]')[0]
+        mods = mods_of(document, division.attrib["DMDID"])
+        edition = int(text_of(mods, './/mods:detail[@type="edition"]/mods:number[1]'))
+        date_issued = datetime.strptime(text_of(mods, ".//mods:dateIssued"), "%Y-%m-%d")
+        title = get_title(text_of(mods, './/mods:identifier[@type="lccn"]').strip())
+        issue = Issue.objects.create(
+            batch=self.batch, title=title, date_issued=date_issued, edition=edition)
+        for page_division in found(division, './/mets:div[@TYPE="np:page"]'):
+            try:
+                self.load_page(document, page_division, issue)
+            except BatchLoaderException as error:
+                logging.exception(error)
+
+    def load_page(self, document, division, issue):
+        """The page's row is there before its files are looked at."""
+        mods = mods_of(document, division.attrib["DMDID"])
+        start = text_of(mods, ".//mods:extent/mods:start")
+        try:
+            sequence = int(start)
+        except ValueError:
+            raise BatchLoaderException(
+                f"could not determine sequence number for page from '{start}'")
+        number = text_of(mods, './/mods:detail[@type="page number"]').strip()
+        if not text_of(mods, './/mods:identifier[@type="reel number"]').strip():
+            logging.warning("unable to find reel number in page metadata")
+        logging.info("Assigned page sequence: %s", sequence)
+        logging.info("Saving page. issue date: %s, page sequence: %s", issue.date_issued, sequence)
+        page = Page.objects.create(issue=issue, sequence=sequence, number=number)
+        wait_at(os.path.dirname(document.docinfo.URL[7:]), f"{sequence:04}.gate")
+        time.sleep(settings.PAGE_SECONDS)
+        for pointer in found(division, "./mets:fptr"):
+            self.take_file(page, document, pointer.attrib["FILEID"])
+        if page.ocr_filename:
+            self.process_ocr(page)
+        else:
+            logging.info("No ocr filename for issue: %s page: %s", issue, page)
+        page.save()
+
+    def take_file(self, page, document, name):
+        """One of a page's files, by what the METS says it is used for."""
+        file = found(document, f'.//mets:file[@ID="{name}"]')[0]
+        use = file.attrib["USE"]
+        url = urljoin(document.docinfo.URL, text_of(file, "./mets:FLocat/@xlink:href"))
+        path = url.replace(self.batch.storage_url, "")
+        if use == "master":
+            page.tiff_filename = path
+        elif use == "service":
+            page.jp2_filename = path
+            self.measure(page, document, file)
+        elif use == "derivative":
+            page.pdf_filename = path
+        elif use == "ocr":
+            page.ocr_filename = path
+
+    def measure(self, page, document, file):
+        """How large the picture is: the METS is believed, the picture only looked at without."""
+        try:
+            sections = file.attrib["ADMID"].split(" ")
+        except KeyError:
+            logging.info("Could not determine dimensions of jp2 for issue: %s page: %s... "
+                         "trying harder...", page.issue, page)
+            path = os.path.join(self.batch.path, page.jp2_filename)
+            page.jp2_width, page.jp2_length = size_of_picture(path)
+            return
+        for section in sections:
+            place = f'.//mets:techMD[@ID="{section}"]/{SPATIAL}'
+            lengths = found(document, f"{place}/mix:ImageLength")
+            widths = found(document, f"{place}/mix:ImageWidth")
+            if lengths and widths and lengths[0].text and widths[0].text:
+                page.jp2_length = lengths[0].text
+                page.jp2_width = widths[0].text
+                break
+        if not page.jp2_width:
+            raise BatchLoaderException(f"No jp2 width for issue: {page.issue} page: {page}")
+
+    def process_ocr(self, page):
+        """Word coordinates, text and search index of a page."""
+        texts, coordinates = extract(urljoin(self.batch.storage_url, page.ocr_filename))
+        with open(page.coordinates_path, "wb") as file:
+            file.write(gzip.compress(json.dumps(coordinates).encode()))
+        ocr = OCR.objects.create(page=page)
+        for code, text in texts.items():
+            known = Language.objects.filter(code=code).first()
+            language = known or Language.objects.get(code="eng")
+            ocr.language_texts.create(language=language, text=text)
+        self.solr.add([page.solr_doc])
+        page.indexed = True
+        page.save()
+
+    def purge_batch(self, name):
+        remember(name, "starting purge")
+        try:
+            self.purge_rows(Batch.objects.get(name=name))
+            self.solr.delete(q=f'batch:"{name}"')
+            self.solr.commit()
+            remember(name, "purged")
+            if os.path.islink(link_of(name)):
+                logging.info("Removing symlink %s", link_of(name))
+                os.remove(link_of(name))
+            set_fulltext_range()
+        except Exception as error:
+            message = f"purge failed: {error}"
+            logging.error(message)
+            logging.exception(error)
+            remember(name, message)
+            raise BatchLoaderException(message)
+
+    def purge_rows(self, batch):
+        """Issue by issue, as they are known at the start; the batch's own row last."""
+        for number, issue in enumerate(batch.issues.all()):
+            for page in issue.pages.all():
+                coordinates = page.coordinates_path
+                page.delete()
+                if os.path.exists(coordinates):
+                    os.remove(coordinates)
+            issue.delete()
+            if number == 0:
+                wait_at(link_of(batch.name), "purge-gate")
+            time.sleep(settings.PAGE_SECONDS)
+        batch.delete()
+
+
+def make_link(path):
+    """The link in BATCH_STORAGE through which all files are read, unless there is one."""
+    storage = settings.BATCH_STORAGE
+    folder, name = os.path.split(path)
+    is_there = path == link_of(name) or os.path.islink(link_of(name))
+    is_below = os.path.islink(storage) and path.startswith(os.path.realpath(storage))
+    if folder and not is_there and not is_below:
+        logging.info("creating symlink %s -> %s", path, link_of(name))
+        os.symlink(path, link_of(name))
+
+
+def get_title(lccn):
+    """A title, from the site of MARC records if need be."""
+    try:
+        return Title.objects.get(lccn=lccn)
+    except Exception:
+        url = settings.MARC_RETRIEVAL_URLFORMAT % lccn
+        logging.info("attempting to load marc record from %s", url)
+        call_command("load_titles", url)
+        return Title.objects.get(lccn=lccn)
+
+
+def size_of_picture(path):
+    """Any size will do; what matters is that the file is there and a JPEG 2000."""
+    with open(path, "rb") as file:
+        if file.read(8) != b"\\0\\0\\0\\x0cjP  ":
+            raise OSError(f"cannot identify image file {path!r}")
+    return 8, 8
+
+
+def set_fulltext_range():
+    """The last thing a load does: a cache it cannot write makes it fail, with all loaded."""
+    days = Issue.objects.aggregate(first=Min("date_issued"), last=Max("date_issued"))
+    first, last = days["first"], days["last"]
+    years = (first.year if first else 1690, last.year if last else 2030)
+    cache.set("fulltext_range", years)
 '''
 
 ONI_TITLE_LOADER = '''\
-"""Loading MARC records. A record that cannot be stored is counted, no more: only broken XML is a failure."""
+"""Loading MARC records. One that cannot be stored is counted, no more: only broken XML fails."""
 import logging
+import re
 import urllib.request
 import xml.sax
-from collections import Counter
-from datetime import datetime, timezone
-from xml.dom import pulldom
+import xml.sax.handler
+from datetime import datetime
+from urllib.parse import urljoin
 
 from django.db import transaction
+from django.utils import timezone
 
-from core import solr
-from core.models import Language, Title
-
-
-def load_titles(path):
-    started, counts = datetime.now(timezone.utc), Counter()
-    for file in path.glob("*.xml") if path.is_dir() else [path]:
-        logging.info("loading titles from: %s", file)
-        for record in records_of(file):
-            counts["records"] += 1
-            try:
-                store(record, counts)
-            except Exception as error:
-                counts["errors"] += 1
-                logging.error("unable to load: %s", error)
-                logging.exception(error)
-        counts["files"] += 1
-        logging.info("indexing new titles")
-        solr.commit()
-    report(counts, started, datetime.now(timezone.utc))
+from core.models import Country, Language, Title
 
 
-def records_of(file):
-    """Each record, wherever it stands in the document: {"005": text, "010a": text, ...}."""
-    reader = pulldom.SAX2DOM()
-    with urllib.request.urlopen(file.resolve().as_uri()) as source:
-        xml.sax.parse(source, reader)
-    for record in reader.document.getElementsByTagNameNS("*", "record"):
-        if any(child.localName == "datafield" for child in record.childNodes):
-            fields = {}
-            for node in record.getElementsByTagName("*"):
-                tag = node.getAttribute("tag") or node.parentNode.getAttribute("tag") + node.getAttribute("code")
-                texts = [text.data for text in node.childNodes if text.nodeType == text.TEXT_NODE]
-                fields.setdefault(tag, "".join(texts))
-            yield fields
+class Marc(xml.sax.handler.ContentHandler):
+    """Gives each record of a document, at its end, to a function.
+
+    A record is a dict of the first text of each field: {"005": text, "010a": text, ...}.
+    """
+
+    def __init__(self, load):
+        self.load = load
+        self.record = None
+        self.tag = ""
+        self.key = ""
+        self.text = ""
+
+    def startElementNS(self, name, qname, attributes):
+        element = name[1]
+        self.text = ""
+        if element == "record":
+            self.record = {}
+        elif element == "leader":
+            self.key = "leader"
+        elif element == "controlfield":
+            self.key = attributes.getValue((None, "tag"))
+        elif element == "datafield":
+            self.tag = attributes.getValue((None, "tag"))
+        elif element == "subfield":
+            self.key = self.tag + attributes.getValue((None, "code"))
+
+    def characters(self, text):
+        self.text += text
+
+    def endElementNS(self, name, qname):
+        element = name[1]
+        if element == "record":
+            self.load(self.record)
+            self.record = None
+        elif element in ("leader", "controlfield", "subfield"):
+            self.record.setdefault(self.key, self.text)
 
 
-@transaction.atomic
-def store(record, counts):
-    """A title counts as created or updated even if its language is unknown and nothing is stored after all."""
-    lccn = record.get("010a", "").replace(" ", "")
-    if not lccn:
-        counts["without LCCN"] += 1
-        return
-    version = datetime.strptime(record["005"][:14], "%Y%m%d%H%M%S").replace(tzinfo=timezone.utc)
-    known = Title.objects.filter(lccn=lccn).first()
-    if known and known.version > version:
-        return
-    counts["updated" if known else "created"] += 1
-    title = Title(lccn=lccn, name=record["245a"].strip(), version=version)
-    title.save()
-    code = record["008"][35:38]
-    if not Language.objects.filter(code=code).exists():
-        logging.error("Code %s, not found in language table.", code)
-    title.languages.set([Language.objects.get(code=code)])
-    counts["stored"] += 1
+class TitleLoader:
+    """Loads one file, and counts what became of its records."""
+
+    def __init__(self):
+        self.processed = 0
+        self.created = 0
+        self.updated = 0
+        self.errors = 0
+        self.without_lccn = 0
+
+    def load_file(self, location):
+        logging.info("loading titles from: %s", location)
+        parser = xml.sax.make_parser()
+        parser.setContentHandler(Marc(self.load))
+        parser.setFeature(xml.sax.handler.feature_namespaces, 1)
+        parser.parse(urllib.request.urlopen(urljoin("file:", location)))
+
+    def load(self, record):
+        if record is None:  # the end of an envelope of the same name
+            return
+        try:
+            self.processed += 1
+            leader = record.get("leader", " " * 24)
+            if leader[5] == "d":
+                delete(record)
+            elif leader[6] == "a":
+                self.store(record)
+        except Exception as error:
+            logging.error("unable to load: %s", error)
+            logging.exception(error)
+            self.errors += 1
+
+    @transaction.atomic
+    def store(self, record):
+        """A title counts as created or updated though it cannot be stored in the end."""
+        lccn = lccn_of(record)
+        if not lccn:
+            self.without_lccn += 1
+            return
+        version = version_of(record)
+        title = Title.objects.filter(lccn=lccn).first()
+        if title and title.version >= version:
+            return
+        if title:
+            self.updated += 1
+        else:
+            self.created += 1
+            title = Title(lccn=lccn)
+        title.version = version
+        title.name = record["245a"]
+        if "245b" in record:
+            title.name = title.name.rstrip(" ") + " " + record["245b"]
+        oclc_of(record)
+        title.place_of_publication = clean(record.get("264a") or record.get("260a"))
+        title.start_year = record["008"][7:11]
+        title.end_year = record["008"][11:15]
+        title.country = Country.objects.get(code=record["008"][15:18])
+        title.save()
+        code = record["008"][35:38]
+        try:
+            language = Language.objects.get(code=code)
+        except Language.DoesNotExist:
+            logging.error("Code %s, not found in language table.", code)
+            raise
+        title.languages.set([language])
 
 
-def report(counts, started, ended):
-    logging.info("############### TOTAL RESULTS ############")
-    for label, value in {
-        "TITLE RECORDS PROCESSED": counts["records"],
-        "NEW TITLES CREATED": counts["created"],
-        "EXISTING TITLES UPDATED": counts["updated"],
-        "ERRORS": counts["errors"],
-        "MISSING LCCNS": counts["without LCCN"],
-        "FILES PROCESSED": counts["files"],
-        "TITLES NOT UPDATED": Title.objects.count() - counts["stored"],
-        "START TIME": started,
-        "END TIME": ended,
-        "TOTAL TIME": ended - started,
-    }.items():
-        logging.info("%s: %s", label, value)
+def clean(text):
+    return text and re.sub("[ /:,]+$", "", text)
+
+
+def lccn_of(record):
+    return clean(record.get("010a", "")).replace(" ", "")
+
+
+def oclc_of(record):
+    """Raises AttributeError for a record without the number."""
+    source = record.get("003", "ocolc").strip().lower()
+    number = record.get("035a") if source == "dlc" else record.get("001")
+    return number.replace(" ", "").replace("(OCoLC)", "")
+
+
+def version_of(record):
+    if "005" not in record:
+        return timezone.now()
+    stamp = clean(record["005"]).split(".")[0]
+    return timezone.make_aware(datetime.strptime(stamp, "%Y%m%d%H%M%S"))
+
+
+def delete(record):
+    """Not while it has issues."""
+    lccn = lccn_of(record)
+    logging.info("trying to delete title record for %s", lccn)
+    title = Title.objects.filter(lccn=lccn).first()
+    if title is None:
+        logging.warning("no such title %s to delete", lccn)
+    elif title.issues.exists():
+        logging.warning("not deleting title %s it has issue data", lccn)
+    else:
+        logging.info("deleting title for %s", lccn)
+        title.delete()
 '''
 
 ONI_COMMANDS = '''\
-"""The commands. Only a BatchLoaderException becomes a CommandError; all else, such as a database that is down from the
-start, ends in a bare traceback."""
+"""The commands. Only a BatchLoaderException becomes a CommandError; all else, such as a database
+that is down from the start, ends in a bare traceback."""
 import logging
 import os
-from pathlib import Path
 
 from django.core.management.base import BaseCommand, CommandError
+from django.utils import timezone
 
-from core.batch_loader import BatchLoaderException, load_batch, purge_batch
-from core.title_loader import load_titles
+from core.batch_loader import BatchLoader, BatchLoaderException
+from core.models import Title
+from core.solr_index import index_titles
+from core.title_loader import TitleLoader
 
 
 class Command(BaseCommand):
@@ -462,10 +905,10 @@ class Command(BaseCommand):
 
 class LoadBatch(Command):
     def handle(self, subject, **options):
-        if not os.path.isdir(subject):
+        if not os.path.exists(subject):
             raise CommandError(f"Batch path does not exist: {subject}")
         try:
-            load_batch(subject)
+            BatchLoader().load_batch(subject)
         except BatchLoaderException as error:
             logging.exception(error)
             raise CommandError("Batch load failed. See logs/load_batch_#.log")
@@ -475,26 +918,63 @@ class PurgeBatch(Command):
     def handle(self, subject, **options):
         logging.info("purging batch '%s'", subject)
         try:
-            purge_batch(subject)
+            BatchLoader().purge_batch(subject)
         except BatchLoaderException as error:
             logging.exception(error)
             raise CommandError("unable to purge batch. check the purge_batch log for clues")
 
 
 class LoadTitles(Command):
+    """Of a folder the results are summed up, of a single file they are not told."""
+
     def handle(self, subject, **options):
-        load_titles(Path(subject))
+        if not os.path.isdir(subject):
+            self.load(subject)
+            return
+        started = timezone.now()
+        loaded = [self.load(os.path.join(subject, name)) for name in os.listdir(subject)]
+        self.report(started, loaded)
+
+    def load(self, location):
+        started = timezone.now()
+        loader = TitleLoader()
+        loader.load_file(location)
+        logging.info("indexing new titles")
+        index_titles(since=started)
+        return loader
+
+    def report(self, started, loaded):
+        ended = timezone.now()
+        logging.info("############### TOTAL RESULTS ############")
+        for label, value in {
+            "TITLE RECORDS PROCESSED": sum(each.processed for each in loaded),
+            "NEW TITLES CREATED": sum(each.created for each in loaded),
+            "EXISTING TITLES UPDATED": sum(each.updated for each in loaded),
+            "ERRORS": sum(each.errors for each in loaded),
+            "MISSING LCCNS": sum(each.without_lccn for each in loaded),
+            "FILES PROCESSED": len(loaded),
+            "TITLES NOT UPDATED": Title.objects.filter(version__lt=started).count(),
+            "START TIME": started,
+            "END TIME": ended,
+            "TOTAL TIME": ended - started,
+        }.items():
+            logging.info("%s: %s", label, value)
 '''
 
 ONI_FILES = {
     "manage.py": ONI_MANAGE,
+    "onisite/__init__.py": "",
     "onisite/settings.py": ONI_SETTINGS,
+    "core/__init__.py": "",
+    "core/apps.py": ONI_APPS,
     "core/models.py": ONI_MODELS,
-    "core/solr.py": ONI_SOLR,
+    "core/solr_index.py": ONI_SOLR_INDEX,
+    "core/ocr_extractor.py": ONI_OCR_EXTRACTOR,
     "core/batch_loader.py": ONI_BATCH_LOADER,
     "core/title_loader.py": ONI_TITLE_LOADER,
     "core/commands.py": ONI_COMMANDS,
-    **{f"{package}/__init__.py": "" for package in ("onisite", "core", "core/management", "core/management/commands")},
+    "core/management/__init__.py": "",
+    "core/management/commands/__init__.py": "",
     "core/management/commands/load_batch.py": "from core.commands import LoadBatch as Command\n",
     "core/management/commands/purge_batch.py": "from core.commands import PurgeBatch as Command\n",
     "core/management/commands/load_titles.py": "from core.commands import LoadTitles as Command\n",
@@ -503,23 +983,29 @@ ONI_FILES = {
 ONI_SEED = '''
 from datetime import datetime, timezone
 from django.core.management import call_command
-from core.models import Awardee, Language, Title
+from core.models import Awardee, Country, Language, Title
 call_command("migrate", run_syncdb=True, verbosity=0)
 Awardee.objects.create(org_code="oru", name="University of Oregon Libraries; Eugene, OR")
+country = Country.objects.create(code="oru")
 languages = [Language.objects.create(code=code) for code in ("eng", "fre", "ger", "spa")]
 for lccn, name in ("sn99990001", "The test gazette."), ("sn99990002", "The test courier."):
-    title = Title.objects.create(lccn=lccn, name=name, version=datetime(2020, 1, 1, tzinfo=timezone.utc))
+    title = Title.objects.create(
+        lccn=lccn, name=name, place_of_publication="Eugene, Or.", start_year=1850, end_year=1999,
+        country=country, version=datetime(2020, 1, 1, tzinfo=timezone.utc))
     title.languages.set(languages[:1])
 '''
 
 
 def build_oni(root: Path) -> None:
-    """Write a stand-in Open ONI into `root`: the tree, its ENV, its database. It may be copied anywhere afterwards."""
+    """Writes a stand-in Open ONI into `root`: its tree, ENV and database.
+
+    The folder may be copied anywhere afterwards.
+    """
     for name, text in ONI_FILES.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
     (root / "manage.py").chmod(0o755)
-    for folder in "log", "data/batches", "cache":
+    for folder in ("log", "data/batches", "data/word_coordinates", "cache"):
         (root / folder).mkdir(parents=True)
     build_env(root / "ENV")
     # -B: compiled files would say where they were compiled.
@@ -528,83 +1014,628 @@ def build_oni(root: Path) -> None:
 
 
 def build_env(env: Path) -> None:
-    """A virtual environment that borrows the running Python's Django, and that does not say where it stands."""
+    """A virtual environment that borrows the running Python's packages.
+
+    It does not say where it stands.
+    """
     venv.EnvBuilder(symlinks=True).create(env)
+    borrowed = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
     site_packages = next(env.glob("lib/python3*/site-packages"))
-    (site_packages / "django.pth").write_text(f"{Path(django.__file__).resolve().parents[1]}\n")
+    (site_packages / "borrowed.pth").write_text("\n".join(borrowed) + "\n")
     lines = (env / "pyvenv.cfg").read_text().splitlines(keepends=True)
-    (env / "pyvenv.cfg").write_text("".join(line for line in lines if not line.startswith("command")))
+    kept = [line for line in lines if not line.startswith("command")]
+    (env / "pyvenv.cfg").write_text("".join(kept))
     for script in env.glob("bin/[Aa]ctivate*"):
         script.unlink()
 
 
-# --- What it is fed: batches and MARC records -------------------------------------------------------------------------
+# --- What it is fed: batches and MARC records -----------------------------------------------------
 
-NDNP_BATCH = ('<?xml version="1.0" encoding="UTF-8"?>\n<batch xmlns="http://www.loc.gov/ndnp" name="{name}"'
-              ' awardee="{awardee}" awardYear="2020">\n'
-              '<reel reelNumber="print">./{lccn}/print/print.xml</reel>\n{issues}\n</batch>\n')
-NDNP_ISSUE = ('<issue lccn="{lccn}" issueDate="{day}" editionOrder="01">'
-              './{lccn}/print/{folder}/{folder}.xml</issue>')
-METS_ISSUE = ('<?xml version="1.0" encoding="UTF-8"?>\n<mets xmlns="http://www.loc.gov/METS/"'
-              ' xmlns:xlink="http://www.w3.org/1999/xlink">\n<fileSec>\n{files}\n</fileSec>\n'
-              '<structMap><div TYPE="np:issue">\n{pages}\n</div></structMap>\n</mets>\n')
-METS_FILE = '<file ID="{use}{page}" USE="{use}"><FLocat LOCTYPE="URL" xlink:href="{page:04}.{suffix}"/></file>'
-METS_PAGE = ('<div TYPE="np:page" ORDER="{page}">'
-             '<fptr FILEID="master{page}"/><fptr FILEID="service{page}"/><fptr FILEID="ocr{page}"/></div>')
-MARC_RECORD = """<record xmlns="http://www.loc.gov/MARC21/slim">
+NDNP_BATCH = '''\
+<?xml version="1.0" encoding="UTF-8"?>
+<batch xmlns="http://www.loc.gov/ndnp" name="{name}" awardee="{awardee}" awardYear="2020">
+<reel reelNumber="print">./{lccn}/print/print.xml</reel>
+{issues}
+</batch>
+'''
+NDNP_ISSUE = '''\
+<issue lccn="{lccn}" issueDate="{day}" editionOrder="01">./{lccn}/print/{folder}/{folder}.xml</issue>'''
+METS_ISSUE = '''\
+<?xml version="1.0" encoding="UTF-8"?>
+<mets xmlns="http://www.loc.gov/METS/" xmlns:mods="http://www.loc.gov/mods/v3"
+ xmlns:mix="http://www.loc.gov/mix/" xmlns:xlink="http://www.w3.org/1999/xlink"
+ TYPE="urn:library-of-congress:ndnp:mets:newspaper:issue">
+<dmdSec ID="issueModsBib"><mdWrap MDTYPE="MODS"><xmlData><mods:mods>
+<mods:relatedItem type="host">
+<mods:identifier type="lccn">{lccn}</mods:identifier>
+<mods:part>
+<mods:detail type="volume"><mods:number>1</mods:number></mods:detail>
+<mods:detail type="edition"><mods:number>{edition}</mods:number></mods:detail>
+</mods:part>
+</mods:relatedItem>
+<mods:originInfo><mods:dateIssued encoding="iso8601">{day}</mods:dateIssued></mods:originInfo>
+</mods:mods></xmlData></mdWrap></dmdSec>
+{descriptions}
+<amdSec ID="technical">
+{dimensions}
+</amdSec>
+<fileSec>
+{files}
+</fileSec>
+<structMap>
+<div TYPE="np:issue" DMDID="issueModsBib">
+{pages}
+</div>
+</structMap>
+</mets>
+'''
+METS_DESCRIPTION = '''\
+<dmdSec ID="pageModsBib{page}"><mdWrap MDTYPE="MODS"><xmlData><mods:mods><mods:part>
+<mods:extent unit="pages"><mods:start>{page}</mods:start></mods:extent>
+<mods:detail type="page number"><mods:number>{page}</mods:number></mods:detail>
+</mods:part></mods:mods></xmlData></mdWrap></dmdSec>'''
+METS_DIMENSIONS = '''\
+<techMD ID="service{page}Technical"><mdWrap MDTYPE="NISOIMG"><xmlData><mix:mix>
+<mix:ImagingPerformanceAssessment><mix:SpatialMetrics>
+<mix:ImageWidth>5200</mix:ImageWidth><mix:ImageLength>7500</mix:ImageLength>
+</mix:SpatialMetrics></mix:ImagingPerformanceAssessment>
+</mix:mix></xmlData></mdWrap></techMD>'''
+METS_FILE = '''\
+<file ID="{use}{page}" USE="{use}"{technical}>\
+<FLocat LOCTYPE="OTHER" OTHERLOCTYPE="file" xlink:href="{page:04}.{suffix}"/></file>'''
+METS_PAGE = '''\
+<div TYPE="np:page" DMDID="pageModsBib{page}"><fptr FILEID="master{page}"/>\
+<fptr FILEID="service{page}"/><fptr FILEID="derivative{page}"/><fptr FILEID="ocr{page}"/></div>'''
+ALTO = b'''\
+<?xml version="1.0" encoding="UTF-8"?>
+<alto xmlns="http://schema.ccs-gmbh.com/ALTO">
+<Layout><Page ID="P1" PHYSICAL_IMG_NR="1" HEIGHT="7500" WIDTH="5200">
+<PrintSpace HPOS="0" VPOS="0" HEIGHT="7500" WIDTH="5200">
+<TextBlock ID="TB1" language="eng">
+<TextLine HPOS="100" VPOS="100" WIDTH="900" HEIGHT="40">
+<String HPOS="100" VPOS="100" WIDTH="200" HEIGHT="40" CONTENT="The"/>
+<String HPOS="320" VPOS="100" WIDTH="600" HEIGHT="40" CONTENT="gazette."/>
+</TextLine>
+</TextBlock>
+</PrintSpace>
+</Page></Layout>
+</alto>
+'''
+MARC_RECORD = '''\
+<record xmlns="http://www.loc.gov/MARC21/slim">
 <leader>00000cas a2200000 a 4500</leader>
+<controlfield tag="001">ocm00000001</controlfield>
+<controlfield tag="003">OCoLC</controlfield>
 <controlfield tag="005">20220102030405.0</controlfield>
 <controlfield tag="008">000101d18501999oruwr ne      0    a{language} c</controlfield>
 {key}
 <datafield tag="245" ind1="0" ind2="0"><subfield code="a">{name}</subfield></datafield>
+<datafield tag="260" ind1=" " ind2=" "><subfield code="a">Eugene, Or. :</subfield></datafield>
 </record>
-"""
-OCLC_ANSWER = ('<searchRetrieveResponse xmlns="http://www.loc.gov/zing/srw/"><numberOfRecords>1</numberOfRecords>\n'
-               '<records><record><recordData>\n{}</recordData></record></records>\n</searchRetrieveResponse>\n')
+'''
+MARC_LCCN = '''\
+<datafield tag="010" ind1=" " ind2=" "><subfield code="a">  {} </subfield></datafield>'''
+OCLC_ANSWER = '''\
+<searchRetrieveResponse xmlns="http://www.loc.gov/zing/srw/"><numberOfRecords>1</numberOfRecords>
+<records><record><recordData>
+{}</recordData></record></records>
+</searchRetrieveResponse>
+'''
 PAGE_FILES = {
     "tif": b"II*\0" + bytes(300),
     "jp2": b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(300),
     "pdf": b"%PDF-1.4\n" + b"%" * 300 + b"\n%%EOF\n",
-    "xml": b'<?xml version="1.0"?>\n<alto><Layout><Page><String CONTENT="gazette"/></Page></Layout></alto>\n',
+    "xml": ALTO,
 }
+PAGE_USES = {"master": "tif", "service": "jp2", "derivative": "pdf", "ocr": "xml"}
 
 
 def make_batch(source: Path, name: str, issues: int = 2, pages: int = 2,
-               lccn: str = "sn99990001", start: date = date(1900, 1, 1)) -> Path:
-    """Write a whole batch into `source`, an issue a day from `start` on, and return its folder."""
+               lccn: str = "sn99990001", start: date = date(1900, 1, 1),
+               dimensions: bool = True, validated: bool = False) -> Path:
+    """Writes a whole batch into `source`, an issue a day from `start` on; its folder.
+
+    Without `dimensions` ONI opens each jp2. `validated`: batch_1.xml beside batch.xml.
+    """
     data = source / name / "data"
-    mets = mets_xml(pages)
+    reel = data / lccn / "print"
+    reel.mkdir(parents=True)
+    (reel / "print.xml").write_text(
+        '<mets xmlns="http://www.loc.gov/METS/" LABEL="reel print"/>\n')
     listed = []
-    for day in (start + timedelta(days=number) for number in range(issues)):
-        issue = data / lccn / "print" / f"{day:%Y%m%d}01"
-        issue.mkdir(parents=True)
-        for mets_name in issue.name, issue.name + "_1":  # as delivered, and as the validator leaves it
-            (issue / f"{mets_name}.xml").write_text(mets)
-        for page in range(1, pages + 1):
-            for suffix, content in PAGE_FILES.items():
-                (issue / f"{page:04}.{suffix}").write_bytes(content)
-        listed.append(NDNP_ISSUE.format(lccn=lccn, day=day, folder=issue.name))
-    (data / lccn / "print").mkdir(parents=True, exist_ok=True)
-    (data / lccn / "print" / "print.xml").write_text('<mets xmlns="http://www.loc.gov/METS/" LABEL="reel print"/>\n')
+    for number in range(issues):
+        day = start + timedelta(days=number)
+        folder = reel / f"{day:%Y%m%d}01"
+        make_issue(folder, mets_xml(pages, lccn, day, dimensions=dimensions), pages)
+        listed.append(NDNP_ISSUE.format(lccn=lccn, day=day, folder=folder.name))
     awardee = (name.split("_") + [""])[1]
-    (data / "batch.xml").write_text(NDNP_BATCH.format(name=name, awardee=awardee, lccn=lccn, issues="\n".join(listed)))
+    batch_xml = NDNP_BATCH.format(
+        name=name, awardee=awardee, lccn=lccn, issues="\n".join(listed))
+    (data / "batch.xml").write_text(batch_xml)
+    if validated:
+        (data / "batch_1.xml").write_text(batch_xml)
     return source / name
 
 
-def mets_xml(pages: int) -> str:
-    """The METS file of an issue, cut down to what a load reads: which files each page has, in which order."""
-    numbers, uses = range(1, pages + 1), {"master": "tif", "service": "jp2", "derivative": "pdf", "ocr": "xml"}
+def make_issue(folder: Path, mets: str, pages: int) -> None:
+    """Writes an issue: its METS, as delivered and as the validator leaves it, and its pages."""
+    folder.mkdir()
+    (folder / f"{folder.name}.xml").write_text(mets)
+    (folder / f"{folder.name}_1.xml").write_text(mets)
+    for page in range(1, pages + 1):
+        for suffix, content in PAGE_FILES.items():
+            (folder / f"{page:04}.{suffix}").write_bytes(content)
+
+
+def mets_xml(pages: int, lccn: str = "sn99990001", day: date = date(1900, 1, 1),
+             edition: int = 1, dimensions: bool = True) -> str:
+    """The METS file of an issue, cut down to what a load reads."""
+    numbers = range(1, pages + 1)
+    files = []
+    for page in numbers:
+        for use, suffix in PAGE_USES.items():
+            measured = dimensions and use == "service"
+            technical = f' ADMID="service{page}Technical"' if measured else ""
+            files.append(METS_FILE.format(use=use, page=page, suffix=suffix, technical=technical))
     return METS_ISSUE.format(
-        files="\n".join(METS_FILE.format(use=use, page=page, suffix=uses[use]) for page in numbers for use in uses),
+        lccn=lccn,
+        edition=edition,
+        day=day,
+        descriptions="\n".join(METS_DESCRIPTION.format(page=page) for page in numbers),
+        dimensions="\n".join(METS_DIMENSIONS.format(page=page) for page in numbers),
+        files="\n".join(files),
         pages="\n".join(METS_PAGE.format(page=page) for page in numbers))
 
 
 def marc_xml(lccn: str = "sn99990009", name: str = "The sample herald.", language: str = "eng",
              wrapped: bool = False) -> bytes:
-    """A title's MARC record, bare or as OCLC's search answers with it; without an LCCN when `lccn` is empty."""
-    key = f'<datafield tag="010" ind1=" " ind2=" "><subfield code="a">  {lccn} </subfield></datafield>' if lccn else ""
+    """A title's MARC record, bare or as OCLC's search answers with it.
+
+    It has no LCCN when `lccn` is empty.
+    """
+    key = MARC_LCCN.format(lccn) if lccn else ""
     record = MARC_RECORD.format(key=key, name=name, language=language)
-    return ('<?xml version="1.0" encoding="UTF-8"?>\n' + (OCLC_ANSWER.format(record) if wrapped else record)).encode()
+    body = OCLC_ANSWER.format(record) if wrapped else record
+    return ('<?xml version="1.0" encoding="UTF-8"?>\n' + body).encode()
+
+
+# -- and what can be wrong with a batch: each spoils one made by make_batch(…, issues=3, pages=2)
+
+
+def mets_of(batch: Path, issue: int = 1) -> Path:
+    """The METS file of an issue of a batch, the second one unless told."""
+    folders = sorted(path for path in batch.glob("data/*/print/*") if path.is_dir())
+    return folders[issue] / f"{folders[issue].name}.xml"
+
+
+def page_file(batch: Path, name: str, issue: int = 1) -> Path:
+    """A file of a page, such as 0002.jp2, of an issue."""
+    return mets_of(batch, issue).with_name(name)
+
+
+def change(path: Path, before: str, after: str) -> None:
+    """Changes the one place in a text file that must be there."""
+    text = path.read_text()
+    assert text.count(before) == 1, (path, before)
+    path.write_text(text.replace(before, after))
+
+
+def cut_off(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def spoil_mets(batch: Path) -> None:
+    cut_off(mets_of(batch))
+
+
+def spoil_mets_missing(batch: Path) -> None:
+    mets_of(batch).unlink()
+
+
+def spoil_batch_xml_missing(batch: Path) -> None:
+    (batch / "data/batch.xml").unlink()
+
+
+def spoil_batch_xml(batch: Path) -> None:
+    cut_off(batch / "data/batch.xml")
+
+
+def spoil_ocr(batch: Path) -> None:
+    page_file(batch, "0002.xml").write_text("<alto>\n")
+
+
+def spoil_ocr_missing(batch: Path) -> None:
+    page_file(batch, "0002.xml").unlink()
+
+
+def spoil_ocr_word(batch: Path) -> None:
+    change(page_file(batch, "0002.xml"), ' CONTENT="The"', "")
+
+
+def spoil_ocr_two_pages(batch: Path) -> None:
+    change(page_file(batch, "0002.xml"), "</Page>", '</Page><Page WIDTH="1" HEIGHT="1"/>')
+
+
+def spoil_jp2_missing(batch: Path) -> None:
+    page_file(batch, "0002.jp2").unlink()
+
+
+def spoil_dimensions(batch: Path) -> None:
+    """Harmless by itself: ONI opens the jp2."""
+    change(mets_of(batch), ' ADMID="service2Technical"', "")
+
+
+def spoil_jp2_missing_unmeasured(batch: Path) -> None:
+    spoil_dimensions(batch)
+    page_file(batch, "0002.jp2").unlink()
+
+
+def spoil_jp2_unmeasured(batch: Path) -> None:
+    spoil_dimensions(batch)
+    page_file(batch, "0002.jp2").write_bytes(b"no picture")
+
+
+def spoil_width(batch: Path) -> None:
+    """Of both pages, so that it does not matter in which order they come."""
+    mets = mets_of(batch)
+    mets.write_text(mets.read_text().replace("<mix:ImageWidth>5200</mix:ImageWidth>", ""))
+
+
+def spoil_width_word(batch: Path) -> None:
+    mets = mets_of(batch)
+    mets.write_text(mets.read_text().replace("5200", "wide"))
+
+
+def spoil_edition(batch: Path) -> None:
+    change(mets_of(batch), "<mods:number>1</mods:number></mods:detail>\n</mods:part>\n",
+           "<mods:number></mods:number></mods:detail>\n</mods:part>\n")
+
+
+def spoil_date(batch: Path) -> None:
+    change(mets_of(batch), ">1900-01-02<", "><")
+
+
+def spoil_date_word(batch: Path) -> None:
+    change(mets_of(batch), ">1900-01-02<", ">January 1900<")
+
+
+def spoil_sequence(batch: Path) -> None:
+    change(mets_of(batch), "<mods:start>2</mods:start>", "<mods:start></mods:start>")
+
+
+def spoil_lccn(batch: Path) -> None:
+    change(mets_of(batch), ">sn99990001<", ">sn00000000<")
+
+
+def spoil_lccn_to_fetch(batch: Path) -> None:
+    change(mets_of(batch), ">sn99990001<", ">sn99990077<")
+
+
+def spoil_issues(batch: Path) -> None:
+    path = batch / "data/batch.xml"
+    path.write_text(re.sub("<issue .*</issue>\n", "", path.read_text()))
+
+
+def spoil_edition_order(batch: Path) -> None:
+    """Harmless: ONI never reads it."""
+    path = batch / "data/batch.xml"
+    path.write_text(path.read_text().replace('editionOrder="01"', 'editionOrder=""', 1))
+
+
+def spoil_reel_number(batch: Path) -> None:
+    change(batch / "data/batch.xml", ' reelNumber="print"', "")
+
+
+def spoil_file_id(batch: Path) -> None:
+    change(mets_of(batch), 'FILEID="ocr2"', 'FILEID="nowhere"')
+
+
+def spoil_page_description(batch: Path) -> None:
+    change(mets_of(batch), 'DMDID="pageModsBib2"', 'DMDID="nowhere"')
+
+
+def spoil_ocr_unnamed(batch: Path) -> None:
+    change(mets_of(batch), '<fptr FILEID="ocr2"/>', "")
+
+
+def spoil_nothing(batch: Path) -> None:
+    """For a batch whose name alone is wrong."""
+
+
+class Fault(NamedTuple):
+    """What becomes of a load of 3 issues of 2 pages, one thing of which is wrong."""
+
+    spoil: Callable[[Path], None]
+    status: int  # of load_batch
+    held: tuple[int, int, int]  # rows, issues and pages afterwards, as Site.held gives them
+    said: str  # a pattern of the first [ERROR] line
+    indexed: int = 0  # how many of the pages are in the index
+
+    @property
+    def silent(self) -> bool:
+        """Whether ONI calls it a success, though something is missing."""
+        return self.status == 0 and self.held != (1, 3, 6)
+
+
+NOTHING = (0, 0, 0)
+ABORT = "unable to load batch: "
+FAULTS = {
+    "METS cut off": Fault(spoil_mets, 1, NOTHING, ABORT + ".*, line "),
+    "METS missing": Fault(spoil_mets_missing, 1, NOTHING, ABORT + "Error reading file .*"),
+    "batch.xml missing": Fault(
+        spoil_batch_xml_missing, 1, NOTHING,
+        ABORT + r"could not find batch_1.xml \(or any of its aliases\) in '.*/data/' "),
+    "batch.xml cut off": Fault(spoil_batch_xml, 1, NOTHING, ABORT + ".*, line "),
+    "OCR not well-formed": Fault(
+        spoil_ocr, 1, NOTHING, ABORT + r"file://.*/0002.xml:2:0: no element found"),
+    "OCR missing": Fault(
+        spoil_ocr_missing, 1, NOTHING, ABORT + r"<urlopen error \[Errno 2\] No such file .*"),
+    "OCR word without text": Fault(spoil_ocr_word, 1, NOTHING, ABORT + "expected string or "),
+    "OCR with two pages": Fault(spoil_ocr_two_pages, 1, NOTHING, ABORT + "$"),
+    "OCR not named": Fault(spoil_ocr_unnamed, 0, (1, 3, 6), "", 5),
+    "jp2 missing": Fault(spoil_jp2_missing, 0, (1, 3, 6), "", 6),
+    "jp2 missing, no dimensions": Fault(
+        spoil_jp2_missing_unmeasured, 1, NOTHING,
+        ABORT + r"\[Errno 2\] No such file or directory: '.*/0002.jp2'"),
+    "jp2 is no picture, no dimensions": Fault(
+        spoil_jp2_unmeasured, 1, NOTHING, ABORT + "cannot identify image file '.*/0002.jp2'"),
+    "no dimensions": Fault(spoil_dimensions, 0, (1, 3, 6), "", 6),
+    "dimensions named, but empty": Fault(
+        spoil_width, 0, (1, 3, 6), "No jp2 width for issue: The test gazette.", 4),
+    "width is no number": Fault(spoil_width_word, 0, (1, 3, 5), ".*'wide'", 5),
+    "edition empty": Fault(
+        spoil_edition, 0, (1, 2, 4), r"invalid literal for int\(\) with base 10: ''", 4),
+    "date empty": Fault(
+        spoil_date, 0, (1, 2, 4), "time data '' does not match format '%Y-%m-%d'", 4),
+    "date is no date": Fault(
+        spoil_date_word, 0, (1, 2, 4), "time data 'January 1900' does not match format", 4),
+    "page without sequence": Fault(
+        spoil_sequence, 0, (1, 3, 5), "could not determine sequence number for page from ''", 5),
+    "LCCN unknown": Fault(spoil_lccn, 1, NOTHING, ABORT + "HTTP Error 404: Not Found"),
+    "LCCN only the MARC site knows": Fault(spoil_lccn_to_fetch, 0, (1, 3, 6), "", 6),
+    "awardee unknown": Fault(spoil_nothing, 1, NOTHING, "no awardee for org code: zzz"),
+    "no issues": Fault(spoil_issues, 0, (1, 0, 0), ""),
+    "editionOrder empty": Fault(spoil_edition_order, 0, (1, 3, 6), "", 6),
+    "reel without number": Fault(spoil_reel_number, 1, NOTHING, ABORT + "'reelNumber'"),
+    "file not in the METS": Fault(spoil_file_id, 1, NOTHING, ABORT + "list index out of range"),
+    "page not described": Fault(
+        spoil_page_description, 1, NOTHING, ABORT + "list index out of range"),
+}
+
+
+def batch_with(fault: str) -> str:
+    """A name for a batch with this fault: of an awardee that ONI knows, but for one fault."""
+    words = re.sub("[^a-z0-9]", "", fault.lower())
+    return f"batch_{'zzz' if fault == 'awardee unknown' else 'oru'}_{words}_ver01"
+
+
+# --- What it talks to: a search index, and a site of MARC records ---------------------------------
+
+
+class Solr:
+    """A search index on a port of its own, as far as pysolr, Open ONI and an agent use one.
+
+    What is added or deleted shows at the next commit.
+    """
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._documents: dict[str, dict] = {}  # by id; what searches find
+        self._changes: list[Callable[[], None]] = []  # since the last commit
+        self._answering = threading.Event()
+        self._answering.set()
+        self._failing = False
+        self.requests: list[str] = []  # of each request: its path
+        self._server = self._listen(0)
+        self.port = self._server.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def _listen(self, port: int) -> ThreadingHTTPServer:
+        server = ThreadingHTTPServer(("127.0.0.1", port), SolrRequest)
+        server.daemon_threads = True
+        server.block_on_close = False
+        server.solr = self
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        return server
+
+    def close(self) -> None:
+        """Refuses connections from here on."""
+        self._answering.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    # -- for tests
+
+    def documents(self, batch: str = "") -> list[str]:
+        """The ids that a search finds: of a batch's pages, or of everything."""
+        with self._lock:
+            return sorted(id for id, document in self._documents.items()
+                          if batch in ("", document.get("batch")))
+
+    def forget(self, batch: str = "") -> None:
+        """Loses a batch's documents, or all, as an index does that was restored or replaced."""
+        with self._lock:
+            for id, document in list(self._documents.items()):
+                if batch in ("", document.get("batch")):
+                    del self._documents[id]
+
+    @contextlib.contextmanager
+    def down(self):
+        """Connections are refused."""
+        self.close()
+        with socket.socket() as holder:  # so that nobody else takes the port
+            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            holder.bind(("127.0.0.1", self.port))
+            yield
+        self._server = self._listen(self.port)
+
+    @contextlib.contextmanager
+    def failing(self):
+        """Every request is answered with HTTP 500."""
+        self._failing = True
+        yield
+        self._failing = False
+
+    @contextlib.contextmanager
+    def hanging(self):
+        """No request is answered before the end of this."""
+        self._answering.clear()
+        yield
+        self._answering.set()
+
+    # -- for requests
+
+    def answer(self, path: str, body: str) -> tuple[int, dict]:
+        """Status and JSON of the answer to a request; a request without a body is a search."""
+        self.requests.append(path)
+        self._answering.wait()
+        if self._failing:
+            return 500, {"error": {"msg": "told to fail", "code": 500}}
+        where, _, query = path.partition("?")
+        asked = {key: values[-1] for key, values in parse_qs(query).items()}
+        assert where.startswith("/solr/openoni/"), path
+        kind = where.split("/")[3]
+        with self._lock:
+            if kind == "update":
+                self._update(body, asked)
+                return 200, {"responseHeader": {"status": 0}}
+            asked.update((key, values[-1]) for key, values in parse_qs(body).items())
+            return 200, self._search(asked)
+
+    def _update(self, body: str, asked: dict[str, str]) -> None:
+        """Takes a document, a deletion or a commit in, in JSON or XML."""
+        commit = asked.get("commit") == "true"
+        if body.startswith("["):
+            for document in json.loads(body):
+                self._changes.append(functools.partial(self._add, document))
+        elif body:
+            root = ElementTree.fromstring(body)
+            commit = commit or root.tag == "commit"
+            for node in root:
+                self._take(root.tag, node)
+        if commit:
+            for change in self._changes:
+                change()
+            self._changes.clear()
+
+    def _take(self, action: str, node: ElementTree.Element) -> None:
+        """What one node of an XML update asks for."""
+        if action == "add":
+            document = {field.get("name"): field.text for field in node}
+            self._changes.append(functools.partial(self._add, document))
+        elif action == "delete" and node.tag == "id":
+            self._changes.append(functools.partial(self._documents.pop, node.text, None))
+        elif action == "delete" and node.tag == "query":
+            self._changes.append(functools.partial(self._delete, node.text))
+
+    def _add(self, document: dict) -> None:
+        self._documents[document["id"]] = document
+
+    def _delete(self, query: str) -> None:
+        for document in self._found(query):
+            del self._documents[document["id"]]
+
+    def _found(self, *queries: str) -> list[dict]:
+        """The documents that match all these queries."""
+        return [document for document in self._documents.values()
+                if all(matches(document, query) for query in queries)]
+
+    def _search(self, asked: dict[str, str]) -> dict:
+        filters = [asked["fq"]] if "fq" in asked else []
+        found = self._found(asked["q"], *filters)
+        start = int(asked.get("start", 0))
+        shown = found[start:start + int(asked.get("rows", 10))]
+        if "fl" in asked:
+            fields = set(re.split("[, ]", asked["fl"]))
+            shown = [{key: value for key, value in document.items() if key in fields}
+                     for document in shown]
+        answer = {
+            "responseHeader": {"status": 0, "QTime": 0},
+            "response": {"numFound": len(found), "start": start, "docs": shown},
+        }
+        if asked.get("facet") == "true":
+            field = asked["facet.field"]
+            counts = collections.Counter(
+                document[field] for document in found if field in document)
+            limit = int(asked.get("facet.limit", 100))
+            counted = counts.most_common(None if limit < 0 else limit)
+            flat = [item for pair in counted for item in pair]
+            answer["facet_counts"] = {"facet_fields": {field: flat}}
+        return answer
+
+
+def matches(document: dict, query: str) -> bool:
+    """Whether a document is meant by a query; only what is used of Solr's language is known."""
+    listed = re.fullmatch(r"\{!terms f=(\w+)\}(.*)", query, re.DOTALL)
+    if listed:
+        return str(document.get(listed[1])) in listed[2].split(",")
+    for term in query.split(" AND "):
+        field, _, value = term.strip(" +()").partition(":")
+        assert re.fullmatch(r'"[^"]*"|\w+|\*', value), f"a query not known here: {query}"
+        value = value.strip('"')
+        if field != "*" and not (field in document and value in ("*", str(document[field]))):
+            return False
+    return True
+
+
+class SolrRequest(BaseHTTPRequestHandler):
+    """A request to a Solr of the class above."""
+
+    def do_GET(self) -> None:
+        self.reply("")
+
+    def do_POST(self) -> None:
+        self.reply(self.rfile.read(int(self.headers["Content-Length"])).decode())
+
+    def reply(self, body: str) -> None:
+        status, answer = self.server.solr.answer(self.path, body)
+        content = json.dumps(answer).encode()
+        with contextlib.suppress(ConnectionError):  # whoever asked may have been killed
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+    def log_message(self, *_) -> None:
+        """Says nothing."""
+
+
+class MarcSite:
+    """A site that has the MARC records of some titles, and of all others answers 404."""
+
+    def __init__(self, *lccns: str):
+        self.lccns = lccns
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), MarcRequest)
+        self._server.daemon_threads = True
+        self._server.site = self
+        self.urlformat = f"http://127.0.0.1:{self._server.server_address[1]}/lccn/%s/marc.xml"
+        self.environment = {"ONI_MARC_RETRIEVAL_URLFORMAT": self.urlformat}
+
+    def __enter__(self) -> MarcSite:
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class MarcRequest(BaseHTTPRequestHandler):
+    """A request to a MarcSite."""
+
+    def do_GET(self) -> None:
+        lccn = self.path.split("/")[2]
+        if lccn not in self.server.site.lccns:
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(marc_xml(lccn, f"The fetched {lccn}."))
+
+    def log_message(self, *_) -> None:
+        """Says nothing."""
+
 
 # --- An agent on a site, and ways to talk to it -----------------------------------------------------------------------
 
@@ -616,9 +1647,17 @@ class Site:
         self.oni, self.source, self.state = folder / "oni", folder / "batches", folder / "state"
         shutil.copytree(template, self.oni, symlinks=True)
         self.source.mkdir()
-        self.environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "ONI_LOCATION": str(self.oni),
-                            "BATCH_SOURCE": str(self.source), "STATE_DIRECTORY": str(self.state),
-                            "BA_BIND": "127.0.0.1:0", "LOG_LEVEL": "debug"}
+        self.solr = Solr()
+        self.environment = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(folder),
+            "ONI_LOCATION": str(self.oni),
+            "ONI_SOLR_URL": self.solr.url,
+            "BATCH_SOURCE": str(self.source),
+            "STATE_DIRECTORY": str(self.state),
+            "BA_BIND": "127.0.0.1:0",
+            "LOG_LEVEL": "debug",
+        }
         self.agent: subprocess.Popen | None = None
         self.port = 0
         self.log: list[str] = []
@@ -682,6 +1721,7 @@ class Site:
         for pid in self.manage_pids():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        self.solr.close()
 
     def manage_pids(self, command: str = "") -> list[int]:
         """The manage.py processes of this site that are at work (on one command)."""
@@ -736,6 +1776,22 @@ class Site:
         job = self.call("job-logs", str(id))["job"]
         return [line[33:] for line in sorted(job["stdout"] + job["stderr"])]
 
+    # -- its manage.py, without the agent
+
+    def manage_begun(self, *words: str, **environment: str) -> subprocess.Popen:
+        """A manage.py of this site, at work."""
+        path = f"{self.oni}/ENV/bin:{self.environment['PATH']}"
+        return subprocess.Popen(
+            ["./manage.py", *words], cwd=self.oni, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
+            env={**self.environment, **environment, "PATH": path})
+
+    def manage(self, *words: str, **environment: str) -> subprocess.CompletedProcess:
+        """A manage.py of this site, run to its end."""
+        process = self.manage_begun(*words, **environment)
+        out, err = process.communicate(timeout=90)
+        return subprocess.CompletedProcess(words, process.returncode, out, err)
+
     # -- its database and its batches
 
     def query(self, sql: str, *values) -> list[tuple]:
@@ -749,6 +1805,11 @@ class Site:
                           " WHERE batch_id = ?1), (SELECT count(*) FROM core_page JOIN core_issue ON core_issue.id ="
                           " issue_id WHERE batch_id = ?1)", batch)[0]
 
+    def events(self, batch: str) -> list[str]:
+        """A batch's history in Open ONI's database."""
+        return [message for message, in self.query(
+            "SELECT message FROM core_loadbatchevent WHERE batch_name = ? ORDER BY id", batch)]
+
     def batch(self, name: str, issues: int = 2, pages: int = 2, **more) -> Path:
         """A new batch in BATCH_SOURCE."""
         return make_batch(self.source, name, issues, pages, **more)
@@ -758,8 +1819,8 @@ class Site:
         return Gate(path)
 
     def hold_load(self, batch: Path, issue: int = 0, page: int = 1) -> Gate:
-        """Makes a load wait at a page, of which the file is then as it was."""
-        return Gate(sorted((batch / "data").glob(f"*/print/*/{page:04}.jp2"))[issue])
+        """Makes a load wait at a page, whose row it has saved and whose files it has not read."""
+        return Gate(mets_of(batch, issue).with_name(f"{page:04}.gate"))
 
     @contextlib.contextmanager
     def database_down(self):
@@ -781,11 +1842,11 @@ class Site:
 
 
 class Gate:
-    """A FIFO in place of a file. Whoever opens the file waits until the gate is opened."""
+    """A FIFO in place of a file, or where none was: who opens it waits until the gate opens."""
 
     def __init__(self, path: Path):
         self.path = path
-        self._content = path.read_bytes() if path.exists() else b""
+        self._content = path.read_bytes() if path.is_file() else None
         path.unlink(missing_ok=True)
         os.mkfifo(path)
         self._writer = -1
@@ -799,11 +1860,14 @@ class Gate:
         """Lets them in, and makes the file what it was."""
         if self._writer < 0:
             self.reached()
-        unready = self.path.with_name(self.path.name + ".file")
-        unready.write_bytes(self._content)
-        unready.rename(self.path)
+        if self._content is None:
+            self.path.unlink()
+        else:
+            unready = self.path.with_name(self.path.name + ".file")
+            unready.write_bytes(self._content)
+            unready.rename(self.path)
         with contextlib.suppress(BrokenPipeError):
-            os.write(self._writer, self._content)
+            os.write(self._writer, self._content or b"")
         os.close(self._writer)
 
 
@@ -1067,51 +2131,51 @@ def test_a_name_that_is_no_batch_name_is_refused_before_the_disk_is_touched(shar
         assert reply["message"] == f'"{name}" cannot be {message}' and "is not a batch name" in reply["error"]
 
 
-def spoil_missing(batch: Path) -> str:
+def refused_missing(batch: Path) -> str:
     path = next(batch.glob("data/*/print/*/1900010101.xml"))
     path.unlink()
     return f"open {path}: no such file or directory"
 
 
-def spoil_folder(batch: Path) -> str:
+def refused_folder(batch: Path) -> str:
     path = next(batch.glob("data/*/print/*/1900010101.xml"))
     path.unlink()
     path.mkdir()
     return f"{path} is not a regular file"
 
 
-def spoil_fifo(batch: Path) -> str:
+def refused_fifo(batch: Path) -> str:
     (batch / "data/batch.xml").unlink()
     os.mkfifo(batch / "data/batch.xml")
     return "batch.xml is not a regular file"
 
 
-def spoil_xml(batch: Path) -> str:
+def refused_xml(batch: Path) -> str:
     (batch / "data/batch.xml").write_text("<batch>")
     return "batch.xml: no element found: line 1"
 
 
-def spoil_doctype(batch: Path) -> str:
+def refused_doctype(batch: Path) -> str:
     text = (batch / "data/batch.xml").read_text()
     (batch / "data/batch.xml").write_text(text.replace("\n", '\n<!DOCTYPE batch [<!ENTITY a "b">]>\n', 1))
     return "a DOCTYPE is not allowed"
 
 
-def spoil_path(batch: Path) -> str:
+def refused_path(batch: Path) -> str:
     text = (batch / "data/batch.xml").read_text()
     (batch / "data/batch.xml").write_text(re.sub(r"\./\S+?\.xml</issue>", "../../../../../etc/passwd</issue>", text))
     return "lies outside the batch's folder"
 
 
-def spoil_link(batch: Path) -> str:
+def refused_link(batch: Path) -> str:
     path = next(batch.glob("data/*/print/*/1900010101.xml"))
     path.unlink()
     path.symlink_to("/etc/passwd")
     return "lies outside the batch's folder"
 
 
-@pytest.mark.parametrize("spoil", [spoil_missing, spoil_folder, spoil_fifo, spoil_xml, spoil_doctype, spoil_path,
-                                   spoil_link])
+@pytest.mark.parametrize("spoil", [refused_missing, refused_folder, refused_fifo, refused_xml, refused_doctype, refused_path,
+                                   refused_link])
 def test_a_batch_with_broken_files_is_refused_and_says_which(shared, spoil):
     name = f"batch_oru_{spoil.__name__}_ver01"
     said = spoil(shared.batch(name))
@@ -1255,6 +2319,8 @@ def repaired(site: Site, *words: str) -> list[str]:
 
 # -- loads and purges that go wrong
 
+REFUSED_FAULTS = ("METS missing", "batch.xml missing", "batch.xml cut off")  # by the agent itself
+
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_load_is_failed_and_the_next_one_purges_and_loads_the_whole_batch(agent, how):
@@ -1337,14 +2403,14 @@ def test_a_load_that_cannot_be_checked_is_failed_and_says_so(site):
 
 
 def test_a_silent_hole_is_a_failure_with_the_counts_until_it_is_mended(agent):
-    batch_xml = agent.batch(ALPHA, issues=4) / "data/batch.xml"
-    whole = batch_xml.read_text()
-    batch_xml.write_text(whole.replace('editionOrder="01"', 'editionOrder=""', 1))
+    batch = agent.batch(ALPHA, issues=4)
+    whole = mets_of(batch).read_text()
+    spoil_edition(batch)
     for _ in range(2):
         job = agent.run("load-batch", ALPHA)
         assert job["status"] == "failed" and job["error"].startswith("ONI holds 3 of the 4 issues in batch.xml; ")
         assert "invalid literal for int" in job["error"]
-    batch_xml.write_text(whole)
+    mets_of(batch).write_text(whole)
     repaired(agent, "load-batch", ALPHA)
     assert agent.held(ALPHA) == (1, 4, 8)
 
@@ -1409,52 +2475,32 @@ def test_a_cache_that_cannot_be_written_fails_the_job_but_says_that_the_batch_is
 def test_without_solr_loads_and_purges_fail_and_nothing_is_left(agent):
     agent.batch(ALPHA)
     agent.run("load-batch", ALPHA)
-    with socket.socket() as nobody:  # bound, and not listening
-        nobody.bind(("127.0.0.1", 0))
-        settings = settings_local(agent, f"SOLR_BASE_URL = 'http://127.0.0.1:{nobody.getsockname()[1]}'\n")
-        for command, action in (("purge-batch", "purge failed"), ("load-batch", "unable to load batch")):
+    with agent.solr.down():
+        for command, action in (
+                ("purge-batch", "Failed to connect to server at"),
+                ("load-batch", "Failed to connect to server at")):
             job = agent.run(command, ALPHA)
             assert job["status"] == "failed"
-            assert job["error"].startswith(f"exit status 1: {action}: Failed to connect to server at http://127.0.0.1:")
-            assert job["error"].endswith("; ONI holds nothing of the batch") and agent.held(ALPHA) == (0, 0, 0)
+            assert job["error"].startswith(f"exit status 1: {action} {agent.solr.url}")
+            assert job["error"].endswith("; ONI holds nothing of the batch")
+            assert agent.held(ALPHA) == (0, 0, 0)
         assert without_session(agent.call("purge-batch", ALPHA)) == NOOP
-    settings.unlink()
     repaired(agent, "load-batch", ALPHA)
     assert agent.held(ALPHA) == (1, 2, 4)
 
 
-def spoil_image(batch: Path) -> str:
-    next(batch.glob("data/*/print/*/0001.jp2")).unlink()
-    return r"unable to load batch: \[Errno 2\] No such file or directory: .*0001.jp2"
-
-
-def spoil_ocr(batch: Path) -> str:
-    next(batch.glob("data/*/print/*/0001.xml")).write_text("<alto>")
-    return "unable to load batch: no element found"
-
-
-def spoil_mets(batch: Path) -> str:
-    next(batch.glob("data/*/print/*/1900010101.xml")).write_text("<mets>")
-    return "unable to load batch: no element found"
-
-
-def spoil_title(batch: Path) -> str:
-    batch_xml = batch / "data/batch.xml"
-    batch_xml.write_text(batch_xml.read_text().replace('lccn="sn99990001"', 'lccn="sn00000000"'))
-    return "unable to load batch: Title matching query does not exist."
-
-
-def spoil_nothing(batch: Path) -> str:
-    return "no awardee for org code: zzz"
-
-
-@pytest.mark.parametrize("spoil, name", [(spoil_image, ALPHA), (spoil_ocr, ALPHA), (spoil_mets, ALPHA),
-                                         (spoil_title, ALPHA), (spoil_nothing, "batch_zzz_x_ver01")])
-def test_what_open_oni_cannot_load_is_failed_with_its_first_error_and_what_is_left(agent, spoil, name):
-    said = spoil(agent.batch(name))
-    job = agent.run("load-batch", name)
+@pytest.mark.parametrize("name", [
+    name for name, fault in FAULTS.items()
+    if fault.status and name not in REFUSED_FAULTS])
+def test_what_open_oni_cannot_load_is_failed_with_its_first_error_and_what_is_left(agent, name):
+    fault = FAULTS[name]
+    batch = agent.batch(batch_with(name), issues=3)
+    fault.spoil(batch)
+    with MarcSite() as marc:
+        agent.restart(**marc.environment)
+        job = agent.run("load-batch", batch.name)
     assert job["status"] == "failed"
-    assert re.fullmatch(f"exit status 1: {said}.*; ONI holds nothing of the batch", job["error"])
+    assert re.fullmatch(f"exit status 1: {fault.said}.*; ONI holds nothing of the batch", job["error"])
 
 
 def test_a_purge_of_what_is_not_there_is_no_job_and_at_its_turn_no_failure(agent):
@@ -1698,6 +2744,7 @@ def patcher(tmp_path_factory, template):
     batch = site.batch(ALPHA, issues=3)
     reel = batch / "data" / GAZETTE / "print"
     shutil.copytree(reel / "1900010101", reel / "19000101011")  # the first issue's name is the beginning of its own
+    (reel / "19000101011/1900010101.xml").write_text(mets_xml(2, edition=11))
     for number, suffix in enumerate(("TIF", "tiff", "TIFF"), 1):
         (reel / f"1900010301/{number:04}.{suffix}").write_bytes(PAGE_FILES["tif"])
     text = (batch / "data/batch.xml").read_text()
@@ -1935,6 +2982,86 @@ def test_a_database_that_is_down_is_said_and_one_that_is_up_again_asked(agent, w
         assert agent.held(name) == (1, 2, 4)
 
 
+# --- Promises: the stand-in itself ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_the_stand_in_does_with_each_fault_what_open_oni_was_measured_to_do(site, name):
+    fault = FAULTS[name]
+    batch = site.batch(batch_with(name), issues=3)
+    fault.spoil(batch)
+    with MarcSite("sn99990077") as marc:
+        done = site.manage("load_batch", str(batch), **marc.environment)
+    errors = re.findall(r"^\[ERROR\] (.*)", done.stderr, re.MULTILINE)
+    assert done.returncode == fault.status, done.stderr
+    assert site.held(batch.name) == fault.held
+    assert len(site.solr.documents(batch.name)) == fault.indexed
+    assert bool(errors) == bool(fault.said)
+    assert re.match(fault.said, (errors or [""])[0])
+    pages = fault.held[2]
+    purged = "purge failed: Batch matching query does not exist."
+    if fault.status == 0:
+        assert site.events(batch.name) == ["starting load", f"processed {pages} pages"]
+    else:
+        assert site.events(batch.name) == [
+            "starting load",
+            ABORT + fault_message(errors),
+            "starting purge",
+            purged if name == "awardee unknown" else "purged"]
+        assert (site.oni / "data/batches" / batch.name).is_symlink() == (name == "awardee unknown")
+
+
+def fault_message(errors: list[str]) -> str:
+    """What came after "unable to load batch: "."""
+    return next(line for line in errors if line.startswith(ABORT))[len(ABORT):]
+
+
+def test_the_stand_in_purges_rows_index_link_and_coordinates(site):
+    batch = site.batch(ALPHA)
+    coordinates = site.oni / "data/word_coordinates"
+    assert site.manage("load_batch", str(batch)).returncode == 0
+    assert len(list(coordinates.rglob("*.gz"))) == 4 and len(site.solr.documents(ALPHA)) == 4
+    assert site.query("SELECT count(*) FROM core_page WHERE indexed") == [(4,)]
+    done = site.manage("purge_batch", ALPHA)
+    assert done.returncode == 0 and done.stdout == ""
+    assert site.held(ALPHA) == (0, 0, 0) and site.solr.documents() == []
+    assert list(coordinates.rglob("*.gz")) == []
+    assert not (site.oni / "data/batches" / ALPHA).is_symlink()
+    assert site.events(ALPHA)[2:] == ["starting purge", "purged"]
+
+
+@pytest.mark.parametrize("trouble", ["down", "failing"])
+def test_the_stand_in_without_its_index_does_what_open_oni_was_measured_to_do(site, trouble):
+    batch = site.batch(ALPHA)
+    site.manage("load_batch", str(batch))
+    with getattr(site.solr, trouble)():
+        assert site.manage("purge_batch", ALPHA).returncode == 1
+        assert site.held(ALPHA) == (0, 0, 0)
+        assert site.manage("load_batch", str(batch)).returncode == 1
+    assert site.held(ALPHA) == (0, 0, 0)
+    assert site.events(ALPHA)[-1].startswith("purge failed: ")
+    assert (site.oni / "data/batches" / ALPHA).is_symlink()
+    assert len(site.solr.documents(ALPHA)) == 4  # which lead nowhere
+    assert site.manage("purge_batch", ALPHA).returncode == 1
+
+
+def test_the_stand_in_waits_for_an_index_that_hangs(site):
+    batch = site.batch(ALPHA)
+    with site.solr.hanging():
+        loading = site.manage_begun("load_batch", str(batch))
+        until(lambda: site.solr.requests)
+        assert loading.poll() is None
+    assert loading.wait(60) == 0 and len(site.solr.documents(ALPHA)) == 4
+
+
+def test_the_stand_ins_batch_storage_may_be_text_as_in_release_1_0(site):
+    settings_local(site, "PATHS_ARE_TEXT = True\n")
+    batch = site.batch(ALPHA, validated=True)
+    assert site.start().run("load-batch", ALPHA)["status"] == "successful"
+    assert site.held(ALPHA) == (1, 2, 4)
+    assert os.readlink(site.oni / "data/batches" / ALPHA) == str(batch)
+
+
 # --- Promises: nothing is lost ----------------------------------------------------------------------------------------
 
 KILLS = int(os.environ.get("CRASH_KILLS", 30))
@@ -1984,10 +3111,11 @@ def half_load(site: Site, batch: Path) -> None:
     """What a load leaves that is killed in its first issue."""
     (site.oni / "data/batches" / batch.name).symlink_to(batch)
     with contextlib.closing(sqlite3.connect(site.oni / "oni.sqlite3", timeout=60)) as database, database:
-        database.execute("INSERT INTO core_batch (name, created, awardee_id) VALUES (?, '2026-01-01 00:00:00', 'oru')",
+        database.execute("INSERT INTO core_batch (name, created, validated_batch_file, awardee_id)"
+                         " VALUES (?, '2026-01-01 00:00:00', '', 'oru')", [batch.name])
+        database.execute("INSERT INTO core_issue (batch_id, title_id, date_issued, edition, created)"
+                         " VALUES (?, 'sn99990001', '1900-01-01', 1, '2026-01-01 00:00:00')",
                          [batch.name])
-        database.execute("INSERT INTO core_issue (batch_id, title_id, date_issued, edition)"
-                         " VALUES (?, 'sn99990001', '1900-01-01', 1)", [batch.name])
         database.execute("INSERT INTO core_loadbatchevent (batch_name, created, message)"
                          " VALUES (?, '2026-01-01 00:00:00', 'starting load')", [batch.name])
 
@@ -2314,52 +3442,52 @@ def change_store(site: Site, *statements: str) -> None:
         (site.state / f"{name}.copy").rename(site.state / name)
 
 
-def spoil_garbage(site: Site) -> str:
+def damage_garbage(site: Site) -> str:
     (site.state / "jobs.db").write_bytes(b"This is not a database.\n" * 1000)
     return "not a database"
 
 
-def spoil_header(site: Site) -> str:
+def damage_header(site: Site) -> str:
     with open(site.state / "jobs.db", "r+b") as file:
         file.write(bytes(100))
     return "jobs.db"
 
 
-def spoil_page(site: Site) -> str:
+def damage_page(site: Site) -> str:
     with open(site.state / "jobs.db", "r+b") as file:
         file.seek(8 * 4096)
         file.write(random.Random(1).randbytes(4096))
     return "jobs.db"
 
 
-def spoil_end(site: Site) -> str:
+def damage_end(site: Site) -> str:
     os.truncate(site.state / "jobs.db", 5 * 4096)
     return "jobs.db"
 
 
-def spoil_row(site: Site) -> str:
+def damage_row(site: Site) -> str:
     change_store(site, "UPDATE jobs SET words = '[\"load-bat' WHERE id = 60")
     return "jobs.db"
 
 
-def spoil_owner(site: Site) -> str:
+def damage_owner(site: Site) -> str:
     for path in site.state.glob("jobs.db*"):
         path.unlink()
     change_store(site, "CREATE TABLE addresses (name TEXT)", "INSERT INTO addresses VALUES ('somebody')")
     return "not an ONI Agent's"
 
 
-def spoil_version(site: Site) -> str:
+def damage_version(site: Site) -> str:
     change_store(site, "PRAGMA user_version = 99")
     return "newer"
 
 
-@pytest.mark.parametrize("spoil", [spoil_garbage, spoil_header, spoil_page, spoil_end, spoil_row, spoil_owner,
-                                   spoil_version])
-def test_a_store_that_is_damaged_foreign_or_newer_is_left_alone(witnessed, spoil):
+@pytest.mark.parametrize("damage", [damage_garbage, damage_header, damage_page, damage_end, damage_row, damage_owner,
+                                   damage_version])
+def test_a_store_that_is_damaged_foreign_or_newer_is_left_alone(witnessed, damage):
     site = witnessed
     past_jobs(site, *[(["load-batch", "batch_oru_alpha_ver01"], "successful", 1, 1)] * 800)
-    expected = spoil(site)
+    expected = damage(site)
     before = {path: path.read_bytes() for path in site.state.glob("jobs.db*")}
     for _ in range(2):
         said = failed_start(site)
@@ -2409,7 +3537,7 @@ def test_a_clock_set_back_does_not_disturb_the_order_of_a_log(witnessed):
     gate = site.hold_load(batch)
     site.job("load-batch", batch.name)
     gate.reached()
-    until(lambda: any("trying harder" in line for line in site.logs(1)))
+    until(lambda: any("Saving page" in line for line in site.logs(1)))
     site.kill()
     path = site.state / "logs/1.log"
     before, newest = path.read_text().rstrip("\n").rsplit("\n", 1)
@@ -2461,10 +3589,10 @@ if command == "load_batch":  # what matters here is the queue; a real load takes
     import sqlite3
     name = os.path.basename(sys.argv[2])
     database = sqlite3.connect("oni.sqlite3", timeout=60)
-    database.execute("INSERT INTO core_batch (name, created, awardee_id)"
-                     " VALUES (?, '2026-01-01 00:00:00', 'oru')", [name])
-    database.execute("INSERT INTO core_issue (batch_id, title_id, date_issued, edition)"
-                     " VALUES (?, 'sn99990001', '1900-01-01', 1)", [name])
+    database.execute("INSERT INTO core_batch (name, created, validated_batch_file, awardee_id)"
+                     " VALUES (?, '2026-01-01 00:00:00', '', 'oru')", [name])
+    database.execute("INSERT INTO core_issue (batch_id, title_id, date_issued, edition, created)"
+                     " VALUES (?, 'sn99990001', '1900-01-01', 1, '2026-01-01 00:00:00')", [name])
     database.execute("INSERT INTO core_loadbatchevent (batch_name, created, message)"
                      " VALUES (?, '2026-01-01 00:00:00', 'processed 1 pages')", [name])
     database.commit()
@@ -2519,7 +3647,7 @@ def in_use(site: Site) -> tuple:
 
 def failing_load(site: Site, name: str = "batch_oru_broken_ver01") -> Path:
     """A batch that passes the agent's look at its files and then fails to load; gives its spoilt file."""
-    ocr = sorted((site.batch(name) / "data").glob("*/print/*/0001.xml"))[0]
+    ocr = page_file(site.batch(name), "0001.xml", issue=0)
     ocr.write_text("<alto>")
     return ocr
 
@@ -2558,7 +3686,7 @@ def test_job_follow_shows_lines_as_they_come_until_the_job_ends(site, options, n
     gate.reached()
     following = ssh_begin(site, "job-follow 1", *options)
     so_far = []
-    while "Image 1" not in (so_far or [""])[-1] or len([line for line in so_far if "trying harder" in line]) < 3:
+    while len([line for line in so_far if "Saving page" in line]) < 3:
         so_far.append(following.stdout.readline().decode())
     assert following.poll() is None and site.call("job-status", "1")["job"]["status"] == "started"
     gate.open()
@@ -3014,6 +4142,14 @@ def fault_second_agent(site):
     yield
 
 
+@contextlib.contextmanager
+def fault_storage(site):
+    """A folder in which not even root can make a file."""
+    (site.oni / "data/batches").rmdir()
+    (site.oni / "data/batches").symlink_to("/proc/sys")
+    yield
+
+
 def setting(name: str, value: str):
     """A fault that is one variable; {} stands for the site's folder."""
     @contextlib.contextmanager
@@ -3036,7 +4172,7 @@ def file(name: str, text: str):
     return fault
 
 
-FAULTS = {
+CHECK_FAULTS = {
     "no manage.py": (setting("ONI_LOCATION", "{}/batches"), ["ONI_LOCATION is .* without manage.py"]),
     "no batch source": (setting("BATCH_SOURCE", "{}/nowhere"), ["BATCH_SOURCE is .*not a folder"]),
     "port in use": (fault_port, ["address: .*in use"]),
@@ -3050,9 +4186,8 @@ FAULTS = {
                         ["manage.py check: .*No module named 'nowhere'", "database: .*No module named 'nowhere'"]),
     "database down": (Site.database_down, ["database: .*OperationalError"]),
     "log/ not writable": (file("oni/log", "a file"), ["ONI's log/: .*[Nn]ot a directory"]),
-    "storage not writable": (file("oni/onisite/settings_local.py", 'BATCH_STORAGE = "/proc/sys"'),
-                             ["ONI's batch storage: "]),
-    "storage missing": (file("oni/onisite/settings_local.py", 'BATCH_STORAGE = "/nowhere/batches"'),
+    "storage not writable": (fault_storage, ["ONI's batch storage: "]),
+    "storage missing": (setting("ONI_STORAGE_PATH", "/nowhere"),
                         ["ONI's batch storage: .*No such file"]),
     "log level": (setting("LOG_LEVEL", "loud"), ["LOG_LEVEL is 'loud'"]),
     "allow from": (setting("ALLOW_FROM", "10.0.0.0/8, everyone"), ["ALLOW_FROM is .*'everyone'"]),
@@ -3063,9 +4198,9 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", CHECK_FAULTS)
 def test_check_finds_each_fault_and_nothing_else(site, fault):
-    prepare, expected = FAULTS[fault]
+    prepare, expected = CHECK_FAULTS[fault]
     with prepare(site):
         bad = check(site)[1]
     assert len(bad) == len(expected) and all(map(re.search, expected, bad)), bad
@@ -3957,11 +5092,10 @@ def test_a_request_while_its_like_is_being_cancelled_is_a_job_of_its_own(agent):
 
 
 def test_a_page_that_open_oni_skips_is_not_called_loaded(agent):
-    mets = next((agent.batch(ALPHA) / "data").glob("*/print/*/1900010101.xml"))
-    mets.write_text(mets.read_text().replace('ORDER="2"', 'ORDER=""'))
+    spoil_sequence(agent.batch(ALPHA))
     job = agent.run("load-batch", ALPHA)
     assert job["status"] == "failed" and agent.held(ALPHA) == (1, 2, 3)
-    assert "with 3 pages, but load_batch said: invalid literal for int()" in job["error"]
+    assert "with 3 pages, but load_batch said: could not determine sequence number" in job["error"]
 
 
 def test_what_was_printed_while_no_agent_was_there_is_in_the_log_however_long_it_is(site):
@@ -4293,8 +5427,7 @@ def demo_site(folder: Path, template: Path) -> Site:
     site.environment["ONI_PAGE_SECONDS"] = "0.1"
     site.batch("batch_oru_small_ver01", issues=2, pages=2)
     site.batch("batch_oru_slow_ver01", issues=60, pages=5)
-    hole = site.batch("batch_oru_hole_ver01", issues=4, pages=1) / "data/batch.xml"
-    hole.write_text(hole.read_text().replace('editionOrder="01"', 'editionOrder=""', 1))
+    spoil_edition(site.batch("batch_oru_hole_ver01", issues=4, pages=1))
     (folder / "herald.xml").write_bytes(marc_xml(wrapped=True))
     return site
 
