@@ -23,6 +23,7 @@ by a FIFO in place of one of the batch's files.
 from __future__ import annotations
 
 import argparse
+import base64
 import collections
 import contextlib
 import functools
@@ -452,6 +453,10 @@ class BatchLoaderException(RuntimeError):
     pass
 
 
+class UnidentifiedImageError(OSError):
+    __module__ = "PIL"
+
+
 def found(node, path):
     return node.xpath(path, namespaces=NAMESPACES)
 
@@ -713,7 +718,7 @@ def size_of_picture(path):
     """Any size will do; what matters is that the file is there and a JPEG 2000."""
     with open(path, "rb") as file:
         if file.read(8) != b"\\0\\0\\0\\x0cjP  ":
-            raise OSError(f"cannot identify image file {path!r}")
+            raise UnidentifiedImageError(f"cannot identify image file {path!r}")
     return 8, 8
 
 
@@ -741,11 +746,15 @@ from django.utils import timezone
 from core.models import Country, Language, Title
 
 
-class Marc(xml.sax.handler.ContentHandler):
-    """Gives each record of a document, at its end, to a function.
+class Record(dict):
+    """The first text of each field of a MARC record: {"005": text, "010a": text, ...}."""
 
-    A record is a dict of the first text of each field: {"005": text, "010a": text, ...}.
-    """
+    def __missing__(self, key):
+        raise KeyError  # that does not say what is missing
+
+
+class Marc(xml.sax.handler.ContentHandler):
+    """Gives each record of a document, at its end, to a function."""
 
     def __init__(self, load):
         self.load = load
@@ -758,7 +767,7 @@ class Marc(xml.sax.handler.ContentHandler):
         element = name[1]
         self.text = ""
         if element == "record":
-            self.record = {}
+            self.record = Record()
         elif element == "leader":
             self.key = "leader"
         elif element == "controlfield":
@@ -856,10 +865,15 @@ def lccn_of(record):
 
 
 def oclc_of(record):
-    """Raises AttributeError for a record without the number."""
+    """Without the number, or of another source than these two, the record is not stored."""
     source = record.get("003", "ocolc").strip().lower()
-    number = record.get("035a") if source == "dlc" else record.get("001")
-    return number.replace(" ", "").replace("(OCoLC)", "")
+    if source == "dlc":
+        oclc = record.get("035a")
+    elif source == "ocolc":
+        oclc = record.get("001")
+    else:
+        logging.info("003 value is not handled by this load script")
+    return oclc.replace(" ", "").replace("(OCoLC)", "")
 
 
 def version_of(record):
@@ -1121,9 +1135,14 @@ OCLC_ANSWER = '''\
 {}</recordData></record></records>
 </searchRetrieveResponse>
 '''
+JP2 = base64.b64decode("""
+AAAADGpQICANCocKAAAAFGZ0eXBqcDIgAAAAAGpwMiAAAAAtanAyaAAAABZpaGRyAAAACAAAAAgAAQcHAAAAAAAPY29scgEA
+AAAAABEAAACNanAyY/9P/1EAKQAAAAAACAAAAAgAAAAAAAAAAAAAAAgAAAAIAAAAAAAAAAAAAQcBAf9SAAwAAAABAAMEBAAB
+/1wADUBASEhQSEhQSEhQ/2QAJQABQ3JlYXRlZCBieSBPcGVuSlBFRyB2ZXJzaW9uIDIuNS4w/5AACgAAAAAAEgAB/5OAgICA
+/9k=""")  # of 8 by 8 pixels, all of them grey
 PAGE_FILES = {
     "tif": b"II*\0" + bytes(300),
-    "jp2": b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(300),
+    "jp2": JP2,
     "pdf": b"%PDF-1.4\n" + b"%" * 300 + b"\n%%EOF\n",
     "xml": ALTO,
 }
