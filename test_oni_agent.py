@@ -11,15 +11,29 @@
     python3 -m pytest -n 4 test_oni_agent.py    the tests, against a stand-in Open ONI, over SSH
     python3 test_oni_agent.py --demo            an agent to try, on 127.0.0.1:2222, until Ctrl-C
     python3 test_oni_agent.py --demo --once     a whole exchange, printed
-    python3 test_oni_agent.py --bench           how fast the agent is; --address HOST:PORT: another one beside it
+    python3 test_oni_agent.py --bench           how fast the agent is
+    python3 test_oni_agent.py --bench --address HOST:PORT    and another agent beside it
 
 CRASH_KILLS=150 makes the crash tests kill more often, CRASH_SEED=… at the same instants again.
 
 The stand-in is a real Django project with the models, the commands and the bad habits of a real
-Open ONI. The agent runs as a process of its own and is talked to by OpenSSH's client and by
-paramiko's. What a test needs to happen at an instant (a load at its third page, say) is held there
-by a FIFO in place of one of the batch's files.
+Open ONI. The agent runs as a process of its own, and is talked to by OpenSSH's client and by
+paramiko's.
+
+To add a test, take one of three fixtures: `agent`, a site whose agent runs; `site`, one whose agent
+is yet to `start(NAME=value, ...)`; `shared`, one that all tests that only ask have together.
+Feed it: `site.batch(NAME, issues=, pages=)`, and spoil that by a function of FAULTS, if need be.
+Ask: `site.call(*words, stdin=)` gives the answer, `site.job(...)` the id of the job that it makes,
+`site.ended(id)` the job once it has ended, `site.run(...)` both; `site.ssh(line)` asks with ssh.
+Look: `site.held(batch)` gives rows, issues and pages, `site.events(batch)` the history,
+`site.query(SQL)` anything else; `site.logs(id)`, `site.wait_for(pattern)`; `site.solr.documents()`.
+Hold: `gate = site.hold_load(batch, issue=, page=)` before the load; then `gate.reached()`, look,
+`gate.open()`; `site.hold(batch / "purge-gate")` in a purge; `kill_at(site, gate, "load_batch")`.
+Break: `with site.database_down():`, `with site.solr.down():` (or `failing()`, `hanging()`),
+`site.solr.forget()`, `settings_local(site, text)`, `site.prepend_to_manage(code)`, `MarcSite()`.
+A test waits for what happens, by a gate, the agent's log or `until(condition)`; it never sleeps.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -60,7 +74,6 @@ import paramiko  # noqa: E402
 import oni_agent  # noqa: E402
 
 
-
 class NotInstalled:
     """Stands for pytest and hypothesis where they are missing: the demo needs neither."""
 
@@ -85,6 +98,5204 @@ except ImportError:
 
 AGENT = Path(oni_agent.__file__).resolve()
 
+# --- A site with an agent -------------------------------------------------------------------------
+
+
+class Site:
+    """A stand-in Open ONI with its batches, and an agent that runs on it, a process of its own."""
+
+    def __init__(self, folder: Path, template: Path):
+        self.oni, self.source, self.state = folder / "oni", folder / "batches", folder / "state"
+        shutil.copytree(template, self.oni, symlinks=True)
+        self.source.mkdir()
+        self.solr = Solr()
+        self.environment = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(folder),
+            "ONI_LOCATION": str(self.oni),
+            "ONI_SOLR_URL": self.solr.url,
+            "BATCH_SOURCE": str(self.source),
+            "STATE_DIRECTORY": str(self.state),
+            "BA_BIND": "127.0.0.1:0",
+            "LOG_LEVEL": "debug",
+        }
+        self.agent: subprocess.Popen | None = None
+        self.port = 0
+        self.log: list[str] = []
+        self._news = threading.Condition()
+
+    # -- the agent's life
+
+    def __enter__(self) -> Site:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.clean_up()
+
+    def start(self, **environment: str) -> Site:
+        """Starts the agent and waits until it listens."""
+        self.environment.update(environment)
+        self.log = []
+        self.agent = subprocess.Popen(
+            [sys.executable, str(AGENT)], env=self.environment, stderr=subprocess.PIPE
+        )
+        threading.Thread(
+            target=self._read_log, args=(self.agent.stderr, self.log), daemon=True
+        ).start()
+        line = self.wait_for(r"listening on \S+:\d+")
+        self.port = int(re.search(r"listening on \S+:(\d+)", line)[1])
+        return self
+
+    def _read_log(self, stream, log: list[str]) -> None:
+        for line in io.TextIOWrapper(stream, errors="replace"):
+            with self._news:
+                log.append(line)
+                self._news.notify_all()
+        with self._news:
+            log.append("(the agent's log ends here)")
+            self._news.notify_all()
+
+    def wait_for(self, pattern: str, seconds: float = 90) -> str:
+        """The first line of the agent's log with this pattern, once it is there."""
+
+        def found() -> str:
+            return next((line for line in self.log if re.search(pattern, line)), "") or (
+                "(ends)" if self.log and self.log[-1].startswith("(the agent's log ends") else ""
+            )
+
+        with self._news:
+            line = self._news.wait_for(found, seconds)
+        assert line and line != "(ends)", f"no {pattern!r} in the agent's log:\n{''.join(self.log)}"
+        return line
+
+    def stop(self, how: int = signal.SIGTERM) -> int:
+        """Sends the agent a signal and waits for its end; its exit status."""
+        self.agent.send_signal(how)
+        return self.agent.wait(30)
+
+    def kill(self) -> None:
+        """kill -9."""
+        self.stop(signal.SIGKILL)
+
+    def restart(self, **environment: str) -> Site:
+        """kill -9, and a new one."""
+        self.kill()
+        return self.start(**environment)
+
+    def clean_up(self) -> None:
+        """Leaves no process behind."""
+        if self.agent and self.agent.poll() is None:
+            self.kill()
+        for pid in self.manage_pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.solr.close()
+
+    def manage_pids(self, command: str = "") -> list[int]:
+        """The manage.py processes of this site that are at work (on one command)."""
+        pids = []
+        for entry in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                words = entry.read_bytes().decode("utf-8", "replace").split("\0")
+                if str(self.oni / "manage.py") in words and (not command or command in words):
+                    if entry.with_name("stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                        pids.append(int(entry.parent.name))
+        return pids
+
+    # -- talking to it
+
+    def ssh_words(self, *options: str) -> list[str]:
+        """OpenSSH's client, as a list of words that lacks only the command."""
+        return [
+            "ssh",
+            "-F",
+            "none",
+            "-p",
+            str(self.port),
+            "-o",
+            "StrictHostKeyChecking=no",
+            "-o",
+            "LogLevel=ERROR",
+            "-o",
+            "UserKnownHostsFile=/dev/null",
+            "-o",
+            "BatchMode=yes",
+            *options,
+            "nobody@127.0.0.1",
+        ]
+
+    def ssh(self, command: str, stdin: bytes = b"") -> dict:
+        """What OpenSSH's client prints for a command: one JSON object.
+
+        The exit status is 0, and stderr is empty.
+        """
+        done = subprocess.run(
+            [*self.ssh_words(), command],
+            input=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            timeout=90,
+        )
+        assert (done.returncode, done.stderr) == (0, b"")
+        return json.loads(done.stdout)
+
+    def call(self, *words: str, stdin: bytes | None = None) -> dict:
+        """The answer to a command, asked as NCA asks.
+
+        That is with a connection of its own, and every word in Go's quotes.
+        """
+        with Client(self.port) as client:
+            return client.ask(" ".join(go_quoted(word) for word in words), stdin)
+
+    def job(self, *words: str, stdin: bytes | None = None) -> int:
+        """The id of the job that a command becomes."""
+        reply = self.call(*words, stdin=stdin)
+        assert reply["status"] == "success", reply
+        return reply["job"]["id"]
+
+    def ended(self, id: int) -> dict:
+        """The job of an id, once it has ended."""
+        job = self.call("job-status", str(id))["job"]
+        if job["status"] in ("pending", "started"):
+            self.wait_for(rf"job={id} .*status=")
+            job = self.call("job-status", str(id))["job"]
+        return job
+
+    def run(self, *words: str, stdin: bytes | None = None) -> dict:
+        """A command's job, once it has ended."""
+        return self.ended(self.job(*words, stdin=stdin))
+
+    def logs(self, id: int) -> list[str]:
+        """The lines of a job's log, both streams, in order, without their stamps."""
+        job = self.call("job-logs", str(id))["job"]
+        return [line[33:] for line in sorted(job["stdout"] + job["stderr"])]
+
+    # -- its manage.py, without the agent
+
+    def manage_begun(self, *words: str, **environment: str) -> subprocess.Popen:
+        """A manage.py of this site, at work."""
+        path = f"{self.oni}/ENV/bin:{self.environment['PATH']}"
+        return subprocess.Popen(
+            ["./manage.py", *words],
+            cwd=self.oni,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            env={**self.environment, **environment, "PATH": path},
+        )
+
+    def manage(self, *words: str, **environment: str) -> subprocess.CompletedProcess:
+        """A manage.py of this site, run to its end."""
+        process = self.manage_begun(*words, **environment)
+        out, err = process.communicate(timeout=90)
+        return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+    # -- its database and its batches
+
+    def query(self, sql: str, *values) -> list[tuple]:
+        """Rows of Open ONI's database."""
+        with contextlib.closing(sqlite3.connect(self.oni / "oni.sqlite3", timeout=60)) as database:
+            return database.execute(sql, values).fetchall()
+
+    def held(self, batch: str) -> tuple[int, int, int]:
+        """Rows, issues and pages of a batch in Open ONI's database."""
+        return self.query(
+            "SELECT (SELECT count(*) FROM core_batch WHERE name = ?1), (SELECT count(*) FROM"
+            " core_issue WHERE batch_id = ?1), (SELECT count(*) FROM core_page JOIN core_issue ON"
+            " core_issue.id = issue_id WHERE batch_id = ?1)",
+            batch,
+        )[0]
+
+    def events(self, batch: str) -> list[str]:
+        """A batch's history in Open ONI's database."""
+        return [
+            message
+            for message, in self.query(
+                "SELECT message FROM core_loadbatchevent WHERE batch_name = ? ORDER BY id", batch
+            )
+        ]
+
+    def batch(self, name: str, issues: int = 2, pages: int = 2, **more) -> Path:
+        """A new batch in BATCH_SOURCE."""
+        return make_batch(self.source, name, issues, pages, **more)
+
+    def hold(self, path: Path) -> Gate:
+        """Makes whoever reads this file wait."""
+        return Gate(path)
+
+    def hold_load(self, batch: Path, issue: int = 0, page: int = 1) -> Gate:
+        """Makes a load wait at a page, whose row it has saved and whose files it has not read."""
+        return Gate(mets_of(batch, issue).with_name(f"{page:04}.gate"))
+
+    @contextlib.contextmanager
+    def database_down(self):
+        """Open ONI's database cannot be opened, and who has it open cannot write."""
+        there, away = self.oni / "oni.sqlite3", self.oni / "away.sqlite3"
+        there.rename(away)
+        there.mkdir()
+        try:
+            yield
+        finally:
+            there.rmdir()
+            away.rename(there)
+
+    def prepend_to_manage(self, code: str) -> None:
+        """Something that this site's manage.py does first."""
+        manage = self.oni / "manage.py"
+        first, rest = manage.read_text().split("\n", 1)
+        manage.write_text(f"{first}\n{code}\n{rest}")
+
+
+# --- Gates: how a test holds what it tests at an instant ------------------------------------------
+
+
+class Gate:
+    """A FIFO in place of a file, or where none was: who opens it waits until the gate opens."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._content = path.read_bytes() if path.is_file() else None
+        path.unlink(missing_ok=True)
+        os.mkfifo(path)
+        self._writer = -1
+
+    def reached(self) -> Gate:
+        """Waits until somebody stands at the gate."""
+        self._writer = os.open(self.path, os.O_WRONLY)
+        return self
+
+    def open(self) -> None:
+        """Lets them in, and makes the file what it was."""
+        if self._writer < 0:
+            self.reached()
+        if self._content is None:
+            self.path.unlink()
+        else:
+            unready = self.path.with_name(self.path.name + ".file")
+            unready.write_bytes(self._content)
+            unready.rename(self.path)
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._writer, self._content or b"")
+        os.close(self._writer)
+
+
+# --- Clients --------------------------------------------------------------------------------------
+
+
+class Client:
+    """A connection with paramiko's client, authenticated by "none"."""
+
+    def __init__(self, port: int, user: str = "nca", host: str = "127.0.0.1", **options):
+        self.transport = paramiko.Transport(socket.create_connection((host, port)), **options)
+        self.transport.start_client(timeout=30)
+        self.transport.auth_none(user)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.transport.close()
+
+    def channel(self, command: str | bytes) -> paramiko.Channel:
+        """A channel on which a command has been accepted."""
+        channel = self.transport.open_session(timeout=30)
+        channel.settimeout(90)
+        channel.exec_command(command)
+        return channel
+
+    def raw(self, command: str | bytes, stdin: bytes | None = None) -> bytes:
+        """What comes on stdout; nothing may come on stderr, and the exit status must be 0."""
+        channel = self.channel(command)
+        if stdin is not None:
+            channel.sendall(stdin)
+        channel.shutdown_write()
+        output = channel.makefile("rb").read()
+        assert channel.recv_exit_status() == 0
+        assert channel.recv_stderr(1) == b""
+        return output
+
+    def ask(self, command: str | bytes, stdin: bytes | None = None) -> dict:
+        """The JSON answer to a command."""
+        return json.loads(self.raw(command, stdin))
+
+
+GO_NAMED = {
+    "\a": r"\a",
+    "\b": r"\b",
+    "\f": r"\f",
+    "\n": r"\n",
+    "\r": r"\r",
+    "\t": r"\t",
+    "\v": r"\v",
+    '"': r"\"",
+    "\\": r"\\",
+}
+
+
+def go_quoted(word: str) -> str:
+    """A word as Go's %q writes it."""
+    return '"' + "".join(map(go_escaped, word)) + '"'
+
+
+def go_escaped(character: str) -> str:
+    """A character as it stands in what Go's %q writes."""
+    code = ord(character)
+    if character in GO_NAMED:
+        return GO_NAMED[character]
+    if character.isprintable():
+        return character
+    if code < 128:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+# --- What a site talks to: a search index, and MARC records ---------------------------------------
+
+
+class Solr:
+    """A search index on a port of its own, as far as pysolr, Open ONI and an agent use one.
+
+    What is added or deleted shows at the next commit.
+    """
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._documents: dict[str, dict] = {}  # by id; what searches find
+        self._changes: list[Callable[[], None]] = []  # since the last commit
+        self._answering = threading.Event()
+        self._answering.set()
+        self._failing = False
+        self.requests: list[str] = []  # of each request: its path
+        self._server = self._listen(0)
+        self.port = self._server.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def _listen(self, port: int) -> ThreadingHTTPServer:
+        server = ThreadingHTTPServer(("127.0.0.1", port), SolrRequest)
+        server.daemon_threads = True
+        server.block_on_close = False
+        server.solr = self
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        return server
+
+    def close(self) -> None:
+        """Refuses connections from here on."""
+        self._answering.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    # -- for tests
+
+    def documents(self, batch: str = "") -> list[str]:
+        """The ids that a search finds: of a batch's pages, or of everything."""
+        with self._lock:
+            return sorted(
+                id
+                for id, document in self._documents.items()
+                if batch in ("", document.get("batch"))
+            )
+
+    def forget(self, batch: str = "") -> None:
+        """Loses a batch's documents, or all, as an index does that was restored or replaced."""
+        with self._lock:
+            for id, document in list(self._documents.items()):
+                if batch in ("", document.get("batch")):
+                    del self._documents[id]
+
+    @contextlib.contextmanager
+    def down(self):
+        """Connections are refused."""
+        self.close()
+        with socket.socket() as holder:  # so that nobody else takes the port
+            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            holder.bind(("127.0.0.1", self.port))
+            yield
+        self._server = self._listen(self.port)
+
+    @contextlib.contextmanager
+    def failing(self):
+        """Every request is answered with HTTP 500."""
+        self._failing = True
+        yield
+        self._failing = False
+
+    @contextlib.contextmanager
+    def hanging(self):
+        """No request is answered before the end of this."""
+        self._answering.clear()
+        yield
+        self._answering.set()
+
+    # -- for requests
+
+    def answer(self, path: str, body: str) -> tuple[int, dict]:
+        """Status and JSON of the answer to a request; a request without a body is a search."""
+        self.requests.append(path)
+        self._answering.wait()
+        if self._failing:
+            return 500, {"error": {"msg": "told to fail", "code": 500}}
+        where, _, query = path.partition("?")
+        asked = {key: values[-1] for key, values in parse_qs(query).items()}
+        kind = where.split("/")[3]
+        with self._lock:
+            if kind == "update":
+                self._update(body, asked)
+                return 200, {"responseHeader": {"status": 0}}
+            asked.update((key, values[-1]) for key, values in parse_qs(body).items())
+            try:
+                return 200, self._search(asked)
+            except (KeyError, ValueError) as error:
+                return 400, {"error": {"msg": str(error), "code": 400}}
+
+    def _update(self, body: str, asked: dict[str, str]) -> None:
+        """Takes a document, a deletion or a commit in, in JSON or XML."""
+        commit = asked.get("commit") == "true"
+        if body.startswith("["):
+            for document in json.loads(body):
+                self._changes.append(functools.partial(self._add, document))
+        elif body:
+            root = ElementTree.fromstring(body)
+            commit = commit or root.tag == "commit"
+            for node in root:
+                self._take(root.tag, node)
+        if commit:
+            for change in self._changes:
+                change()
+            self._changes.clear()
+
+    def _take(self, action: str, node: ElementTree.Element) -> None:
+        """What one node of an XML update asks for."""
+        if action == "add":
+            document = {field.get("name"): field.text for field in node}
+            self._changes.append(functools.partial(self._add, document))
+        elif action == "delete" and node.tag == "id":
+            self._changes.append(functools.partial(self._documents.pop, node.text, None))
+        elif action == "delete" and node.tag == "query":
+            self._changes.append(functools.partial(self._delete, node.text))
+
+    def _add(self, document: dict) -> None:
+        self._documents[document["id"]] = document
+
+    def _delete(self, query: str) -> None:
+        for document in self._found(query):
+            del self._documents[document["id"]]
+
+    def _found(self, *queries: str) -> list[dict]:
+        """The documents that match all these queries."""
+        return [
+            document
+            for document in self._documents.values()
+            if all(matches(document, query) for query in queries)
+        ]
+
+    def _search(self, asked: dict[str, str]) -> dict:
+        filters = [asked["fq"]] if "fq" in asked else []
+        found = self._found(asked["q"], *filters)
+        start = int(asked.get("start", 0))
+        shown = found[start : start + int(asked.get("rows", 10))]
+        if "fl" in asked:
+            fields = set(re.split("[, ]", asked["fl"]))
+            shown = [
+                {key: value for key, value in document.items() if key in fields}
+                for document in shown
+            ]
+        answer = {
+            "responseHeader": {"status": 0, "QTime": 0},
+            "response": {"numFound": len(found), "start": start, "docs": shown},
+        }
+        if asked.get("facet") == "true":
+            field = asked["facet.field"]
+            counts = collections.Counter(document[field] for document in found if field in document)
+            limit = int(asked.get("facet.limit", 100))
+            counted = counts.most_common(None if limit < 0 else limit)
+            flat = [item for pair in counted for item in pair]
+            answer["facet_counts"] = {"facet_fields": {field: flat}}
+        return answer
+
+
+TERMS_QUERY = re.compile(r"\{!terms f=(\w+)\}(.*)", re.DOTALL)
+TERM = re.compile(r"""([+-]?)(\w+|\*):(\([^()]*\)|"[^"]*"|[^\s"()]+)""")
+
+
+def matches(document: dict, query: str) -> bool:
+    """Whether a document is meant by a query.
+
+    Of Solr's language are known FIELD:"VALUE", FIELD:("VALUE" OR "VALUE") and *:*, with + or -
+    before them and AND between them, and {!terms f=FIELD}VALUE,VALUE; else it is a ValueError.
+    """
+    listed = TERMS_QUERY.fullmatch(query)
+    if listed:
+        return str(document.get(listed[1])) in listed[2].split(",")
+    if not re.fullmatch(r"(\s|AND)*", TERM.sub("", query)):
+        raise ValueError(f"a query that is not known here: {query}")
+    for sign, field, text in TERM.findall(query):
+        values = [value.strip(' "') for value in text.strip("()").split(" OR ")]
+        is_there = field == "*" or field in document
+        is_meant = is_there and ("*" in values or str(document.get(field)) in values)
+        if is_meant == (sign == "-"):
+            return False
+    return True
+
+
+class SolrRequest(BaseHTTPRequestHandler):
+    """A request to a Solr of the class above."""
+
+    def do_GET(self) -> None:
+        self.reply("")
+
+    def do_POST(self) -> None:
+        self.reply(self.rfile.read(int(self.headers["Content-Length"])).decode())
+
+    def reply(self, body: str) -> None:
+        status, answer = self.server.solr.answer(self.path, body)
+        content = json.dumps(answer).encode()
+        with contextlib.suppress(ConnectionError):  # whoever asked may have been killed
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+    def log_message(self, *_) -> None:
+        """Says nothing."""
+
+
+class MarcSite:
+    """A site that has the MARC records of some titles, and of all others answers 404."""
+
+    def __init__(self, *lccns: str):
+        self.lccns = lccns
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), MarcRequest)
+        self._server.daemon_threads = True
+        self._server.site = self
+        self.urlformat = f"http://127.0.0.1:{self._server.server_address[1]}/lccn/%s/marc.xml"
+        self.environment = {"ONI_MARC_RETRIEVAL_URLFORMAT": self.urlformat}
+
+    def __enter__(self) -> MarcSite:
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class MarcRequest(BaseHTTPRequestHandler):
+    """A request to a MarcSite."""
+
+    def do_GET(self) -> None:
+        lccn = self.path.split("/")[2]
+        if lccn not in self.server.site.lccns:
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(marc_xml(lccn, f"The fetched {lccn}."))
+
+    def log_message(self, *_) -> None:
+        """Says nothing."""
+
+
+# --- What it is fed: batches and MARC records -----------------------------------------------------
+
+NDNP_BATCH = '''\
+<?xml version="1.0" encoding="UTF-8"?>
+<batch xmlns="http://www.loc.gov/ndnp" name="{name}" awardee="{awardee}" awardYear="2020">
+<reel reelNumber="print">./{lccn}/print/print.xml</reel>
+{issues}
+</batch>
+'''
+NDNP_ISSUE = '''\
+<issue lccn="{lccn}" issueDate="{day}" editionOrder="01">\
+./{lccn}/print/{folder}/{folder}.xml</issue>'''
+METS_ISSUE = '''\
+<?xml version="1.0" encoding="UTF-8"?>
+<mets xmlns="http://www.loc.gov/METS/" xmlns:mods="http://www.loc.gov/mods/v3"
+ xmlns:mix="http://www.loc.gov/mix/" xmlns:xlink="http://www.w3.org/1999/xlink"
+ TYPE="urn:library-of-congress:ndnp:mets:newspaper:issue">
+<dmdSec ID="issueModsBib"><mdWrap MDTYPE="MODS"><xmlData><mods:mods>
+<mods:relatedItem type="host">
+<mods:identifier type="lccn">{lccn}</mods:identifier>
+<mods:part>
+<mods:detail type="volume"><mods:number>1</mods:number></mods:detail>
+<mods:detail type="edition"><mods:number>{edition}</mods:number></mods:detail>
+</mods:part>
+</mods:relatedItem>
+<mods:originInfo><mods:dateIssued encoding="iso8601">{day}</mods:dateIssued></mods:originInfo>
+</mods:mods></xmlData></mdWrap></dmdSec>
+{descriptions}
+<amdSec ID="technical">
+{dimensions}
+</amdSec>
+<fileSec>
+{files}
+</fileSec>
+<structMap>
+<div TYPE="np:issue" DMDID="issueModsBib">
+{pages}
+</div>
+</structMap>
+</mets>
+'''
+METS_DESCRIPTION = '''\
+<dmdSec ID="pageModsBib{page}"><mdWrap MDTYPE="MODS"><xmlData><mods:mods><mods:part>
+<mods:extent unit="pages"><mods:start>{page}</mods:start></mods:extent>
+<mods:detail type="page number"><mods:number>{page}</mods:number></mods:detail>
+</mods:part></mods:mods></xmlData></mdWrap></dmdSec>'''
+METS_DIMENSIONS = '''\
+<techMD ID="service{page}Technical"><mdWrap MDTYPE="NISOIMG"><xmlData><mix:mix>
+<mix:ImagingPerformanceAssessment><mix:SpatialMetrics>
+<mix:ImageWidth>5200</mix:ImageWidth><mix:ImageLength>7500</mix:ImageLength>
+</mix:SpatialMetrics></mix:ImagingPerformanceAssessment>
+</mix:mix></xmlData></mdWrap></techMD>'''
+METS_FILE = '''\
+<file ID="{use}{page}" USE="{use}"{technical}>\
+<FLocat LOCTYPE="OTHER" OTHERLOCTYPE="file" xlink:href="{page:04}.{suffix}"/></file>'''
+METS_PAGE = '''\
+<div TYPE="np:page" DMDID="pageModsBib{page}"><fptr FILEID="master{page}"/>\
+<fptr FILEID="service{page}"/><fptr FILEID="derivative{page}"/><fptr FILEID="ocr{page}"/></div>'''
+ALTO = b'''\
+<?xml version="1.0" encoding="UTF-8"?>
+<alto xmlns="http://schema.ccs-gmbh.com/ALTO">
+<Layout><Page ID="P1" PHYSICAL_IMG_NR="1" HEIGHT="7500" WIDTH="5200">
+<PrintSpace HPOS="0" VPOS="0" HEIGHT="7500" WIDTH="5200">
+<TextBlock ID="TB1" language="eng">
+<TextLine HPOS="100" VPOS="100" WIDTH="900" HEIGHT="40">
+<String HPOS="100" VPOS="100" WIDTH="200" HEIGHT="40" CONTENT="The"/>
+<String HPOS="320" VPOS="100" WIDTH="600" HEIGHT="40" CONTENT="gazette."/>
+</TextLine>
+</TextBlock>
+</PrintSpace>
+</Page></Layout>
+</alto>
+'''
+MARC_RECORD = '''\
+<record xmlns="http://www.loc.gov/MARC21/slim">
+<leader>00000cas a2200000 a 4500</leader>
+<controlfield tag="001">ocm00000001</controlfield>
+<controlfield tag="003">OCoLC</controlfield>
+<controlfield tag="005">20220102030405.0</controlfield>
+<controlfield tag="008">000101d18501999oruwr ne      0    a{language} c</controlfield>
+{key}
+<datafield tag="245" ind1="0" ind2="0"><subfield code="a">{name}</subfield></datafield>
+<datafield tag="260" ind1=" " ind2=" "><subfield code="a">Eugene, Or. :</subfield></datafield>
+</record>
+'''
+MARC_LCCN = '''\
+<datafield tag="010" ind1=" " ind2=" "><subfield code="a">  {} </subfield></datafield>'''
+OCLC_ANSWER = '''\
+<searchRetrieveResponse xmlns="http://www.loc.gov/zing/srw/"><numberOfRecords>1</numberOfRecords>
+<records><record><recordData>
+{}</recordData></record></records>
+</searchRetrieveResponse>
+'''
+JP2 = base64.b64decode("""
+AAAADGpQICANCocKAAAAFGZ0eXBqcDIgAAAAAGpwMiAAAAAtanAyaAAAABZpaGRyAAAACAAAAAgAAQcHAAAAAAAPY29scgEA
+AAAAABEAAACNanAyY/9P/1EAKQAAAAAACAAAAAgAAAAAAAAAAAAAAAgAAAAIAAAAAAAAAAAAAQcBAf9SAAwAAAABAAMEBAAB
+/1wADUBASEhQSEhQSEhQ/2QAJQABQ3JlYXRlZCBieSBPcGVuSlBFRyB2ZXJzaW9uIDIuNS4w/5AACgAAAAAAEgAB/5OAgICA
+/9k=""")  # of 8 by 8 pixels, all of them grey
+PAGE_FILES = {
+    "tif": b"II*\0" + bytes(300),
+    "jp2": JP2,
+    "pdf": b"%PDF-1.4\n" + b"%" * 300 + b"\n%%EOF\n",
+    "xml": ALTO,
+}
+PAGE_USES = {"master": "tif", "service": "jp2", "derivative": "pdf", "ocr": "xml"}
+
+
+def make_batch(
+    source: Path,
+    name: str,
+    issues: int = 2,
+    pages: int = 2,
+    lccn: str = "sn99990001",
+    start: date = date(1900, 1, 1),
+    dimensions: bool = True,
+    validated: bool = False,
+) -> Path:
+    """Writes a whole batch into `source`, an issue a day from `start` on; its folder.
+
+    Without `dimensions` ONI opens each jp2. `validated`: batch_1.xml beside batch.xml.
+    """
+    data = source / name / "data"
+    reel = data / lccn / "print"
+    reel.mkdir(parents=True)
+    (reel / "print.xml").write_text('<mets xmlns="http://www.loc.gov/METS/" LABEL="reel print"/>\n')
+    listed = []
+    for number in range(issues):
+        day = start + timedelta(days=number)
+        folder = reel / f"{day:%Y%m%d}01"
+        make_issue(folder, mets_xml(pages, lccn, day, dimensions=dimensions), pages)
+        listed.append(NDNP_ISSUE.format(lccn=lccn, day=day, folder=folder.name))
+    awardee = (name.split("_") + [""])[1]
+    batch_xml = NDNP_BATCH.format(name=name, awardee=awardee, lccn=lccn, issues="\n".join(listed))
+    (data / "batch.xml").write_text(batch_xml)
+    if validated:
+        (data / "batch_1.xml").write_text(batch_xml)
+    return source / name
+
+
+def make_issue(folder: Path, mets: str, pages: int) -> None:
+    """Writes an issue: its METS, as delivered and as the validator leaves it, and its pages."""
+    folder.mkdir()
+    (folder / f"{folder.name}.xml").write_text(mets)
+    (folder / f"{folder.name}_1.xml").write_text(mets)
+    for page in range(1, pages + 1):
+        for suffix, content in PAGE_FILES.items():
+            (folder / f"{page:04}.{suffix}").write_bytes(content)
+
+
+def mets_xml(
+    pages: int,
+    lccn: str = "sn99990001",
+    day: date = date(1900, 1, 1),
+    edition: int = 1,
+    dimensions: bool = True,
+) -> str:
+    """The METS file of an issue, cut down to what a load reads."""
+    numbers = range(1, pages + 1)
+    files = []
+    for page in numbers:
+        for use, suffix in PAGE_USES.items():
+            measured = dimensions and use == "service"
+            technical = f' ADMID="service{page}Technical"' if measured else ""
+            files.append(METS_FILE.format(use=use, page=page, suffix=suffix, technical=technical))
+    return METS_ISSUE.format(
+        lccn=lccn,
+        edition=edition,
+        day=day,
+        descriptions="\n".join(METS_DESCRIPTION.format(page=page) for page in numbers),
+        dimensions="\n".join(METS_DIMENSIONS.format(page=page) for page in numbers),
+        files="\n".join(files),
+        pages="\n".join(METS_PAGE.format(page=page) for page in numbers),
+    )
+
+
+def marc_xml(
+    lccn: str = "sn99990009",
+    name: str = "The sample herald.",
+    language: str = "eng",
+    wrapped: bool = False,
+) -> bytes:
+    """A title's MARC record, bare or as OCLC's search answers with it.
+
+    It has no LCCN when `lccn` is empty.
+    """
+    key = MARC_LCCN.format(lccn) if lccn else ""
+    record = MARC_RECORD.format(key=key, name=name, language=language)
+    body = OCLC_ANSWER.format(record) if wrapped else record
+    return ('<?xml version="1.0" encoding="UTF-8"?>\n' + body).encode()
+
+
+# -- and what can be wrong with a batch: each spoils one made by make_batch(…, issues=3, pages=2)
+
+
+def mets_of(batch: Path, issue: int = 1) -> Path:
+    """The METS file of an issue of a batch, the second one unless told."""
+    folders = sorted(path for path in batch.glob("data/*/print/*") if path.is_dir())
+    return folders[issue] / f"{folders[issue].name}.xml"
+
+
+def page_file(batch: Path, name: str, issue: int = 1) -> Path:
+    """A file of a page, such as 0002.jp2, of an issue."""
+    return mets_of(batch, issue).with_name(name)
+
+
+def change(path: Path, before: str, after: str) -> None:
+    """Changes the one place in a text file that must be there."""
+    text = path.read_text()
+    assert text.count(before) == 1, (path, before)
+    path.write_text(text.replace(before, after))
+
+
+def cut_off(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def spoil_mets(batch: Path) -> None:
+    cut_off(mets_of(batch))
+
+
+def spoil_mets_missing(batch: Path) -> None:
+    mets_of(batch).unlink()
+
+
+def spoil_batch_xml_missing(batch: Path) -> None:
+    (batch / "data/batch.xml").unlink()
+
+
+def spoil_batch_xml(batch: Path) -> None:
+    cut_off(batch / "data/batch.xml")
+
+
+def spoil_ocr(batch: Path) -> None:
+    page_file(batch, "0002.xml").write_text("<alto>\n")
+
+
+def spoil_ocr_missing(batch: Path) -> None:
+    page_file(batch, "0002.xml").unlink()
+
+
+def spoil_ocr_word(batch: Path) -> None:
+    change(page_file(batch, "0002.xml"), ' CONTENT="The"', "")
+
+
+def spoil_ocr_two_pages(batch: Path) -> None:
+    change(page_file(batch, "0002.xml"), "</Page>", '</Page><Page WIDTH="1" HEIGHT="1"/>')
+
+
+def spoil_jp2_missing(batch: Path) -> None:
+    page_file(batch, "0002.jp2").unlink()
+
+
+def spoil_dimensions(batch: Path) -> None:
+    """Harmless by itself: ONI opens the jp2."""
+    change(mets_of(batch), ' ADMID="service2Technical"', "")
+
+
+def spoil_jp2_missing_unmeasured(batch: Path) -> None:
+    spoil_dimensions(batch)
+    page_file(batch, "0002.jp2").unlink()
+
+
+def spoil_jp2_unmeasured(batch: Path) -> None:
+    spoil_dimensions(batch)
+    page_file(batch, "0002.jp2").write_bytes(b"no picture")
+
+
+def spoil_width(batch: Path) -> None:
+    """Of both pages, so that it does not matter in which order they come."""
+    mets = mets_of(batch)
+    mets.write_text(mets.read_text().replace("<mix:ImageWidth>5200</mix:ImageWidth>", ""))
+
+
+def spoil_width_word(batch: Path) -> None:
+    mets = mets_of(batch)
+    mets.write_text(mets.read_text().replace("5200", "wide"))
+
+
+def spoil_edition(batch: Path) -> None:
+    change(
+        mets_of(batch),
+        "<mods:number>1</mods:number></mods:detail>\n</mods:part>\n",
+        "<mods:number></mods:number></mods:detail>\n</mods:part>\n",
+    )
+
+
+def spoil_date(batch: Path) -> None:
+    change(mets_of(batch), ">1900-01-02<", "><")
+
+
+def spoil_date_word(batch: Path) -> None:
+    change(mets_of(batch), ">1900-01-02<", ">January 1900<")
+
+
+def spoil_sequence(batch: Path) -> None:
+    change(mets_of(batch), "<mods:start>2</mods:start>", "<mods:start></mods:start>")
+
+
+def spoil_lccn(batch: Path) -> None:
+    change(mets_of(batch), ">sn99990001<", ">sn00000000<")
+
+
+def spoil_lccn_to_fetch(batch: Path) -> None:
+    change(mets_of(batch), ">sn99990001<", ">sn99990077<")
+
+
+def spoil_issues(batch: Path) -> None:
+    path = batch / "data/batch.xml"
+    path.write_text(re.sub("<issue .*</issue>\n", "", path.read_text()))
+
+
+def spoil_edition_order(batch: Path) -> None:
+    """Harmless: ONI never reads it."""
+    path = batch / "data/batch.xml"
+    path.write_text(path.read_text().replace('editionOrder="01"', 'editionOrder=""', 1))
+
+
+def spoil_reel_number(batch: Path) -> None:
+    change(batch / "data/batch.xml", ' reelNumber="print"', "")
+
+
+def spoil_file_id(batch: Path) -> None:
+    change(mets_of(batch), 'FILEID="ocr2"', 'FILEID="nowhere"')
+
+
+def spoil_page_description(batch: Path) -> None:
+    change(mets_of(batch), 'DMDID="pageModsBib2"', 'DMDID="nowhere"')
+
+
+def spoil_ocr_unnamed(batch: Path) -> None:
+    change(mets_of(batch), '<fptr FILEID="ocr2"/>', "")
+
+
+def spoil_nothing(batch: Path) -> None:
+    """For a batch whose name alone is wrong."""
+
+
+class Fault(NamedTuple):
+    """What becomes of a load of 3 issues of 2 pages, one thing of which is wrong."""
+
+    spoil: Callable[[Path], None]
+    status: int  # of load_batch
+    held: tuple[int, int, int]  # rows, issues and pages afterwards, as Site.held gives them
+    said: str  # a pattern of the first [ERROR] line
+    indexed: int = 0  # how many of the pages are in the index
+
+    @property
+    def silent(self) -> bool:
+        """Whether ONI calls it a success, though something is missing."""
+        return self.status == 0 and self.held != (1, 3, 6)
+
+
+NOTHING = (0, 0, 0)
+ABORT = "unable to load batch: "
+FAULTS = {
+    "METS cut off": Fault(spoil_mets, 1, NOTHING, ABORT + ".*, line "),
+    "METS missing": Fault(spoil_mets_missing, 1, NOTHING, ABORT + "Error reading file .*"),
+    "batch.xml missing": Fault(
+        spoil_batch_xml_missing,
+        1,
+        NOTHING,
+        ABORT + r"could not find batch_1.xml \(or any of its aliases\) in '.*/data/' ",
+    ),
+    "batch.xml cut off": Fault(spoil_batch_xml, 1, NOTHING, ABORT + ".*, line "),
+    "OCR not well-formed": Fault(
+        spoil_ocr, 1, NOTHING, ABORT + r"file://.*/0002.xml:2:0: no element found"
+    ),
+    "OCR missing": Fault(
+        spoil_ocr_missing, 1, NOTHING, ABORT + r"<urlopen error \[Errno 2\] No such file .*"
+    ),
+    "OCR word without text": Fault(spoil_ocr_word, 1, NOTHING, ABORT + "expected string or "),
+    "OCR with two pages": Fault(spoil_ocr_two_pages, 1, NOTHING, ABORT.rstrip()),
+    "OCR not named": Fault(spoil_ocr_unnamed, 0, (1, 3, 6), "", 5),
+    "jp2 missing": Fault(spoil_jp2_missing, 0, (1, 3, 6), "", 6),
+    "jp2 missing, no dimensions": Fault(
+        spoil_jp2_missing_unmeasured,
+        1,
+        NOTHING,
+        ABORT + r"\[Errno 2\] No such file or directory: '.*/0002.jp2'",
+    ),
+    "jp2 is no picture, no dimensions": Fault(
+        spoil_jp2_unmeasured, 1, NOTHING, ABORT + "cannot identify image file '.*/0002.jp2'"
+    ),
+    "no dimensions": Fault(spoil_dimensions, 0, (1, 3, 6), "", 6),
+    "dimensions named, but empty": Fault(
+        spoil_width, 0, (1, 3, 6), "No jp2 width for issue: The test gazette.", 4
+    ),
+    "width is no number": Fault(spoil_width_word, 0, (1, 3, 5), ".*'wide'", 5),
+    "edition empty": Fault(
+        spoil_edition, 0, (1, 2, 4), r"invalid literal for int\(\) with base 10: ''", 4
+    ),
+    "date empty": Fault(
+        spoil_date, 0, (1, 2, 4), "time data '' does not match format '%Y-%m-%d'", 4
+    ),
+    "date is no date": Fault(
+        spoil_date_word, 0, (1, 2, 4), "time data 'January 1900' does not match format", 4
+    ),
+    "page without sequence": Fault(
+        spoil_sequence, 0, (1, 3, 5), "could not determine sequence number for page from ''", 5
+    ),
+    "LCCN unknown": Fault(spoil_lccn, 1, NOTHING, ABORT + "HTTP Error 404: Not Found"),
+    "LCCN only the MARC site knows": Fault(spoil_lccn_to_fetch, 0, (1, 3, 6), "", 6),
+    "awardee unknown": Fault(spoil_nothing, 1, NOTHING, "no awardee for org code: zzz"),
+    "no issues": Fault(spoil_issues, 0, (1, 0, 0), ""),
+    "editionOrder empty": Fault(spoil_edition_order, 0, (1, 3, 6), "", 6),
+    "reel without number": Fault(spoil_reel_number, 1, NOTHING, ABORT + "'reelNumber'"),
+    "file not in the METS": Fault(spoil_file_id, 1, NOTHING, ABORT + "list index out of range"),
+    "page not described": Fault(
+        spoil_page_description, 1, NOTHING, ABORT + "list index out of range"
+    ),
+}
+
+
+def batch_with(fault: str) -> str:
+    """A name for a batch with this fault: of an awardee that ONI knows, but for one fault."""
+    words = re.sub("[^a-z0-9]", "", fault.lower())
+    return f"batch_{'zzz' if fault == 'awardee unknown' else 'oru'}_{words}_ver01"
+
+
+# --- Fixtures -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory) -> Path:
+    """The stand-in Open ONI that each test gets a copy of."""
+    root = tmp_path_factory.mktemp("template") / "oni"
+    build_oni(root)
+    return root
+
+
+@pytest.fixture
+def site(tmp_path, template):
+    """A site whose agent is not started yet."""
+    with Site(tmp_path, template) as site:
+        yield site
+
+
+@pytest.fixture
+def agent(site) -> Site:
+    """A site whose agent runs."""
+    return site.start()
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory, template):
+    """A site whose agent runs for all tests that only ask it something."""
+    with Site(tmp_path_factory.mktemp("shared"), template) as site:
+        yield site.start()
+
+
+@pytest.fixture(autouse=True)
+def deadline():
+    """A test that hangs fails instead."""
+
+    def late(*_):
+        raise TimeoutError("the test took longer than three minutes")
+
+    signal.signal(signal.SIGALRM, late)
+    signal.alarm(180)
+    yield
+    signal.alarm(0)
+
+
+# --- Words that many tests use --------------------------------------------------------------------
+
+ALPHA, BETA = "batch_oru_alpha_ver01", "batch_oru_beta_ver01"
+NOOP = {
+    "status": "success",
+    "message": "No-op: job is redundant or already completed",
+    "job": {"id": -1},
+}
+ALREADY_QUEUED = "Job already in queue"
+FRESH = iter(range(1000, 10_000))  # numbers for names, on a site that tests share
+TRAILER = b"\n\nEND\n"
+GAZETTE = "sn99990001"
+
+
+def until(condition, seconds: float = 60):
+    """What a condition gives once it gives something; for what happens without a word."""
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)
+    return found
+
+
+def without_session(reply: dict) -> dict:
+    """An answer less the number of its session, which must be there."""
+    assert reply.pop("session")["id"] > 0
+    return reply
+
+
+STAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}Z"
+
+
+def run_agent(*options: str, python: str = "", **environment: str) -> tuple[int, str, str]:
+    """An agent that should end by itself: its exit status, stdout and stderr."""
+    done = subprocess.run(
+        [sys.executable, *([python] if python else []), str(AGENT), *options],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stdout, done.stderr
+
+
+def failed_start(site: Site) -> str:
+    """The sentence with which an agent ends that cannot start."""
+    status, _, said = run_agent(**site.environment)
+    assert status == 1
+    assert said.startswith("oni_agent: ")
+    assert said.count("\n") == 1
+    return said
+
+
+def ssh_run(site: Site, command: str, *options: str) -> subprocess.CompletedProcess:
+    """OpenSSH's client, run to its end."""
+    return subprocess.run(
+        [*site.ssh_words(*options), command],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        timeout=90,
+    )
+
+
+def ssh_begin(site: Site, command: str, *options: str) -> subprocess.Popen:
+    """OpenSSH's client, at work."""
+    return subprocess.Popen(
+        [*site.ssh_words(*options), command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+    )
+
+
+def at_once(*calls) -> list:
+    """What each of the calls returns, all made at the same time."""
+    results = {}
+    threads = [
+        threading.Thread(target=lambda number, call: results.update({number: call()}), args=each)
+        for each in enumerate(calls)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [results[number] for number in range(len(calls))]
+
+
+def repaired(site: Site, *words: str) -> list[str]:
+    """Makes the same request again, whose job then succeeds; the log of that job."""
+    job = site.run(*words)
+    assert (job["status"], job.get("error")) == ("successful", None)
+    return site.logs(job["id"])
+
+
+def kill_at(site: Site, gate: Gate, command: str, how: int = signal.SIGKILL) -> None:
+    """Kills the manage.py that stands at a gate."""
+    gate.reached()
+    [pid] = site.manage_pids(command)
+    os.kill(pid, how)
+    gate.open()
+
+
+def gate_in_manage(site: Site, command: str, at_exit: bool = False) -> Gate:
+    """Makes one command of manage.py wait, before it does anything or when it has done all."""
+    wait = "open('gate-in-manage').read"
+    site.prepend_to_manage(
+        f"import atexit, sys\nif {command!r} in sys.argv: "
+        + (f"atexit.register(lambda: {wait}())" if at_exit else f"{wait}()")
+    )
+    (site.oni / "gate-in-manage").touch()  # what the gate leaves for the next manage.py
+    return site.hold(site.oni / "gate-in-manage")
+
+
+def settings_local(site: Site, text: str) -> Path:
+    """Gives this site's Open ONI settings of its own."""
+    path = site.oni / "onisite/settings_local.py"
+    path.write_text(text)
+    return path
+
+
+def kill_warm_child(site: Site) -> None:
+    """Kills the manage.py that answers the agent's questions."""
+    [pid] = site.manage_pids("shell")
+    os.kill(pid, signal.SIGKILL)
+
+
+def hurry(site: Site, **limits: float) -> Site:
+    """Starts an agent with limits that a test can wait for, or reach, in place of its own."""
+    text = AGENT.read_text()
+    for name, value in limits.items():
+        text, found = re.subn(
+            rf"^{name} = \d+(\.\d+)?", f"{name} = {value}", text, flags=re.MULTILINE
+        )
+        assert found == 1, name
+    copy = site.state.parent / AGENT.name
+    copy.write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[Site.__module__], "AGENT", copy)
+        return site.start()
+
+
+def resources(site: Site) -> tuple[int, int]:
+    """How many threads and descriptors the agent has."""
+    site.wait_for("Open ONI in ")  # its check of Open ONI is over
+    process = Path("/proc", str(site.agent.pid))
+    return len(os.listdir(process / "task")), len(os.listdir(process / "fd"))
+
+
+def has_no_more_than(site: Site, before: tuple[int, int]) -> bool:
+    """Whether the agent is back at as many threads and descriptors, soon."""
+
+    def is_back() -> bool:
+        return all(now <= then for now, then in zip(resources(site), before))
+
+    return until(is_back)
+
+
+def memory(site: Site, what: str = "VmRSS") -> float:
+    """MB that the agent has in memory now, or (VmHWM) has had at most."""
+    status = Path(f"/proc/{site.agent.pid}/status").read_text()
+    return int(re.search(rf"{what}:\s*(\d+) kB", status)[1]) / 1000
+
+
+def tree(folder: Path, *less: str) -> dict[str, tuple[int, bytes]]:
+    """Mode and content of all that lies in a folder, except where a path begins with `less`.
+
+    Nor does it hold what Python and SQLite leave behind in reading.
+    """
+    found = {}
+    for path in folder.rglob("*"):
+        name = str(path.relative_to(folder))
+        if not name.startswith(less) and not re.search(r"__pycache__|/ENV/|-(wal|shm)$", name):
+            found[name] = path.stat().st_mode, path.read_bytes() if path.is_file() else b""
+    return found
+
+
+def files_of(batch: Path) -> dict[str, bytes]:
+    """What is in a batch's folder."""
+    return {
+        str(path.relative_to(batch)): path.read_bytes()
+        for path in batch.rglob("*")
+        if path.is_file()
+    }
+
+
+def failing_load(site: Site, name: str = "batch_oru_broken_ver01") -> Path:
+    """A batch that the agent accepts and that fails to load; gives its spoilt file."""
+    ocr = page_file(site.batch(name), "0001.xml", issue=0)
+    ocr.write_text("<alto>")
+    return ocr
+
+
+def titles(site: Site, lccn: str = "sn99990009") -> list[str]:
+    """The names under which Open ONI holds a title."""
+    return [name for name, in site.query("SELECT name FROM core_title WHERE lccn = ?", lccn)]
+
+
+def awardees(site: Site, code: str) -> list[str]:
+    """The names under which Open ONI holds an awardee."""
+    return [name for name, in site.query("SELECT name FROM core_awardee WHERE org_code = ?", code)]
+
+
+# --- Promises: the wire contract ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "command, answer",
+    [
+        ("version", {"status": "success", "version": oni_agent.VERSION}),
+        (
+            "load-batch",
+            {"status": "error", "message": '"load-batch" requires exactly one batch name'},
+        ),
+        (
+            "load-batch a b",
+            {"status": "error", "message": '"load-batch" requires exactly one batch name'},
+        ),
+        (
+            "purge-batch",
+            {"status": "error", "message": '"purge-batch" requires exactly one batch name'},
+        ),
+        ("job-status 9999", {"status": "error", "message": "Job not found", "job": {"id": 9999}}),
+        ("job-status -2", {"status": "error", "message": "Job not found", "job": {"id": -2}}),
+        ("job-status abc", {"status": "error", "message": '"abc" is not a valid job id'}),
+        ("job-status 0", {"status": "error", "message": '"0" is not a valid job id'}),
+        (
+            "job-status 99999999999999999999",
+            {"status": "error", "message": '"99999999999999999999" is not a valid job id'},
+        ),
+        ("job-status", {"status": "error", "message": "You must supply a job ID"}),
+        ("job-logs", {"status": "error", "message": "You must supply a job ID"}),
+        ("job-logs ''", {"status": "error", "message": '"" is not a valid job id'}),
+        ("frobnicate", {"status": "error", "message": '"frobnicate" is not a valid command name'}),
+        ("''", {"status": "error", "message": '"" is not a valid command name'}),
+        ("  ", {"status": "error", "message": "no command specified"}),
+    ],
+)
+def test_each_request_gets_the_recorded_answer(shared, command, answer):
+    reply = without_session(shared.ssh(command))
+    reply.pop("error", None)  # what more there is to say
+    assert reply == answer
+
+
+def test_an_agent_without_jobs_lists_none(agent):
+    assert without_session(agent.ssh("list-jobs")) == {"status": "success", "jobs": []}
+
+
+def test_an_answer_is_one_line_of_compact_json_then_status_eof_and_close(shared):
+    with Client(shared.port) as client:
+        channel = client.channel("version")
+        said = channel.makefile("rb").read()
+        assert re.fullmatch(
+            rb'{"status":"success","version":"[0-9.]+","session":{"id":\d+}}\n', said
+        )
+        assert channel.exit_status_ready()
+        assert channel.recv_exit_status() == 0
+        assert channel.eof_received
+        assert channel.recv_stderr(1) == b""
+
+
+def test_a_missing_batch_and_a_noop_job_are_answered_byte_for_byte(shared):
+    path = shared.source / "batch_oru_nosuch_ver01/data/batch.xml"
+    with Client(shared.port) as client:
+        said = client.raw("load-batch batch_oru_nosuch_ver01").decode()
+        assert said.startswith(
+            '{"status":"error","message":"\\"batch_oru_nosuch_ver01\\" cannot be loaded",'
+            f'"error":"reading file: open {path}: no such file or directory"'
+        )
+        said = client.raw("job-status -1").decode()
+        assert re.match(
+            r'\{"status":"success","message":"Success: this job is'
+            r' complete.","job":\{"id":-1,"name":'
+            rf'"No-op job","queued":"{STAMP}","status":"successful"\}}',
+            said,
+        )
+        assert client.ask("job-logs -1")["job"]["stdout"] == []
+
+
+def test_no_command_is_answered_with_and_without_a_terminal(shared):
+    for options in ((), ("-tt",)):
+        done = subprocess.run(
+            shared.ssh_words(*options),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            timeout=30,
+        )
+        assert (json.loads(done.stdout)["message"], done.returncode) == ("no command specified", 0)
+
+
+def test_a_terminal_gets_indented_json(shared):
+    done = subprocess.run(
+        [*shared.ssh_words("-tt"), "job-status 9999"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        timeout=30,
+    )
+    assert done.stdout.startswith(b'{\r\n  "status": "error",\r\n')
+    assert json.loads(done.stdout)["job"] == {"id": 9999}
+
+
+def test_what_is_not_a_command_is_refused(shared):
+    sftp = subprocess.run(
+        [*shared.ssh_words("-s"), "sftp"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        timeout=30,
+    )
+    assert sftp.returncode != 0
+    assert b"subsystem request failed" in sftp.stderr
+    with Client(shared.port) as client:
+        with pytest.raises(paramiko.ChannelException, match="Administratively prohibited"):
+            client.transport.open_channel("direct-tcpip", ("127.0.0.1", 1), ("127.0.0.1", 2))
+        with pytest.raises(paramiko.SSHException, match="denied"):
+            client.transport.request_port_forward("", 0)
+        channel = client.channel("version")
+        with pytest.raises(paramiko.SSHException):
+            channel.exec_command("version")  # a second command on the same channel
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        (
+            r'"a\tb" "\u200b" "\"" "\\" "né" "\x41" "\U0001f5de"',
+            ["a\tb", "\u200b", '"', "\\", "né", "A", "\U0001f5de"],
+        ),
+        (r"""a "b c" 'd "e' f\ g ''""", ["a", "b c", 'd "e', "f g", ""]),
+        (r'"a\$b" "c"', [r"a\$b", "c"]),  # not Go's form: a shell's
+        ('""', [""]),
+        (' "x"\t"y" ', ["x", "y"]),
+        ('"x""y"', ["xy"]),
+    ],
+)
+def test_command_lines_are_split_as_go_or_a_shell_wrote_them(line, words):
+    assert oni_agent.split_words(line.encode()) == words
+
+
+@pytest.mark.parametrize(
+    "line", ["'x", '"x', '"a" "b', "x\\", b"caf\xe9", '"\\ud800"', "x" * 100_000]
+)
+def test_a_command_line_that_cannot_be_split_is_refused_with_a_sentence(shared, line):
+    with Client(shared.port) as client:
+        reply = client.ask(line)
+    assert reply["status"] == "error"
+    assert reply["message"].startswith("the ")
+
+
+def test_nca_quotes_are_understood_over_the_wire(agent):
+    assert (
+        agent.call("ensure-awardee", "tab\there", 'na"me\u200b\\')["message"] == "Awardee created"
+    )
+    assert agent.query("SELECT name FROM core_awardee WHERE org_code = ?", "tab\there") == [
+        ('na"me\u200b\\',)
+    ]
+
+
+def test_help_lists_every_command_with_its_usage(shared):
+    usages = [each["usage"] for each in shared.ssh("help")["commands"]]
+    assert [usage.split()[0] for usage in usages] == list(oni_agent.COMMANDS)
+    assert "load-batch BATCH" in usages
+
+
+def test_several_commands_share_a_connection(shared, tmp_path):
+    control = (
+        "-o",
+        "ControlMaster=auto",
+        "-o",
+        f"ControlPath={tmp_path}/c",
+        "-o",
+        "ControlPersist=20",
+    )
+    numbers = [
+        json.loads(
+            subprocess.run(
+                [*shared.ssh_words(*control), "version"],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                timeout=30,
+            ).stdout
+        )["session"]["id"]
+        for _ in range(2)
+    ]
+    subprocess.run([*shared.ssh_words(*control), "-O", "exit"], stderr=subprocess.PIPE, timeout=30)
+    assert numbers[1] > numbers[0]
+    with Client(shared.port) as client:
+        channels = [client.channel("version") for _ in range(8)]
+        assert all(
+            json.loads(channel.makefile("rb").read())["status"] == "success" for channel in channels
+        )
+
+
+# --- Promises: loading and purging ----------------------------------------------------------------
+
+
+def test_a_batch_is_loaded_and_purged_over_ssh(agent):
+    agent.batch("batch_oru_alpha_ver01", issues=3, pages=2)
+    reply = without_session(agent.ssh("load-batch batch_oru_alpha_ver01"))
+    assert reply == {"status": "success", "message": "Job added to queue", "job": {"id": 1}}
+    job = agent.ended(1)
+    assert (job["id"], job["name"], job["status"]) == (1, "Load batch", "successful")
+    assert re.fullmatch(STAMP, job["queued"])
+    assert agent.call("job-status", "1")["message"] == "Success: this job is complete."
+    assert agent.held("batch_oru_alpha_ver01") == (1, 3, 6)
+    logged = agent.ssh("job-logs 1")["job"]
+    assert logged["stdout"] == []
+    assert logged["stderr"][-1].endswith("[INFO] processed 6 pages")
+    assert all(re.match(rf"\[{STAMP}\] ", line) for line in logged["stderr"])
+    assert logged["stderr"] == sorted(set(logged["stderr"]))
+    assert agent.run("purge-batch", "batch_oru_alpha_ver01")["name"] == "Purge batch"
+    assert agent.held("batch_oru_alpha_ver01") == (0, 0, 0)
+    assert [(job["id"], job["status"]) for job in agent.ssh("list-jobs")["jobs"]] == [
+        (1, "successful"),
+        (2, "successful"),
+    ]
+
+
+def test_what_is_done_already_is_no_job(agent):
+    agent.batch("batch_oru_alpha_ver01")
+    assert without_session(agent.call("purge-batch", "batch_oru_alpha_ver01")) == NOOP
+    agent.run("load-batch", "batch_oru_alpha_ver01")
+    assert without_session(agent.call("load-batch", "batch_oru_alpha_ver01")) == NOOP
+    assert len(agent.call("list-jobs")["jobs"]) == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../batches/batch_oru_alpha_ver01",
+        "./batch_oru_alpha_ver01",
+        "/etc/passwd",
+        "",
+        "batch_oru_alpha_ver1",
+        "batch_oru_ver01",
+        "batch_oru_alpha_ver01\n",
+        "x" * 300,
+        "batch_oru_alpha_ver01/",
+        "batch_oru_alpha/../x_ver01",
+        "batch_oru_al pha_ver01",
+    ],
+)
+def test_a_name_that_is_no_batch_name_is_refused_before_the_disk_is_touched(shared, name):
+    for command, message in (("load-batch", "loaded"), ("purge-batch", "purged")):
+        reply = shared.call(command, name)
+        assert reply["message"] == f'"{name}" cannot be {message}'
+        assert "is not a batch name" in reply["error"]
+
+
+def refused_missing(batch: Path) -> str:
+    path = next(batch.glob("data/*/print/*/1900010101.xml"))
+    path.unlink()
+    return f"open {path}: no such file or directory"
+
+
+def refused_folder(batch: Path) -> str:
+    path = next(batch.glob("data/*/print/*/1900010101.xml"))
+    path.unlink()
+    path.mkdir()
+    return f"{path} is not a regular file"
+
+
+def refused_fifo(batch: Path) -> str:
+    (batch / "data/batch.xml").unlink()
+    os.mkfifo(batch / "data/batch.xml")
+    return "batch.xml is not a regular file"
+
+
+def refused_xml(batch: Path) -> str:
+    (batch / "data/batch.xml").write_text("<batch>")
+    return "batch.xml: no element found: line 1"
+
+
+def refused_doctype(batch: Path) -> str:
+    text = (batch / "data/batch.xml").read_text()
+    (batch / "data/batch.xml").write_text(
+        text.replace("\n", '\n<!DOCTYPE batch [<!ENTITY a "b">]>\n', 1)
+    )
+    return "a DOCTYPE is not allowed"
+
+
+def refused_path(batch: Path) -> str:
+    text = (batch / "data/batch.xml").read_text()
+    (batch / "data/batch.xml").write_text(
+        re.sub(r"\./\S+?\.xml</issue>", "../../../../../etc/passwd</issue>", text)
+    )
+    return "lies outside the batch's folder"
+
+
+def refused_link(batch: Path) -> str:
+    path = next(batch.glob("data/*/print/*/1900010101.xml"))
+    path.unlink()
+    path.symlink_to("/etc/passwd")
+    return "lies outside the batch's folder"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        refused_missing,
+        refused_folder,
+        refused_fifo,
+        refused_xml,
+        refused_doctype,
+        refused_path,
+        refused_link,
+    ],
+)
+def test_a_batch_with_broken_files_is_refused_and_says_which(shared, spoil):
+    name = f"batch_oru_{spoil.__name__}_ver01"
+    said = spoil(shared.batch(name))
+    jobs = shared.call("list-jobs")["jobs"]
+    reply = shared.call("load-batch", name)
+    assert reply["message"] == f'"{name}" cannot be loaded'
+    assert said in reply["error"]
+    assert shared.call("list-jobs")["jobs"] == jobs
+
+
+def test_manage_py_gets_the_agents_environment_and_not_its_own_variables(site):
+    site.prepend_to_manage(
+        "import json, os, sys\nif 'load_batch' in sys.argv: print(json.dumps([os.getcwd(), dict("
+        "os.environ), os.getsid(0) == os.getpid()]), flush=True)"
+    )
+    site.batch("batch_oru_alpha_ver01")
+    site.start(ONI_SOME_SETTING="kept", DB_CONNECTION="user:secret@tcp(h:1)/db", PYTHONHOME="")
+    assert site.run("load-batch", "batch_oru_alpha_ver01")["status"] == "successful"
+    folder, environment, own_session = json.loads(
+        site.call("job-logs", "1")["job"]["stdout"][0][33:]
+    )
+    assert folder == str(site.oni)
+    assert own_session
+    assert environment["ONI_SOME_SETTING"] == "kept"
+    assert environment["VIRTUAL_ENV"] == str(site.oni / "ENV")
+    assert environment["PATH"].startswith(f"{site.oni / 'ENV/bin'}:")
+    assert environment["PYTHONUNBUFFERED"] == "1"
+    assert not set(environment) & {*oni_agent.OWN_VARIABLES, "PYTHONHOME"}
+    assert "secret" not in "".join(site.log)
+    assert "DB_CONNECTION" in "".join(site.log)
+
+
+def test_a_manage_py_that_is_not_executable_is_run_with_envs_python(site):
+    (site.oni / "manage.py").chmod(0o644)
+    site.batch("batch_oru_alpha_ver01")
+    site.start()
+    assert site.run("load-batch", "batch_oru_alpha_ver01")["status"] == "successful"
+
+
+ODD_OUTPUT = r"""
+import os, sys
+if "load_batch" in sys.argv:
+    os.write(1, b"caf\xe9\n" + b"\xe2\x82\xac" * 40_000 + b"\n\nlast of stdout")
+    os.write(2, b"nul \0 and \x1b[31mred\r\n")
+"""
+
+
+def test_odd_output_is_kept(site):
+    site.prepend_to_manage(ODD_OUTPUT)
+    site.batch("batch_oru_alpha_ver01")
+    site.start()
+    site.run("load-batch", "batch_oru_alpha_ver01")
+    job = site.call("job-logs", "1")["job"]
+    out = [line[33:] for line in job["stdout"]]
+    assert out[0] == "caf\N{REPLACEMENT CHARACTER}"
+    assert [len(piece.encode()) for piece in out[1:3]] == [65535, 120_000 - 65535]
+    assert set("".join(out[1:3])) == {"€"}
+    assert out[3:] == ["", "last of stdout"]
+    assert job["stderr"][0][33:] == "nul \0 and \x1b[31mred\r"
+
+
+def test_jobs_run_in_order_one_at_a_time_and_none_is_lost_by_a_kill(site):
+    names = [f"batch_oru_n{number:02}_ver01" for number in range(50)]
+    for name in names:
+        site.batch(name, issues=1, pages=1)
+    (site.oni / "at-work").mkdir()  # each manage.py leaves its pid here while it is at work
+    site.prepend_to_manage(
+        "import os, sys\nif 'load_batch' in sys.argv:\n    assert not os.listdir('at-work')\n    "
+        "open(f'at-work/{os.getpid()}', 'w')\n    import atexit\n    "
+        "atexit.register(os.remove, f'at-work/{os.getpid()}')"
+    )
+    gate = site.hold_load(site.source / names[0])
+    site.start()
+    assert [site.job("load-batch", name) for name in names] == list(range(1, 51))
+    gate.reached()
+    site.kill()
+    gate.open()
+    site.start()
+    site.ended(50)
+    jobs = site.call("list-jobs")["jobs"]
+    assert [(job["id"], job["status"]) for job in jobs] == [
+        (id, "successful") for id in range(1, 51)
+    ]
+    order = [
+        name
+        for name, in site.query(
+            "SELECT batch_name FROM core_loadbatchevent WHERE message LIKE 'proc%' ORDER BY id"
+        )
+    ]
+    assert order == names
+
+
+def test_a_restart_changes_no_answer_and_reuses_no_id(agent):
+    agent.batch("batch_oru_alpha_ver01")
+    agent.run("load-batch", "batch_oru_alpha_ver01")
+    before = [
+        without_session(agent.call(*words))
+        for words in (["job-status", "1"], ["job-logs", "1"], ["list-jobs"])
+    ]
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        agent.stop(how)
+        agent.start()
+        after = [
+            without_session(agent.call(*words))
+            for words in (["job-status", "1"], ["job-logs", "1"], ["list-jobs"])
+        ]
+        assert after == before
+    assert agent.job("purge-batch", "batch_oru_alpha_ver01") == 2
+
+
+# --- Promises: Open ONI is asked, not guessed -----------------------------------------------------
+
+
+# -- loads and purges that go wrong
+
+REFUSED_FAULTS = ("METS missing", "batch.xml missing", "batch.xml cut off")  # by the agent itself
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_load_is_failed_and_the_next_one_purges_and_loads_the_whole_batch(agent, how):
+    gate = agent.hold_load(agent.batch(ALPHA, issues=3), issue=1, page=2)
+    id = agent.job("load-batch", ALPHA)
+    kill_at(agent, gate, "load_batch", how)
+    job = agent.ended(id)
+    assert job["status"] == "failed"
+    assert (
+        job["error"]
+        == f"killed by signal {how:d} ({how.name}); ONI holds 2 of the 3 issues in batch.xml,"
+        " and its last event is \"starting load\""
+    )
+    assert agent.held(ALPHA) == (1, 2, 4)
+    logs = repaired(agent, "load-batch", ALPHA)
+    assert "purging that before the load" in logs[0]
+    assert f"[INFO] purging batch '{ALPHA}'" in logs
+    assert logs.index("[INFO] processed 6 pages") > logs.index(f"[INFO] purging batch '{ALPHA}'")
+    assert agent.held(ALPHA) == (1, 3, 6)
+
+
+def test_a_load_killed_in_its_last_issue_is_partial_though_no_issue_is_missing(agent):
+    gate = agent.hold_load(agent.batch(ALPHA), issue=-1, page=2)
+    id = agent.job("load-batch", ALPHA)
+    kill_at(agent, gate, "load_batch")
+    assert "ONI holds 2 of the 2 issues" in agent.ended(id)["error"]
+    assert agent.held(ALPHA) == (1, 2, 4)
+    assert f"[INFO] purging batch '{ALPHA}'" in repaired(agent, "load-batch", ALPHA)
+    assert agent.held(ALPHA) == (1, 2, 4)
+
+
+@pytest.mark.parametrize("again, held", [("purge-batch", (0, 0, 0)), ("load-batch", (1, 3, 6))])
+def test_a_killed_purge_is_failed_and_the_next_request_finishes_it(agent, again, held):
+    gate = agent.hold(agent.batch(ALPHA, issues=3) / "purge-gate")
+    agent.run("load-batch", ALPHA)
+    id = agent.job("purge-batch", ALPHA)
+    kill_at(agent, gate, "purge_batch")
+    job = agent.ended(id)
+    assert job["status"] == "failed"
+    assert (
+        job["error"]
+        == "killed by signal 9 (SIGKILL); ONI holds 2 of the 3 issues in batch.xml,"
+        " and its last event is \"starting purge\""
+    )
+    assert f"[INFO] purging batch '{ALPHA}'" in repaired(agent, again, ALPHA)
+    assert agent.held(ALPHA) == held
+
+
+def test_a_database_lost_in_a_load_and_found_again_is_asked_what_it_holds(site):
+    load, end = site.hold_load(site.batch(ALPHA, issues=3), issue=2), gate_in_manage(
+        site, "load_batch", at_exit=True
+    )
+    id = site.start().job("load-batch", ALPHA)
+    load.reached()
+    with site.database_down():
+        load.open()
+        end.reached()
+    end.open()
+    job = site.ended(id)
+    assert job["status"] == "failed"
+    assert job["error"].startswith("exit status 1: unable to load batch: ")
+    assert "; ONI holds 3 of the 3 issues in batch.xml, and its last event is" in job["error"]
+    assert site.held(ALPHA) == (1, 3, 5)
+    repaired(site, "load-batch", ALPHA)
+    assert site.held(ALPHA) == (1, 3, 6)
+
+
+def test_a_database_lost_in_a_load_for_good_leaves_unknown_what_it_holds(agent):
+    gate = agent.hold_load(agent.batch(ALPHA), issue=1)
+    id = agent.job("load-batch", ALPHA)
+    gate.reached()
+    with agent.database_down():
+        gate.open()
+        job = agent.ended(id)
+    assert job["status"] == "failed"
+    assert job["error"].startswith("exit status 1: unable to load batch: ")
+    assert (
+        "; what ONI holds of the batch now is not known: Open ONI cannot answer: OperationalError"
+        in job["error"]
+    )
+    repaired(agent, "load-batch", ALPHA)
+    assert agent.held(ALPHA) == (1, 2, 4)
+
+
+def test_a_load_that_cannot_be_checked_is_failed_and_says_so(site):
+    site.batch(ALPHA)
+    gate = gate_in_manage(site, "load_batch", at_exit=True)
+    id = site.start().job("load-batch", ALPHA)
+    gate.reached()
+    with site.database_down():
+        gate.open()
+        job = site.ended(id)
+    assert job["status"] == "failed"
+    assert "what ONI holds of the batch now is not known: " in job["error"]
+    assert without_session(site.call("load-batch", ALPHA)) == NOOP
+
+
+def test_a_silent_hole_is_a_failure_with_the_counts_until_it_is_mended(agent):
+    batch = agent.batch(ALPHA, issues=4)
+    whole = mets_of(batch).read_text()
+    spoil_edition(batch)
+    for _ in range(2):
+        job = agent.run("load-batch", ALPHA)
+        assert job["status"] == "failed"
+        assert job["error"].startswith("ONI holds 3 of the 4 issues in batch.xml; ")
+        assert "invalid literal for int" in job["error"]
+    mets_of(batch).write_text(whole)
+    repaired(agent, "load-batch", ALPHA)
+    assert agent.held(ALPHA) == (1, 4, 8)
+
+
+def test_a_page_that_open_oni_skips_is_not_called_loaded(agent):
+    spoil_sequence(agent.batch(ALPHA))
+    job = agent.run("load-batch", ALPHA)
+    assert job["status"] == "failed"
+    assert agent.held(ALPHA) == (1, 2, 3)
+    assert "with 3 pages, but load_batch said: could not determine sequence number" in job["error"]
+
+
+@pytest.mark.parametrize(
+    "change, complete",
+    [
+        ("DELETE FROM core_loadbatchevent", True),  # loaded long ago, its history pruned
+        (
+            (
+                "UPDATE core_loadbatchevent SET message = 'starting purge' WHERE message LIKE"
+                " 'processed %'"
+            ),
+            False,
+        ),
+        ("UPDATE core_issue SET batch_id = 'another' WHERE id = 1", False),
+    ],
+)
+def test_a_batch_is_loaded_when_row_count_and_last_event_agree(agent, change, complete):
+    agent.batch(ALPHA)
+    agent.run("load-batch", ALPHA)
+    with contextlib.closing(
+        sqlite3.connect(agent.oni / "oni.sqlite3", timeout=60)
+    ) as database, database:
+        database.execute(change)
+    if complete:
+        assert without_session(agent.call("load-batch", ALPHA)) == NOOP
+    else:
+        assert f"[INFO] purging batch '{ALPHA}'" in repaired(agent, "load-batch", ALPHA)
+        assert agent.held(ALPHA) == (1, 2, 4)
+
+
+def test_an_event_without_a_message_is_no_fault(agent):
+    agent.batch(ALPHA)
+    agent.run("load-batch", ALPHA)
+    with contextlib.closing(
+        sqlite3.connect(agent.oni / "oni.sqlite3", timeout=60)
+    ) as database, database:
+        database.execute("UPDATE core_loadbatchevent SET message = NULL")
+    assert agent.call("batch-status", ALPHA)["batch"]["state"] == "partial"
+
+
+@pytest.mark.parametrize("old_copy", [True, False])
+def test_a_leftover_link_to_another_place_is_removed_and_the_right_copy_loaded(
+    agent, tmp_path, old_copy
+):
+    batch, other, link = (
+        agent.batch(ALPHA),
+        tmp_path / "old" / ALPHA,
+        agent.oni / "data/batches" / ALPHA,
+    )
+    if old_copy:
+        make_batch(tmp_path / "old", ALPHA, issues=1)
+    link.symlink_to(other)
+    logs = repaired(agent, "load-batch", ALPHA)
+    assert logs[0] == f"removing {link}, a leftover link to {other}"
+    assert agent.held(ALPHA) == (1, 2, 4)
+    assert os.readlink(link) == str(batch)
+
+
+def test_a_link_to_the_right_place_is_left(agent, tmp_path):
+    agent.batch(ALPHA)
+    (tmp_path / "news").symlink_to(agent.source)
+    link = agent.oni / "data/batches" / ALPHA
+    link.symlink_to(tmp_path / "news" / ALPHA)  # another way to the same folder
+    assert not any("removing" in line for line in repaired(agent, "load-batch", ALPHA))
+    assert os.readlink(link) == str(tmp_path / "news" / ALPHA)
+    assert agent.held(ALPHA) == (1, 2, 4)
+
+
+def test_a_real_folder_where_the_link_would_go_is_a_failure_with_a_sentence(agent):
+    agent.batch(ALPHA)
+    folder = agent.oni / "data/batches" / ALPHA
+    folder.mkdir()
+    job = agent.run("load-batch", ALPHA)
+    assert job["status"] == "failed"
+    assert job["error"].startswith(f"{folder} is a real folder or file, not a link")
+    assert "move it away" in job["error"]
+    assert agent.held(ALPHA) == (0, 0, 0)
+    folder.rmdir()
+    repaired(agent, "load-batch", ALPHA)
+
+
+def test_a_cache_that_cannot_be_written_fails_the_job_but_says_that_the_batch_is_complete(site):
+    site.batch(ALPHA)
+    site.start(ONI_CACHE_DIR="/proc/sys")  # where not even root can make a file
+    job = site.run("load-batch", ALPHA)
+    assert job["status"] == "failed"
+    assert re.match(r"exit status 1: \w+Error: .*/proc/sys/", job["error"])
+    assert job["error"].endswith(
+        "; the batch is complete: ONI holds 2 of the 2 issues in batch.xml"
+    )
+    assert without_session(site.call("load-batch", ALPHA)) == NOOP
+
+
+def test_without_solr_loads_and_purges_fail_and_nothing_is_left(agent):
+    agent.batch(ALPHA)
+    agent.run("load-batch", ALPHA)
+    with agent.solr.down():
+        for command, action in (
+            ("purge-batch", "Failed to connect to server at"),
+            ("load-batch", "Failed to connect to server at"),
+        ):
+            job = agent.run(command, ALPHA)
+            assert job["status"] == "failed"
+            assert job["error"].startswith(f"exit status 1: {action} {agent.solr.url}")
+            assert job["error"].endswith("; ONI holds nothing of the batch")
+            assert agent.held(ALPHA) == (0, 0, 0)
+        assert without_session(agent.call("purge-batch", ALPHA)) == NOOP
+    repaired(agent, "load-batch", ALPHA)
+    assert agent.held(ALPHA) == (1, 2, 4)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, fault in FAULTS.items() if fault.status and name not in REFUSED_FAULTS]
+)
+def test_what_open_oni_cannot_load_is_failed_with_its_first_error_and_what_is_left(agent, name):
+    fault = FAULTS[name]
+    batch = agent.batch(batch_with(name), issues=3)
+    fault.spoil(batch)
+    with MarcSite() as marc:
+        agent.restart(**marc.environment)
+        job = agent.run("load-batch", batch.name)
+    assert job["status"] == "failed"
+    assert re.fullmatch(
+        f"exit status 1: {fault.said}.*; ONI holds nothing of the batch", job["error"]
+    )
+
+
+def test_a_purge_of_what_is_not_there_is_no_job_and_at_its_turn_no_failure(agent):
+    batch = agent.batch("batch_zzz_x_ver01")
+    assert without_session(agent.call("purge-batch", "batch_oru_nosuch_ver01")) == NOOP
+    gate = agent.hold_load(agent.batch(ALPHA))
+    agent.job("load-batch", ALPHA)
+    agent.job("load-batch", batch.name)  # will fail, and leave nothing
+    id = agent.job("purge-batch", batch.name)
+    gate.open()
+    assert agent.ended(id)["status"] == "successful"
+    assert agent.logs(id) == ["nothing to do: ONI holds nothing of the batch"]
+
+
+def test_a_load_whose_files_have_gone_before_its_turn_purges_nothing(agent):
+    batch = agent.batch(ALPHA, issues=3)
+    gate = agent.hold_load(batch, issue=1)
+    id = agent.job("load-batch", ALPHA)
+    kill_at(agent, gate, "load_batch")
+    agent.ended(id)
+    gate, held = agent.hold_load(agent.batch(BETA)), agent.held(ALPHA)
+    agent.job("load-batch", BETA)
+    id = agent.job("load-batch", ALPHA)
+    gate.reached()
+    batch.rename(agent.source / "away")
+    gate.open()
+    job = agent.ended(id)
+    assert job["status"] == "failed"
+    assert f"{batch}/data/batch.xml: no such file" in job["error"]
+    assert agent.held(ALPHA) == held == (1, 2, 3)
+
+
+def test_a_batch_whose_files_are_gone_can_still_be_purged(agent):
+    batch = agent.batch(ALPHA)
+    agent.run("load-batch", ALPHA)
+    shutil.rmtree(batch)
+    assert agent.run("purge-batch", ALPHA)["status"] == "successful"
+    assert agent.held(ALPHA) == (0, 0, 0)
+
+
+# -- the same request twice
+
+
+def test_the_same_request_twice_is_one_job_while_it_waits_and_while_it_runs(agent):
+    gate, batch = agent.hold_load(agent.batch(ALPHA)), agent.batch(BETA)
+    assert [agent.job("load-batch", name) for name in (ALPHA, BETA)] == [1, 2]
+    gate.reached()
+    for id, name in (1, ALPHA), (2, BETA):
+        reply = without_session(agent.call("load-batch", name))
+        assert reply == {"status": "success", "message": ALREADY_QUEUED, "job": {"id": id}}
+    gate.open()
+    assert agent.ended(2)["status"] == "successful"
+    gate = agent.hold(batch / "purge-gate")
+    assert agent.job("purge-batch", BETA) == 3
+    gate.reached()
+    assert without_session(agent.call("purge-batch", BETA)) == {
+        "status": "success",
+        "message": ALREADY_QUEUED,
+        "job": {"id": 3},
+    }
+    gate.open()
+    assert agent.ended(3)["status"] == "successful"
+    assert len(agent.call("list-jobs")["jobs"]) == 3
+
+
+def test_the_same_request_ten_times_at_once_is_one_job(agent):
+    gate = agent.hold_load(agent.batch(ALPHA))
+    replies = at_once(*[lambda: agent.call("load-batch", ALPHA)] * 10)
+    assert {reply["job"]["id"] for reply in replies} == {1}
+    assert (
+        sorted(reply["message"] for reply in replies)
+        == ["Job added to queue"] + [ALREADY_QUEUED] * 9
+    )
+    gate.open()
+    assert agent.ended(1)["status"] == "successful"
+
+
+def test_purge_and_load_of_a_loaded_batch_in_one_breath_end_with_it_complete(agent):
+    gate = agent.hold(agent.batch(ALPHA) / "purge-gate")
+    agent.run("load-batch", ALPHA)
+    assert [agent.job(command, ALPHA) for command in ("purge-batch", "load-batch")] == [2, 3]
+    assert agent.call("load-batch", ALPHA)["message"] == ALREADY_QUEUED
+    gate.open()
+    assert [agent.ended(id)["status"] for id in (2, 3)] == ["successful", "successful"]
+    assert agent.held(ALPHA) == (1, 2, 4)
+    assert agent.logs(3)[-1] == "[INFO] processed 4 pages"
+    assert without_session(agent.call("load-batch", ALPHA)) == NOOP
+
+
+# -- titles
+
+
+@pytest.mark.parametrize("encoding", ["UTF-8", "ISO-8859-1", "windows-1252", "UTF-16"])
+@pytest.mark.parametrize("wrapped, end", [(False, TRAILER), (True, b"")])
+def test_a_title_is_loaded_whatever_its_wrapping_encoding_and_end(shared, encoding, wrapped, end):
+    lccn = f"sn7777{next(FRESH)}"
+    text = marc_xml(lccn, "L'écho.", wrapped=wrapped).decode().replace("UTF-8", encoding)
+    job = shared.run("load-title", stdin=text.encode(encoding) + end)
+    assert (job["name"], job["status"]) == ("load title", "successful")
+    assert titles(shared, lccn) == ["L'écho."]
+    assert not (shared.state / "titles" / str(job["id"])).exists()
+
+
+def test_a_title_is_answered_at_its_trailer_wherever_that_is_torn(shared):
+    with Client(shared.port) as client:
+        channel = client.channel("load-title")
+        for piece in (marc_xml("sn99990010"), b"\n\nE", b"ND", b"\n"):
+            channel.sendall(piece)
+        reply = json.loads(channel.makefile("rb").readline())  # standard input stays open
+    assert shared.ended(reply["job"]["id"])["status"] == "successful"
+    assert titles(shared, "sn99990010")
+
+
+@pytest.mark.parametrize(
+    "payload, said",
+    [
+        (b"no XML", "line 1"),
+        (b"", "line 1"),
+        (TRAILER, "line 1"),
+        (marc_xml().replace(b"</record>", b""), "no element found: line "),
+        (
+            marc_xml().replace(b"?>\n", b'?>\n<!DOCTYPE record [<!ENTITY a "b">]>\n', 1),
+            "a DOCTYPE is not allowed",
+        ),
+        (marc_xml().replace(b"UTF-8", b"no-such-code"), "unknown encoding"),
+        (b"<html><body>Service unavailable</body></html>", "there is no MARC record in it"),
+        (OCLC_ANSWER.format("").encode(), "there is no MARC record in it"),
+        (marc_xml(lccn=""), "without an LCCN (010 $a)"),
+        (marc_xml(lccn="  "), "without an LCCN (010 $a)"),
+        (b" " * ((32 << 20) + 4096), "32 MiB"),
+    ],
+)
+def test_a_title_that_cannot_be_stored_is_refused_with_a_sentence(shared, payload, said):
+    jobs = shared.call("list-jobs")["jobs"]
+    reply = shared.ssh("load-title", stdin=payload)
+    assert (reply["status"], reply["message"]) == ("error", "Invalid data")
+    assert said in reply["error"]
+    assert shared.call("list-jobs")["jobs"] == jobs
+
+
+def test_a_title_of_32_mib_is_taken(shared):
+    job = shared.ended(
+        shared.ssh("load-title", marc_xml("sn99990032").ljust(32 << 20))["job"]["id"]
+    )
+    assert job["status"] == "successful"
+    assert titles(shared, "sn99990032")
+
+
+@pytest.mark.parametrize(
+    "lccn, before, said",
+    [
+        ("sn99990009", [], "ONI has no title sn99990009"),
+        ("sn99990001", ["The test gazette."], "ONI has not stored every record"),
+    ],
+)
+def test_a_title_of_unknown_language_is_failed_and_its_file_kept(shared, lccn, before, said):
+    record = marc_xml(lccn, "A new name.", language="zzz")
+    job = shared.run("load-title", stdin=record)
+    folder = shared.state / "titles" / str(job["id"])
+    assert job["status"] == "failed"
+    assert job["error"].startswith(said)
+    assert "Code zzz, not found in language table." in job["error"]
+    assert str(folder) in job["error"]
+    assert [file.read_bytes() for file in folder.iterdir()] == [record]
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert titles(shared, lccn) == before
+
+
+def test_a_title_known_already_is_updated(shared):
+    assert (
+        shared.run("load-title", stdin=marc_xml("sn99990002", "A new name."))["status"]
+        == "successful"
+    )
+    assert titles(shared, "sn99990002") == ["A new name."]
+
+
+def test_a_killed_title_load_is_failed_and_its_file_kept(site):
+    gate = gate_in_manage(site, "load_titles")
+    id = site.start().job("load-title", stdin=marc_xml() + TRAILER)
+    kill_at(site, gate, "load_titles")
+    job, folder = site.ended(id), site.state / "titles" / str(id)
+    assert job["status"] == "failed"
+    assert job["error"].startswith("killed by signal 9 (SIGKILL); ")
+    assert str(folder) in job["error"]
+    assert (folder / "marc.xml").read_bytes() == marc_xml()
+    assert site.run("load-title", stdin=marc_xml())["status"] == "successful"
+    assert titles(site)
+
+
+def test_a_title_load_that_cannot_be_checked_is_failed_and_its_file_kept(site):
+    gate = gate_in_manage(site, "load_titles", at_exit=True)
+    id = site.start().job("load-title", stdin=marc_xml())
+    gate.reached()
+    with site.database_down():
+        gate.open()
+        job = site.ended(id)
+    assert job["status"] == "failed"
+    assert "OperationalError" in job["error"]
+    assert str(site.state / "titles" / str(id)) in job["error"]
+
+
+# -- awardees
+
+
+def test_an_awardee_is_made_once_and_answered_as_recorded(shared):
+    def ask(*words: str) -> dict:
+        return without_session(shared.call("ensure-awardee", *words))
+
+    assert ask("hoover") == {
+        "status": "error",
+        "message": "Unable to create awardee",
+        "org_code": "hoover",
+        "name": "",
+        "error": "awardee name must be given to auto-create awardees",
+    }
+    assert awardees(shared, "hoover") == []
+    assert ask("hoover", "Hoover Institution") == {
+        "status": "success",
+        "message": "Awardee created",
+    }
+    for words in (["hoover", "Hoover Institution"], ["hoover", "Another name"], ["hoover"]):
+        assert ask(*words) == {"status": "success", "message": "Awardee already exists"}
+    assert awardees(shared, "hoover") == ["Hoover Institution"]
+    for words in ([], ["a", "b", "c"]):
+        reply = ask(*words)
+        assert reply["status"] == "error"
+        assert "one or two arguments" in reply["message"]
+
+
+@pytest.mark.parametrize(
+    "code, name",
+    [
+        ("dlc", "Bibliothèque Łódź 図書館 \U0001f4f0"),
+        ("é" * 50, "ü" * 100),
+        (" spaced  out ", "  kept   exactly "),
+        ("DLC2", "upper"),
+        ("dlc2", "lower"),
+    ],
+)
+def test_an_awardees_code_and_name_are_kept_exactly(shared, code, name):
+    assert shared.call("ensure-awardee", code, name)["message"] == "Awardee created"
+    assert awardees(shared, code) == [name]
+
+
+@pytest.mark.parametrize(
+    "code, name",
+    [
+        ("x" * 51, "name"),
+        ("é" * 51, "name"),
+        ("long", "n" * 101),
+        ("", "Some name"),
+        ("x" * 51, ""),
+    ],
+)
+def test_an_awardee_that_the_columns_cannot_hold_is_refused(shared, code, name):
+    reply = without_session(shared.call("ensure-awardee", code, name))
+    assert reply == {
+        "status": "error",
+        "message": "Unable to create awardee",
+        "org_code": code,
+        "name": name,
+        "error": "an awardee code has 1 to 50 characters, a name at most 100",
+    }
+    assert awardees(shared, code) == []
+
+
+def test_an_awardee_asked_for_by_many_at_once_is_made_once(shared):
+    replies = at_once(*[lambda: shared.call("ensure-awardee", "many", "Many at once")] * 6)
+    assert sorted(reply["message"] for reply in replies) == ["Awardee already exists"] * 5 + [
+        "Awardee created"
+    ]
+    assert awardees(shared, "many") == ["Many at once"]
+
+
+# -- batch-patch
+
+
+@pytest.fixture(scope="module")
+def patcher(shared) -> Site:
+    """The shared site, with ALPHA loaded: an issue each of 1900-01-01, -02, -03 and one more."""
+    batch = shared.batch(ALPHA, issues=3)
+    reel = batch / "data" / GAZETTE / "print"
+    shutil.copytree(
+        reel / "1900010101", reel / "19000101011"
+    )  # the first issue's name is the beginning of its own
+    (reel / "19000101011/1900010101.xml").write_text(mets_xml(2, edition=11))
+    for number, suffix in enumerate(("TIF", "tiff", "TIFF"), 1):
+        (reel / f"1900010301/{number:04}.{suffix}").write_bytes(PAGE_FILES["tif"])
+    text = (batch / "data/batch.xml").read_text()
+    text = text.replace(
+        'awardYear="2020">',
+        'awardYear="2020" xmlns:x="urn:x"\n x:by=\'&#233;&lt;é\'>\n'
+        '<!-- <issue>no issue</issue> -->',
+    )
+    text = text.replace(
+        "</batch>",
+        NDNP_ISSUE.format(lccn=GAZETTE, day="1900-01-01", folder="19000101011")
+        .replace('"01"', '"011"')
+        .replace("19000101011.xml", "1900010101.xml")
+        + "<?x y?>\n</batch>\n<!-- the end -->",
+    )
+    (batch / "data/batch.xml").write_bytes(text.replace("\n", "\r\n").encode())
+    shared.run("load-batch", ALPHA)
+    return shared
+
+
+@pytest.mark.parametrize(
+    "instructions, removed",
+    [
+        (f"RemoveIssue {GAZETTE}/1900010101", ["1900010101"]),
+        (f"RemoveIssue {GAZETTE}/19000101011", ["19000101011"]),
+        (f"RemoveIssue {GAZETTE}/1900-01-02_01\n", ["1900010201"]),
+        ("\n  RemoveIssue   sn-9999_0001/1900_01-02-01  \r\n\n", ["1900010201"]),
+        (
+            f"RemoveIssue {GAZETTE}/1900010101\nRemoveIssue {GAZETTE}/1900010301\n\n",
+            ["1900010101", "1900010301"],
+        ),
+    ],
+)
+def test_a_patched_batch_is_the_old_one_without_what_was_to_go(patcher, instructions, removed):
+    old, new = patcher.source / ALPHA, patcher.source / f"batch_oru_new{next(FRESH)}_ver01"
+    before, unready = files_of(old), patcher.source / f"WIP-UNREADY-{new.name}"
+    (unready / "data").mkdir(parents=True)
+    (unready / "data/left.xml").write_text("by an interrupted patch")
+    job = patcher.run("batch-patch", ALPHA, new.name, stdin=instructions.encode() + TRAILER)
+    assert (job["name"], job["status"]) == ("batch patch", "successful")
+    assert patcher.logs(job["id"])
+    wanted = {
+        name: content
+        for name, content in before.items()
+        if not name.lower().endswith((".tif", ".tiff", "_1.xml"))
+        and Path(name).parent.name not in removed
+    }
+    for folder in removed:
+        wanted["data/batch.xml"] = re.sub(
+            rb"<issue [^>]*>\./%b/print/%b/[^<]*</issue>" % (GAZETTE.encode(), folder.encode()),
+            b"",
+            wanted["data/batch.xml"],
+        )
+    assert files_of(new) == wanted
+    assert files_of(old) == before
+    assert not [path for path in new.rglob("*") if path.name in removed]
+    assert not unready.exists()
+
+
+def test_a_patched_batch_can_be_loaded_completely(patcher):
+    new = f"batch_oru_new{next(FRESH)}_ver01"
+    patcher.run("batch-patch", ALPHA, new, stdin=f"RemoveIssue {GAZETTE}/1900010201".encode())
+    repaired(patcher, "load-batch", new)
+    assert patcher.held(new) == (1, 3, 6)
+    assert patcher.held(ALPHA) == (1, 4, 8)
+
+
+HELD = f"RemoveIssue {GAZETTE}/1900010101\n"
+
+
+@pytest.mark.parametrize(
+    "old, new, instructions, said",
+    [
+        (
+            ALPHA,
+            BETA,
+            HELD + f"AddIssue {GAZETTE}/1900010201\n",
+            "line 2: 'AddIssue' is not an instruction",
+        ),
+        (ALPHA, BETA, HELD + "RemoveIssue\n", "line 2: "),
+        (ALPHA, BETA, HELD + "\nRemoveIssue  \n", "line 3: "),
+        (
+            ALPHA,
+            BETA,
+            f"RemoveIssue {GAZETTE}/1900010109\n",
+            f"{GAZETTE}/1900010109' names no issue of {ALPHA}",
+        ),
+        (
+            ALPHA,
+            BETA,
+            "RemoveIssue sn99990002/1900010101\n",
+            f"sn99990002/1900010101' names no issue of {ALPHA}",
+        ),
+        (ALPHA, BETA, f"RemoveIssue {GAZETTE}/190001010\n", f"names no issue of {ALPHA}"),
+        (ALPHA, BETA, "\n", "there is no instruction"),
+        (ALPHA, ALPHA, HELD, f'"{ALPHA}" is in BATCH_SOURCE already'),
+        (ALPHA, "../" + BETA, HELD, "is not a batch name"),
+        (ALPHA, "", HELD, "is not a batch name"),
+        ("./" + ALPHA, BETA, HELD, "is not a batch name"),
+    ],
+)
+def test_a_patch_that_cannot_be_made_is_refused_with_a_sentence(
+    patcher, old, new, instructions, said
+):
+    before = (
+        sorted(path.name for path in patcher.source.iterdir()),
+        patcher.call("list-jobs")["jobs"],
+    )
+    reply = patcher.call("batch-patch", old, new, stdin=instructions.encode() + TRAILER)
+    assert (reply["status"], reply["message"]) == ("error", f'"{old}" cannot be modified')
+    assert said in reply["error"]
+    assert before == (
+        sorted(path.name for path in patcher.source.iterdir()),
+        patcher.call("list-jobs")["jobs"],
+    )
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_a_patch_of_a_batch_unknown_to_open_oni_is_answered_as_recorded(patcher, on_disk):
+    old = f"batch_oru_unknown{on_disk:d}_ver01"
+    if on_disk:
+        patcher.batch(old)
+    reply = without_session(patcher.call("batch-patch", old, BETA, stdin=HELD.encode() + TRAILER))
+    assert reply == {
+        "status": "error",
+        "message": f'"{old}" cannot be modified',
+        "error": "batch does not exist",
+    }
+
+
+def test_a_patch_that_would_not_be_whole_is_not_made(agent):
+    listing = agent.batch(ALPHA) / "data/batch.xml"
+    issue = re.search("<issue .*?</issue>", listing.read_text())[0]
+    listing.write_text(
+        listing.read_text().replace(issue, issue + issue.replace('Order="01"', 'Order="02"'))
+    )
+    agent.run("load-batch", ALPHA)
+    job = agent.run("batch-patch", ALPHA, BETA, stdin=f"RemoveIssue {GAZETTE}/1900010102".encode())
+    assert job["status"] == "failed"
+    assert "no such file" in job["error"]
+    assert [path.name for path in agent.source.iterdir()] == [ALPHA]
+
+
+def test_names_that_are_no_text_do_no_harm(agent):
+    os.mkdir(os.fsencode(agent.source) + b"/batch_oru_alph\xe9_ver01")
+    os.mkdir(os.fsencode(agent.batch(BETA)) + b"/data/caf\xe9")
+    os.mkfifo(os.fsencode(agent.source / BETA) + b"/data/caf\xe9/fifo")
+    assert "no such file" in agent.call("load-batch", ALPHA)["error"]
+    agent.run("load-batch", BETA)
+    job = agent.run("batch-patch", BETA, ALPHA, stdin=f"RemoveIssue {GAZETTE}/1900010101".encode())
+    assert job["status"] == "failed"
+    assert "cannot be copied" in job["error"]
+
+
+def test_a_refusal_waits_for_what_its_client_is_about_to_send(patcher):
+    with Client(patcher.port) as client:
+        channels = [
+            client.channel(command)
+            for command in (f"batch-patch {ALPHA} no-name", "batch-patch no-name x")
+        ]
+        for _ in range(3):
+            client.ask("version")
+        for channel in channels:
+            channel.sendall(
+                HELD.encode() + TRAILER
+            )  # whoever cannot send it, such as Go's library, reads no answer
+            assert json.loads(channel.makefile("rb").read())["status"] == "error"
+
+
+# -- an Open ONI that is in trouble itself
+
+NO_SHEBANG = "print('not to be run')\n"
+
+
+def no_shebang(manage: Path) -> None:
+    manage.write_text(NO_SHEBANG)
+
+
+def removed(manage: Path) -> None:
+    manage.unlink()
+
+
+@pytest.mark.parametrize("warm", [True, False])
+@pytest.mark.parametrize("spoil", [no_shebang, removed])
+def test_no_kind_of_job_could_start_when_manage_py_cannot_be_run(agent, spoil, warm):
+    for name in BETA, "batch_oru_gamma_ver01":
+        agent.batch(name)
+    agent.run("load-batch", BETA)
+    gate = agent.hold_load(agent.batch(ALPHA))
+    agent.job("load-batch", ALPHA)
+    patch = f"RemoveIssue {GAZETTE}/1900010101".encode()
+    ids = [
+        agent.job("batch-patch", BETA, "batch_oru_delta_ver01", stdin=patch),
+        agent.job("purge-batch", BETA),
+        agent.job("load-batch", "batch_oru_gamma_ver01"),
+        agent.job("load-title", stdin=marc_xml()),
+    ]
+    gate.reached()
+    spoil(agent.oni / "manage.py")
+    if not warm:
+        kill_warm_child(agent)
+    gate.open()
+    agent.ended(ids[-1])
+    jobs = [agent.call("job-status", str(id)) for id in ids][
+        warm:
+    ]  # a patch only asks, and a warm child answers
+    assert [each["job"]["status"] for each in jobs] == ["couldn't start"] * len(jobs)
+    assert {each["message"] for each in jobs} == {"Invalid: this job was not able to start."}
+    assert all(f"couldn't run {agent.oni / 'manage.py'}: " in each["job"]["error"] for each in jobs)
+    assert str(agent.state / "titles" / str(ids[-1])) in jobs[-1]["job"]["error"]
+
+
+def test_a_job_whose_load_has_run_is_not_said_to_have_been_unable_to_start(agent):
+    gate = agent.hold_load(agent.batch(ALPHA))
+    id = agent.job("load-batch", ALPHA)
+    gate.reached()
+    no_shebang(agent.oni / "manage.py")
+    kill_warm_child(agent)
+    gate.open()
+    job = agent.ended(id)
+    assert job["status"] == "failed"
+    assert "what ONI holds of the batch now is not known: " in job["error"]
+
+
+def test_a_job_whose_purge_has_run_is_not_said_to_have_been_unable_to_start(agent):
+    batch = agent.batch(ALPHA)
+    gate = agent.hold_load(batch, issue=1)
+    id = agent.job("load-batch", ALPHA)
+    kill_at(agent, gate, "load_batch")
+    agent.ended(id)
+    gate = agent.hold(batch / "purge-gate")
+    id = agent.job("load-batch", ALPHA)
+    gate.reached()
+    no_shebang(agent.oni / "manage.py")
+    gate.open()
+    job = agent.ended(id)
+    assert job["status"] == "failed"
+    assert f"couldn't run {agent.oni / 'manage.py'}: " in job["error"]
+    assert job["error"].endswith("; ONI holds nothing of the batch")
+    assert agent.held(ALPHA) == (0, 0, 0)
+
+
+def test_an_open_oni_that_answers_late_is_said_to_while_jobs_wait_for_it(agent):
+    gate = agent.hold_load(agent.batch(BETA))
+    agent.batch(ALPHA)
+    id = agent.job("load-batch", BETA)
+    gate.reached()
+    asked = {
+        f'"{ALPHA}" cannot be loaded': ("load-batch", ALPHA),
+        f'"{ALPHA}" cannot be purged': ("purge-batch", ALPHA),
+        "Unable to create awardee": ("ensure-awardee", "dlc", "Library of Congress"),
+    }
+    with contextlib.closing(
+        sqlite3.connect(agent.oni / "oni.sqlite3", isolation_level=None)
+    ) as database:
+        database.execute("BEGIN EXCLUSIVE")
+        gate.open()
+        *replies, other = at_once(
+            *[lambda words=words: agent.call(*words) for words in asked.values()],
+            lambda: agent.call("version"),
+        )
+    assert [(reply["message"], reply["error"]) for reply in replies] == [
+        (message, "Open ONI did not answer within 10 s") for message in asked
+    ]
+    assert other["status"] == "success"
+    assert awardees(agent, "dlc") == []
+    assert agent.ended(id)["status"] == "successful"
+    assert (
+        agent.call("ensure-awardee", "dlc", "Library of Congress")["message"] == "Awardee created"
+    )
+    assert agent.run("load-batch", ALPHA)["status"] == "successful"
+
+
+def test_broken_settings_are_named_and_mended_ones_used(site):
+    site.batch(ALPHA)
+    settings = settings_local(site, "raise ValueError('no such password')\n")
+    site.start()
+    for _ in range(2):
+        reply = site.call("load-batch", ALPHA)
+        assert reply["message"] == f'"{ALPHA}" cannot be loaded'
+        assert reply["error"] == "Open ONI cannot be asked: ValueError: no such password"
+    settings.unlink()
+    assert site.run("load-batch", ALPHA)["status"] == "successful"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "print('noise')",
+        "print('noise', end='', flush=True)",
+        "import os; os.write(1, b'\\xff{\"answer\": 1}' * 100_000)",
+        (
+            "from django.db.backends.signals import connection_created\n"
+            "connection_created.connect(lambda **_: print('noise', end=''), weak=False)"
+        ),
+    ],
+)
+def test_noise_on_stdout_does_no_harm(site, code):
+    site.batch(ALPHA)
+    settings_local(site, code + "\n")
+    assert site.start().run("load-batch", ALPHA)["status"] == "successful"
+    for _ in range(2):
+        assert without_session(site.call("load-batch", ALPHA)) == NOOP
+
+
+def test_the_child_that_answers_may_be_killed_between_two_questions(agent):
+    for _ in range(3):
+        assert agent.call("ensure-awardee", "oru")["message"] == "Awardee already exists"
+        kill_warm_child(agent)
+    assert agent.call("ensure-awardee", "oru")["message"] == "Awardee already exists"
+    assert len(agent.manage_pids("shell")) == 1
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_a_database_that_is_down_is_said_and_one_that_is_up_again_asked(agent, warm):
+    agent.batch(ALPHA)
+    gate = agent.hold_load(agent.batch(BETA))
+    if warm:
+        agent.call("ensure-awardee", "oru")
+    with agent.database_down():
+        for words, message in (
+            (("load-batch", ALPHA), f'"{ALPHA}" cannot be loaded'),
+            (("purge-batch", ALPHA), f'"{ALPHA}" cannot be purged'),
+            (("ensure-awardee", "oru"), "Unable to create awardee"),
+        ):
+            reply = agent.call(*words)
+            assert (reply["status"], reply["message"]) == ("error", message)
+            assert (
+                reply["error"]
+                == "Open ONI cannot answer: OperationalError: unable to open database file"
+            )
+    assert agent.call("list-jobs")["jobs"] == []
+    agent.job("load-batch", BETA)
+    waiting = agent.job("load-batch", ALPHA)
+    gate.reached()
+    with agent.database_down():
+        gate.open()
+        job = agent.ended(waiting)
+    assert (job["status"], job["error"]) == (
+        "failed",
+        "Open ONI cannot answer: OperationalError: unable to open database file",
+    )
+    for name in (ALPHA, BETA):
+        repaired(agent, "load-batch", name)
+        assert agent.held(name) == (1, 2, 4)
+
+
+# --- Promises: nothing is lost --------------------------------------------------------------------
+
+KILLS = int(os.environ.get("CRASH_KILLS", 30))
+SEED = int(os.environ.get("CRASH_SEED", random.randrange(10**6)))
+LANES = -(-KILLS // 5)  # tests that the kills are spread over
+MOMENTS = (
+    ("agent", "before the spawn"),
+    ("both", "just after the spawn"),
+    ("manage.py", "in mid-output"),
+    ("agent", "in mid-output"),
+    ("both", "in a repair's purge"),
+    ("agent", "before the record"),
+    ("agent", "just after the spawn"),
+    ("both", "in mid-output"),
+    ("manage.py", "in a repair's purge"),
+    ("agent", "in a repair's purge"),
+    ("both", "at any time"),
+    ("agent", "at any time"),
+    ("manage.py", "just after the spawn"),
+    ("agent", "in a patch's copying"),
+)
+WITNESS = r'''
+import contextlib, fcntl, os, sys
+def hold(name):
+    """Waits at a gate of the test's, if there is one."""
+    with contextlib.suppress(FileNotFoundError), open("hold-" + name) as gate:
+        gate.read()
+command = "".join(sys.argv[1:2])
+if command == "check":
+    sys.exit()  # saves the tests its half second at every start
+if command in ("load_batch", "purge_batch", "load_titles"):
+    at_work = open("at-work", "a")
+    try:
+        fcntl.flock(at_work, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        open("two-at-once", "a").write(f"{sys.argv}\n")
+if command == "shell":  # a question asked of Open ONI begins with close_old_connections
+    import django.db
+    def before_question(close=django.db.close_old_connections):
+        hold("question")
+        close()
+    django.db.close_old_connections = before_question
+hold(command)
+'''
+
+
+@pytest.fixture
+def witnessed(site) -> Site:
+    """A site whose manage.py tells when two are at work at once.
+
+    It can be held at its start and at a question.
+    """
+    site.prepend_to_manage(WITNESS)
+    yield site
+    assert not (site.oni / "two-at-once").exists(), (site.oni / "two-at-once").read_text()
+
+
+def half_load(site: Site, batch: Path) -> None:
+    """What a load leaves that is killed in its first issue."""
+    (site.oni / "data/batches" / batch.name).symlink_to(batch)
+    with contextlib.closing(
+        sqlite3.connect(site.oni / "oni.sqlite3", timeout=60)
+    ) as database, database:
+        database.execute(
+            "INSERT INTO core_batch (name, created, validated_batch_file, awardee_id)"
+            " VALUES (?, '2026-01-01 00:00:00', '', 'oru')",
+            [batch.name],
+        )
+        database.execute(
+            "INSERT INTO core_issue (batch_id, title_id, date_issued, edition, created)"
+            " VALUES (?, 'sn99990001', '1900-01-01', 1, '2026-01-01 00:00:00')",
+            [batch.name],
+        )
+        database.execute(
+            "INSERT INTO core_loadbatchevent (batch_name, created, message)"
+            " VALUES (?, '2026-01-01 00:00:00', 'starting load')",
+            [batch.name],
+        )
+
+
+def load_until(
+    moment: str, site: Site, batch: Path, draw: random.Random
+) -> tuple[int, Gate | None]:
+    """Has a batch loaded and follows that to a moment: the job's id, and the gate that holds it."""
+    question = site.oni / "hold-question"
+    if moment == "before the spawn":
+        asked = site.hold(question)
+        with Client(site.port) as client:
+            channel = client.channel(f"load-batch {batch.name}")
+            asked.reached()  # that was the acceptance's question; the next one is the job's
+            question.unlink()
+            gate = site.hold(question)
+            os.close(asked._writer)
+            return json.loads(channel.makefile("rb").read())["job"]["id"], gate.reached()
+    if moment == "before the record":
+        last_page = site.hold_load(batch, issue=1, page=3)
+        id = site.job("load-batch", batch.name)
+        last_page.reached()
+        gate = site.hold(question)
+        last_page.open()
+        return id, gate.reached()
+    if moment == "just after the spawn":
+        gate = site.hold(site.oni / "hold-load_batch")
+    elif moment == "in mid-output":
+        gate = site.hold_load(batch, issue=draw.randrange(2), page=draw.randint(1, 3))
+    elif moment == "in a repair's purge":
+        half_load(site, batch)
+        gate = site.hold(batch / "purge-gate")
+    else:
+        id = site.job("load-batch", batch.name)
+        time.sleep(draw.uniform(0, 0.6))
+        return id, None
+    return site.job("load-batch", batch.name), gate.reached()
+
+
+def kill(site: Site, victim: str) -> None:
+    """kill -9 of the agent, of manage.py, or of both."""
+    if victim != "manage.py":
+        site.kill()
+    if victim != "agent":
+        for pid in site.manage_pids("load_batch") + site.manage_pids("purge_batch"):
+            os.kill(pid, signal.SIGKILL)
+
+
+def printed(site: Site, since: set[Path] = frozenset()) -> list[str]:
+    """The lines of Open ONI's own log files, but for those files in `since`."""
+    files = {
+        path
+        for command in ("load", "purge")
+        for path in (site.oni / "log").glob(f"{command}_batch_*.log")
+    }
+    return [
+        line
+        for path in sorted(files - since, key=lambda path: path.stat().st_mtime_ns)
+        for line in path.read_text().splitlines()
+    ]
+
+
+def on_stderr(site: Site, id: int) -> list[str]:
+    """The lines of manage.py's stderr in a job's log; their stamps must increase."""
+    stderr = site.call("job-logs", str(id))["job"]["stderr"]
+    stamps = [line[:32] for line in stderr]
+    assert stamps == sorted(set(stamps))
+    assert all(re.fullmatch(rf"\[{STAMP}\]", stamp) for stamp in stamps)
+    return [line[33:] for line in stderr]
+
+
+@pytest.mark.parametrize("lane", range(LANES))
+def test_a_job_outlives_kills_at_every_moment_of_its_life(witnessed, lane):
+    print(f"CRASH_KILLS={KILLS} CRASH_SEED={SEED}")
+    draw = random.Random(f"{SEED} {lane}")
+    witnessed.start()
+    for number in range(lane, KILLS, LANES):
+        victim, moment = MOMENTS[number % len(MOMENTS)]
+        print(f"kill {number}: {victim}, {moment}")
+        crash = crash_patch if moment == "in a patch's copying" else crash_load
+        crash(witnessed, victim, moment, f"batch_oru_k{number}_ver01", draw)
+    jobs = witnessed.call("list-jobs")["jobs"]
+    assert [job["id"] for job in jobs] == list(range(1, len(jobs) + 1))
+    assert {job["status"] for job in jobs} <= {"successful", "failed"}
+
+
+def crash_load(site: Site, victim: str, moment: str, name: str, draw: random.Random) -> None:
+    """A load is killed at a moment; what must become of it becomes of it."""
+    batch = site.batch(name, issues=2, pages=3)
+    before = set((site.oni / "log").iterdir())
+    id, gate = load_until(moment, site, batch, draw)
+    kill(site, victim)
+    for step in sorted(("open", "start"), key=lambda _: draw.random()):
+        if step == "open" and gate:
+            gate.open()
+        if step == "start" and victim != "manage.py":
+            site.start()
+    job = site.ended(id)
+    if victim == "manage.py":
+        row, issues, _ = site.held(name)
+        held = (
+            f"ONI holds {issues} of the 2 issues in batch.xml"
+            if row
+            else "ONI holds nothing of the batch"
+        )
+        assert job["status"] == "failed"
+        assert "signal 9 (SIGKILL)" in job["error"]
+        assert held in job["error"]
+        job = site.run("load-batch", name)
+    assert (job["status"], job.get("error")) == ("successful", None)
+    assert site.held(name) == (1, 2, 6)
+    if victim == "agent":
+        assert on_stderr(site, id) == printed(site, before)
+
+
+def crash_patch(site: Site, victim: str, moment: str, name: str, draw: random.Random) -> None:
+    """The agent is killed while it copies the files of a patch; that becomes whole all the same."""
+    old, new = site.batch(name, issues=4, pages=100), site.source / name.replace("ver01", "ver02")
+    half_load(site, old)
+    id = site.job("batch-patch", old.name, new.name, stdin=b"RemoveIssue sn99990001/1900010201\n")
+    site.wait_for(rf"job={id} .*begins")
+    time.sleep(draw.uniform(0, 0.1))
+    kill(site, victim)
+    site.start()
+    assert site.ended(id)["status"] == "successful"
+    kept = {
+        name: content
+        for name, content in files_of(old).items()
+        if not name.endswith((".tif", "_1.xml", "batch.xml")) and "1900010201" not in name
+    }
+    made = files_of(new)
+    assert made.pop("data/batch.xml").count(b"<issue ") == 3
+    assert made == kept
+    assert not list(site.source.glob("WIP*"))
+
+
+def test_the_next_agent_adopts_a_load_and_its_log_goes_on(witnessed):
+    site = witnessed.start()
+    batch = site.batch("batch_oru_alpha_ver01", issues=3, pages=2)
+    gates = [site.hold_load(batch, issue) for issue in range(3)]
+    id = site.job("load-batch", batch.name)
+    lengths = [0]
+    for gate in gates:
+        gate.reached()
+        site.restart()
+        assert "job=1" in site.wait_for("adopted")
+        until(lambda: len(site.logs(id)) > lengths[-1])  # it had no more to say before the gate
+        lengths.append(len(site.logs(id)))
+        assert site.call("job-status", str(id))["job"]["status"] == "started"
+        gate.open()
+    job = site.ended(id)
+    assert (job["id"], job["status"]) == (id, "successful")
+    assert on_stderr(site, id) == printed(site)
+    assert not any("interrupted" in line for line in site.logs(id))
+
+
+def test_what_was_printed_while_no_agent_was_there_is_in_the_log_however_long_it_is(site):
+    site.prepend_to_manage(
+        "import sys\nif 'load_batch' in sys.argv:\n"
+        "    print(*(f'before {n:040}' for n in range(9000)), sep='\\n', flush=True)\n"
+        "    open('gate-in-manage').read()\n"
+        "    print(*(f'after {n}' for n in range(100)), sep='\\n', end=' the end', flush=True)"
+    )
+    gate = site.hold(site.oni / "gate-in-manage")
+    site.batch(ALPHA)
+    site.start()
+    id = site.job("load-batch", ALPHA)
+    gate.reached()
+    until(lambda: len(site.logs(id)) == 9000)
+    site.kill()
+    gate.open()
+    until(lambda: not site.manage_pids("load_batch"))
+    site.start()
+    assert site.ended(id)["status"] == "successful"
+    printed = [line[33:] for line in site.call("job-logs", str(id))["job"]["stdout"]]
+    assert [line for line in printed if line.startswith("before")] == [
+        f"before {n:040}" for n in range(9000)
+    ]
+    assert [line for line in printed if line.startswith("after")] == [
+        *(f"after {n}" for n in range(99)),
+        "after 99 the end",
+    ]
+
+
+def test_sigterm_stops_the_agent_and_leaves_the_load_at_work(witnessed):
+    site = witnessed.start()
+    batch = site.batch("batch_oru_alpha_ver01")
+    gate = site.hold_load(batch)
+    id = site.job("load-batch", batch.name)
+    gate.reached()
+    assert site.stop() == 0
+    loading = site.manage_pids("load_batch")
+    assert len(loading) == 1
+    gate.open()
+    until(lambda: not site.manage_pids("load_batch"))  # nobody reads, and it runs to its end
+    assert site.held(batch.name) == (1, 2, 4)
+    assert site.start().ended(id)["status"] == "successful"
+    assert on_stderr(site, id) == printed(site)
+
+
+def test_sigterm_at_the_first_moment_stops_the_agent(witnessed):
+    for _ in range(6):
+        assert (
+            witnessed.start().stop() == 0
+        )  # the signal may come while the agent writes to its log
+
+
+def test_the_third_interruption_of_a_job_is_its_end(witnessed):
+    site = witnessed.start()
+    batch = site.batch("batch_oru_alpha_ver01")
+    site.batch("batch_oru_beta_ver01")
+    for attempt in range(3):
+        gate = site.hold_load(batch)
+        if attempt == 0:
+            assert site.job("load-batch", batch.name) == 1
+            assert site.job("load-batch", "batch_oru_beta_ver01") == 2
+        else:
+            site.start()
+        gate.reached()
+        assert [job["status"] for job in site.call("list-jobs")["jobs"]] == ["started", "pending"]
+        kill(site, "both")
+        gate.open()
+    job = site.start().ended(1)
+    assert job["status"] == "failed"
+    assert "3 times" in job["error"]
+    assert sum("interrupted" in line for line in site.logs(1)) == 3
+    assert site.ended(2)["status"] == "successful"
+    assert site.run("load-batch", batch.name)["status"] == "successful"
+    assert site.held(batch.name) == (1, 2, 4)
+
+
+def test_stopping_on_purpose_is_no_interruption(agent):
+    gate = agent.hold_load(agent.batch(ALPHA))
+    id = agent.job("load-batch", ALPHA)
+    gate.reached()
+    for _ in range(4):
+        agent.stop()
+        agent.start().wait_for("adopted")
+    gate.open()
+    job = agent.ended(id)
+    assert (job["status"], job["attempts"]) == ("successful", 1)
+
+
+def test_an_interrupted_title_is_loaded_again(witnessed):
+    site = witnessed.start()
+    gate = site.hold(site.oni / "hold-load_titles")
+    id = site.job("load-title", stdin=marc_xml())
+    gate.reached()
+    site.kill()
+    for pid in site.manage_pids("load_titles"):
+        os.kill(pid, signal.SIGKILL)
+    gate.open()
+    assert site.start().ended(id)["status"] == "successful"
+    assert site.query("SELECT name FROM core_title WHERE lccn = 'sn99990009'") == [
+        ("The sample herald.",)
+    ]
+
+
+def test_a_second_agent_on_a_state_folder_is_refused(agent):
+    said = failed_start(agent)
+    assert "another ONI Agent" in said
+    assert str(agent.state) in said
+    assert agent.call("version")["status"] == "success"
+
+
+class SmallDisk:
+    """The state folder on a file system of its own, which can be full.
+
+    That is a tmpfs or, where nobody may mount one, a limit on the size of the agent's files.
+    """
+
+    def __init__(self, site: Site):
+        self.site = site
+        self.filler = site.state / "filler"
+        site.state.mkdir()
+        words = f"mount -t tmpfs -o size=4m tmpfs {shlex.quote(str(site.state))}"
+        self.mounted = (
+            subprocess.run(["sh", "-c", words], stderr=subprocess.DEVNULL).returncode == 0
+        )
+
+    def fill(self) -> None:
+        """Leaves no byte."""
+        if not self.mounted:
+            return resource.prlimit(
+                self.site.agent.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY)
+            )
+        with open(self.filler, "ab", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+
+    def free(self) -> None:
+        """Takes that back."""
+        if self.mounted:
+            self.filler.unlink()
+        else:
+            resource.prlimit(
+                self.site.agent.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2
+            )
+
+    def unmount(self) -> None:
+        """Leaves the machine as it was."""
+        if self.mounted:
+            subprocess.run(["umount", "-l", str(self.site.state)], check=True)
+
+
+@pytest.fixture
+def disk(witnessed):
+    """A small disk under the site's state folder."""
+    disk = SmallDisk(witnessed)
+    yield disk
+    witnessed.clean_up()
+    disk.unmount()
+
+
+def test_a_full_disk_refuses_jobs_and_keeps_none(disk, witnessed):
+    site = witnessed.start()
+    batch = site.batch("batch_oru_alpha_ver01")
+    disk.fill()
+    for words, stdin in ((("load-batch", batch.name), None), (("load-title",), marc_xml())):
+        reply = site.call(*words, stdin=stdin)
+        assert (reply["status"], reply.get("job")) == ("error", None)
+        assert str(site.state / "jobs.db") in reply["error"]
+        assert site.call("list-jobs")["jobs"] == []
+    assert site.agent.poll() is None
+    disk.free()
+    assert site.run("load-batch", batch.name)["status"] == "successful"
+    before = without_session(site.call("list-jobs"))
+    assert len(before["jobs"]) == 1
+    assert without_session(site.restart().call("list-jobs")) == before
+
+
+@pytest.mark.parametrize("room_for_the_log", [False, True])
+def test_a_disk_that_fills_up_stops_no_load_and_the_log_says_so(disk, witnessed, room_for_the_log):
+    site = witnessed.start()
+    batch = site.batch("batch_oru_alpha_ver01", issues=2, pages=40)
+    gate = site.hold_load(batch)
+    id = site.job("load-batch", batch.name)
+    gate.reached()
+    if room_for_the_log and disk.mounted:  # so that only manage.py meets the full disk
+        subprocess.run(["fallocate", "-n", "-l", "1M", str(site.state / "logs/1.log")], check=True)
+    disk.fill()
+    gate.open()
+    until(lambda: not site.manage_pids("load_batch"))
+    assert site.held(batch.name) == (1, 2, 80)
+    assert (
+        site.call("job-status", str(id))["job"]["status"] == "started"
+    )  # its end cannot be recorded yet
+    assert site.call("job-logs", str(id))["status"] == "success"
+    disk.free()
+    assert site.ended(id)["status"] == "successful"
+    assert any("may be missing" in line for line in site.logs(id))
+    assert set(on_stderr(site, id)) & set(printed(site))
+    assert site.restart().ended(id)["status"] == "successful"
+
+
+def test_a_job_waits_until_its_log_can_be_made(witnessed):
+    site = witnessed.start()
+    batch = site.batch("batch_oru_alpha_ver01")
+    logs, away = site.state / "logs", site.state / "away"
+    logs.rename(away)
+    id = site.job("load-batch", batch.name)
+    site.wait_for(r"logs/1\.log")
+    assert site.call("job-logs", str(id))["job"]["stderr"] == []
+    away.rename(logs)
+    assert site.ended(id)["status"] == "successful"
+    assert on_stderr(site, id) == printed(site)
+
+
+def past_jobs(site: Site, *rows: tuple) -> None:
+    """Writes jobs into the store of an agent that rests.
+
+    Each is its words, its status, and the days since it was queued and ended.
+    """
+    site.start().kill()
+    now, day = time.time_ns(), 86400 * 10**9
+    with contextlib.closing(sqlite3.connect(site.state / "jobs.db")) as database, database:
+        database.executemany(
+            "INSERT INTO jobs (words, queued, status, started, ended, error, attempts) VALUES (?,"
+            " ?, ?, ?, ?, '', 1)",
+            [
+                (
+                    json.dumps(words),
+                    now - queued * day,
+                    status,
+                    now - queued * day,
+                    None if ended is None else now - ended * day,
+                )
+                for words, status, queued, ended in rows
+            ],
+        )
+        for (id,) in database.execute("SELECT id FROM jobs WHERE ended IS NOT NULL").fetchall():
+            (site.state / "logs" / f"{id}.log").write_bytes(
+                b"[2026-01-01T00:00:00.000000000Z] E a line\n"
+            )
+
+
+def change_store(site: Site, *statements: str) -> None:
+    """Changes jobs.db by hand, and leaves it as a killed agent would: with a write-ahead log."""
+    path = site.state / "jobs.db"
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
+        database.execute("PRAGMA journal_mode = WAL")
+        for statement in statements:
+            database.execute(statement)
+        for name in "jobs.db", "jobs.db-wal":
+            shutil.copyfile(site.state / name, site.state / f"{name}.copy")
+    for name in "jobs.db", "jobs.db-wal":
+        (site.state / f"{name}.copy").rename(site.state / name)
+
+
+def damage_garbage(site: Site) -> str:
+    (site.state / "jobs.db").write_bytes(b"This is not a database.\n" * 1000)
+    return "not a database"
+
+
+def damage_header(site: Site) -> str:
+    with open(site.state / "jobs.db", "r+b") as file:
+        file.write(bytes(100))
+    return "jobs.db"
+
+
+def damage_page(site: Site) -> str:
+    with open(site.state / "jobs.db", "r+b") as file:
+        file.seek(8 * 4096)
+        file.write(random.Random(1).randbytes(4096))
+    return "jobs.db"
+
+
+def damage_end(site: Site) -> str:
+    os.truncate(site.state / "jobs.db", 5 * 4096)
+    return "jobs.db"
+
+
+def damage_row(site: Site) -> str:
+    change_store(site, "UPDATE jobs SET words = '[\"load-bat' WHERE id = 60")
+    return "jobs.db"
+
+
+def damage_owner(site: Site) -> str:
+    for path in site.state.glob("jobs.db*"):
+        path.unlink()
+    change_store(
+        site, "CREATE TABLE addresses (name TEXT)", "INSERT INTO addresses VALUES ('somebody')"
+    )
+    return "not an ONI Agent's"
+
+
+def damage_version(site: Site) -> str:
+    change_store(site, "PRAGMA user_version = 99")
+    return "newer"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damage_garbage,
+        damage_header,
+        damage_page,
+        damage_end,
+        damage_row,
+        damage_owner,
+        damage_version,
+    ],
+)
+def test_a_store_that_is_damaged_foreign_or_newer_is_left_alone(witnessed, damage):
+    site = witnessed
+    past_jobs(site, *[(["load-batch", "batch_oru_alpha_ver01"], "successful", 1, 1)] * 800)
+    expected = damage(site)
+    before = {path: path.read_bytes() for path in site.state.glob("jobs.db*")}
+    for _ in range(2):
+        said = failed_start(site)
+        assert expected in said
+        assert str(site.state / "jobs.db") in said
+        assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_log_deleted_by_hand_is_an_empty_log(witnessed):
+    site = witnessed.start()
+    batch = site.batch("batch_oru_alpha_ver01")
+    assert site.run("load-batch", batch.name)["status"] == "successful"
+    (site.state / "logs/1.log").unlink()
+    job = site.call("job-logs", "1")["job"]
+    assert (job["status"], job["stdout"], job["stderr"]) == ("successful", [], [])
+    gate = site.hold(site.oni / "hold-purge_batch")
+    assert site.job("purge-batch", batch.name) == 2
+    gate.reached()
+    (site.state / "logs/2.log").unlink()  # while the job is at work
+    job = site.call("job-logs", "2")["job"]
+    assert (job["status"], job["stdout"], job["stderr"]) == ("started", [], [])
+    gate.open()
+    assert site.ended(2)["status"] == "successful"
+    assert site.call("job-logs", "2")["status"] == "success"
+
+
+def test_a_load_is_adopted_though_its_log_has_been_deleted(witnessed):
+    site = witnessed.start()
+    batch = site.batch("batch_oru_alpha_ver01")
+    gate = site.hold_load(batch, issue=1)
+    site.job("load-batch", batch.name)
+    gate.reached()
+    site.kill()
+    (site.state / "logs/1.log").unlink()
+    site.start()
+    site.wait_for("adopted")
+    site.call(
+        "purge-batch", "batch_oru_beta_ver01"
+    )  # asks Open ONI, and so comes after whatever the job has asked
+    assert site.call("job-status", "1")["job"]["status"] == "started"
+    gate.open()
+    assert site.ended(1)["status"] == "successful"
+    assert site.query("SELECT message FROM core_loadbatchevent ORDER BY id") == [
+        ("starting load",),
+        ("processed 4 pages",),
+    ]  # and not purged and loaded once more
+
+
+def test_a_clock_set_back_does_not_disturb_the_order_of_a_log(witnessed):
+    site = witnessed.start()
+    batch = site.batch("batch_oru_alpha_ver01")
+    gate = site.hold_load(batch)
+    site.job("load-batch", batch.name)
+    gate.reached()
+    until(lambda: any("Saving page" in line for line in site.logs(1)))
+    site.kill()
+    path = site.state / "logs/1.log"
+    before, newest = path.read_text().rstrip("\n").rsplit("\n", 1)
+    path.write_text(f"{before}\n[2099-12-31T23:59:59.999999998Z]{newest[32:]}\n")
+    gate.open()
+    assert site.start().ended(1)["status"] == "successful"
+    assert on_stderr(site, 1) == printed(site)
+    job = site.call("job-logs", "1")["job"]
+    assert job["stderr"] == sorted(job["stderr"])
+    assert job["stderr"][-1].startswith("[2100-01-01T00:00:00.0")
+
+
+def test_finished_jobs_are_forgotten_after_90_days_but_for_the_newest_100(witnessed):
+    site = witnessed
+    site.batch("batch_oru_alpha_ver01")
+    done = (["load-batch", "batch_oru_old_ver01"], "successful")
+    past_jobs(
+        site,
+        (*done, 200, 1),
+        *[(*done, 200, 91)] * 149,
+        (["load-batch", "batch_oru_alpha_ver01"], "pending", 200, None),
+        (["purge-batch", "batch_oru_alpha_ver01"], "started", 200, None),
+    )
+    assert site.start().ended(152)["status"] == "successful"
+    ids = [job["id"] for job in site.call("list-jobs")["jobs"]]
+    assert ids in (
+        [1, *range(51, 153)],
+        [1, *range(52, 153)],
+    )  # job 1 ended yesterday; it may be one of the 100
+    assert sorted(int(path.stem) for path in (site.state / "logs").iterdir()) == ids
+    assert site.call("job-logs", "2")["message"] == "Job not found"
+    assert site.restart().job("load-batch", "batch_oru_alpha_ver01") == 153
+
+
+def test_a_log_that_cannot_be_removed_stops_no_job(witnessed):
+    site = witnessed
+    site.batch("batch_oru_alpha_ver01")
+    past_jobs(site, *[(["load-batch", "batch_oru_old_ver01"], "successful", 200, 91)] * 120)
+    (site.state / "logs/1.log").unlink()
+    (site.state / "logs/1.log/by-hand").mkdir(parents=True)
+    assert site.start().run("load-batch", "batch_oru_alpha_ver01")["status"] == "successful"
+
+
+def test_what_the_agent_says_in_a_log_is_one_line(witnessed):
+    site = witnessed.start()
+    batch = site.batch("batch_oru_alpha_ver01")
+    half_load(site, batch)
+    with contextlib.closing(
+        sqlite3.connect(site.oni / "oni.sqlite3", timeout=60)
+    ) as database, database:
+        database.execute(
+            "UPDATE core_loadbatchevent SET message = 'unable to load batch: a fault\n' || ?",
+            ["E" * 60],
+        )
+    assert site.run("load-batch", batch.name)["status"] == "successful"
+    assert on_stderr(site, 1) == printed(site)
+    assert all(
+        re.match(rf"\[{STAMP}\] ", line) for line in site.call("job-logs", "1")["job"]["stdout"]
+    )
+
+
+QUICK_LOAD = r'''
+if command == "load_batch":  # what matters here is the queue, and this takes no time
+    import sqlite3
+    name = os.path.basename(sys.argv[2])
+    database = sqlite3.connect("oni.sqlite3", timeout=60)
+    database.execute("INSERT INTO core_batch (name, created, validated_batch_file, awardee_id)"
+                     " VALUES (?, '2026-01-01 00:00:00', '', 'oru')", [name])
+    database.execute("INSERT INTO core_issue (batch_id, title_id, date_issued, edition, created)"
+                     " VALUES (?, 'sn99990001', '1900-01-01', 1, '2026-01-01 00:00:00')", [name])
+    database.execute("INSERT INTO core_loadbatchevent (batch_name, created, message)"
+                     " VALUES (?, '2026-01-01 00:00:00', 'processed 1 pages')", [name])
+    database.commit()
+    sys.exit(print(name, file=sys.stderr))
+'''
+
+
+def test_two_hundred_jobs_survive_ten_kills_in_order(witnessed):
+    site = witnessed
+    site.prepend_to_manage(WITNESS + QUICK_LOAD)  # which never comes to the fixture's WITNESS
+    site.start()
+    print(f"CRASH_SEED={SEED}")
+    draw = random.Random(SEED)
+    names = [f"batch_oru_n{number:03}_ver01" for number in range(1, 201)]
+    for name in names:
+        site.batch(name, issues=1, pages=1)
+    gate = site.hold(site.oni / "hold-load_batch")
+    with Client(site.port) as client:
+        assert [client.ask(f"load-batch {name}")["job"]["id"] for name in names] == list(
+            range(1, 201)
+        )
+    gate.open()
+    for last in sorted(draw.sample(range(1, 200), 10)):
+        site.wait_for(rf"job={last} .*begins|job={last + 1} .*begins")
+        time.sleep(draw.uniform(0, 0.1))
+        site.restart()
+    site.ended(200)
+    jobs = site.call("list-jobs")["jobs"]
+    assert [(job["id"], job["status"]) for job in jobs] == [
+        (id, "successful") for id in range(1, 201)
+    ]
+    loaded = site.query("SELECT batch_name FROM core_loadbatchevent ORDER BY id")
+    assert loaded == [(name,) for name in names]
+    with Client(site.port) as client:
+        for id, name in enumerate(names, 1):
+            stderr = client.ask(f"job-logs {id}")["job"]["stderr"]
+            assert [line[33:] for line in stderr] == [name]
+
+
+# --- Promises: what an administrator wants at 2 a.m. ----------------------------------------------
+
+
+def test_job_wait_answers_when_the_job_has_ended_and_its_exit_status_tells_success(agent):
+    gate = agent.hold_load(agent.batch("batch_oru_alpha_ver01"))
+    failing_load(agent)
+    good, bad = agent.job("load-batch", "batch_oru_alpha_ver01"), agent.job(
+        "load-batch", "batch_oru_broken_ver01"
+    )
+    gate.reached()
+    waiting = [ssh_begin(agent, f"job-wait {id}") for id in (good, bad)]
+    gone = ssh_begin(agent, f"job-wait {good}")
+    until(
+        lambda: len([line for line in agent.log if "session=" in line]) == 2
+        and resources(agent)[0] > 9
+    )
+    gone.kill()
+    gone.communicate()
+    assert agent.call("job-status", str(good))["job"]["status"] == "started"
+    assert [each.poll() for each in waiting] == [None, None]
+    gate.open()
+    answers = [(json.loads(each.communicate(timeout=90)[0]), each.returncode) for each in waiting]
+    assert [(reply["status"], reply["job"]["status"], code) for reply, code in answers] == [
+        ("success", "successful", 0),
+        ("success", "failed", 1),
+    ]
+    for reply, _ in answers:
+        assert without_session(reply) == without_session(
+            agent.call("job-status", str(reply["job"]["id"]))
+        )
+    assert ssh_run(agent, f"job-wait {bad}").returncode == 1
+    assert ssh_run(agent, "job-wait -1").returncode == 0
+    assert json.loads(ssh_run(agent, "job-wait 77").stdout)["message"] == "Job not found"
+
+
+BOTH_STREAMS = "import os, sys\nif 'load_batch' in sys.argv:\n    os.write(1, b'said on stdout\\n')"
+
+
+@pytest.mark.parametrize("options, newline", [((), b"\n"), (("-tt",), b"\r\n")])
+def test_job_follow_shows_lines_as_they_come_until_the_job_ends(site, options, newline):
+    site.prepend_to_manage(BOTH_STREAMS)
+    gate = site.hold_load(site.batch("batch_oru_alpha_ver01", issues=2), issue=1)
+    site.start()
+    site.job("load-batch", "batch_oru_alpha_ver01")
+    gate.reached()
+    following = ssh_begin(site, "job-follow 1", *options)
+    so_far = []
+    while len([line for line in so_far if "Saving page" in line]) < 3:
+        so_far.append(following.stdout.readline().decode())
+    assert following.poll() is None
+    assert site.call("job-status", "1")["job"]["status"] == "started"
+    gate.open()
+    rest = following.stdout.read()
+    assert following.wait(60) == 0
+    whole = "".join(so_far).encode() + rest
+    assert whole.endswith(newline)
+    assert whole.count(newline) == whole.count(b"\n")
+    job = site.call("job-logs", "1")["job"]
+    lines = whole.decode().splitlines()
+    assert lines == sorted(job["stdout"] + job["stderr"])
+    assert all(re.match(rf"\[{STAMP}\] ", line) for line in lines)
+    assert any(line.endswith("said on stdout") for line in lines)
+    assert lines[-1].endswith("processed 4 pages")
+
+
+def test_following_a_job_that_has_ended_shows_all_of_it_and_how_it_ended(agent):
+    failing_load(agent)
+    agent.run("load-batch", "batch_oru_broken_ver01")
+    done = ssh_run(agent, "job-follow 1")
+    assert done.returncode == 1
+    assert b"[ERROR] unable to load batch" in done.stdout
+    assert done.stderr == b""
+    done = ssh_run(agent, "job-follow 77")
+    assert (json.loads(done.stdout)["message"], done.returncode) == ("Job not found", 0)
+
+
+def test_who_follows_and_goes_away_cancels_nothing_and_leaves_nothing(agent):
+    gate = agent.hold_load(agent.batch("batch_oru_alpha_ver01"))
+    agent.job("load-batch", "batch_oru_alpha_ver01")
+    gate.reached()
+    agent.call("version")
+    before = resources(agent)
+    for options, how in (((), signal.SIGKILL), (("-tt",), signal.SIGINT), ((), signal.SIGINT)):
+        followers = [ssh_begin(agent, "job-follow 1", *options) for _ in range(5)]
+        for each in followers:
+            each.stdout.readline()
+            each.send_signal(how)
+            each.communicate(timeout=30)
+    assert has_no_more_than(agent, before)
+    assert agent.call("job-status", "1")["job"]["status"] == "started"
+    gate.open()
+    assert agent.ended(1)["status"] == "successful"
+
+
+def test_ctrl_c_in_a_terminal_ends_the_following_and_not_the_job(agent):
+    gate = agent.hold_load(agent.batch("batch_oru_alpha_ver01"))
+    agent.job("load-batch", "batch_oru_alpha_ver01")
+    gate.reached()
+    ours, theirs = os.openpty()
+    following = subprocess.Popen(
+        [*agent.ssh_words("-t"), "job-follow 1"],
+        stdin=theirs,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    following.stdout.readline()
+    os.write(ours, b"\x03")
+    agent.wait_for("session=.*job-follow.*client went away", 20)
+    following.communicate(timeout=30)
+    os.close(ours)
+    os.close(theirs)
+    assert agent.call("job-status", "1")["job"]["status"] == "started"
+    gate.open()
+    assert agent.ended(1)["status"] == "successful"
+
+
+def test_a_cancelled_pending_job_never_runs(agent):
+    gate = agent.hold_load(agent.batch("batch_oru_alpha_ver01"))
+    agent.batch("batch_oru_beta_ver01")
+    agent.batch("batch_oru_gamma_ver01")
+    for name in ("alpha", "beta", "gamma"):
+        agent.job("load-batch", f"batch_oru_{name}_ver01")
+    gate.reached()
+    reply = agent.ssh("job-cancel 2")
+    assert (reply["message"], reply["job"]["status"]) == ("Job cancelled", "failed")
+    assert reply["job"]["error"] == "cancelled before it started"
+    gate.open()
+    assert [agent.ended(id)["status"] for id in (1, 2, 3)] == ["successful", "failed", "successful"]
+    assert agent.held("batch_oru_beta_ver01") == (0, 0, 0)
+    assert agent.logs(2) == []
+    agent.restart()
+    assert agent.call("job-status", "2")["job"] == reply["job"]
+
+
+@pytest.mark.parametrize("adopted", [False, True])
+def test_a_cancelled_load_leaves_the_batch_absent(agent, adopted):
+    gate = agent.hold_load(agent.batch("batch_oru_alpha_ver01", issues=3), issue=1)
+    agent.job("load-batch", "batch_oru_alpha_ver01")
+    gate.reached()
+    assert agent.held("batch_oru_alpha_ver01") == (1, 2, 3)
+    if adopted:
+        agent.restart().wait_for("adopted")
+    assert agent.ssh("job-cancel 1")["message"] == "Job is being cancelled"
+    job = agent.ended(1)
+    assert (job["status"], job["error"]) == ("failed", "cancelled; ONI holds nothing of the batch")
+    assert agent.held("batch_oru_alpha_ver01") == (0, 0, 0)
+    assert agent.manage_pids("load_batch") == []
+    assert not (agent.oni / "data/batches/batch_oru_alpha_ver01").is_symlink()
+    logged = "\n".join(agent.logs(1))
+    assert "SIGTERM" in logged
+    assert "SIGKILL" not in logged
+    assert "cancelled: purging what was loaded" in logged
+    assert agent.ssh("batch-status batch_oru_alpha_ver01")["batch"]["state"] == "absent"
+
+
+def test_a_manage_py_that_ignores_sigterm_is_killed_and_its_batch_purged(site):
+    site.prepend_to_manage(
+        "import sys, signal\nif 'load_batch' in sys.argv: "
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+    )
+    gate = site.hold_load(site.batch("batch_oru_alpha_ver01"))
+    site.start()
+    site.job("load-batch", "batch_oru_alpha_ver01")
+    gate.reached()
+    site.call("job-cancel", "1")
+    assert site.ended(1)["error"] == "cancelled; ONI holds nothing of the batch"
+    signals = [line.split()[1] for line in site.logs(1) if line.startswith("cancelled: SIG")]
+    assert signals == ["SIGTERM", "SIGKILL"]
+    assert site.held("batch_oru_alpha_ver01") == (0, 0, 0)
+
+
+def test_a_cancelled_purge_says_what_is_left(agent):
+    batch = agent.batch("batch_oru_alpha_ver01", issues=3)
+    agent.run("load-batch", batch.name)
+    gate = agent.hold(batch / "purge-gate")
+    agent.job("purge-batch", batch.name)
+    gate.reached()
+    agent.call("job-cancel", "2")
+    job = agent.ended(2)
+    assert job["status"] == "failed"
+    assert job["error"].startswith("cancelled; ONI holds 2 of the 3 issues in batch.xml")
+    assert agent.ssh(f"batch-status {batch.name}")["batch"]["state"] == "partial"
+    (batch / "purge-gate").unlink()
+    assert agent.run("purge-batch", batch.name)["status"] == "successful"
+
+
+def test_cancelling_a_job_that_has_loaded_nothing_purges_nothing(agent):
+    gate = agent.hold_load(agent.batch(ALPHA))
+    id = agent.job("load-batch", ALPHA)
+    kill_at(agent, gate, "load_batch")
+    agent.ended(id)
+    assert agent.run("load-batch", ALPHA)["status"] == "successful"
+    with contextlib.closing(
+        sqlite3.connect(agent.oni / "oni.sqlite3", isolation_level=None)
+    ) as database:
+        database.execute("BEGIN EXCLUSIVE")  # the next job's first question waits
+        again = agent.job("job-retry", str(id))
+        agent.wait_for(rf"job={again} .*begins")
+        assert agent.call("job-cancel", str(again))["message"] == "Job is being cancelled"
+    job = agent.ended(again)
+    assert (job["status"], job["error"][:30]) == ("failed", "cancelled; the batch is comple")
+    assert agent.held(ALPHA) == (1, 2, 4)
+
+
+def test_a_cancel_repeated_while_the_remains_are_purged_harms_nothing(agent):
+    batch = agent.batch("batch_oru_alpha_ver01", issues=3)
+    gate, purge_gate = agent.hold_load(batch, issue=1), agent.hold(batch / "purge-gate")
+    agent.batch("batch_oru_beta_ver01")
+    agent.job("load-batch", batch.name)
+    agent.job("load-batch", "batch_oru_beta_ver01")
+    gate.reached()
+    agent.call("job-cancel", "1")
+    purge_gate.reached()
+    assert "being cancelled" in agent.call("job-cancel", "1")["message"]
+    purge_gate.open()
+    job = agent.ended(1)
+    assert (job["status"], job["error"]) == ("failed", "cancelled; ONI holds nothing of the batch")
+    assert agent.ended(2)["status"] == "successful"
+
+
+def test_a_request_while_its_like_is_being_cancelled_is_a_job_of_its_own(agent):
+    batch = agent.batch(ALPHA)
+    purge, gate = agent.hold(batch / "purge-gate"), agent.hold_load(batch, issue=1)
+    id = agent.job("load-batch", ALPHA)
+    gate.reached()
+    agent.call("job-cancel", str(id))
+    purge.reached()  # what was loaded is being purged
+    gate.open()
+    again = agent.call("load-batch", ALPHA)
+    assert again["message"] == "Job added to queue"
+    assert again["job"]["id"] != id
+    purge.open()
+    assert agent.ended(id)["error"].startswith("cancelled")
+    assert agent.ended(again["job"]["id"])["status"] == "successful"
+    assert agent.held(ALPHA) == (1, 2, 4)
+
+
+def test_a_cancelled_patch_leaves_no_unready_folder(agent):
+    old = agent.batch("batch_oru_alpha_ver01")
+    agent.run("load-batch", old.name)
+    (old / "data/many").mkdir()
+    for number in range(15_000):
+        os.link(old / "data/batch.xml", old / f"data/many/{number}")
+    with Client(agent.port) as client:
+        words = "batch-patch batch_oru_alpha_ver01 batch_oru_alpha_ver02"
+        client.ask(words, b"RemoveIssue sn99990001/1900010101\n")
+        until((agent.source / "WIP-UNREADY-batch_oru_alpha_ver02").exists)
+        assert client.ask("job-cancel 2")["status"] == "success"
+    job = agent.ended(2)
+    assert (job["status"], job["error"]) == ("failed", "cancelled")
+    assert os.listdir(agent.source) == [old.name]
+
+
+def test_a_cancel_survives_a_killed_agent(agent):
+    gate = agent.hold_load(agent.batch("batch_oru_alpha_ver01", issues=3), issue=1)
+    agent.job("load-batch", "batch_oru_alpha_ver01")
+    gate.reached()
+    agent.call("job-cancel", "1")
+    agent.restart()
+    job = agent.ended(1)
+    assert (job["status"], job["error"]) == ("failed", "cancelled; ONI holds nothing of the batch")
+    assert agent.held("batch_oru_alpha_ver01") == (0, 0, 0)
+    loads = agent.query("SELECT count(*) FROM core_loadbatchevent WHERE message = 'starting load'")
+    assert loads == [(1,)]
+
+
+def test_a_cancel_holds_though_the_load_was_whole_before_the_next_agent_came(site):
+    site.prepend_to_manage(
+        "import sys, signal\nif 'load_batch' in sys.argv: "
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+    )
+    gate = site.hold_load(site.batch("batch_oru_alpha_ver01"))
+    site.start()
+    site.job("load-batch", "batch_oru_alpha_ver01")
+    gate.reached()
+    site.call("job-cancel", "1")
+    site.kill()
+    gate.open()
+    until(lambda: not site.manage_pids("load_batch"))
+    assert site.held("batch_oru_alpha_ver01") == (1, 2, 4)
+    site.start()
+    job = site.ended(1)
+    assert (job["status"], job["error"]) == ("failed", "cancelled; ONI holds nothing of the batch")
+    assert site.held("batch_oru_alpha_ver01") == (0, 0, 0)
+
+
+def test_what_has_ended_or_never_was_cannot_be_cancelled_and_says_so(agent):
+    failing_load(agent)
+    agent.batch("batch_oru_alpha_ver01")
+    agent.run("load-batch", "batch_oru_alpha_ver01")
+    agent.run("load-batch", "batch_oru_broken_ver01")
+    said = [agent.ssh(f"job-cancel {id}") for id in (1, 2, -1)]
+    assert {(each["status"], each["message"]) for each in said} == {
+        ("error", "The job has ended already")
+    }
+    assert [each["error"].split(":")[0] for each in said] == ["Success", "Failed", "Success"]
+    assert said[1]["job"]["error"].startswith("exit status 1: ")
+    assert agent.ssh("job-cancel 77")["message"] == "Job not found"
+    assert agent.ssh("job-cancel x")["message"] == '"x" is not a valid job id'
+    assert agent.ssh("job-cancel")["message"] == "You must supply a job ID"
+
+
+def test_a_failed_load_is_retried_as_a_new_job(agent):
+    ocr = failing_load(agent)
+    assert agent.run("load-batch", "batch_oru_broken_ver01")["status"] == "failed"
+    ocr.write_text("<alto/>")
+    reply = agent.ssh("job-retry 1")
+    assert (reply["status"], reply["job"], reply["retry_of"]) == ("success", {"id": 2}, 1)
+    assert agent.ended(2)["status"] == "successful"
+    assert agent.ended(1)["status"] == "failed"
+    assert agent.ended(2)["words"] == ["load-batch", "batch_oru_broken_ver01"]
+    for id, said in ((2, "Success: this job is complete."), (-1, "Success: this job is complete.")):
+        reply = agent.ssh(f"job-retry {id}")
+        assert (reply["status"], reply["error"]) == ("error", said)
+    assert agent.ssh("job-retry 77")["message"] == "Job not found"
+    assert len(agent.ssh("list-jobs")["jobs"]) == 2
+
+
+def test_a_failed_title_is_retried_with_its_payload(agent):
+    with agent.database_down():
+        assert (
+            agent.run("load-title", stdin=marc_xml(name="The retried herald."))["status"]
+            == "failed"
+        )
+    assert agent.ssh("job-retry 1")["job"]["id"] == 2
+    assert agent.ended(2)["status"] == "successful"
+    assert agent.query("SELECT name FROM core_title WHERE lccn = 'sn99990009'") == [
+        ("The retried herald.",)
+    ]
+
+
+def test_a_job_that_could_not_start_is_retried_and_one_that_waits_is_not(agent):
+    manage, text = agent.oni / "manage.py", (agent.oni / "manage.py").read_text()
+    agent.batch("batch_oru_alpha_ver01")
+    agent.call("batch-status", "batch_oru_alpha_ver01")  # the child that answers is there
+    manage.write_text(text.replace("#!/usr/bin/env python3", "#!/nowhere/python3"))
+    assert agent.run("load-batch", "batch_oru_alpha_ver01")["status"] == "couldn't start"
+    assert [job["id"] for job in agent.ssh('list-jobs "couldn\'t start"')["jobs"]] == [1]
+    manage.write_text(text)
+    gate = agent.hold_load(agent.source / "batch_oru_alpha_ver01")
+    failing_load(agent)
+    assert agent.ssh("job-retry 1")["job"]["id"] == 2
+    agent.job("load-batch", "batch_oru_broken_ver01")
+    gate.reached()
+    assert [agent.ssh(f"job-retry {id}")["error"].split(":")[0] for id in (2, 3)] == [
+        "Started",
+        "Pending",
+    ]
+    again = agent.ssh("job-retry 1")
+    assert (again["message"], again["job"]["id"]) == ("Job already in queue", 2)
+    gate.open()
+    assert agent.ended(2)["status"] == "successful"
+
+
+def test_the_last_lines_of_a_log_can_be_had_alone(site):
+    site.prepend_to_manage(BOTH_STREAMS)
+    site.batch("batch_oru_alpha_ver01")
+    site.start().run("load-batch", "batch_oru_alpha_ver01")
+    whole = site.ssh("job-logs 1")["job"]
+    lines = sorted(whole["stdout"] + whole["stderr"])
+    for count in (0, 1, 3, len(lines), len(lines) + 1000):
+        some = site.ssh(f"job-logs 1 {count}")["job"]
+        assert sorted(some["stdout"] + some["stderr"]) == lines[max(0, len(lines) - count) :]
+    for count in ("-1", "x", "9999999999"):
+        assert site.ssh(f"job-logs 1 {count}")["message"] == f'"{count}" is not a number of lines'
+
+
+def test_list_jobs_filters_by_status_and_tells_all_of_each_job(agent):
+    gate = agent.hold_load(agent.batch("batch_oru_gamma_ver01"))
+    agent.batch("batch_oru_alpha_ver01")
+    failing_load(agent)
+    for name in ("alpha", "broken", "gamma"):
+        agent.job("load-batch", f"batch_oru_{name}_ver01")
+    agent.job("purge-batch", "batch_oru_alpha_ver01")
+    gate.reached()
+    assert [job["id"] for job in agent.ssh("list-jobs")["jobs"]] == [1, 2, 3, 4]
+    for status, id in (("successful", 1), ("failed", 2), ("started", 3), ("pending", 4)):
+        (job,) = agent.ssh(f"list-jobs {status}")["jobs"]
+        assert job["id"] == id
+        assert job["words"][0] in ("load-batch", "purge-batch")
+        assert job["attempts"] == (0 if status == "pending" else 1)
+        assert ("error" in job, "started" in job, "ended" in job) == (id == 2, id != 4, id < 3)
+        assert all(
+            re.fullmatch(STAMP, job[key]) for key in ("queued", "started", "ended") if key in job
+        )
+        assert job.get("seconds", 0) >= 0
+    assert agent.ssh("list-jobs finished")["message"] == '"finished" is not a job status'
+    gate.open()
+
+
+def test_job_status_tells_the_place_in_the_queue_and_how_far_a_load_is(agent):
+    gate = agent.hold_load(agent.batch("batch_oru_alpha_ver01", issues=5), issue=2)
+    for name in ("batch_oru_beta_ver01", "batch_oru_gamma_ver01"):
+        agent.batch(name)
+    for name in ("alpha", "beta", "gamma"):
+        agent.job("load-batch", f"batch_oru_{name}_ver01")
+    gate.reached()
+    assert [agent.ssh(f"job-status {id}")["job"]["place"] for id in (2, 3)] == [
+        2,
+        3,
+    ]  # the one at work is the first
+    job = until(lambda: (job := agent.ssh("job-status 1")["job"]).get("issues_loaded") and job)
+    assert (job["issues_loaded"], job["issues"]) == (3, 5)
+    assert job["seconds"] > 0
+    assert "ended" not in job
+    gate.open()
+    job = agent.ended(1)
+    assert job["started"] < job["ended"]
+    assert "issues_loaded" not in job
+    assert "place" not in job
+
+
+def test_batches_are_listed_as_they_are_on_disk_and_in_oni(agent):
+    agent.batch("batch_oru_absent_ver01", issues=3)
+    agent.batch("batch_oru_part_ver01", issues=3)
+    agent.batch("batch_oru_whole_ver01", issues=3, pages=2)
+    agent.run("load-batch", "batch_oru_whole_ver01")
+    shutil.copytree(agent.source / "batch_oru_whole_ver01", agent.source / "batch_oru_gone_ver01")
+    agent.run("load-batch", "batch_oru_gone_ver01")
+    shutil.rmtree(agent.source / "batch_oru_gone_ver01")
+    gate = agent.hold_load(agent.source / "batch_oru_part_ver01", issue=1)
+    agent.job("load-batch", "batch_oru_part_ver01")
+    gate.reached()
+    (agent.source / "not a batch").mkdir()
+    listed = {each["name"]: each for each in agent.ssh("list-batches")["batches"]}
+    assert list(listed) == [
+        f"batch_oru_{name}_ver01" for name in ("absent", "gone", "part", "whole")
+    ]
+    shown = [
+        (each["on_disk"], each["state"], each["issues"], each["pages"], bool(each["loaded"]))
+        for each in listed.values()
+    ]
+    assert shown == [
+        (True, "absent", 0, 0, False),
+        (False, "unknown", 3, 6, True),
+        (True, "partial", 2, 3, True),
+        (True, "complete", 3, 6, True),
+    ]
+    for name, entry in listed.items():
+        reply = agent.ssh(f"batch-status {name}")
+        assert reply["batch"]["state"] == entry["state"]
+        assert reply["batch"]["issues"] == entry["issues"]
+        assert [job["words"] for job in reply["jobs"]] == [["load-batch", name]] * (
+            entry["state"] != "absent"
+        )
+    events = agent.ssh("batch-status batch_oru_whole_ver01")["events"]
+    assert [message for _, message in events] == ["starting load", "processed 6 pages"]
+    gate.open()
+    agent.ended(3)
+    assert agent.ssh("batch-status batch_oru_part_ver01")["batch"]["state"] == "complete"
+
+
+def test_an_oni_that_cannot_answer_is_an_error_and_not_an_empty_list(agent):
+    agent.batch("batch_oru_alpha_ver01")
+    with agent.database_down():
+        for command, message in (
+            ("list-batches", "The batches cannot be listed"),
+            ("batch-status batch_oru_alpha_ver01", '"batch_oru_alpha_ver01" cannot be looked up'),
+        ):
+            reply = agent.ssh(command)
+            assert (reply["status"], reply["message"]) == ("error", message)
+            assert "OperationalError" in reply["error"]
+    assert agent.ssh("list-batches")["status"] == "success"
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("load-batch batch_oru_alpha_ver01", '"batch_oru_alpha_ver01" cannot be loaded'),
+        ("list-batches", "The batches cannot be listed"),
+        ("batch-status batch_oru_alpha_ver01", '"batch_oru_alpha_ver01" cannot be looked up'),
+    ],
+)
+def test_a_batch_source_that_went_away_is_named(agent, command, message):
+    agent.source.rmdir()
+    reply = agent.ssh(command)
+    assert (reply["status"], reply["message"]) == ("error", message)
+    assert str(agent.source) in reply["error"]
+
+
+@pytest.mark.parametrize(
+    "command, meant",
+    [
+        ("load-bacth batch_oru_alpha_ver01", "load-batch"),
+        ("jobstatus 1", "job-status"),
+        ("jog-logs 1", "job-logs"),
+        ("load-batch batch_oru_suggest_ver02", "batch_oru_suggest_ver01"),
+        ("batch-status batch_oru_sugest_ver01", "batch_oru_suggest_ver01"),
+    ],
+)
+def test_a_name_that_is_nearly_right_is_suggested(shared, command, meant):
+    if not (shared.source / "batch_oru_suggest_ver01").exists():
+        shared.batch("batch_oru_suggest_ver01")
+    reply = shared.ssh(command)
+    assert reply["status"] == "error"
+    assert reply["error"].endswith(f'; did you mean "{meant}"?')
+    assert "did you mean" not in shared.ssh("xyzzy")["error"]
+
+
+@pytest.mark.parametrize("command", ["help", "job-wait -1", "list-jobs", "job-logs -1"])
+def test_json_is_indented_for_a_terminal_and_one_line_without(shared, command):
+    pretty, plain = ssh_run(shared, command, "-tt"), ssh_run(shared, command)
+    assert plain.stdout.count(b"\n") == 1
+    assert pretty.stdout.startswith(b'{\r\n  "status": "success"')
+    assert set(json.loads(pretty.stdout)) == set(json.loads(plain.stdout))
+
+
+def program(path: Path, text: str) -> str:
+    """A script that can be executed."""
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_program_is_told_of_each_job_that_has_ended(site, tmp_path):
+    told, gate = tmp_path / "told", Gate(tmp_path / "gate")
+    failing_load(site)
+    site.batch("batch_oru_alpha_ver01")
+    site.start(
+        ON_FINISH=program(
+            tmp_path / "finish",
+            f"env > {told}.$ONI_JOB_ID.new && mv {told}.$ONI_JOB_ID.new "
+            f"{told}.$ONI_JOB_ID\ncat {gate.path}\nexit 3",
+        )
+    )
+    jobs = [
+        site.run("load-batch", f"batch_oru_{name}_ver01") for name in ("broken", "alpha")
+    ]  # though the first hangs
+    for job, error in zip(jobs, (jobs[0]["error"], "")):
+        until(Path(f"{told}.{job['id']}").exists)
+        about = dict(
+            line.split("=", 1)
+            for line in Path(f"{told}.{job['id']}").read_text().splitlines()
+            if "=" in line
+        )
+        shown = {name: value for name, value in about.items() if name.startswith("ONI_JOB_")}
+        assert shown == {
+            "ONI_JOB_ID": str(job["id"]),
+            "ONI_JOB_COMMAND": " ".join(job["words"]),
+            "ONI_JOB_STATUS": job["status"],
+            "ONI_JOB_ERROR": error,
+            "ONI_JOB_LOG": str(site.state / f"logs/{job['id']}.log"),
+        }
+    gate.open()
+    site.wait_for("ON_FINISH failed: .*exit status 3")
+    assert site.call("version")["status"] == "success"
+    assert site.stop() == 0
+
+
+def test_a_program_that_cannot_run_or_hangs_harms_nothing(site, tmp_path):
+    hanging = Path(program(tmp_path / "finish", f"echo > {tmp_path}/begun; exec sleep 600"))
+    for name in ("alpha", "beta"):
+        site.batch(f"batch_oru_{name}_ver01")
+    site.start(ON_FINISH=str(hanging))
+    assert site.run("load-batch", "batch_oru_alpha_ver01")["status"] == "successful"
+    until((tmp_path / "begun").exists)
+    hanging.unlink()
+    assert site.run("load-batch", "batch_oru_beta_ver01")["status"] == "successful"
+    site.wait_for("job=2 ON_FINISH failed: .*No such file")
+    assert site.stop() == 0
+    for entry in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if f"ONI_JOB_LOG={site.state}".encode() in entry.read_bytes():
+                os.kill(int(entry.parent.name), signal.SIGKILL)
+
+
+# --- Promises: --check ----------------------------------------------------------------------------
+
+
+def check(site: Site, **environment: str) -> tuple:
+    """The lines of --check that are marked good and bad."""
+    done = subprocess.run(
+        [sys.executable, str(AGENT), "--check"],
+        env={**site.environment, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        timeout=90,
+    )
+    lines = done.stdout.decode().splitlines()
+    good, bad = ([line[2:] for line in lines if line[0] == mark] for mark in "✓✗")
+    assert (
+        len(good) + len(bad) == len(lines)
+        and done.stderr == b""
+        and done.returncode == int(bool(bad))
+    ), done
+    return good, bad
+
+
+def test_check_says_that_all_is_well_and_changes_nothing(site, tmp_path):
+    site.batch("batch_oru_alpha_ver01")
+    before = tree(tmp_path)
+    good, bad = check(site)
+    assert bad == []
+    assert len(good) >= 7
+    assert "object at 0x" not in "".join(good)
+    assert {"settings", "state folder", "host key", "address", "batch source", "database"} < set(
+        good
+    )
+    assert tree(tmp_path) == before
+    assert site.manage_pids() == []
+
+
+def test_check_leaves_a_state_folder_as_it_is_and_unlocked(site, tmp_path):
+    site.batch("batch_oru_alpha_ver01")
+    site.start().run("load-batch", "batch_oru_alpha_ver01")
+    site.stop()
+    before = tree(tmp_path)
+    assert check(site)[1] == []
+    after = tree(tmp_path)
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert changed <= {"state/jobs.db"}  # which may have taken in its WAL
+    assert set(after) == set(before)
+    assert site.start().call("job-status", "1")["job"]["status"] == "successful"
+
+
+@contextlib.contextmanager
+def fault_port(site):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        site.environment["BA_BIND"] = f"127.0.0.1:{taken.getsockname()[1]}"
+        yield
+
+
+@contextlib.contextmanager
+def fault_second_agent(site):
+    site.start()
+    yield
+
+
+@contextlib.contextmanager
+def fault_storage(site):
+    """A folder in which not even root can make a file."""
+    (site.oni / "data/batches").rmdir()
+    (site.oni / "data/batches").symlink_to("/proc/sys")
+    yield
+
+
+def setting(name: str, value: str):
+    """A fault that is one variable; {} stands for the site's folder."""
+
+    @contextlib.contextmanager
+    def fault(site):
+        site.environment[name] = value.format(site.oni.parent)
+        yield
+
+    return fault
+
+
+def file(name: str, text: str):
+    """A fault that is the text of one file, in place of whatever was there."""
+
+    @contextlib.contextmanager
+    def fault(site):
+        path = site.oni.parent / name
+        path.parent.mkdir(exist_ok=True)
+        if path.is_dir():
+            path.rename(f"{path}.away")
+        path.write_text(text)
+        yield
+
+    return fault
+
+
+CHECK_FAULTS = {
+    "no manage.py": (
+        setting("ONI_LOCATION", "{}/batches"),
+        ["ONI_LOCATION is .* without manage.py"],
+    ),
+    "no batch source": (setting("BATCH_SOURCE", "{}/nowhere"), ["BATCH_SOURCE is .*not a folder"]),
+    "port in use": (fault_port, ["address: .*in use"]),
+    "agent at work": (fault_second_agent, ["state folder: another ONI Agent is at work"]),
+    "foreign host key": (
+        file("state/host_key", "my only thesis"),
+        ["HOST_KEY_FILE is .*holds no ed25519"],
+    ),
+    "host key cannot be made": (setting("HOST_KEY_FILE", "/proc/host_key"), ["[Kk]ey.*/proc"]),
+    "damaged jobs.db": (
+        file("state/jobs.db", "not SQLite" * 1000),
+        ["state folder: .*jobs.db.*not a database"],
+    ),
+    "manage.py cannot run": (
+        file("oni/manage.py", "#!/nowhere/python3\n"),
+        ["manage.py check: couldn't run", "database: couldn't run"],
+    ),
+    "broken settings": (
+        file("oni/onisite/settings_local.py", "import nowhere"),
+        ["manage.py check: .*No module named 'nowhere'", "database: .*No module named 'nowhere'"],
+    ),
+    "database down": (Site.database_down, ["database: .*OperationalError"]),
+    "log/ not writable": (file("oni/log", "a file"), ["ONI's log/: .*[Nn]ot a directory"]),
+    "storage not writable": (fault_storage, ["ONI's batch storage: "]),
+    "storage missing": (
+        setting("ONI_STORAGE_PATH", "/nowhere"),
+        ["ONI's batch storage: .*No such file"],
+    ),
+    "log level": (setting("LOG_LEVEL", "loud"), ["LOG_LEVEL is 'loud'"]),
+    "allow from": (setting("ALLOW_FROM", "10.0.0.0/8, everyone"), ["ALLOW_FROM is .*'everyone'"]),
+    "address to bind": (setting("BA_BIND", "2222"), ["BA_BIND is '2222'"]),
+    "authorized keys": (setting("AUTHORIZED_KEYS", "{}/nowhere"), ["AUTHORIZED_KEYS is .*read"]),
+    "on finish": (setting("ON_FINISH", "{}/oni/onisite/settings.py"), ["ON_FINISH is .*executed"]),
+    "state folder": (setting("STATE_DIRECTORY", "/proc/oni-agent"), ["state folder: .*/proc"]),
+}
+
+
+@pytest.mark.parametrize("fault", CHECK_FAULTS)
+def test_check_finds_each_fault_and_nothing_else(site, fault):
+    prepare, expected = CHECK_FAULTS[fault]
+    with prepare(site):
+        bad = check(site)[1]
+    assert len(bad) == len(expected) and all(map(re.search, expected, bad)), bad
+
+
+def test_check_finds_all_that_is_wrong_at_once(site):
+    site.environment.update(LOG_LEVEL="loud", BATCH_SOURCE="/nowhere", BA_BIND="x")
+    bad = "\n".join(check(site)[1])
+    assert all(name in bad for name in ("LOG_LEVEL", "BATCH_SOURCE", "BA_BIND"))
+
+
+def test_check_works_on_a_terminal_without_unicode(site):
+    status, said, _ = run_agent("--check", **{**site.environment, "PYTHONIOENCODING": "ascii"})
+    assert status == 0
+    assert said.startswith("? settings\n")
+
+
+# --- Promises: systemd ----------------------------------------------------------------------------
+
+
+def test_systemd_is_told_what_the_agent_does(site, tmp_path):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified:
+        notified.bind(str(tmp_path / "notify"))
+        notified.settimeout(60)
+        gate = site.hold_load(site.batch("batch_oru_alpha_ver01"))
+        for name in ("beta", "gamma"):
+            site.batch(f"batch_oru_{name}_ver01")
+
+        def told(pattern: str) -> None:
+            while not re.search(pattern, notified.recv(4096).decode(), re.MULTILINE):
+                pass
+
+        site.start(NOTIFY_SOCKET=str(tmp_path / "notify"))
+        told("^READY=1$")
+        with Client(site.port):  # ready means listening
+            site.job("load-batch", "batch_oru_alpha_ver01")
+        told(r"^STATUS=.*load-batch batch_oru_alpha_ver01.*job 1.*waiting: 0")
+        gate.reached()
+        site.job("load-batch", "batch_oru_beta_ver01")
+        told(r"^STATUS=.*alpha.*waiting: 1")
+        site.job("load-batch", "batch_oru_gamma_ver01")
+        told(r"^STATUS=.*alpha.*waiting: 2")
+        site.call("job-cancel", "2")
+        notice = notified.recv(4096).decode()
+        assert "alpha" in notice
+        assert "waiting: 1" in notice  # the cancelled one was not the one at work
+        gate.open()
+        told(r"^STATUS=.*gamma.*waiting: 0")
+        told(r"^STATUS=.*nothing.*waiting: 0")
+        assert site.stop() == 0
+        told("^STOPPING=1$")
+
+
+def test_log_lines_carry_priorities_under_the_journal(site):
+    failing_load(site)
+    site.start(JOURNAL_STREAM="8:1").run("load-batch", "batch_oru_broken_ver01")
+    site.wait_for("<6>session=.*load-batch")
+    assert all(re.match("<[3-7]>", line) for line in site.log)
+    assert site.wait_for("job=1 .*status='failed'").startswith("<4>")
+
+
+def test_the_unit_is_sound_and_closed(tmp_path):
+    unit = tmp_path / "oni-agent.service"
+    text = (AGENT.parent / "oni-agent.service").read_text()
+    unit.write_text(re.sub(r"(?m)^ExecStart=.*$", f"ExecStart={sys.executable} {AGENT}", text))
+    verified = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", str(unit)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=60,
+    )
+    assert (verified.stdout, verified.returncode) == (b"", 0)
+    secured = subprocess.run(
+        [
+            "systemd-analyze",
+            "security",
+            "--no-pager",
+            "--offline=true",
+            "--threshold=20",
+            str(unit),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=60,
+    )
+    assert (
+        secured.returncode == 0
+    ), secured.stdout.decode()  # 2.0 of 10; what runs ONI and listens cannot be much lower
+    for line in (
+        "Type=notify",
+        "KillMode=process",
+        "NoNewPrivileges=yes",
+        "StateDirectory=oni-agent",
+    ):
+        assert f"\n{line}\n" in text
+    assert not re.search(r"(?m)^PrivateTmp=(yes|true|on|1)", text)  # ONI's cache is in /var/tmp
+
+
+# --- Promises: who may connect --------------------------------------------------------------------
+
+
+def banner(port: int, host: str = "127.0.0.1") -> bytes:
+    """What an agent says first to whoever connects; nothing to those it cuts off."""
+    with socket.create_connection((host, port), timeout=30) as connection:
+        try:
+            return connection.recv(100)
+        except ConnectionResetError:
+            return b""
+
+
+@pytest.mark.parametrize(
+    "bind, host, allowed, admitted",
+    [
+        ("127.0.0.1:0", "127.0.0.1", "127.0.0.1", True),
+        ("127.0.0.1:0", "127.0.0.1", "10.0.0.0/8, 127.0.0.0/8", True),
+        ("127.0.0.1:0", "127.0.0.1", "10.0.0.0/8 192.168.1.1 ::1", False),
+        ("127.0.0.1:0", "127.0.0.1", "127.0.0.2,::/0", False),
+        ("[::1]:0", "::1", "::1", True),
+        ("[::1]:0", "::1", "fe80::/10 127.0.0.1 0.0.0.0/0", False),
+        (":0", "127.0.0.1", "127.0.0.0/8", True),  # over an IPv6 socket, as ::ffff:127.0.0.1
+        (":0", "127.0.0.1", "::1", False),
+        (":0", "::1", "::/64", True),
+    ],
+)
+def test_only_the_addresses_of_allow_from_are_let_in(site, bind, host, allowed, admitted):
+    site.start(BA_BIND=bind, ALLOW_FROM=allowed)
+    if not admitted:
+        assert [banner(site.port, host) for _ in range(20)] == [b""] * 20
+        site.wait_for(rf"connection from={host} refused='not in ALLOW_FROM'")
+        assert "".join(site.log).count("refused=") == 1  # a minute
+    else:
+        assert banner(site.port, host).startswith(b"SSH-2.0-")
+        with Client(site.port, host=host, user="some one") as client:
+            assert client.ask("version")["status"] == "success"
+        line = site.wait_for("session=1 ")
+        assert re.search(rf"from=\[?{host}]?:\d+ user='some one' admitted=\S*ALLOW_FROM", line)
+
+
+def make_key(folder: Path, name: str, *options: str) -> Path:
+    """A key of ssh-keygen's; its public half is beside it."""
+    subprocess.run(
+        ["ssh-keygen", "-q", "-N", "", "-C", f"{name} key", "-f", str(folder / name), *options],
+        check=True,
+    )
+    return folder / name
+
+
+def public(key: Path) -> str:
+    """A key's line for an authorized_keys file."""
+    return key.with_name(key.name + ".pub").read_text()
+
+
+def with_key(site: Site, key: Path, command: str = "version") -> int:
+    """The exit status of OpenSSH's client with one key; 255 when it is not let in."""
+    return ssh_run(
+        site, command, "-i", str(key), "-o", "IdentitiesOnly=yes", "-o", "IdentityAgent=none"
+    ).returncode
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("-t", "ed25519"), ("-t", "ecdsa", "-b", "256"), ("-t", "ecdsa", "-b", "521")],
+    ids=" ".join,
+)
+def test_who_has_an_authorized_key_is_let_in_and_nobody_else(site, tmp_path, options):
+    mine, other = (make_key(tmp_path, name, *options) for name in ("mine", "other"))
+    authorized = tmp_path / "authorized"
+    authorized.write_text(f"# who may\n\n{public(mine)}")
+    site.start(AUTHORIZED_KEYS=str(authorized))
+    assert (with_key(site, mine), with_key(site, other), ssh_run(site, "version").returncode) == (
+        0,
+        255,
+        255,
+    )
+    with pytest.raises(paramiko.BadAuthenticationType):
+        Client(site.port)
+    printed = subprocess.run(
+        ["ssh-keygen", "-l", "-f", str(mine)], stdout=subprocess.PIPE, check=True
+    ).stdout.decode()
+    line = site.wait_for("session=1 ")
+    assert re.search(
+        rf"from=127.0.0.1:\d+ user='nobody' admitted=\S*{re.escape(printed.split()[1])}", line
+    )
+    assert site.wait_for("refused key=SHA256:")
+
+
+def test_an_rsa_key_is_let_in_with_a_sha2_signature_only(site, tmp_path):
+    mine = make_key(tmp_path, "mine", "-t", "rsa", "-b", "2048", "-m", "PEM")
+    (tmp_path / "authorized").write_text(public(mine))
+    site.start(AUTHORIZED_KEYS=str(tmp_path / "authorized"))
+
+    def admits(*refused: str) -> bool:
+        with paramiko.Transport(
+            socket.create_connection(("127.0.0.1", site.port)),
+            disabled_algorithms={"pubkeys": refused},
+        ) as transport:
+            transport.start_client(timeout=30)
+            with contextlib.suppress(paramiko.SSHException):
+                transport.auth_publickey("nca", paramiko.RSAKey(filename=str(mine)))
+            return transport.is_authenticated()
+
+    assert (admits(), admits("rsa-sha2-512", "rsa-sha2-256")) == (True, False)
+    told = tuple(map(int, paramiko.__version__.split(".")[:2])) >= (
+        3,
+        4,
+    )  # before, OpenSSH was not told of SHA-2
+    assert with_key(site, mine) == (0 if told else 255)
+
+
+@pytest.mark.parametrize(
+    "line, admitted",
+    [
+        ('from="127.0.0.0/8" {}', True),
+        ('from="10.0.0.0/8,127.0.0.1" {}', True),
+        ("  {}  ", True),
+        ('from="10.0.0.0/8" {}', False),
+        ('from="" {}', False),
+        ('from="127.0.0.1,!127.0.0.1" {}', False),
+        ('command="date" {}', False),
+        ("no-pty {}", False),
+        ('from="127.0.0.1",no-pty {}', False),
+        ("cert-authority {}", False),
+        ("restrict {}", False),
+        ('expiry-time="20200101" {}', False),
+        ("# {}", False),
+        ("#{}", False),
+        ('from="10.0.0.0/8" {0}\n{0}', True),
+        ("ssh-ed25519 AAAA {}", False),
+        ("", False),
+    ],
+)
+def test_options_before_a_key_are_honoured_or_refused_never_ignored(site, tmp_path, line, admitted):
+    key, authorized = make_key(tmp_path, "mine", "-t", "ed25519"), tmp_path / "authorized"
+    authorized.write_text(line.format(public(key).strip()) + "\n")
+    site.start(AUTHORIZED_KEYS=str(authorized))
+    assert with_key(site, key) == (0 if admitted else 255)
+
+
+def test_the_keys_are_read_at_each_login(site, tmp_path):
+    key, authorized = make_key(tmp_path, "mine", "-t", "ed25519"), tmp_path / "authorized"
+    authorized.write_text("")
+    site.start(AUTHORIZED_KEYS=str(authorized))
+    assert with_key(site, key) == 255
+    authorized.write_text(public(key))
+    assert with_key(site, key) == 0
+    authorized.unlink()
+    assert with_key(site, key) == 255
+    site.wait_for("AUTHORIZED_KEYS: .* cannot be read, so nobody is admitted")
+    authorized.write_text(public(key))
+    assert with_key(site, key) == 0
+
+
+def test_a_key_must_be_the_whole_word(site, tmp_path):
+    mine = make_key(tmp_path, "mine", "-t", "ed25519")
+    kind, blob, comment = public(mine).split(" ", 2)
+    authorized = tmp_path / "authorized"
+    authorized.write_text("")
+    site.start(AUTHORIZED_KEYS=str(authorized))
+    for text, status in (
+        (f"{kind} {blob}AAAA {comment}", 255),
+        (f"x\f{kind} {blob}\n", 255),
+        (f"\ufeff{kind} \t {blob}\r\n", 0),
+    ):
+        authorized.write_text(text)
+        assert with_key(site, mine) == status
+
+
+def test_with_both_controls_both_must_hold(site, tmp_path):
+    key, other = (make_key(tmp_path, name, "-t", "ed25519") for name in ("mine", "other"))
+    site.start(AUTHORIZED_KEYS=f"{key}.pub", ALLOW_FROM="127.0.0.1")
+    assert (with_key(site, key), with_key(site, other)) == (0, 255)
+    site.stop()
+    site.start(ALLOW_FROM="127.0.0.2")
+    assert with_key(site, key) == 255
+    assert banner(site.port) == b""
+
+
+@pytest.mark.parametrize("value", [",", " ", "::ffff:127.0.0.1", "10.0.0.1/8", "localhost"])
+def test_an_allow_from_that_names_no_address_is_refused(site, value):
+    status, _, said = run_agent(**{**site.environment, "ALLOW_FROM": value})
+    assert status == 2
+    assert said.startswith(f"oni_agent: ALLOW_FROM is {value!r}")
+
+
+def test_a_client_that_offers_a_key_is_served_where_no_keys_are_asked_for(shared):
+    with contextlib.closing(paramiko.Transport(("127.0.0.1", shared.port))) as transport:
+        transport.start_client(timeout=30)
+        with contextlib.suppress(paramiko.AuthenticationException):
+            transport.auth_publickey("nca", paramiko.RSAKey.generate(2048))
+        if not transport.is_authenticated():
+            transport.auth_none("nca")
+        channel = transport.open_session(timeout=30)
+        channel.exec_command("version")
+        assert json.loads(channel.makefile("rb").read())["status"] == "success"
+
+
+@pytest.mark.parametrize(
+    "bind, control, warnings",
+    [
+        (":0", {}, 1),
+        ("0.0.0.0:0", {}, 1),
+        ("127.0.0.1:0", {}, 0),
+        ("[::1]:0", {}, 0),
+        (":0", {"ALLOW_FROM": "10.0.0.0/8"}, 0),
+    ],
+)
+def test_an_agent_open_to_anyone_warns_once(site, bind, control, warnings):
+    site.start(BA_BIND=bind, **control)
+    site.wait_for("Open ONI in")  # said after the warning
+    site.stop()
+    assert (
+        len([line for line in site.log if "WARNING" in line and "ALLOW_FROM" in line]) == warnings
+    )
+
+
+# --- Promises: settings, start and stop -----------------------------------------------------------
+
+
+def key_made_by_ssh_keygen(path: Path, *options: str) -> Path:
+    """A private key file in the old PEM form, where its kind has one."""
+    subprocess.run(
+        ["ssh-keygen", "-q", "-m", "PEM", "-N", "", "-f", str(path), *options], check=True
+    )
+    return path
+
+
+def test_an_agent_without_settings_names_everything_that_is_missing(tmp_path):
+    status, out, said = run_agent(HOME=str(tmp_path), BA_BIND="nowhere", LOG_LEVEL="loud")
+    assert (status, out) == (2, "")
+    assert [line.split()[:2] for line in said.splitlines()] == [
+        ["oni_agent:", name] for name in ("ONI_LOCATION", "BATCH_SOURCE", "BA_BIND", "LOG_LEVEL")
+    ]
+    assert "is not set" in said
+    assert "manage.py" in said
+    status, out, said = run_agent()
+    assert (status, out) == (2, "")
+    assert [line.split()[1] for line in said.splitlines()] == ["ONI_LOCATION", "BATCH_SOURCE"]
+
+
+@pytest.mark.parametrize(
+    "name, value, said",
+    [
+        *[
+            ("BA_BIND", value, f"BA_BIND is '{value}'; write host:port")
+            for value in (
+                "2222",
+                "127.0.0.1",
+                "127.0.0.1:",
+                ":port",
+                ":65536",
+                "::1:2222",
+                "[::1]",
+                "[]:2222",
+                "[::1:2222",
+                ":-1",
+            )
+        ],
+        ("BA_BIND", "no-such-host.invalid:2222", "no-such-host.invalid"),
+        ("BA_BIND", "[no-such-host.invalid]:2222", "no-such-host.invalid"),
+        ("BA_BIND", "192.0.2.1:2222", "192.0.2.1"),
+        ("ONI_LOCATION", "", "ONI_LOCATION is not set"),
+        ("ONI_LOCATION", "{0}/nowhere", "which is not a folder"),
+        ("ONI_LOCATION", "{0}/batches", "a folder without manage.py"),
+        ("ONI_LOCATION", "{0}/oni/manage.py", "which is not a folder"),
+        ("BATCH_SOURCE", "", "BATCH_SOURCE is not set"),
+        ("BATCH_SOURCE", "{0}/nowhere", "which is not a folder"),
+        ("STATE_DIRECTORY", "{0}/oni/manage.py", "is not a folder"),
+        ("STATE_DIRECTORY", "{0}/oni/manage.py/state", "is not a folder"),
+        ("STATE_DIRECTORY", "~no-such-user/state", "STATE_DIRECTORY"),
+        ("LOG_LEVEL", "loud", "LOG_LEVEL is 'loud'; write debug, info, warning or error"),
+        ("HOST_KEY_FILE", "{0}/nowhere/key", "in a folder that does not exist"),
+        ("HOST_KEY_FILE", "{0}/oni", "is a directory"),
+        ("HOST_KEY_FILE", "{0}/oni/manage.py", "holds no ed25519, ECDSA or RSA key"),
+        ("HOST_KEY_FILE", "/dev/null", "is not a regular file"),
+        ("HOST_KEY_FILE", "~no-such-user/key", "HOST_KEY_FILE"),
+        ("HOST_KEY_FILE", "{0}/" + "x" * 300, "HOST_KEY_FILE"),
+    ],
+)
+def test_each_setting_that_cannot_be_is_told_in_a_sentence(site, name, value, said):
+    site.environment[name] = value.format(site.oni.parent)
+    status, out, problems = run_agent(**site.environment)
+    assert out == ""
+    assert said in problems
+    assert status in (1, 2)
+    assert [line[:11] for line in problems.splitlines()] == ["oni_agent: "]
+    assert "Errno" not in problems
+
+
+@pytest.mark.parametrize("content", ["", "no key at all\n", "encrypted", "public"])
+def test_a_host_key_file_that_cannot_be_used_is_never_overwritten(site, content):
+    key = site.oni.parent / "key"
+    if content == "encrypted":
+        subprocess.run(
+            ["ssh-keygen", "-q", "-t", "ed25519", "-N", "secret", "-f", str(key)], check=True
+        )
+    elif content == "public":
+        key_made_by_ssh_keygen(key).with_name("key.pub").replace(key)
+    else:
+        key.write_text(content)
+    before = key.read_bytes()
+    status, _, said = run_agent(**site.environment, HOST_KEY_FILE=str(key))
+    assert status == 2
+    assert "HOST_KEY_FILE" in said
+    assert "it was left as it is" in said
+    assert key.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "kind", [("rsa",), ("rsa", "-b", "2048"), ("ecdsa",), ("ecdsa", "-b", "521"), ("ed25519",)]
+)
+def test_an_existing_host_key_is_used_as_it_is(site, kind):
+    key = key_made_by_ssh_keygen(site.oni.parent / "key", "-t", *kind)
+    before = key.read_bytes()
+    site.start(HOST_KEY_FILE=str(key))
+    with Client(site.port) as client:
+        shown = client.transport.get_remote_server_key()
+    kind, blob, *_ = key.with_name("key.pub").read_text().split()
+    assert (shown.get_name(), shown.get_base64()) == (kind, blob)
+    assert site.ssh("version")["status"] == "success"
+    assert key.read_bytes() == before
+    assert not (site.state / "host_key").exists()
+
+
+def test_the_state_folder_is_private_and_the_host_key_made_once(site):
+    site.environment["STATE_DIRECTORY"] = str(site.state / "below")
+    keys = []
+    for _ in range(2):
+        site.start()
+        with Client(site.port) as client:
+            keys.append(client.transport.get_remote_server_key().get_base64())
+        site.stop()
+    key = site.state / "below/host_key"
+    assert stat.S_IMODE(key.parent.stat().st_mode) == 0o700
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    assert key.with_name("host_key.pub").read_text().split()[:2] == ["ssh-ed25519", keys[0]]
+    assert keys[0] == keys[1]
+    subprocess.run(["ssh-keygen", "-y", "-f", str(key)], check=True, stdout=subprocess.PIPE)
+
+
+@pytest.mark.parametrize(
+    "variables, folder",
+    [
+        ({"XDG_STATE_HOME": "{0}/xdg"}, "xdg/oni-agent"),
+        ({}, ".local/state/oni-agent"),
+        ({"STATE_DIRECTORY": "{0}/one:{0}/two"}, "one"),
+    ],
+)
+def test_the_state_folder_is_where_systemd_or_the_user_keeps_state(site, variables, folder):
+    del site.environment["STATE_DIRECTORY"]
+    site.start(**{name: value.format(site.oni.parent) for name, value in variables.items()})
+    made = site.oni.parent / folder
+    assert stat.S_IMODE(made.stat().st_mode) == 0o700
+    assert (made / "jobs.db").exists()
+
+
+LOCAL = ["127.0.0.1", *(["::1"] if socket.has_dualstack_ipv6() else [])]
+
+
+@pytest.mark.parametrize(
+    "bind, hosts",
+    [
+        ("127.0.0.1:0", ["127.0.0.1"]),
+        ("0.0.0.0:0", ["127.0.0.1"]),
+        (":0", LOCAL),
+        *([("[::1]:0", ["::1"]), ("[::]:0", LOCAL)] if "::1" in LOCAL else []),
+    ],
+)
+def test_the_agent_listens_where_it_is_told_to_and_nowhere_else(site, bind, hosts):
+    site.start(BA_BIND=bind)
+    for host in hosts:
+        with Client(site.port, host=host) as client:
+            assert client.ask("version")["status"] == "success"
+    for host in set(LOCAL) - set(hosts):
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((host, site.port))
+
+
+def test_a_port_in_use_is_told_in_a_sentence(site):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        status, _, said = run_agent(**{**site.environment, "BA_BIND": address})
+    assert status == 1
+    assert re.fullmatch(rf"oni_agent: .*{address}.*in use.*\.\n", said)
+
+
+def test_without_paramiko_the_agent_says_what_to_install():
+    status, out, said = run_agent(python="-S")
+    assert (status, out) == (1, "")
+    assert "python3-paramiko" in said
+    assert "pip install paramiko" in said
+
+
+def test_help_and_version_need_no_settings():
+    status, out, said = run_agent("--help")
+    assert (status, said) == (0, "")
+    assert all(name in out for name in oni_agent.OWN_VARIABLES)
+    assert run_agent("--version") == (0, f"ONI Agent {oni_agent.VERSION}\n", "")
+
+
+def refused_soon(port: int) -> bool:
+    """Whether nobody listens any more within a minute."""
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+        except OSError:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopping_agent_takes_no_more_and_finishes_the_answers_under_way(site, how):
+    hurry(site, STOP_SECONDS=60)
+    with Client(site.port) as client:
+        channel = client.channel("load-title")
+        channel.sendall(marc_xml()[:50])
+        site.agent.send_signal(how)
+        site.wait_for(f"stopping on {how.name}")
+        assert refused_soon(site.port)
+        channel.sendall(marc_xml()[50:])
+        channel.shutdown_write()
+        assert json.loads(channel.makefile("rb").read())["job"] == {"id": 1}
+        assert channel.recv_exit_status() == 0
+    assert site.agent.wait(30) == 0
+    assert site.start().ended(1)["status"] == "successful"
+
+
+def test_an_idle_agent_stops_with_exit_status_0_though_clients_are_connected(agent):
+    with Client(agent.port) as client, socket.create_connection(
+        ("127.0.0.1", agent.port)
+    ) as silent:
+        assert client.ask("version")["status"] == "success"
+        assert agent.stop() == 0
+        while silent.recv(1000):
+            pass
+        client.transport.join(30)
+        assert not client.transport.is_active()
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_stops_the_agent_at_once(site, second):
+    hurry(site, STOP_SECONDS=600)
+    with Client(site.port) as client:
+        client.channel("load-title")
+        site.agent.send_signal(signal.SIGTERM)
+        site.wait_for("stopping on SIGTERM")
+        assert site.stop(second) == 1
+
+
+# --- Promises: long answers, slow clients and clients that vanish ---------------------------------
+
+TWENTY_MEGABYTES = """\
+import sys
+if "load_batch" in sys.argv and "_verbose_" in sys.argv[-1]:
+    sys.stdout.write("".join("%06d %s\\n" % (n, "\\u20ac" * 30) for n in range(160_000)))
+    sys.stdout.flush()
+"""
+
+
+def make_verbose(site: Site) -> int:
+    """The id of a job of the site whose log is 20 MB long."""
+    site.prepend_to_manage(TWENTY_MEGABYTES)
+    site.batch("batch_oru_verbose_ver01")
+    job = site.run("load-batch", "batch_oru_verbose_ver01")
+    assert job["status"] == "successful"
+    return job["id"]
+
+
+@pytest.fixture(scope="module")
+def verbose(shared) -> int:
+    """Of the shared site."""
+    return make_verbose(shared)
+
+
+def is_whole(answer: bytes) -> bool:
+    """Whether this is the whole answer to `job-logs` of a verbose job."""
+    reply = json.loads(answer)
+    said = [line[33:] for line in reply["job"]["stdout"]]
+    wanted = [f"{number:06} {'€' * 30}" for number in range(160_000)]
+    return len(answer) > 20_000_000 and reply["session"]["id"] > 0 and said == wanted
+
+
+@pytest.mark.parametrize("option", ["Compression=no", "RekeyLimit=1M"])
+def test_a_long_answer_is_whole_every_time(shared, verbose, option):
+    words = [*shared.ssh_words("-o", option), f"job-logs {verbose}"]
+    first = b""
+    for _ in range(10):
+        done = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=60)
+        first = first or done.stdout
+        assert done.returncode == 0
+        assert is_whole(first)
+        assert done.stdout.rpartition(b',"session"')[0] == first.rpartition(b',"session"')[0]
+
+
+def test_a_long_answer_is_whole_for_a_slow_reader(shared, verbose):
+    narrow = {"default_window_size": 32768, "default_max_packet_size": 4096}
+    with Client(shared.port, **narrow) as client:
+        channel = client.channel(f"job-logs {verbose}")
+        pieces = list(iter(lambda: channel.recv(random.randrange(1, 5000)), b""))
+        assert is_whole(b"".join(pieces))
+        assert channel.recv_exit_status() == 0
+
+
+def test_a_long_answer_under_way_is_whole_when_the_agent_is_stopped(site):
+    make_verbose(hurry(site, STOP_SECONDS=60))
+    ssh = subprocess.Popen(
+        [*site.ssh_words(), "job-logs 1"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+    )
+    with Client(site.port) as client:
+        channel = client.channel("job-logs 1")
+        begun = os.read(ssh.stdout.fileno(), 1000)
+        site.agent.send_signal(signal.SIGTERM)
+        site.wait_for("stopping on SIGTERM")
+        assert is_whole(b"".join(iter(lambda: channel.recv(3000), b"")))
+        assert channel.recv_exit_status() == 0
+        assert is_whole(begun + ssh.communicate(timeout=60)[0])
+        assert ssh.returncode == 0
+    assert site.agent.wait(30) == 0
+
+
+OPENS_WIDE = """
+import os, paramiko, signal, sys
+transport = paramiko.Transport(("127.0.0.1", int(sys.argv[1])), default_window_size=2**31 - 1)
+transport.start_client(timeout=30)
+transport.auth_none("nobody")
+channel = transport.open_session()
+channel.exec_command("job-logs 1")
+print(channel.recv(1), flush=True)
+signal.pause()
+"""
+
+
+@pytest.mark.parametrize(
+    "how", ["window stays shut", "ssh is stopped", "window is wide, client is stopped"]
+)
+def test_a_client_that_does_not_read_is_cut_in_time(site, how):
+    make_verbose(hurry(site, STALL_SECONDS=1, IDLE_SECONDS=2))
+    before = resources(site)
+    with contextlib.ExitStack() as stack:
+        if how == "window stays shut":
+            client = stack.enter_context(Client(site.port))
+            client.channel("job-logs 1")
+        else:
+            words = (
+                [*site.ssh_words(), "job-logs 1"]
+                if how == "ssh is stopped"
+                else [sys.executable, "-W", "ignore", "-c", OPENS_WIDE, str(site.port)]
+            )
+            process = stack.enter_context(
+                subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+            )
+            stack.callback(process.kill)
+            assert os.read(process.stdout.fileno(), 1)
+            process.send_signal(signal.SIGSTOP)
+        site.wait_for("command='job-logs 1' status='client went away'")
+        assert has_no_more_than(site, before)
+        assert site.call("version")["status"] == "success"
+
+
+def reset(client: Client) -> None:
+    """The client's host goes away: no word of SSH's, no FIN, an RST."""
+    client.transport.sock.setsockopt(
+        socket.SOL_SOCKET, socket.SO_LINGER, (1).to_bytes(4, sys.byteorder) + bytes(4)
+    )
+    client.transport.sock.close()
+
+
+def hang_up(client: Client) -> None:
+    """The client's process ends: no word of SSH's, a FIN."""
+    client.transport.sock.shutdown(socket.SHUT_RDWR)
+
+
+def close_channel(client: Client) -> None:
+    """The client closes its channel without the EOF that would end its input."""
+    for channel in client.transport._channels.values():
+        channel.eof_sent = True
+        channel.close()
+
+
+@pytest.mark.parametrize("vanish", [reset, hang_up, close_channel])
+@pytest.mark.parametrize("payload", [marc_xml(), marc_xml()[:100], b""])
+def test_a_client_that_vanishes_before_its_input_ends_leaves_no_job(shared, vanish, payload):
+    jobs = shared.call("list-jobs")["jobs"]
+    with Client(shared.port, user=f"{vanish.__name__}-{len(payload)}") as client:
+        client.channel("load-title").sendall(payload)
+        vanish(client)
+        line = shared.wait_for(rf"user='{vanish.__name__}-{len(payload)}'")
+    assert "status='client went away'" in line
+    assert shared.call("list-jobs")["jobs"] == jobs
+
+
+def test_clients_that_vanish_as_they_ask_take_up_no_room(site):
+    hurry(site, MAX_CONNECTIONS=10)
+    before = resources(site)
+    for _ in range(20):
+        with Client(site.port) as client:
+            channel = client.transport.open_session(timeout=30)
+            request = paramiko.Message()
+            request.add_byte(bytes([98]))  # SSH_MSG_CHANNEL_REQUEST
+            request.add_int(channel.remote_chanid)
+            request.add_string("exec")
+            request.add_boolean(True)
+            request.add_string("version")
+            client.transport._send_user_message(request)
+            reset(client)
+    assert has_no_more_than(site, before)
+    with Client(site.port) as client:
+        assert client.ask("version")["status"] == "success"
+    assert site.stop() == 0
+
+
+@pytest.mark.parametrize(
+    "command", ["load-title", "batch-patch batch_oru_alpha_ver01 batch_oru_alpha_ver02"]
+)
+def test_input_that_does_not_end_is_answered_when_its_time_is_up(site, command):
+    site.batch("batch_oru_alpha_ver01")
+    hurry(site, STDIN_SECONDS=2)
+    with Client(site.port) as client:
+        channel = client.channel(command)
+        channel.sendall(b"<record>")
+        reply = json.loads(channel.makefile("rb").read())
+        assert reply["status"] == "error"
+        assert "END" in reply["error"]
+        assert channel.recv_exit_status() == 0
+    assert site.call("list-jobs")["jobs"] == []
+
+
+# --- Promises: clients that ask nothing, or too much ----------------------------------------------
+
+
+def test_clients_that_never_close_are_all_answered_and_all_reaped(site):
+    hurry(site, IDLE_SECONDS=3)
+    before = resources(site)
+    clients = []
+    for _ in range(100):
+        clients.append(Client(site.port))
+        assert clients[-1].ask("version")["status"] == "success"
+    for client in clients:
+        client.transport.join(60)
+        assert not client.transport.is_active()
+    assert has_no_more_than(site, before)
+
+
+def test_clients_that_leave_in_the_handshake_leave_nothing(agent):
+    before = resources(agent)
+    for _ in range(200):
+        with silent(agent.port, b"SSH-2.0-short\r\n") as connection:
+            assert connection.recv(1000)
+    assert has_no_more_than(agent, before)
+
+
+def silent(port: int, said: bytes = b"") -> socket.socket:
+    """A connection on which no more than this has been said."""
+    connection = socket.create_connection(("127.0.0.1", port))
+    connection.sendall(said)
+    return connection
+
+
+class Recorder(socket.socket):
+    """A client's socket that keeps what was sent."""
+
+    sent = b""
+
+    def send(self, data: bytes, flags: int = 0) -> int:
+        count = super().send(data, flags)
+        self.sent += data[:count]
+        return count
+
+
+def recorded_bytes(port: int) -> bytes:
+    """What a client sends to ask for the version."""
+    connection = Recorder()
+    connection.connect(("127.0.0.1", port))
+    transport = paramiko.Transport(connection)
+    transport.start_client(timeout=30)
+    transport.auth_none("nobody")
+    channel = transport.open_session(timeout=30)
+    channel.exec_command("version")
+    assert channel.makefile("rb").read()
+    transport.close()
+    return connection.sent
+
+
+def test_clients_that_stop_halfway_are_gone_when_their_time_is_up(site):
+    hurry(site, HANDSHAKE_SECONDS=3, IDLE_SECONDS=3)
+    recorded = recorded_bytes(site.port)
+    before = resources(site)
+    version = recorded.index(b"\n") + 1
+    sockets = [
+        silent(site.port, recorded[:length])
+        for length in (
+            0,
+            4,
+            version,
+            version + 2,
+            version + 100,
+            len(recorded) // 2,
+            len(recorded) - 1,
+        )
+    ]
+    clients = [Client(site.port) for _ in range(3)]
+    clients[1].transport.open_session(timeout=30)
+    clients[2].transport.open_session(timeout=30).get_pty()
+    unauthenticated = paramiko.Transport(silent(site.port))
+    unauthenticated.start_client(timeout=30)
+    for transport in [unauthenticated, *(client.transport for client in clients)]:
+        transport.join(60)
+        assert not transport.is_active()
+    for connection in sockets:
+        with contextlib.suppress(ConnectionResetError):
+            while connection.recv(10_000):
+                pass
+    assert has_no_more_than(site, before)
+    assert site.call("version")["status"] == "success"
+
+
+def test_a_slow_loris_keeps_nobody_waiting_and_is_gone_in_time(site):
+    hurry(site, HANDSHAKE_SECONDS=4, IDLE_SECONDS=6)
+    before = resources(site)
+    clients = [Client(site.port) for _ in range(100)]
+    sockets = [silent(site.port, said) for said in [b""] * 300 + [b"SSH-2.0-loris\r\n"] * 100]
+    while any(client.transport.is_active() for client in clients):
+        assert site.call("version")["status"] == "success"
+    assert has_no_more_than(site, before)
+    for connection in sockets:
+        connection.close()
+
+
+def test_several_hundred_clients_at_once_are_all_answered(shared):
+    clients = [Client(shared.port) for _ in range(250)]
+    channels = [client.channel("version") for client in clients]
+    assert all(
+        json.loads(channel.makefile("rb").read())["status"] == "success" for channel in channels
+    )
+    for client in clients:
+        client.transport.close()
+
+
+def test_a_full_house_makes_room_for_who_asks_but_not_at_the_cost_of_who_is_at_work(site):
+    hurry(site, MAX_CONNECTIONS=5)
+    at_work = [Client(site.port) for _ in range(4)]
+    channels = [client.channel("load-title") for client in at_work]
+    idle = silent(site.port)
+    with Client(site.port) as client:
+        assert client.ask("version")["status"] == "success"
+        while idle.recv(1000):
+            pass
+        refused = client.channel("load-title")
+        with pytest.raises((paramiko.SSHException, EOFError, ConnectionError)):
+            Client(site.port)
+        refused.close()
+    for client, channel in zip(at_work, channels):
+        channel.shutdown_write()
+        assert json.loads(channel.makefile("rb").read())["message"] == "Invalid data"
+        client.transport.close()
+
+
+def test_more_than_ten_channels_are_refused_and_the_connection_goes_on(shared):
+    with Client(shared.port) as client:
+        channels = [client.channel("load-title") for _ in range(10)]
+        with pytest.raises(paramiko.ChannelException):
+            client.channel("version")
+        for channel in channels:
+            channel.shutdown_write()
+            assert json.loads(channel.makefile("rb").read())["message"] == "Invalid data"
+            channel.close()
+        assert client.ask("version")["status"] == "success"
+
+
+def test_requests_whose_channels_are_closed_still_count_as_at_work(site):
+    site.prepend_to_manage("import sys\nif 'shell' in sys.argv: open('gate').close()")
+    gate = site.hold(site.oni / "gate")
+    site.batch("batch_oru_alpha_ver01")
+    site.start()
+    before = resources(site)
+    with Client(site.port) as client, contextlib.suppress(paramiko.ChannelException):
+        for _ in range(100):
+            client.channel("purge-batch batch_oru_alpha_ver01").close()
+    assert resources(site)[0] <= before[0] + 15
+    gate.open()
+    assert site.call("version")["status"] == "success"
+
+
+@pytest.mark.parametrize("length", [0x40000004, 0xFFFFFFFC])
+def test_a_packet_without_end_is_not_collected(agent, length):
+    agent.call("version")
+    before = memory(agent, "VmHWM")
+    with silent(agent.port, b"SSH-2.0-endless\r\n" + length.to_bytes(4, "big")) as connection:
+        with pytest.raises(ConnectionError):  # the agent hangs up
+            for _ in range(200):
+                connection.sendall(bytes(1_000_000))
+    assert memory(agent, "VmHWM") < before + 20
+    assert agent.call("version")["status"] == "success"
+
+
+# --- Promises: an auditor, and chance -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["ed25519", "rsa", "ecdsa"])
+def test_an_auditor_finds_nothing_but_the_classical_fall_back(site, kind):
+    site.start(HOST_KEY_FILE=str(key_made_by_ssh_keygen(site.oni.parent / "key", "-t", kind)))
+    done = subprocess.run(
+        [sys.executable, "-m", "ssh_audit", "-j", "-p", str(site.port), "127.0.0.1"],
+        stdout=subprocess.PIPE,
+        timeout=60,
+    )
+    report = json.loads(done.stdout)
+    assert not report["cves"]
+    assert "curve25519-sha256@libssh.org" in {each["algorithm"] for each in report["kex"]}
+    found = {
+        (kind, each["algorithm"], level, text)
+        for kind in ("kex", "key", "enc", "mac")
+        for each in report[kind]
+        for level in ("fail", "warn")
+        for text in each["notes"].get(level, ())
+    }
+    allowed = {
+        ("kex", name, "warn", "does not provide protection against post-quantum attacks")
+        for name in ("curve25519-sha256", "curve25519-sha256@libssh.org")
+    }
+    if kind == "ecdsa":  # the administrator's own choice of a key
+        found = {each for each in found if each[0] != "key"}
+    assert found <= allowed
+
+
+NASTY = [
+    "version",
+    "help",
+    "load-batch",
+    "purge-batch",
+    "load-title",
+    "batch-patch",
+    "ensure-awardee",
+    "list-jobs",
+    "job-status",
+    "job-logs",
+    "batch_oru_alpha_ver01",
+    "../batch_oru_alpha_ver01",
+    "batch_oru_broken_ver01",
+    "oru",
+    "-1",
+    "1",
+    "0",
+    "9" * 19,
+    "*",
+    "$(touch /tmp/x)",
+    "`id`",
+    ";",
+    "--help",
+    "-c",
+    "é",
+    "\u200b",
+    "\0",
+    "\n",
+    "\r",
+    "\t",
+    "'",
+    '"',
+    "\\",
+    "\x1b[31m",
+    "\N{RIGHT-TO-LEFT OVERRIDE}",
+    "x" * 5000,
+]
+WORDS = strategies.one_of(strategies.sampled_from(NASTY), strategies.text(max_size=30))
+LINES = strategies.one_of(
+    strategies.binary(max_size=300),
+    strategies.lists(WORDS, max_size=5).map(
+        lambda words: " ".join(words).encode("utf-8", "surrogatepass")
+    ),
+    strategies.lists(WORDS, max_size=5).map(
+        lambda words: " ".join(map(go_quoted, words)).encode("utf-8", "replace")
+    ),
+    strategies.lists(WORDS, max_size=5).map(
+        lambda words: " ".join(map(shlex.quote, words)).encode("utf-8", "replace")
+    ),
+    strategies.tuples(
+        strategies.sampled_from(
+            [
+                "load-title",
+                "batch-patch batch_oru_alpha_ver01 batch_oru_new_ver02",
+                "ensure-awardee oru",
+                '"job-status" "1"',
+            ]
+        ),
+        strategies.integers(0, 60),
+        strategies.binary(max_size=3),
+    ).map(lambda it: it[0].encode()[: it[1]] + it[2] + it[0].encode()[it[1] :]),
+)
+PAYLOADS = strategies.one_of(
+    strategies.binary(max_size=2000),
+    strategies.tuples(
+        strategies.integers(0, 900), strategies.binary(max_size=20), strategies.integers(0, 900)
+    ).map(lambda it: marc_xml()[: it[0]] + it[1] + marc_xml()[it[2] :]),
+    strategies.sampled_from(
+        [
+            b"",
+            b"\n\nEND\n",
+            b"RemoveIssue sn99990001/19000101\n",
+            b"RemoveIssue x/../../y\n",
+            b"<!DOCTYPE a [<!ENTITY b 'c'>]><a>&b;</a>",
+            b"<" * 100_000,
+            bytes(200_000),
+        ]
+    ),
+)
+RELENTLESS = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
+
+
+def test_whatever_is_asked_gets_one_answer_and_nothing_happens_that_was_not_asked_for(site):
+    site.batch("batch_oru_alpha_ver01")
+    spoil_batch_xml(site.batch("batch_oru_broken_ver01"))
+    site.start()
+    site.call(
+        "purge-batch", "batch_oru_alpha_ver01"
+    )  # from here on Open ONI's own files stay as they are, too
+    site.prepend_to_manage(
+        "import sys\nif 'shell' not in sys.argv: sys.exit(1)"
+    )  # no job does what it could
+    site.wait_for("Open ONI in ")
+    files = tree(
+        site.oni.parent, "state", "oni/oni.sqlite3"
+    )  # load-title and ensure-awardee may write that
+    jobs, awardees = [], {"oru"}
+    client = Client(site.port)
+
+    @settings(max_examples=1000, **RELENTLESS)
+    @given(LINES, PAYLOADS)
+    def every_request_is_answered(line: bytes, payload: bytes) -> None:
+        channel = client.channel(line)
+        with contextlib.suppress(OSError):  # answered already
+            channel.sendall(payload)
+        channel.shutdown_write()
+        said = channel.makefile("rb").read()
+        assert channel.recv_exit_status() == 0
+        assert said.count(b"\n") == 1
+        assert channel.recv_stderr(1) == b""
+        reply = json.loads(said)
+        assert reply["status"] in ("success", "error")
+        assert reply["session"]["id"] > 0
+        assert "fault of the agent" not in reply.get("message", "")
+        if reply.get("message") == "Job added to queue":
+            jobs.append(reply["job"]["id"])
+        if reply.get("message") == "Awardee created":
+            awardees.add(oni_agent.split_words(line)[1])
+        channel.close()
+
+    with client:
+        every_request_is_answered()
+        assert [job["id"] for job in client.ask("list-jobs")["jobs"]] == jobs
+    assert {code for code, in site.query("SELECT org_code FROM core_awardee")} == awardees
+    assert tree(site.oni.parent, "state", "oni/oni.sqlite3") == files
+
+
+def test_whatever_bytes_come_the_agent_lives_and_keeps_nothing_of_them(agent):
+    recorded = recorded_bytes(agent.port)
+    before = resources(agent)
+    lengths = strategies.integers(0, len(recorded))
+
+    @settings(max_examples=300, **RELENTLESS)
+    @given(lengths, strategies.binary(max_size=200), lengths)
+    def connect_and_say(cut: int, noise: bytes, resume: int) -> None:
+        with contextlib.suppress(ConnectionError), silent(agent.port) as connection:
+            connection.sendall(recorded[:cut] + noise + recorded[resume:])
+
+    connect_and_say()
+    assert has_no_more_than(agent, before)
+    assert agent.call("list-jobs")["jobs"] == []
+
+
+# --- Promises: the README -------------------------------------------------------------------------
+
+
+def test_the_readme_shows_what_the_agent_answers(tmp_path, template):
+    site = demo_site(tmp_path, template).start()
+    try:
+
+        def plain(text: str) -> str:
+            text = re.sub(STAMP, "TIME", text.replace(str(tmp_path), "/srv"))
+            text = text.replace(site.solr.url, "http://localhost:8983")
+            text = re.sub(r'"session":\{"id":\d+\}', "SESSION", text)
+            text = re.sub(r'"(seconds|loaded)":("[^"]*"|[\d.]+)', r'"\1":X', text)
+            return re.sub(r"\d{4}-\d\d-\d\dT[\d:.+]+|in [\d.]+ seconds", "TIME", text)
+
+        exchanges = [exchange for exchange in readme_exchanges() if SSH in exchange[0]]
+        assert {
+            name for line, _ in exchanges for name in oni_agent.COMMANDS if f" {name}" in line
+        } == set(oni_agent.COMMANDS)
+        for line, printed in exchanges:
+            assert (line, plain(shell(site, tmp_path, line))) == (line, plain(printed))
+    finally:
+        site.clean_up()
+
+
+def test_the_demo_needs_neither_pytest_nor_hypothesis():
+    code = "import sys; sys.modules.update(pytest=None, hypothesis=None); import test_oni_agent"
+    done = subprocess.run([sys.executable, "-c", code], cwd=str(AGENT.parent), timeout=60)
+    assert done.returncode == 0
+
+
+def test_the_readme_and_help_tell_of_every_setting():
+    told = subprocess.run(
+        [sys.executable, str(AGENT), "--help"], stdout=subprocess.PIPE, check=True
+    ).stdout.decode()
+    for name in oni_agent.OWN_VARIABLES:
+        assert f"\n  {name} " in told
+        assert f"| `{name}` |" in README.read_text()
+
+
+# --- Promises: the stand-in itself ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_the_stand_in_does_with_each_fault_what_open_oni_was_measured_to_do(site, name):
+    fault = FAULTS[name]
+    batch = site.batch(batch_with(name), issues=3)
+    fault.spoil(batch)
+    with MarcSite("sn99990077") as marc:
+        done = site.manage("load_batch", str(batch), **marc.environment)
+    errors = re.findall(r"^\[ERROR\] (.*)", done.stderr, re.MULTILINE)
+    assert done.returncode == fault.status, done.stderr
+    assert site.held(batch.name) == fault.held
+    assert len(site.solr.documents(batch.name)) == fault.indexed
+    assert bool(errors) == bool(fault.said)
+    assert re.match(fault.said, (errors or [""])[0])
+    pages = fault.held[2]
+    purged = "purge failed: Batch matching query does not exist."
+    if fault.status == 0:
+        assert site.events(batch.name) == ["starting load", f"processed {pages} pages"]
+    else:
+        assert site.events(batch.name) == [
+            "starting load",
+            ABORT + fault_message(errors),
+            "starting purge",
+            purged if name == "awardee unknown" else "purged",
+        ]
+        assert (site.oni / "data/batches" / batch.name).is_symlink() == (name == "awardee unknown")
+
+
+def fault_message(errors: list[str]) -> str:
+    """What came after "unable to load batch: "."""
+    return next(line for line in errors if line.startswith(ABORT))[len(ABORT) :]
+
+
+def test_the_stand_in_purges_rows_index_link_and_coordinates(site):
+    batch = site.batch(ALPHA)
+    coordinates = site.oni / "data/word_coordinates"
+    assert site.manage("load_batch", str(batch)).returncode == 0
+    assert len(list(coordinates.rglob("*.gz"))) == 4
+    assert len(site.solr.documents(ALPHA)) == 4
+    assert site.query("SELECT count(*) FROM core_page WHERE indexed") == [(4,)]
+    done = site.manage("purge_batch", ALPHA)
+    assert done.returncode == 0
+    assert done.stdout == ""
+    assert site.held(ALPHA) == (0, 0, 0)
+    assert site.solr.documents() == []
+    assert list(coordinates.rglob("*.gz")) == []
+    assert not (site.oni / "data/batches" / ALPHA).is_symlink()
+    assert site.events(ALPHA)[2:] == ["starting purge", "purged"]
+
+
+@pytest.mark.parametrize("trouble", ["down", "failing"])
+def test_the_stand_in_without_its_index_does_what_open_oni_was_measured_to_do(site, trouble):
+    batch = site.batch(ALPHA)
+    site.manage("load_batch", str(batch))
+    with getattr(site.solr, trouble)():
+        assert site.manage("purge_batch", ALPHA).returncode == 1
+        assert site.held(ALPHA) == (0, 0, 0)
+        assert site.manage("load_batch", str(batch)).returncode == 1
+    assert site.held(ALPHA) == (0, 0, 0)
+    assert site.events(ALPHA)[-1].startswith("purge failed: ")
+    assert (site.oni / "data/batches" / ALPHA).is_symlink()
+    assert len(site.solr.documents(ALPHA)) == 4  # which lead nowhere
+    assert site.manage("purge_batch", ALPHA).returncode == 1
+
+
+def test_the_stand_ins_index_answers_what_pysolr_asks(site):
+    index = pytest.importorskip("pysolr").Solr(site.solr.url + "/solr/openoni")
+    pages = [
+        {"id": f"/lccn/sn1/1900-01-{day:02}/ed-1/seq-1/", "type": "page", "batch": name}
+        for name, days in (("a", range(1, 4)), ("b", range(4, 30)))
+        for day in days
+    ]
+    ids = [page["id"] for page in pages]
+    index.add(pages)
+    assert index.search("*:*", rows=0).hits == 0
+    index.commit()
+    assert index.search("*:*", rows=0).hits == 29
+    assert index.search('batch:"a"', rows=0).hits == 3
+    assert index.search('+type:page +batch:("a" OR "c")', rows=0).hits == 3
+    assert len(index.search("type:page")) == 10
+    assert index.search("{!terms f=id}" + ",".join(ids), fq='batch:"b"', rows=0).hits == 26
+    assert index.search(f'id:"{ids[0]}"', fl="id").docs == [{"id": ids[0]}]
+    faceting = {"facet": "true", "facet.field": "batch", "facet.limit": -1}
+    facets = index.search("type:page", rows=0, **faceting).facets["facet_fields"]
+    assert facets == {"batch": ["b", 26, "a", 3]}
+    index.delete(id=ids[0])
+    index.delete(q='batch:"b"')
+    assert site.solr.documents() == ids
+    index.commit()
+    assert site.solr.documents() == site.solr.documents("a") == ids[1:3]
+    site.solr.forget()
+    assert site.solr.documents() == []
+
+
+def test_the_stand_in_waits_for_an_index_that_hangs(site):
+    batch = site.batch(ALPHA)
+    with site.solr.hanging():
+        loading = site.manage_begun("load_batch", str(batch))
+        until(lambda: site.solr.requests)
+        assert loading.poll() is None
+    assert loading.wait(60) == 0
+    assert len(site.solr.documents(ALPHA)) == 4
+
+
+def test_the_stand_ins_batch_storage_may_be_text_as_in_release_1_0(site):
+    settings_local(site, "PATHS_ARE_TEXT = True\n")
+    batch = site.batch(ALPHA, validated=True)
+    assert site.start().run("load-batch", ALPHA)["status"] == "successful"
+    assert site.held(ALPHA) == (1, 2, 4)
+    assert os.readlink(site.oni / "data/batches" / ALPHA) == str(batch)
+
+
 # --- The stand-in's own files ---------------------------------------------------------------------
 
 ONI_MANAGE = '''\
@@ -105,7 +5316,6 @@ if __name__ == "__main__":
             "environment variable? Did you forget to activate a virtual environment?") from error
     execute_from_command_line(sys.argv)
 '''
-
 ONI_SETTINGS = '''\
 """What a site may be told by its environment or, last, by a settings_local.py beside this file."""
 import os
@@ -162,7 +5372,6 @@ LOGGING = {
 if (BASE_DIR / "onisite" / "settings_local.py").exists():
     from .settings_local import *
 '''
-
 ONI_APPS = '''\
 """Settings that are made of other settings, once these are known: no settings file has them."""
 from pathlib import Path
@@ -180,7 +5389,6 @@ class CoreConfig(AppConfig):
         settings.BATCH_STORAGE = kind(Path(settings.STORAGE) / "batches")
         settings.COORD_STORAGE = kind(Path(settings.STORAGE) / "word_coordinates")
 '''
-
 ONI_MODELS = '''\
 """The tables that a batch and a title end up in."""
 import logging
@@ -347,7 +5555,6 @@ class LoadBatchEvent(models.Model):
     created = models.DateTimeField(auto_now_add=True)
     message = models.TextField(null=True)
 '''
-
 ONI_SOLR_INDEX = '''\
 """The search index, as far as a load, a purge and the titles need it."""
 import logging
@@ -377,7 +5584,6 @@ def index_titles(since):
             logging.exception(error)
     solr.commit()
 '''
-
 ONI_OCR_EXTRACTOR = '''\
 """The words of an ALTO file, and where on the page they stand."""
 import re
@@ -431,7 +5637,6 @@ def extract(url):
     texts = {language: "\\n".join(lines) for language, lines in alto.lines.items()}
     return texts, {"width": alto.width, "height": alto.height, "coords": alto.places}
 '''
-
 ONI_BATCH_LOADER = '''\
 """Loading and purging batches.
 
@@ -750,7 +5955,6 @@ def set_fulltext_range():
     years = (first.year if first else 1690, last.year if last else 2030)
     cache.set("fulltext_range", years)
 '''
-
 ONI_TITLE_LOADER = '''\
 """Loading MARC records. One that cannot be stored is counted, no more: only broken XML fails."""
 import logging
@@ -917,7 +6121,6 @@ def delete(record):
         logging.info("deleting title for %s", lccn)
         title.delete()
 '''
-
 ONI_COMMANDS = '''\
 """The commands. Only a BatchLoaderException becomes a CommandError; all else, such as a database
 that is down from the start, ends in a bare traceback."""
@@ -995,7 +6198,6 @@ class LoadTitles(Command):
         }.items():
             logging.info("%s: %s", label, value)
 '''
-
 ONI_FILES = {
     "manage.py": ONI_MANAGE,
     "onisite/__init__.py": "",
@@ -1014,7 +6216,6 @@ ONI_FILES = {
     "core/management/commands/purge_batch.py": "from core.commands import PurgeBatch as Command\n",
     "core/management/commands/load_titles.py": "from core.commands import LoadTitles as Command\n",
 }
-
 ONI_SEED = '''
 from datetime import datetime, timezone
 from django.core.management import call_command
@@ -1044,8 +6245,12 @@ def build_oni(root: Path) -> None:
         (root / folder).mkdir(parents=True)
     build_env(root / "ENV")
     # -B: compiled files would say where they were compiled.
-    subprocess.run([str(root / "ENV/bin/python3"), "-B", "manage.py", "shell", "-c", ONI_SEED],
-                   cwd=str(root), stdout=subprocess.DEVNULL, check=True)
+    subprocess.run(
+        [str(root / "ENV/bin/python3"), "-B", "manage.py", "shell", "-c", ONI_SEED],
+        cwd=str(root),
+        stdout=subprocess.DEVNULL,
+        check=True,
+    )
 
 
 def build_env(env: Path) -> None:
@@ -1064,4153 +6269,120 @@ def build_env(env: Path) -> None:
         script.unlink()
 
 
-# --- What it is fed: batches and MARC records -----------------------------------------------------
-
-NDNP_BATCH = '''\
-<?xml version="1.0" encoding="UTF-8"?>
-<batch xmlns="http://www.loc.gov/ndnp" name="{name}" awardee="{awardee}" awardYear="2020">
-<reel reelNumber="print">./{lccn}/print/print.xml</reel>
-{issues}
-</batch>
-'''
-NDNP_ISSUE = '''\
-<issue lccn="{lccn}" issueDate="{day}" editionOrder="01">./{lccn}/print/{folder}/{folder}.xml</issue>'''
-METS_ISSUE = '''\
-<?xml version="1.0" encoding="UTF-8"?>
-<mets xmlns="http://www.loc.gov/METS/" xmlns:mods="http://www.loc.gov/mods/v3"
- xmlns:mix="http://www.loc.gov/mix/" xmlns:xlink="http://www.w3.org/1999/xlink"
- TYPE="urn:library-of-congress:ndnp:mets:newspaper:issue">
-<dmdSec ID="issueModsBib"><mdWrap MDTYPE="MODS"><xmlData><mods:mods>
-<mods:relatedItem type="host">
-<mods:identifier type="lccn">{lccn}</mods:identifier>
-<mods:part>
-<mods:detail type="volume"><mods:number>1</mods:number></mods:detail>
-<mods:detail type="edition"><mods:number>{edition}</mods:number></mods:detail>
-</mods:part>
-</mods:relatedItem>
-<mods:originInfo><mods:dateIssued encoding="iso8601">{day}</mods:dateIssued></mods:originInfo>
-</mods:mods></xmlData></mdWrap></dmdSec>
-{descriptions}
-<amdSec ID="technical">
-{dimensions}
-</amdSec>
-<fileSec>
-{files}
-</fileSec>
-<structMap>
-<div TYPE="np:issue" DMDID="issueModsBib">
-{pages}
-</div>
-</structMap>
-</mets>
-'''
-METS_DESCRIPTION = '''\
-<dmdSec ID="pageModsBib{page}"><mdWrap MDTYPE="MODS"><xmlData><mods:mods><mods:part>
-<mods:extent unit="pages"><mods:start>{page}</mods:start></mods:extent>
-<mods:detail type="page number"><mods:number>{page}</mods:number></mods:detail>
-</mods:part></mods:mods></xmlData></mdWrap></dmdSec>'''
-METS_DIMENSIONS = '''\
-<techMD ID="service{page}Technical"><mdWrap MDTYPE="NISOIMG"><xmlData><mix:mix>
-<mix:ImagingPerformanceAssessment><mix:SpatialMetrics>
-<mix:ImageWidth>5200</mix:ImageWidth><mix:ImageLength>7500</mix:ImageLength>
-</mix:SpatialMetrics></mix:ImagingPerformanceAssessment>
-</mix:mix></xmlData></mdWrap></techMD>'''
-METS_FILE = '''\
-<file ID="{use}{page}" USE="{use}"{technical}>\
-<FLocat LOCTYPE="OTHER" OTHERLOCTYPE="file" xlink:href="{page:04}.{suffix}"/></file>'''
-METS_PAGE = '''\
-<div TYPE="np:page" DMDID="pageModsBib{page}"><fptr FILEID="master{page}"/>\
-<fptr FILEID="service{page}"/><fptr FILEID="derivative{page}"/><fptr FILEID="ocr{page}"/></div>'''
-ALTO = b'''\
-<?xml version="1.0" encoding="UTF-8"?>
-<alto xmlns="http://schema.ccs-gmbh.com/ALTO">
-<Layout><Page ID="P1" PHYSICAL_IMG_NR="1" HEIGHT="7500" WIDTH="5200">
-<PrintSpace HPOS="0" VPOS="0" HEIGHT="7500" WIDTH="5200">
-<TextBlock ID="TB1" language="eng">
-<TextLine HPOS="100" VPOS="100" WIDTH="900" HEIGHT="40">
-<String HPOS="100" VPOS="100" WIDTH="200" HEIGHT="40" CONTENT="The"/>
-<String HPOS="320" VPOS="100" WIDTH="600" HEIGHT="40" CONTENT="gazette."/>
-</TextLine>
-</TextBlock>
-</PrintSpace>
-</Page></Layout>
-</alto>
-'''
-MARC_RECORD = '''\
-<record xmlns="http://www.loc.gov/MARC21/slim">
-<leader>00000cas a2200000 a 4500</leader>
-<controlfield tag="001">ocm00000001</controlfield>
-<controlfield tag="003">OCoLC</controlfield>
-<controlfield tag="005">20220102030405.0</controlfield>
-<controlfield tag="008">000101d18501999oruwr ne      0    a{language} c</controlfield>
-{key}
-<datafield tag="245" ind1="0" ind2="0"><subfield code="a">{name}</subfield></datafield>
-<datafield tag="260" ind1=" " ind2=" "><subfield code="a">Eugene, Or. :</subfield></datafield>
-</record>
-'''
-MARC_LCCN = '''\
-<datafield tag="010" ind1=" " ind2=" "><subfield code="a">  {} </subfield></datafield>'''
-OCLC_ANSWER = '''\
-<searchRetrieveResponse xmlns="http://www.loc.gov/zing/srw/"><numberOfRecords>1</numberOfRecords>
-<records><record><recordData>
-{}</recordData></record></records>
-</searchRetrieveResponse>
-'''
-JP2 = base64.b64decode("""
-AAAADGpQICANCocKAAAAFGZ0eXBqcDIgAAAAAGpwMiAAAAAtanAyaAAAABZpaGRyAAAACAAAAAgAAQcHAAAAAAAPY29scgEA
-AAAAABEAAACNanAyY/9P/1EAKQAAAAAACAAAAAgAAAAAAAAAAAAAAAgAAAAIAAAAAAAAAAAAAQcBAf9SAAwAAAABAAMEBAAB
-/1wADUBASEhQSEhQSEhQ/2QAJQABQ3JlYXRlZCBieSBPcGVuSlBFRyB2ZXJzaW9uIDIuNS4w/5AACgAAAAAAEgAB/5OAgICA
-/9k=""")  # of 8 by 8 pixels, all of them grey
-PAGE_FILES = {
-    "tif": b"II*\0" + bytes(300),
-    "jp2": JP2,
-    "pdf": b"%PDF-1.4\n" + b"%" * 300 + b"\n%%EOF\n",
-    "xml": ALTO,
-}
-PAGE_USES = {"master": "tif", "service": "jp2", "derivative": "pdf", "ocr": "xml"}
-
-
-def make_batch(source: Path, name: str, issues: int = 2, pages: int = 2,
-               lccn: str = "sn99990001", start: date = date(1900, 1, 1),
-               dimensions: bool = True, validated: bool = False) -> Path:
-    """Writes a whole batch into `source`, an issue a day from `start` on; its folder.
-
-    Without `dimensions` ONI opens each jp2. `validated`: batch_1.xml beside batch.xml.
-    """
-    data = source / name / "data"
-    reel = data / lccn / "print"
-    reel.mkdir(parents=True)
-    (reel / "print.xml").write_text(
-        '<mets xmlns="http://www.loc.gov/METS/" LABEL="reel print"/>\n')
-    listed = []
-    for number in range(issues):
-        day = start + timedelta(days=number)
-        folder = reel / f"{day:%Y%m%d}01"
-        make_issue(folder, mets_xml(pages, lccn, day, dimensions=dimensions), pages)
-        listed.append(NDNP_ISSUE.format(lccn=lccn, day=day, folder=folder.name))
-    awardee = (name.split("_") + [""])[1]
-    batch_xml = NDNP_BATCH.format(
-        name=name, awardee=awardee, lccn=lccn, issues="\n".join(listed))
-    (data / "batch.xml").write_text(batch_xml)
-    if validated:
-        (data / "batch_1.xml").write_text(batch_xml)
-    return source / name
-
-
-def make_issue(folder: Path, mets: str, pages: int) -> None:
-    """Writes an issue: its METS, as delivered and as the validator leaves it, and its pages."""
-    folder.mkdir()
-    (folder / f"{folder.name}.xml").write_text(mets)
-    (folder / f"{folder.name}_1.xml").write_text(mets)
-    for page in range(1, pages + 1):
-        for suffix, content in PAGE_FILES.items():
-            (folder / f"{page:04}.{suffix}").write_bytes(content)
-
-
-def mets_xml(pages: int, lccn: str = "sn99990001", day: date = date(1900, 1, 1),
-             edition: int = 1, dimensions: bool = True) -> str:
-    """The METS file of an issue, cut down to what a load reads."""
-    numbers = range(1, pages + 1)
-    files = []
-    for page in numbers:
-        for use, suffix in PAGE_USES.items():
-            measured = dimensions and use == "service"
-            technical = f' ADMID="service{page}Technical"' if measured else ""
-            files.append(METS_FILE.format(use=use, page=page, suffix=suffix, technical=technical))
-    return METS_ISSUE.format(
-        lccn=lccn,
-        edition=edition,
-        day=day,
-        descriptions="\n".join(METS_DESCRIPTION.format(page=page) for page in numbers),
-        dimensions="\n".join(METS_DIMENSIONS.format(page=page) for page in numbers),
-        files="\n".join(files),
-        pages="\n".join(METS_PAGE.format(page=page) for page in numbers))
-
-
-def marc_xml(lccn: str = "sn99990009", name: str = "The sample herald.", language: str = "eng",
-             wrapped: bool = False) -> bytes:
-    """A title's MARC record, bare or as OCLC's search answers with it.
-
-    It has no LCCN when `lccn` is empty.
-    """
-    key = MARC_LCCN.format(lccn) if lccn else ""
-    record = MARC_RECORD.format(key=key, name=name, language=language)
-    body = OCLC_ANSWER.format(record) if wrapped else record
-    return ('<?xml version="1.0" encoding="UTF-8"?>\n' + body).encode()
-
-
-# -- and what can be wrong with a batch: each spoils one made by make_batch(…, issues=3, pages=2)
-
-
-def mets_of(batch: Path, issue: int = 1) -> Path:
-    """The METS file of an issue of a batch, the second one unless told."""
-    folders = sorted(path for path in batch.glob("data/*/print/*") if path.is_dir())
-    return folders[issue] / f"{folders[issue].name}.xml"
-
-
-def page_file(batch: Path, name: str, issue: int = 1) -> Path:
-    """A file of a page, such as 0002.jp2, of an issue."""
-    return mets_of(batch, issue).with_name(name)
-
-
-def change(path: Path, before: str, after: str) -> None:
-    """Changes the one place in a text file that must be there."""
-    text = path.read_text()
-    assert text.count(before) == 1, (path, before)
-    path.write_text(text.replace(before, after))
-
-
-def cut_off(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def spoil_mets(batch: Path) -> None:
-    cut_off(mets_of(batch))
-
-
-def spoil_mets_missing(batch: Path) -> None:
-    mets_of(batch).unlink()
-
-
-def spoil_batch_xml_missing(batch: Path) -> None:
-    (batch / "data/batch.xml").unlink()
-
-
-def spoil_batch_xml(batch: Path) -> None:
-    cut_off(batch / "data/batch.xml")
-
-
-def spoil_ocr(batch: Path) -> None:
-    page_file(batch, "0002.xml").write_text("<alto>\n")
-
-
-def spoil_ocr_missing(batch: Path) -> None:
-    page_file(batch, "0002.xml").unlink()
-
-
-def spoil_ocr_word(batch: Path) -> None:
-    change(page_file(batch, "0002.xml"), ' CONTENT="The"', "")
-
-
-def spoil_ocr_two_pages(batch: Path) -> None:
-    change(page_file(batch, "0002.xml"), "</Page>", '</Page><Page WIDTH="1" HEIGHT="1"/>')
-
-
-def spoil_jp2_missing(batch: Path) -> None:
-    page_file(batch, "0002.jp2").unlink()
-
-
-def spoil_dimensions(batch: Path) -> None:
-    """Harmless by itself: ONI opens the jp2."""
-    change(mets_of(batch), ' ADMID="service2Technical"', "")
-
-
-def spoil_jp2_missing_unmeasured(batch: Path) -> None:
-    spoil_dimensions(batch)
-    page_file(batch, "0002.jp2").unlink()
-
-
-def spoil_jp2_unmeasured(batch: Path) -> None:
-    spoil_dimensions(batch)
-    page_file(batch, "0002.jp2").write_bytes(b"no picture")
-
-
-def spoil_width(batch: Path) -> None:
-    """Of both pages, so that it does not matter in which order they come."""
-    mets = mets_of(batch)
-    mets.write_text(mets.read_text().replace("<mix:ImageWidth>5200</mix:ImageWidth>", ""))
-
-
-def spoil_width_word(batch: Path) -> None:
-    mets = mets_of(batch)
-    mets.write_text(mets.read_text().replace("5200", "wide"))
-
-
-def spoil_edition(batch: Path) -> None:
-    change(mets_of(batch), "<mods:number>1</mods:number></mods:detail>\n</mods:part>\n",
-           "<mods:number></mods:number></mods:detail>\n</mods:part>\n")
-
-
-def spoil_date(batch: Path) -> None:
-    change(mets_of(batch), ">1900-01-02<", "><")
-
-
-def spoil_date_word(batch: Path) -> None:
-    change(mets_of(batch), ">1900-01-02<", ">January 1900<")
-
-
-def spoil_sequence(batch: Path) -> None:
-    change(mets_of(batch), "<mods:start>2</mods:start>", "<mods:start></mods:start>")
-
-
-def spoil_lccn(batch: Path) -> None:
-    change(mets_of(batch), ">sn99990001<", ">sn00000000<")
-
-
-def spoil_lccn_to_fetch(batch: Path) -> None:
-    change(mets_of(batch), ">sn99990001<", ">sn99990077<")
-
-
-def spoil_issues(batch: Path) -> None:
-    path = batch / "data/batch.xml"
-    path.write_text(re.sub("<issue .*</issue>\n", "", path.read_text()))
-
-
-def spoil_edition_order(batch: Path) -> None:
-    """Harmless: ONI never reads it."""
-    path = batch / "data/batch.xml"
-    path.write_text(path.read_text().replace('editionOrder="01"', 'editionOrder=""', 1))
-
-
-def spoil_reel_number(batch: Path) -> None:
-    change(batch / "data/batch.xml", ' reelNumber="print"', "")
-
-
-def spoil_file_id(batch: Path) -> None:
-    change(mets_of(batch), 'FILEID="ocr2"', 'FILEID="nowhere"')
-
-
-def spoil_page_description(batch: Path) -> None:
-    change(mets_of(batch), 'DMDID="pageModsBib2"', 'DMDID="nowhere"')
-
-
-def spoil_ocr_unnamed(batch: Path) -> None:
-    change(mets_of(batch), '<fptr FILEID="ocr2"/>', "")
-
-
-def spoil_nothing(batch: Path) -> None:
-    """For a batch whose name alone is wrong."""
-
-
-class Fault(NamedTuple):
-    """What becomes of a load of 3 issues of 2 pages, one thing of which is wrong."""
-
-    spoil: Callable[[Path], None]
-    status: int  # of load_batch
-    held: tuple[int, int, int]  # rows, issues and pages afterwards, as Site.held gives them
-    said: str  # a pattern of the first [ERROR] line
-    indexed: int = 0  # how many of the pages are in the index
-
-    @property
-    def silent(self) -> bool:
-        """Whether ONI calls it a success, though something is missing."""
-        return self.status == 0 and self.held != (1, 3, 6)
-
-
-NOTHING = (0, 0, 0)
-ABORT = "unable to load batch: "
-FAULTS = {
-    "METS cut off": Fault(spoil_mets, 1, NOTHING, ABORT + ".*, line "),
-    "METS missing": Fault(spoil_mets_missing, 1, NOTHING, ABORT + "Error reading file .*"),
-    "batch.xml missing": Fault(
-        spoil_batch_xml_missing, 1, NOTHING,
-        ABORT + r"could not find batch_1.xml \(or any of its aliases\) in '.*/data/' "),
-    "batch.xml cut off": Fault(spoil_batch_xml, 1, NOTHING, ABORT + ".*, line "),
-    "OCR not well-formed": Fault(
-        spoil_ocr, 1, NOTHING, ABORT + r"file://.*/0002.xml:2:0: no element found"),
-    "OCR missing": Fault(
-        spoil_ocr_missing, 1, NOTHING, ABORT + r"<urlopen error \[Errno 2\] No such file .*"),
-    "OCR word without text": Fault(spoil_ocr_word, 1, NOTHING, ABORT + "expected string or "),
-    "OCR with two pages": Fault(spoil_ocr_two_pages, 1, NOTHING, ABORT.rstrip()),
-    "OCR not named": Fault(spoil_ocr_unnamed, 0, (1, 3, 6), "", 5),
-    "jp2 missing": Fault(spoil_jp2_missing, 0, (1, 3, 6), "", 6),
-    "jp2 missing, no dimensions": Fault(
-        spoil_jp2_missing_unmeasured, 1, NOTHING,
-        ABORT + r"\[Errno 2\] No such file or directory: '.*/0002.jp2'"),
-    "jp2 is no picture, no dimensions": Fault(
-        spoil_jp2_unmeasured, 1, NOTHING, ABORT + "cannot identify image file '.*/0002.jp2'"),
-    "no dimensions": Fault(spoil_dimensions, 0, (1, 3, 6), "", 6),
-    "dimensions named, but empty": Fault(
-        spoil_width, 0, (1, 3, 6), "No jp2 width for issue: The test gazette.", 4),
-    "width is no number": Fault(spoil_width_word, 0, (1, 3, 5), ".*'wide'", 5),
-    "edition empty": Fault(
-        spoil_edition, 0, (1, 2, 4), r"invalid literal for int\(\) with base 10: ''", 4),
-    "date empty": Fault(
-        spoil_date, 0, (1, 2, 4), "time data '' does not match format '%Y-%m-%d'", 4),
-    "date is no date": Fault(
-        spoil_date_word, 0, (1, 2, 4), "time data 'January 1900' does not match format", 4),
-    "page without sequence": Fault(
-        spoil_sequence, 0, (1, 3, 5), "could not determine sequence number for page from ''", 5),
-    "LCCN unknown": Fault(spoil_lccn, 1, NOTHING, ABORT + "HTTP Error 404: Not Found"),
-    "LCCN only the MARC site knows": Fault(spoil_lccn_to_fetch, 0, (1, 3, 6), "", 6),
-    "awardee unknown": Fault(spoil_nothing, 1, NOTHING, "no awardee for org code: zzz"),
-    "no issues": Fault(spoil_issues, 0, (1, 0, 0), ""),
-    "editionOrder empty": Fault(spoil_edition_order, 0, (1, 3, 6), "", 6),
-    "reel without number": Fault(spoil_reel_number, 1, NOTHING, ABORT + "'reelNumber'"),
-    "file not in the METS": Fault(spoil_file_id, 1, NOTHING, ABORT + "list index out of range"),
-    "page not described": Fault(
-        spoil_page_description, 1, NOTHING, ABORT + "list index out of range"),
-}
-
-
-def batch_with(fault: str) -> str:
-    """A name for a batch with this fault: of an awardee that ONI knows, but for one fault."""
-    words = re.sub("[^a-z0-9]", "", fault.lower())
-    return f"batch_{'zzz' if fault == 'awardee unknown' else 'oru'}_{words}_ver01"
-
-
-# --- What it talks to: a search index, and a site of MARC records ---------------------------------
-
-
-class Solr:
-    """A search index on a port of its own, as far as pysolr, Open ONI and an agent use one.
-
-    What is added or deleted shows at the next commit.
-    """
-
-    def __init__(self):
-        self._lock = threading.Lock()
-        self._documents: dict[str, dict] = {}  # by id; what searches find
-        self._changes: list[Callable[[], None]] = []  # since the last commit
-        self._answering = threading.Event()
-        self._answering.set()
-        self._failing = False
-        self.requests: list[str] = []  # of each request: its path
-        self._server = self._listen(0)
-        self.port = self._server.server_address[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-
-    def _listen(self, port: int) -> ThreadingHTTPServer:
-        server = ThreadingHTTPServer(("127.0.0.1", port), SolrRequest)
-        server.daemon_threads = True
-        server.block_on_close = False
-        server.solr = self
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        return server
-
-    def close(self) -> None:
-        """Refuses connections from here on."""
-        self._answering.set()
-        self._server.shutdown()
-        self._server.server_close()
-
-    # -- for tests
-
-    def documents(self, batch: str = "") -> list[str]:
-        """The ids that a search finds: of a batch's pages, or of everything."""
-        with self._lock:
-            return sorted(id for id, document in self._documents.items()
-                          if batch in ("", document.get("batch")))
-
-    def forget(self, batch: str = "") -> None:
-        """Loses a batch's documents, or all, as an index does that was restored or replaced."""
-        with self._lock:
-            for id, document in list(self._documents.items()):
-                if batch in ("", document.get("batch")):
-                    del self._documents[id]
-
-    @contextlib.contextmanager
-    def down(self):
-        """Connections are refused."""
-        self.close()
-        with socket.socket() as holder:  # so that nobody else takes the port
-            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            holder.bind(("127.0.0.1", self.port))
-            yield
-        self._server = self._listen(self.port)
-
-    @contextlib.contextmanager
-    def failing(self):
-        """Every request is answered with HTTP 500."""
-        self._failing = True
-        yield
-        self._failing = False
-
-    @contextlib.contextmanager
-    def hanging(self):
-        """No request is answered before the end of this."""
-        self._answering.clear()
-        yield
-        self._answering.set()
-
-    # -- for requests
-
-    def answer(self, path: str, body: str) -> tuple[int, dict]:
-        """Status and JSON of the answer to a request; a request without a body is a search."""
-        self.requests.append(path)
-        self._answering.wait()
-        if self._failing:
-            return 500, {"error": {"msg": "told to fail", "code": 500}}
-        where, _, query = path.partition("?")
-        asked = {key: values[-1] for key, values in parse_qs(query).items()}
-        assert where.startswith("/solr/openoni/"), path
-        kind = where.split("/")[3]
-        with self._lock:
-            if kind == "update":
-                self._update(body, asked)
-                return 200, {"responseHeader": {"status": 0}}
-            asked.update((key, values[-1]) for key, values in parse_qs(body).items())
-            return 200, self._search(asked)
-
-    def _update(self, body: str, asked: dict[str, str]) -> None:
-        """Takes a document, a deletion or a commit in, in JSON or XML."""
-        commit = asked.get("commit") == "true"
-        if body.startswith("["):
-            for document in json.loads(body):
-                self._changes.append(functools.partial(self._add, document))
-        elif body:
-            root = ElementTree.fromstring(body)
-            commit = commit or root.tag == "commit"
-            for node in root:
-                self._take(root.tag, node)
-        if commit:
-            for change in self._changes:
-                change()
-            self._changes.clear()
-
-    def _take(self, action: str, node: ElementTree.Element) -> None:
-        """What one node of an XML update asks for."""
-        if action == "add":
-            document = {field.get("name"): field.text for field in node}
-            self._changes.append(functools.partial(self._add, document))
-        elif action == "delete" and node.tag == "id":
-            self._changes.append(functools.partial(self._documents.pop, node.text, None))
-        elif action == "delete" and node.tag == "query":
-            self._changes.append(functools.partial(self._delete, node.text))
-
-    def _add(self, document: dict) -> None:
-        self._documents[document["id"]] = document
-
-    def _delete(self, query: str) -> None:
-        for document in self._found(query):
-            del self._documents[document["id"]]
-
-    def _found(self, *queries: str) -> list[dict]:
-        """The documents that match all these queries."""
-        return [document for document in self._documents.values()
-                if all(matches(document, query) for query in queries)]
-
-    def _search(self, asked: dict[str, str]) -> dict:
-        filters = [asked["fq"]] if "fq" in asked else []
-        found = self._found(asked["q"], *filters)
-        start = int(asked.get("start", 0))
-        shown = found[start:start + int(asked.get("rows", 10))]
-        if "fl" in asked:
-            fields = set(re.split("[, ]", asked["fl"]))
-            shown = [{key: value for key, value in document.items() if key in fields}
-                     for document in shown]
-        answer = {
-            "responseHeader": {"status": 0, "QTime": 0},
-            "response": {"numFound": len(found), "start": start, "docs": shown},
-        }
-        if asked.get("facet") == "true":
-            field = asked["facet.field"]
-            counts = collections.Counter(
-                document[field] for document in found if field in document)
-            limit = int(asked.get("facet.limit", 100))
-            counted = counts.most_common(None if limit < 0 else limit)
-            flat = [item for pair in counted for item in pair]
-            answer["facet_counts"] = {"facet_fields": {field: flat}}
-        return answer
-
-
-def matches(document: dict, query: str) -> bool:
-    """Whether a document is meant by a query; only what is used of Solr's language is known."""
-    listed = re.fullmatch(r"\{!terms f=(\w+)\}(.*)", query, re.DOTALL)
-    if listed:
-        return str(document.get(listed[1])) in listed[2].split(",")
-    for term in query.split(" AND "):
-        field, _, value = term.strip(" +()").partition(":")
-        assert re.fullmatch(r'"[^"]*"|\w+|\*', value), f"a query not known here: {query}"
-        value = value.strip('"')
-        if field != "*" and not (field in document and value in ("*", str(document[field]))):
-            return False
-    return True
-
-
-class SolrRequest(BaseHTTPRequestHandler):
-    """A request to a Solr of the class above."""
-
-    def do_GET(self) -> None:
-        self.reply("")
-
-    def do_POST(self) -> None:
-        self.reply(self.rfile.read(int(self.headers["Content-Length"])).decode())
-
-    def reply(self, body: str) -> None:
-        status, answer = self.server.solr.answer(self.path, body)
-        content = json.dumps(answer).encode()
-        with contextlib.suppress(ConnectionError):  # whoever asked may have been killed
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-    def log_message(self, *_) -> None:
-        """Says nothing."""
-
-
-class MarcSite:
-    """A site that has the MARC records of some titles, and of all others answers 404."""
-
-    def __init__(self, *lccns: str):
-        self.lccns = lccns
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), MarcRequest)
-        self._server.daemon_threads = True
-        self._server.site = self
-        self.urlformat = f"http://127.0.0.1:{self._server.server_address[1]}/lccn/%s/marc.xml"
-        self.environment = {"ONI_MARC_RETRIEVAL_URLFORMAT": self.urlformat}
-
-    def __enter__(self) -> MarcSite:
-        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-
-class MarcRequest(BaseHTTPRequestHandler):
-    """A request to a MarcSite."""
-
-    def do_GET(self) -> None:
-        lccn = self.path.split("/")[2]
-        if lccn not in self.server.site.lccns:
-            self.send_error(404)
-            return
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(marc_xml(lccn, f"The fetched {lccn}."))
-
-    def log_message(self, *_) -> None:
-        """Says nothing."""
-
-
-# --- An agent on a site, and ways to talk to it -----------------------------------------------------------------------
-
-
-class Site:
-    """A stand-in Open ONI with its batches, and an agent that runs on it as a process of its own."""
-
-    def __init__(self, folder: Path, template: Path):
-        self.oni, self.source, self.state = folder / "oni", folder / "batches", folder / "state"
-        shutil.copytree(template, self.oni, symlinks=True)
-        self.source.mkdir()
-        self.solr = Solr()
-        self.environment = {
-            "PATH": os.environ["PATH"],
-            "HOME": str(folder),
-            "ONI_LOCATION": str(self.oni),
-            "ONI_SOLR_URL": self.solr.url,
-            "BATCH_SOURCE": str(self.source),
-            "STATE_DIRECTORY": str(self.state),
-            "BA_BIND": "127.0.0.1:0",
-            "LOG_LEVEL": "debug",
-        }
-        self.agent: subprocess.Popen | None = None
-        self.port = 0
-        self.log: list[str] = []
-        self._news = threading.Condition()
-
-    # -- the agent's life
-
-    def __enter__(self) -> Site:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.clean_up()
-
-    def start(self, **environment: str) -> Site:
-        """Starts the agent and waits until it listens."""
-        self.environment.update(environment)
-        self.log = []
-        self.agent = subprocess.Popen([sys.executable, str(AGENT)], env=self.environment, stderr=subprocess.PIPE)
-        threading.Thread(target=self._read_log, args=(self.agent.stderr, self.log), daemon=True).start()
-        line = self.wait_for(r"listening on \S+:\d+")
-        self.port = int(re.search(r"listening on \S+:(\d+)", line)[1])
-        return self
-
-    def _read_log(self, stream, log: list[str]) -> None:
-        for line in io.TextIOWrapper(stream, errors="replace"):
-            with self._news:
-                log.append(line)
-                self._news.notify_all()
-        with self._news:
-            log.append("(the agent's log ends here)")
-            self._news.notify_all()
-
-    def wait_for(self, pattern: str, seconds: float = 90) -> str:
-        """The first line of the agent's log with this pattern, once it is there."""
-        def found() -> str:
-            return next((line for line in self.log if re.search(pattern, line)), "") or (
-                "(ends)" if self.log and self.log[-1].startswith("(the agent's log ends") else "")
-        with self._news:
-            line = self._news.wait_for(found, seconds)
-        assert line and line != "(ends)", f"no {pattern!r} in the agent's log:\n{''.join(self.log)}"
-        return line
-
-    def stop(self, how: int = signal.SIGTERM) -> int:
-        """Sends the agent a signal and waits for its end; its exit status."""
-        self.agent.send_signal(how)
-        return self.agent.wait(30)
-
-    def kill(self) -> None:
-        """kill -9."""
-        self.stop(signal.SIGKILL)
-
-    def restart(self, **environment: str) -> Site:
-        """kill -9, and a new one."""
-        self.kill()
-        return self.start(**environment)
-
-    def clean_up(self) -> None:
-        """Leaves no process behind."""
-        if self.agent and self.agent.poll() is None:
-            self.kill()
-        for pid in self.manage_pids():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self.solr.close()
-
-    def manage_pids(self, command: str = "") -> list[int]:
-        """The manage.py processes of this site that are at work (on one command)."""
-        pids = []
-        for entry in Path("/proc").glob("[0-9]*/cmdline"):
-            with contextlib.suppress(OSError):
-                words = entry.read_bytes().decode("utf-8", "replace").split("\0")
-                if str(self.oni / "manage.py") in words and (not command or command in words):
-                    if entry.with_name("stat").read_text().rpartition(")")[2].split()[0] != "Z":
-                        pids.append(int(entry.parent.name))
-        return pids
-
-    # -- talking to it
-
-    def ssh_words(self, *options: str) -> list[str]:
-        """OpenSSH's client, as a list of words that lacks only the command."""
-        return ["ssh", "-F", "none", "-p", str(self.port), "-o", "StrictHostKeyChecking=no", "-o", "LogLevel=ERROR",
-                "-o", "UserKnownHostsFile=/dev/null", "-o", "BatchMode=yes", *options, "nobody@127.0.0.1"]
-
-    def ssh(self, command: str, stdin: bytes = b"") -> dict:
-        """What OpenSSH's client prints for a command: one JSON object, exit status 0, nothing on stderr."""
-        done = subprocess.run([*self.ssh_words(), command], input=stdin, stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, timeout=90)
-        assert (done.returncode, done.stderr) == (0, b"")
-        return json.loads(done.stdout)
-
-    def call(self, *words: str, stdin: bytes | None = None) -> dict:
-        """The answer to a command, asked as NCA asks: a connection of its own, every word in Go's quotes."""
-        with Client(self.port) as client:
-            return client.ask(" ".join(go_quoted(word) for word in words), stdin)
-
-    def job(self, *words: str, stdin: bytes | None = None) -> int:
-        """The id of the job that a command becomes."""
-        reply = self.call(*words, stdin=stdin)
-        assert reply["status"] == "success", reply
-        return reply["job"]["id"]
-
-    def ended(self, id: int) -> dict:
-        """The job of an id, once it has ended."""
-        job = self.call("job-status", str(id))["job"]
-        if job["status"] in ("pending", "started"):
-            self.wait_for(rf"job={id} .*status=")
-            job = self.call("job-status", str(id))["job"]
-        return job
-
-    def run(self, *words: str, stdin: bytes | None = None) -> dict:
-        """A command's job, once it has ended."""
-        return self.ended(self.job(*words, stdin=stdin))
-
-    def logs(self, id: int) -> list[str]:
-        """The lines of a job's log, both streams, in order, without their stamps."""
-        job = self.call("job-logs", str(id))["job"]
-        return [line[33:] for line in sorted(job["stdout"] + job["stderr"])]
-
-    # -- its manage.py, without the agent
-
-    def manage_begun(self, *words: str, **environment: str) -> subprocess.Popen:
-        """A manage.py of this site, at work."""
-        path = f"{self.oni}/ENV/bin:{self.environment['PATH']}"
-        return subprocess.Popen(
-            ["./manage.py", *words], cwd=self.oni, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
-            env={**self.environment, **environment, "PATH": path})
-
-    def manage(self, *words: str, **environment: str) -> subprocess.CompletedProcess:
-        """A manage.py of this site, run to its end."""
-        process = self.manage_begun(*words, **environment)
-        out, err = process.communicate(timeout=90)
-        return subprocess.CompletedProcess(words, process.returncode, out, err)
-
-    # -- its database and its batches
-
-    def query(self, sql: str, *values) -> list[tuple]:
-        """Rows of Open ONI's database."""
-        with contextlib.closing(sqlite3.connect(self.oni / "oni.sqlite3", timeout=60)) as database:
-            return database.execute(sql, values).fetchall()
-
-    def held(self, batch: str) -> tuple[int, int, int]:
-        """Rows, issues and pages of a batch in Open ONI's database."""
-        return self.query("SELECT (SELECT count(*) FROM core_batch WHERE name = ?1), (SELECT count(*) FROM core_issue"
-                          " WHERE batch_id = ?1), (SELECT count(*) FROM core_page JOIN core_issue ON core_issue.id ="
-                          " issue_id WHERE batch_id = ?1)", batch)[0]
-
-    def events(self, batch: str) -> list[str]:
-        """A batch's history in Open ONI's database."""
-        return [message for message, in self.query(
-            "SELECT message FROM core_loadbatchevent WHERE batch_name = ? ORDER BY id", batch)]
-
-    def batch(self, name: str, issues: int = 2, pages: int = 2, **more) -> Path:
-        """A new batch in BATCH_SOURCE."""
-        return make_batch(self.source, name, issues, pages, **more)
-
-    def hold(self, path: Path) -> Gate:
-        """Makes whoever reads this file wait."""
-        return Gate(path)
-
-    def hold_load(self, batch: Path, issue: int = 0, page: int = 1) -> Gate:
-        """Makes a load wait at a page, whose row it has saved and whose files it has not read."""
-        return Gate(mets_of(batch, issue).with_name(f"{page:04}.gate"))
-
-    @contextlib.contextmanager
-    def database_down(self):
-        """Open ONI's database cannot be opened, and who has it open cannot write."""
-        there, away = self.oni / "oni.sqlite3", self.oni / "away.sqlite3"
-        there.rename(away)
-        there.mkdir()
-        try:
-            yield
-        finally:
-            there.rmdir()
-            away.rename(there)
-
-    def prepend_to_manage(self, code: str) -> None:
-        """Something that this site's manage.py does first."""
-        manage = self.oni / "manage.py"
-        first, rest = manage.read_text().split("\n", 1)
-        manage.write_text(f"{first}\n{code}\n{rest}")
-
-
-class Gate:
-    """A FIFO in place of a file, or where none was: who opens it waits until the gate opens."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._content = path.read_bytes() if path.is_file() else None
-        path.unlink(missing_ok=True)
-        os.mkfifo(path)
-        self._writer = -1
-
-    def reached(self) -> Gate:
-        """Waits until somebody stands at the gate."""
-        self._writer = os.open(self.path, os.O_WRONLY)
-        return self
-
-    def open(self) -> None:
-        """Lets them in, and makes the file what it was."""
-        if self._writer < 0:
-            self.reached()
-        if self._content is None:
-            self.path.unlink()
-        else:
-            unready = self.path.with_name(self.path.name + ".file")
-            unready.write_bytes(self._content)
-            unready.rename(self.path)
-        with contextlib.suppress(BrokenPipeError):
-            os.write(self._writer, self._content or b"")
-        os.close(self._writer)
-
-
-class Client:
-    """A connection with paramiko's client, authenticated by "none"."""
-
-    def __init__(self, port: int, user: str = "nca", host: str = "127.0.0.1", **options):
-        self.transport = paramiko.Transport(socket.create_connection((host, port)), **options)
-        self.transport.start_client(timeout=30)
-        self.transport.auth_none(user)
-
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.transport.close()
-
-    def channel(self, command: str | bytes) -> paramiko.Channel:
-        """A channel on which a command has been accepted."""
-        channel = self.transport.open_session(timeout=30)
-        channel.settimeout(90)
-        channel.exec_command(command)
-        return channel
-
-    def raw(self, command: str | bytes, stdin: bytes | None = None) -> bytes:
-        """What comes on stdout; nothing may come on stderr, and the exit status must be 0."""
-        channel = self.channel(command)
-        if stdin is not None:
-            channel.sendall(stdin)
-        channel.shutdown_write()
-        output = channel.makefile("rb").read()
-        assert channel.recv_exit_status() == 0 and channel.recv_stderr(1) == b""
-        return output
-
-    def ask(self, command: str | bytes, stdin: bytes | None = None) -> dict:
-        """The JSON answer to a command."""
-        return json.loads(self.raw(command, stdin))
-
-
-def go_quoted(word: str) -> str:
-    """A word as Go's %q writes it."""
-    named = {"\a": r"\a", "\b": r"\b", "\f": r"\f", "\n": r"\n", "\r": r"\r", "\t": r"\t", "\v": r"\v",
-             '"': r"\"", "\\": r"\\"}
-    return '"' + "".join(named.get(c) or (c if c.isprintable() else f"\\x{ord(c):02x}" if ord(c) < 128 else
-                                          f"\\u{ord(c):04x}" if ord(c) < 0x10000 else f"\\U{ord(c):08x}")
-                         for c in word) + '"'
-
-
-@pytest.fixture(scope="session")
-def template(tmp_path_factory) -> Path:
-    """The stand-in Open ONI that each test gets a copy of."""
-    root = tmp_path_factory.mktemp("template") / "oni"
-    build_oni(root)
-    return root
-
-
-@pytest.fixture
-def site(tmp_path, template):
-    """A site whose agent is not started yet."""
-    with Site(tmp_path, template) as site:
-        yield site
-
-
-@pytest.fixture
-def agent(site) -> Site:
-    """A site whose agent runs."""
-    return site.start()
-
-
-@pytest.fixture(autouse=True)
-def deadline():
-    """A test that hangs fails instead."""
-    def late(*_):
-        raise TimeoutError("the test took longer than three minutes")
-    signal.signal(signal.SIGALRM, late)
-    signal.alarm(180)
-    yield
-    signal.alarm(0)
-
-
-def until(condition, seconds: float = 60):
-    """What a condition gives once it gives something; for what tells nobody that it has happened."""
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.02)
-    return found
-
-
-def without_session(reply: dict) -> dict:
-    """An answer less the number of its session, which must be there."""
-    assert reply.pop("session")["id"] > 0
-    return reply
-
-
-STAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}Z"
-
-
-# --- Promises: the wire contract --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("command, answer", [
-    ("version", {"status": "success", "version": oni_agent.VERSION}),
-    ("load-batch", {"status": "error", "message": '"load-batch" requires exactly one batch name'}),
-    ("load-batch a b", {"status": "error", "message": '"load-batch" requires exactly one batch name'}),
-    ("purge-batch", {"status": "error", "message": '"purge-batch" requires exactly one batch name'}),
-    ("job-status 9999", {"status": "error", "message": "Job not found", "job": {"id": 9999}}),
-    ("job-status -2", {"status": "error", "message": "Job not found", "job": {"id": -2}}),
-    ("job-status abc", {"status": "error", "message": '"abc" is not a valid job id'}),
-    ("job-status 0", {"status": "error", "message": '"0" is not a valid job id'}),
-    ("job-status 99999999999999999999", {"status": "error", "message": '"99999999999999999999" is not a valid job id'}),
-    ("job-status", {"status": "error", "message": "You must supply a job ID"}),
-    ("job-logs", {"status": "error", "message": "You must supply a job ID"}),
-    ("job-logs ''", {"status": "error", "message": '"" is not a valid job id'}),
-    ("frobnicate", {"status": "error", "message": '"frobnicate" is not a valid command name'}),
-    ("''", {"status": "error", "message": '"" is not a valid command name'}),
-    ("  ", {"status": "error", "message": "no command specified"}),
-])
-def test_each_request_gets_the_recorded_answer(shared, command, answer):
-    reply = without_session(shared.ssh(command))
-    reply.pop("error", None)  # what more there is to say
-    assert reply == answer
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory, template):
-    """A site whose agent runs for all tests that only ask it something."""
-    with Site(tmp_path_factory.mktemp("shared"), template) as site:
-        yield site.start()
-
-
-def test_an_agent_without_jobs_lists_none(agent):
-    assert without_session(agent.ssh("list-jobs")) == {"status": "success", "jobs": []}
-
-
-def test_an_answer_is_one_line_of_compact_json_then_status_eof_and_close(shared):
-    with Client(shared.port) as client:
-        channel = client.channel("version")
-        said = channel.makefile("rb").read()
-        assert re.fullmatch(rb'{"status":"success","version":"[0-9.]+","session":{"id":\d+}}\n', said)
-        assert channel.exit_status_ready() and channel.recv_exit_status() == 0
-        assert channel.eof_received and channel.recv_stderr(1) == b""
-
-
-def test_a_missing_batch_and_a_noop_job_are_answered_byte_for_byte(shared):
-    path = shared.source / "batch_oru_nosuch_ver01/data/batch.xml"
-    with Client(shared.port) as client:
-        said = client.raw("load-batch batch_oru_nosuch_ver01").decode()
-        assert said.startswith('{"status":"error","message":"\\"batch_oru_nosuch_ver01\\" cannot be loaded",'
-                               f'"error":"reading file: open {path}: no such file or directory"')
-        said = client.raw("job-status -1").decode()
-        assert re.match(r'\{"status":"success","message":"Success: this job is complete.","job":\{"id":-1,"name":'
-                        rf'"No-op job","queued":"{STAMP}","status":"successful"\}}', said)
-        assert client.ask("job-logs -1")["job"]["stdout"] == []
-
-
-def test_no_command_is_answered_with_and_without_a_terminal(shared):
-    for options in ((), ("-tt",)):
-        done = subprocess.run(shared.ssh_words(*options), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, timeout=30)
-        assert (json.loads(done.stdout)["message"], done.returncode) == ("no command specified", 0)
-
-
-def test_a_terminal_gets_indented_json(shared):
-    done = subprocess.run([*shared.ssh_words("-tt"), "job-status 9999"], stdin=subprocess.DEVNULL,
-                          stdout=subprocess.PIPE, timeout=30)
-    assert done.stdout.startswith(b'{\r\n  "status": "error",\r\n') and json.loads(done.stdout)["job"] == {"id": 9999}
-
-
-def test_what_is_not_a_command_is_refused(shared):
-    sftp = subprocess.run([*shared.ssh_words("-s"), "sftp"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, timeout=30)
-    assert sftp.returncode != 0 and b"subsystem request failed" in sftp.stderr
-    with Client(shared.port) as client:
-        with pytest.raises(paramiko.ChannelException, match="Administratively prohibited"):
-            client.transport.open_channel("direct-tcpip", ("127.0.0.1", 1), ("127.0.0.1", 2))
-        with pytest.raises(paramiko.SSHException, match="denied"):
-            client.transport.request_port_forward("", 0)
-        channel = client.channel("version")
-        with pytest.raises(paramiko.SSHException):
-            channel.exec_command("version")  # a second command on the same channel
-
-
-@pytest.mark.parametrize("line, words", [
-    (r'"a\tb" "\u200b" "\"" "\\" "né" "\x41" "\U0001f5de"', ["a\tb", "\u200b", '"', "\\", "né", "A", "\U0001f5de"]),
-    (r"""a "b c" 'd "e' f\ g ''""", ["a", "b c", 'd "e', "f g", ""]),
-    (r'"a\$b" "c"', [r"a\$b", "c"]),  # not Go's form: a shell's
-    ('""', [""]),
-    (' "x"\t"y" ', ["x", "y"]),
-    ('"x""y"', ["xy"]),
-])
-def test_command_lines_are_split_as_go_or_a_shell_wrote_them(line, words):
-    assert oni_agent.split_words(line.encode()) == words
-
-
-@pytest.mark.parametrize("line", ["'x", '"x', '"a" "b', "x\\", b"caf\xe9", '"\\ud800"', "x" * 100_000])
-def test_a_command_line_that_cannot_be_split_is_refused_with_a_sentence(shared, line):
-    with Client(shared.port) as client:
-        reply = client.ask(line)
-    assert reply["status"] == "error" and reply["message"].startswith("the ")
-
-
-def test_nca_quotes_are_understood_over_the_wire(agent):
-    assert agent.call("ensure-awardee", "tab\there", 'na"me\u200b\\')["message"] == "Awardee created"
-    assert agent.query("SELECT name FROM core_awardee WHERE org_code = ?", "tab\there") == [('na"me\u200b\\',)]
-
-
-def test_help_lists_every_command_with_its_usage(shared):
-    usages = [each["usage"] for each in shared.ssh("help")["commands"]]
-    assert [usage.split()[0] for usage in usages] == list(oni_agent.COMMANDS)
-    assert "load-batch BATCH" in usages
-
-
-def test_several_commands_share_a_connection(shared, tmp_path):
-    control = ("-o", "ControlMaster=auto", "-o", f"ControlPath={tmp_path}/c", "-o", "ControlPersist=20")
-    numbers = [json.loads(subprocess.run([*shared.ssh_words(*control), "version"], stdin=subprocess.DEVNULL,
-                                         stdout=subprocess.PIPE, timeout=30).stdout)["session"]["id"] for _ in range(2)]
-    subprocess.run([*shared.ssh_words(*control), "-O", "exit"], stderr=subprocess.PIPE, timeout=30)
-    assert numbers[1] > numbers[0]
-    with Client(shared.port) as client:
-        channels = [client.channel("version") for _ in range(8)]
-        assert all(json.loads(channel.makefile("rb").read())["status"] == "success" for channel in channels)
-
-
-# --- Promises: loading and purging ------------------------------------------------------------------------------------
-
-
-def test_a_batch_is_loaded_and_purged_over_ssh(agent):
-    agent.batch("batch_oru_alpha_ver01", issues=3, pages=2)
-    reply = without_session(agent.ssh("load-batch batch_oru_alpha_ver01"))
-    assert reply == {"status": "success", "message": "Job added to queue", "job": {"id": 1}}
-    job = agent.ended(1)
-    assert (job["id"], job["name"], job["status"]) == (1, "Load batch", "successful")
-    assert re.fullmatch(STAMP, job["queued"])
-    assert agent.call("job-status", "1")["message"] == "Success: this job is complete."
-    assert agent.held("batch_oru_alpha_ver01") == (1, 3, 6)
-    logged = agent.ssh("job-logs 1")["job"]
-    assert logged["stdout"] == [] and logged["stderr"][-1].endswith("[INFO] processed 6 pages")
-    assert all(re.match(rf"\[{STAMP}\] ", line) for line in logged["stderr"])
-    assert logged["stderr"] == sorted(set(logged["stderr"]))
-    assert agent.run("purge-batch", "batch_oru_alpha_ver01")["name"] == "Purge batch"
-    assert agent.held("batch_oru_alpha_ver01") == (0, 0, 0)
-    assert [(job["id"], job["status"]) for job in agent.ssh("list-jobs")["jobs"]] == [
-        (1, "successful"), (2, "successful")]
-
-
-NOOP = {"status": "success", "message": "No-op: job is redundant or already completed", "job": {"id": -1}}
-
-
-def test_what_is_done_already_is_no_job(agent):
-    agent.batch("batch_oru_alpha_ver01")
-    assert without_session(agent.call("purge-batch", "batch_oru_alpha_ver01")) == NOOP
-    agent.run("load-batch", "batch_oru_alpha_ver01")
-    assert without_session(agent.call("load-batch", "batch_oru_alpha_ver01")) == NOOP
-    assert len(agent.call("list-jobs")["jobs"]) == 1
-
-
-@pytest.mark.parametrize("name", ["../batches/batch_oru_alpha_ver01", "./batch_oru_alpha_ver01", "/etc/passwd", "",
-                                  "batch_oru_alpha_ver1", "batch_oru_ver01", "batch_oru_alpha_ver01\n", "x" * 300,
-                                  "batch_oru_alpha_ver01/", "batch_oru_alpha/../x_ver01", "batch_oru_al pha_ver01"])
-def test_a_name_that_is_no_batch_name_is_refused_before_the_disk_is_touched(shared, name):
-    for command, message in (("load-batch", "loaded"), ("purge-batch", "purged")):
-        reply = shared.call(command, name)
-        assert reply["message"] == f'"{name}" cannot be {message}' and "is not a batch name" in reply["error"]
-
-
-def refused_missing(batch: Path) -> str:
-    path = next(batch.glob("data/*/print/*/1900010101.xml"))
-    path.unlink()
-    return f"open {path}: no such file or directory"
-
-
-def refused_folder(batch: Path) -> str:
-    path = next(batch.glob("data/*/print/*/1900010101.xml"))
-    path.unlink()
-    path.mkdir()
-    return f"{path} is not a regular file"
-
-
-def refused_fifo(batch: Path) -> str:
-    (batch / "data/batch.xml").unlink()
-    os.mkfifo(batch / "data/batch.xml")
-    return "batch.xml is not a regular file"
-
-
-def refused_xml(batch: Path) -> str:
-    (batch / "data/batch.xml").write_text("<batch>")
-    return "batch.xml: no element found: line 1"
-
-
-def refused_doctype(batch: Path) -> str:
-    text = (batch / "data/batch.xml").read_text()
-    (batch / "data/batch.xml").write_text(text.replace("\n", '\n<!DOCTYPE batch [<!ENTITY a "b">]>\n', 1))
-    return "a DOCTYPE is not allowed"
-
-
-def refused_path(batch: Path) -> str:
-    text = (batch / "data/batch.xml").read_text()
-    (batch / "data/batch.xml").write_text(re.sub(r"\./\S+?\.xml</issue>", "../../../../../etc/passwd</issue>", text))
-    return "lies outside the batch's folder"
-
-
-def refused_link(batch: Path) -> str:
-    path = next(batch.glob("data/*/print/*/1900010101.xml"))
-    path.unlink()
-    path.symlink_to("/etc/passwd")
-    return "lies outside the batch's folder"
-
-
-@pytest.mark.parametrize("spoil", [refused_missing, refused_folder, refused_fifo, refused_xml, refused_doctype, refused_path,
-                                   refused_link])
-def test_a_batch_with_broken_files_is_refused_and_says_which(shared, spoil):
-    name = f"batch_oru_{spoil.__name__}_ver01"
-    said = spoil(shared.batch(name))
-    jobs = shared.call("list-jobs")["jobs"]
-    reply = shared.call("load-batch", name)
-    assert reply["message"] == f'"{name}" cannot be loaded' and said in reply["error"]
-    assert shared.call("list-jobs")["jobs"] == jobs
-
-
-def test_manage_py_gets_the_agents_environment_and_not_its_own_variables(site):
-    site.prepend_to_manage("import json, os, sys\nif 'load_batch' in sys.argv: print(json.dumps([os.getcwd(), dict("
-                           "os.environ), os.getsid(0) == os.getpid()]), flush=True)")
-    site.batch("batch_oru_alpha_ver01")
-    site.start(ONI_SOME_SETTING="kept", DB_CONNECTION="user:secret@tcp(h:1)/db", PYTHONHOME="")
-    assert site.run("load-batch", "batch_oru_alpha_ver01")["status"] == "successful"
-    folder, environment, own_session = json.loads(site.call("job-logs", "1")["job"]["stdout"][0][33:])
-    assert folder == str(site.oni) and own_session
-    assert environment["ONI_SOME_SETTING"] == "kept" and environment["VIRTUAL_ENV"] == str(site.oni / "ENV")
-    assert environment["PATH"].startswith(f"{site.oni / 'ENV/bin'}:") and environment["PYTHONUNBUFFERED"] == "1"
-    assert not set(environment) & {*oni_agent.OWN_VARIABLES, "PYTHONHOME"}
-    assert "secret" not in "".join(site.log) and "DB_CONNECTION" in "".join(site.log)
-
-
-def test_a_manage_py_that_is_not_executable_is_run_with_envs_python(site):
-    (site.oni / "manage.py").chmod(0o644)
-    site.batch("batch_oru_alpha_ver01")
-    site.start()
-    assert site.run("load-batch", "batch_oru_alpha_ver01")["status"] == "successful"
-
-
-ODD_OUTPUT = r"""
-import os, sys
-if "load_batch" in sys.argv:
-    os.write(1, b"caf\xe9\n" + b"\xe2\x82\xac" * 40_000 + b"\n\nlast of stdout")
-    os.write(2, b"nul \0 and \x1b[31mred\r\n")
+# --- The README's exchanges, and the demo ---------------------------------------------------------
+
+README = AGENT.with_name("README.md")
+SSH = "ssh -p 2222 nobody@127.0.0.1"
+
+
+def demo_site(folder: Path, template: Path) -> Site:
+    """A site with a small batch, a slow one, and one that ONI loads with a hole."""
+    site = Site(folder, template)
+    site.environment["ONI_PAGE_SECONDS"] = "0.1"
+    site.batch("batch_oru_small_ver01", issues=2, pages=2)
+    site.batch("batch_oru_slow_ver01", issues=60, pages=5)
+    spoil_edition(site.batch("batch_oru_hole_ver01", issues=4, pages=1))
+    (folder / "herald.xml").write_bytes(marc_xml(wrapped=True))
+    return site
+
+
+def shell(site: Site, folder: Path, line: str) -> str:
+    """What a command of the README prints, with this site's port and key for the README's."""
+    words = shlex.join(site.ssh_words()).replace("nobody@127.0.0.1", "") + "nobody@127.0.0.1"
+    return subprocess.run(
+        line.replace(SSH, words),
+        shell=True,
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        timeout=60,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ).stdout.decode()
+
+
+def readme_exchanges() -> list[tuple[str, str]]:
+    """Every `$ ssh …` line of the README, and the lines under it."""
+    blocks = re.findall(r"^```console\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
+    return re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", "".join(blocks), re.MULTILINE)
+
+
+DEMO = """\
+A stand-in Open ONI with three batches is in {folder}, and an ONI Agent on it listens.
+Try, elsewhere:
+
+    {ssh} help
+    {ssh} load-batch batch_oru_small_ver01     a small one
+    {ssh} job-status 1
+    {ssh} load-batch batch_oru_slow_ver01      takes half a minute
+    {ssh} job-follow 2                         see it load; or job-cancel 2
+    {ssh} load-batch batch_oru_hole_ver01      ONI drops an issue of it and says all is well
+    {ssh} job-wait 3                           the agent does not
+    {ssh} -t list-batches
+
+What follows is the agent's log. Ctrl-C ends both.
 """
-
-
-def test_odd_output_is_kept(site):
-    site.prepend_to_manage(ODD_OUTPUT)
-    site.batch("batch_oru_alpha_ver01")
-    site.start()
-    site.run("load-batch", "batch_oru_alpha_ver01")
-    job = site.call("job-logs", "1")["job"]
-    out = [line[33:] for line in job["stdout"]]
-    assert out[0] == "caf\N{REPLACEMENT CHARACTER}"
-    assert [len(piece.encode()) for piece in out[1:3]] == [65535, 120_000 - 65535] and set("".join(out[1:3])) == {"€"}
-    assert out[3:] == ["", "last of stdout"]
-    assert job["stderr"][0][33:] == "nul \0 and \x1b[31mred\r"
-
-
-def test_jobs_run_in_order_one_at_a_time_and_none_is_lost_by_a_kill(site):
-    names = [f"batch_oru_n{number:02}_ver01" for number in range(50)]
-    for name in names:
-        site.batch(name, issues=1, pages=1)
-    (site.oni / "at-work").mkdir()  # each manage.py leaves its pid here while it is at work
-    site.prepend_to_manage("import os, sys\nif 'load_batch' in sys.argv:\n    assert not os.listdir('at-work')\n    "
-                           "open(f'at-work/{os.getpid()}', 'w')\n    import atexit\n    "
-                           "atexit.register(os.remove, f'at-work/{os.getpid()}')")
-    gate = site.hold_load(site.source / names[0])
-    site.start()
-    assert [site.job("load-batch", name) for name in names] == list(range(1, 51))
-    gate.reached()
-    site.kill()
-    gate.open()
-    site.start()
-    site.ended(50)
-    jobs = site.call("list-jobs")["jobs"]
-    assert [(job["id"], job["status"]) for job in jobs] == [(id, "successful") for id in range(1, 51)]
-    order = [name for name, in site.query("SELECT batch_name FROM core_loadbatchevent WHERE message LIKE 'proc%'"
-                                          " ORDER BY id")]
-    assert order == names
-
-
-def test_a_restart_changes_no_answer_and_reuses_no_id(agent):
-    agent.batch("batch_oru_alpha_ver01")
-    agent.run("load-batch", "batch_oru_alpha_ver01")
-    before = [without_session(agent.call(*words)) for words in (["job-status", "1"], ["job-logs", "1"], ["list-jobs"])]
-    for how in (signal.SIGTERM, signal.SIGKILL):
-        agent.stop(how)
-        agent.start()
-        after = [without_session(agent.call(*words)) for words in (["job-status", "1"], ["job-logs", "1"],
-                                                                   ["list-jobs"])]
-        assert after == before
-    assert agent.job("purge-batch", "batch_oru_alpha_ver01") == 2
-
-
-# --- Promises: Open ONI is asked, not guessed -------------------------------------------------------------------------
-
-ALPHA, BETA = "batch_oru_alpha_ver01", "batch_oru_beta_ver01"
-ALREADY_QUEUED = "Job already in queue"
-FRESH = iter(range(1000, 10_000))  # numbers for names, on a site that tests share
-
-
-def kill_at(site: Site, gate: Gate, command: str, how: int = signal.SIGKILL) -> None:
-    """Kills the manage.py that stands at a gate."""
-    gate.reached()
-    [pid] = site.manage_pids(command)
-    os.kill(pid, how)
-    gate.open()
-
-
-def gate_in_manage(site: Site, command: str, at_exit: bool = False) -> Gate:
-    """Makes one command of this site's manage.py wait, before it does anything or when it has done all."""
-    wait = "open('gate-in-manage').read"
-    site.prepend_to_manage(f"import atexit, sys\nif {command!r} in sys.argv: "
-                           + (f"atexit.register(lambda: {wait}())" if at_exit else f"{wait}()"))
-    (site.oni / "gate-in-manage").touch()  # what the gate leaves for the next manage.py
-    return site.hold(site.oni / "gate-in-manage")
-
-
-def settings_local(site: Site, text: str) -> Path:
-    """Gives this site's Open ONI settings of its own."""
-    path = site.oni / "onisite/settings_local.py"
-    path.write_text(text)
-    return path
-
-
-def kill_warm_child(site: Site) -> None:
-    """Kills the manage.py that answers the agent's questions."""
-    [pid] = site.manage_pids("shell")
-    os.kill(pid, signal.SIGKILL)
-
-
-def at_once(*calls) -> list:
-    """What each of the calls returns, all made at the same time."""
-    results = {}
-    threads = [threading.Thread(target=lambda number, call: results.update({number: call()}), args=each)
-               for each in enumerate(calls)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return [results[number] for number in range(len(calls))]
-
-
-def repaired(site: Site, *words: str) -> list[str]:
-    """Makes the same request again, whose job then succeeds; the log of that job."""
-    job = site.run(*words)
-    assert (job["status"], job.get("error")) == ("successful", None)
-    return site.logs(job["id"])
-
-
-# -- loads and purges that go wrong
-
-REFUSED_FAULTS = ("METS missing", "batch.xml missing", "batch.xml cut off")  # by the agent itself
-
-
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_load_is_failed_and_the_next_one_purges_and_loads_the_whole_batch(agent, how):
-    gate = agent.hold_load(agent.batch(ALPHA, issues=3), issue=1, page=2)
-    id = agent.job("load-batch", ALPHA)
-    kill_at(agent, gate, "load_batch", how)
-    job = agent.ended(id)
-    assert job["status"] == "failed" and job["error"] == (
-        f"killed by signal {how:d} ({how.name}); ONI holds 2 of the 3 issues in batch.xml,"
-        ' and its last event is "starting load"')
-    assert agent.held(ALPHA) == (1, 2, 4)
-    logs = repaired(agent, "load-batch", ALPHA)
-    assert "purging that before the load" in logs[0] and f"[INFO] purging batch '{ALPHA}'" in logs
-    assert logs.index("[INFO] processed 6 pages") > logs.index(f"[INFO] purging batch '{ALPHA}'")
-    assert agent.held(ALPHA) == (1, 3, 6)
-
-
-def test_a_load_killed_in_its_last_issue_is_partial_though_no_issue_is_missing(agent):
-    gate = agent.hold_load(agent.batch(ALPHA), issue=-1, page=2)
-    id = agent.job("load-batch", ALPHA)
-    kill_at(agent, gate, "load_batch")
-    assert "ONI holds 2 of the 2 issues" in agent.ended(id)["error"] and agent.held(ALPHA) == (1, 2, 4)
-    assert f"[INFO] purging batch '{ALPHA}'" in repaired(agent, "load-batch", ALPHA)
-    assert agent.held(ALPHA) == (1, 2, 4)
-
-
-@pytest.mark.parametrize("again, held", [("purge-batch", (0, 0, 0)), ("load-batch", (1, 3, 6))])
-def test_a_killed_purge_is_failed_and_the_next_request_finishes_it(agent, again, held):
-    gate = agent.hold(agent.batch(ALPHA, issues=3) / "purge-gate")
-    agent.run("load-batch", ALPHA)
-    id = agent.job("purge-batch", ALPHA)
-    kill_at(agent, gate, "purge_batch")
-    job = agent.ended(id)
-    assert job["status"] == "failed" and job["error"] == (
-        "killed by signal 9 (SIGKILL); ONI holds 2 of the 3 issues in batch.xml,"
-        ' and its last event is "starting purge"')
-    assert f"[INFO] purging batch '{ALPHA}'" in repaired(agent, again, ALPHA)
-    assert agent.held(ALPHA) == held
-
-
-def test_a_database_lost_in_a_load_and_found_again_is_asked_what_it_holds(site):
-    load, end = site.hold_load(site.batch(ALPHA, issues=3), issue=2), gate_in_manage(site, "load_batch", at_exit=True)
-    id = site.start().job("load-batch", ALPHA)
-    load.reached()
-    with site.database_down():
-        load.open()
-        end.reached()
-    end.open()
-    job = site.ended(id)
-    assert job["status"] == "failed" and job["error"].startswith("exit status 1: unable to load batch: ")
-    assert "; ONI holds 3 of the 3 issues in batch.xml, and its last event is" in job["error"]
-    assert site.held(ALPHA) == (1, 3, 5)
-    repaired(site, "load-batch", ALPHA)
-    assert site.held(ALPHA) == (1, 3, 6)
-
-
-def test_a_database_lost_in_a_load_for_good_leaves_unknown_what_it_holds(agent):
-    gate = agent.hold_load(agent.batch(ALPHA), issue=1)
-    id = agent.job("load-batch", ALPHA)
-    gate.reached()
-    with agent.database_down():
-        gate.open()
-        job = agent.ended(id)
-    assert job["status"] == "failed" and job["error"].startswith("exit status 1: unable to load batch: ")
-    assert "; what ONI holds of the batch now is not known: Open ONI cannot answer: OperationalError" in job["error"]
-    repaired(agent, "load-batch", ALPHA)
-    assert agent.held(ALPHA) == (1, 2, 4)
-
-
-def test_a_load_that_cannot_be_checked_is_failed_and_says_so(site):
-    site.batch(ALPHA)
-    gate = gate_in_manage(site, "load_batch", at_exit=True)
-    id = site.start().job("load-batch", ALPHA)
-    gate.reached()
-    with site.database_down():
-        gate.open()
-        job = site.ended(id)
-    assert job["status"] == "failed" and "what ONI holds of the batch now is not known: " in job["error"]
-    assert without_session(site.call("load-batch", ALPHA)) == NOOP
-
-
-def test_a_silent_hole_is_a_failure_with_the_counts_until_it_is_mended(agent):
-    batch = agent.batch(ALPHA, issues=4)
-    whole = mets_of(batch).read_text()
-    spoil_edition(batch)
-    for _ in range(2):
-        job = agent.run("load-batch", ALPHA)
-        assert job["status"] == "failed" and job["error"].startswith("ONI holds 3 of the 4 issues in batch.xml; ")
-        assert "invalid literal for int" in job["error"]
-    mets_of(batch).write_text(whole)
-    repaired(agent, "load-batch", ALPHA)
-    assert agent.held(ALPHA) == (1, 4, 8)
-
-
-@pytest.mark.parametrize("change, complete", [
-    ("DELETE FROM core_loadbatchevent", True),  # loaded long ago, its history pruned
-    ("UPDATE core_loadbatchevent SET message = 'starting purge' WHERE message LIKE 'processed %'", False),
-    ("UPDATE core_issue SET batch_id = 'another' WHERE id = 1", False),
-])
-def test_a_batch_is_loaded_when_row_count_and_last_event_agree(agent, change, complete):
-    agent.batch(ALPHA)
-    agent.run("load-batch", ALPHA)
-    with contextlib.closing(sqlite3.connect(agent.oni / "oni.sqlite3", timeout=60)) as database, database:
-        database.execute(change)
-    if complete:
-        assert without_session(agent.call("load-batch", ALPHA)) == NOOP
-    else:
-        assert f"[INFO] purging batch '{ALPHA}'" in repaired(agent, "load-batch", ALPHA)
-        assert agent.held(ALPHA) == (1, 2, 4)
-
-
-@pytest.mark.parametrize("old_copy", [True, False])
-def test_a_leftover_link_to_another_place_is_removed_and_the_right_copy_loaded(agent, tmp_path, old_copy):
-    batch, other, link = agent.batch(ALPHA), tmp_path / "old" / ALPHA, agent.oni / "data/batches" / ALPHA
-    if old_copy:
-        make_batch(tmp_path / "old", ALPHA, issues=1)
-    link.symlink_to(other)
-    logs = repaired(agent, "load-batch", ALPHA)
-    assert logs[0] == f"removing {link}, a leftover link to {other}"
-    assert agent.held(ALPHA) == (1, 2, 4) and os.readlink(link) == str(batch)
-
-
-def test_a_link_to_the_right_place_is_left(agent, tmp_path):
-    agent.batch(ALPHA)
-    (tmp_path / "news").symlink_to(agent.source)
-    link = agent.oni / "data/batches" / ALPHA
-    link.symlink_to(tmp_path / "news" / ALPHA)  # another way to the same folder
-    assert not any("removing" in line for line in repaired(agent, "load-batch", ALPHA))
-    assert os.readlink(link) == str(tmp_path / "news" / ALPHA) and agent.held(ALPHA) == (1, 2, 4)
-
-
-def test_a_real_folder_where_the_link_would_go_is_a_failure_with_a_sentence(agent):
-    agent.batch(ALPHA)
-    folder = agent.oni / "data/batches" / ALPHA
-    folder.mkdir()
-    job = agent.run("load-batch", ALPHA)
-    assert job["status"] == "failed" and job["error"].startswith(f"{folder} is a real folder or file, not a link")
-    assert "move it away" in job["error"] and agent.held(ALPHA) == (0, 0, 0)
-    folder.rmdir()
-    repaired(agent, "load-batch", ALPHA)
-
-
-def test_a_cache_that_cannot_be_written_fails_the_job_but_says_that_the_batch_is_complete(site):
-    site.batch(ALPHA)
-    site.start(ONI_CACHE_DIR="/proc/sys")  # where not even root can make a file
-    job = site.run("load-batch", ALPHA)
-    assert job["status"] == "failed"
-    assert re.match(r"exit status 1: \w+Error: .*/proc/sys/", job["error"])
-    assert job["error"].endswith("; the batch is complete: ONI holds 2 of the 2 issues in batch.xml")
-    assert without_session(site.call("load-batch", ALPHA)) == NOOP
-
-
-def test_without_solr_loads_and_purges_fail_and_nothing_is_left(agent):
-    agent.batch(ALPHA)
-    agent.run("load-batch", ALPHA)
-    with agent.solr.down():
-        for command, action in (
-                ("purge-batch", "Failed to connect to server at"),
-                ("load-batch", "Failed to connect to server at")):
-            job = agent.run(command, ALPHA)
-            assert job["status"] == "failed"
-            assert job["error"].startswith(f"exit status 1: {action} {agent.solr.url}")
-            assert job["error"].endswith("; ONI holds nothing of the batch")
-            assert agent.held(ALPHA) == (0, 0, 0)
-        assert without_session(agent.call("purge-batch", ALPHA)) == NOOP
-    repaired(agent, "load-batch", ALPHA)
-    assert agent.held(ALPHA) == (1, 2, 4)
-
-
-@pytest.mark.parametrize("name", [
-    name for name, fault in FAULTS.items()
-    if fault.status and name not in REFUSED_FAULTS])
-def test_what_open_oni_cannot_load_is_failed_with_its_first_error_and_what_is_left(agent, name):
-    fault = FAULTS[name]
-    batch = agent.batch(batch_with(name), issues=3)
-    fault.spoil(batch)
-    with MarcSite() as marc:
-        agent.restart(**marc.environment)
-        job = agent.run("load-batch", batch.name)
-    assert job["status"] == "failed"
-    assert re.fullmatch(f"exit status 1: {fault.said}.*; ONI holds nothing of the batch", job["error"])
-
-
-def test_a_purge_of_what_is_not_there_is_no_job_and_at_its_turn_no_failure(agent):
-    batch = agent.batch("batch_zzz_x_ver01")
-    assert without_session(agent.call("purge-batch", "batch_oru_nosuch_ver01")) == NOOP
-    gate = agent.hold_load(agent.batch(ALPHA))
-    agent.job("load-batch", ALPHA)
-    agent.job("load-batch", batch.name)  # will fail, and leave nothing
-    id = agent.job("purge-batch", batch.name)
-    gate.open()
-    assert agent.ended(id)["status"] == "successful"
-    assert agent.logs(id) == ["nothing to do: ONI holds nothing of the batch"]
-
-
-def test_a_load_whose_files_have_gone_before_its_turn_purges_nothing(agent):
-    batch = agent.batch(ALPHA, issues=3)
-    gate = agent.hold_load(batch, issue=1)
-    id = agent.job("load-batch", ALPHA)
-    kill_at(agent, gate, "load_batch")
-    agent.ended(id)
-    gate, held = agent.hold_load(agent.batch(BETA)), agent.held(ALPHA)
-    agent.job("load-batch", BETA)
-    id = agent.job("load-batch", ALPHA)
-    gate.reached()
-    batch.rename(agent.source / "away")
-    gate.open()
-    job = agent.ended(id)
-    assert job["status"] == "failed" and f"{batch}/data/batch.xml: no such file" in job["error"]
-    assert agent.held(ALPHA) == held == (1, 2, 3)
-
-
-def test_a_batch_whose_files_are_gone_can_still_be_purged(agent):
-    batch = agent.batch(ALPHA)
-    agent.run("load-batch", ALPHA)
-    shutil.rmtree(batch)
-    assert agent.run("purge-batch", ALPHA)["status"] == "successful" and agent.held(ALPHA) == (0, 0, 0)
-
-
-# -- the same request twice
-
-
-def test_the_same_request_twice_is_one_job_while_it_waits_and_while_it_runs(agent):
-    gate, batch = agent.hold_load(agent.batch(ALPHA)), agent.batch(BETA)
-    assert [agent.job("load-batch", name) for name in (ALPHA, BETA)] == [1, 2]
-    gate.reached()
-    for id, name in (1, ALPHA), (2, BETA):
-        reply = without_session(agent.call("load-batch", name))
-        assert reply == {"status": "success", "message": ALREADY_QUEUED, "job": {"id": id}}
-    gate.open()
-    assert agent.ended(2)["status"] == "successful"
-    gate = agent.hold(batch / "purge-gate")
-    assert agent.job("purge-batch", BETA) == 3
-    gate.reached()
-    assert without_session(agent.call("purge-batch", BETA)) == {
-        "status": "success", "message": ALREADY_QUEUED, "job": {"id": 3}}
-    gate.open()
-    assert agent.ended(3)["status"] == "successful"
-    assert len(agent.call("list-jobs")["jobs"]) == 3
-
-
-def test_the_same_request_ten_times_at_once_is_one_job(agent):
-    gate = agent.hold_load(agent.batch(ALPHA))
-    replies = at_once(*[lambda: agent.call("load-batch", ALPHA)] * 10)
-    assert {reply["job"]["id"] for reply in replies} == {1}
-    assert sorted(reply["message"] for reply in replies) == ["Job added to queue"] + [ALREADY_QUEUED] * 9
-    gate.open()
-    assert agent.ended(1)["status"] == "successful"
-
-
-def test_purge_and_load_of_a_loaded_batch_in_one_breath_end_with_it_complete(agent):
-    gate = agent.hold(agent.batch(ALPHA) / "purge-gate")
-    agent.run("load-batch", ALPHA)
-    assert [agent.job(command, ALPHA) for command in ("purge-batch", "load-batch")] == [2, 3]
-    assert agent.call("load-batch", ALPHA)["message"] == ALREADY_QUEUED
-    gate.open()
-    assert [agent.ended(id)["status"] for id in (2, 3)] == ["successful", "successful"]
-    assert agent.held(ALPHA) == (1, 2, 4) and agent.logs(3)[-1] == "[INFO] processed 4 pages"
-    assert without_session(agent.call("load-batch", ALPHA)) == NOOP
-
-
-# -- titles
-
-TRAILER = b"\n\nEND\n"
-
-
-def titles(site: Site, lccn: str = "sn99990009") -> list[str]:
-    """The names under which Open ONI holds a title."""
-    return [name for name, in site.query("SELECT name FROM core_title WHERE lccn = ?", lccn)]
-
-
-@pytest.mark.parametrize("encoding", ["UTF-8", "ISO-8859-1", "windows-1252", "UTF-16"])
-@pytest.mark.parametrize("wrapped, end", [(False, TRAILER), (True, b"")])
-def test_a_title_is_loaded_whatever_its_wrapping_encoding_and_end(shared, encoding, wrapped, end):
-    lccn = f"sn7777{next(FRESH)}"
-    text = marc_xml(lccn, "L'écho.", wrapped=wrapped).decode().replace("UTF-8", encoding)
-    job = shared.run("load-title", stdin=text.encode(encoding) + end)
-    assert (job["name"], job["status"]) == ("load title", "successful")
-    assert titles(shared, lccn) == ["L'écho."]
-    assert not (shared.state / "titles" / str(job["id"])).exists()
-
-
-def test_a_title_is_answered_at_its_trailer_wherever_that_is_torn(shared):
-    with Client(shared.port) as client:
-        channel = client.channel("load-title")
-        for piece in (marc_xml("sn99990010"), b"\n\nE", b"ND", b"\n"):
-            channel.sendall(piece)
-        reply = json.loads(channel.makefile("rb").readline())  # standard input stays open
-    assert shared.ended(reply["job"]["id"])["status"] == "successful" and titles(shared, "sn99990010")
-
-
-@pytest.mark.parametrize("payload, said", [
-    (b"no XML", "line 1"),
-    (b"", "line 1"),
-    (TRAILER, "line 1"),
-    (marc_xml().replace(b"</record>", b""), "no element found: line "),
-    (marc_xml().replace(b"?>\n", b'?>\n<!DOCTYPE record [<!ENTITY a "b">]>\n', 1), "a DOCTYPE is not allowed"),
-    (marc_xml().replace(b"UTF-8", b"no-such-code"), "unknown encoding"),
-    (b"<html><body>Service unavailable</body></html>", "there is no MARC record in it"),
-    (OCLC_ANSWER.format("").encode(), "there is no MARC record in it"),
-    (marc_xml(lccn=""), "without an LCCN (010 $a)"),
-    (marc_xml(lccn="  "), "without an LCCN (010 $a)"),
-    (b" " * ((32 << 20) + 4096), "32 MiB"),
-])
-def test_a_title_that_cannot_be_stored_is_refused_with_a_sentence(shared, payload, said):
-    jobs = shared.call("list-jobs")["jobs"]
-    reply = shared.ssh("load-title", stdin=payload)
-    assert (reply["status"], reply["message"]) == ("error", "Invalid data") and said in reply["error"]
-    assert shared.call("list-jobs")["jobs"] == jobs
-
-
-def test_a_title_of_32_mib_is_taken(shared):
-    job = shared.ended(shared.ssh("load-title", marc_xml("sn99990032").ljust(32 << 20))["job"]["id"])
-    assert job["status"] == "successful" and titles(shared, "sn99990032")
-
-
-@pytest.mark.parametrize("lccn, before, said", [
-    ("sn99990009", [], "ONI has no title sn99990009"),
-    ("sn99990001", ["The test gazette."], "ONI has not stored every record"),
-])
-def test_a_title_of_unknown_language_is_failed_and_its_file_kept(shared, lccn, before, said):
-    record = marc_xml(lccn, "A new name.", language="zzz")
-    job = shared.run("load-title", stdin=record)
-    folder = shared.state / "titles" / str(job["id"])
-    assert job["status"] == "failed" and job["error"].startswith(said)
-    assert "Code zzz, not found in language table." in job["error"] and str(folder) in job["error"]
-    assert [file.read_bytes() for file in folder.iterdir()] == [record] and folder.stat().st_mode & 0o777 == 0o700
-    assert titles(shared, lccn) == before
-
-
-def test_a_title_known_already_is_updated(shared):
-    assert shared.run("load-title", stdin=marc_xml("sn99990002", "A new name."))["status"] == "successful"
-    assert titles(shared, "sn99990002") == ["A new name."]
-
-
-def test_a_killed_title_load_is_failed_and_its_file_kept(site):
-    gate = gate_in_manage(site, "load_titles")
-    id = site.start().job("load-title", stdin=marc_xml() + TRAILER)
-    kill_at(site, gate, "load_titles")
-    job, folder = site.ended(id), site.state / "titles" / str(id)
-    assert job["status"] == "failed" and job["error"].startswith("killed by signal 9 (SIGKILL); ")
-    assert str(folder) in job["error"] and (folder / "marc.xml").read_bytes() == marc_xml()
-    assert site.run("load-title", stdin=marc_xml())["status"] == "successful" and titles(site)
-
-
-def test_a_title_load_that_cannot_be_checked_is_failed_and_its_file_kept(site):
-    gate = gate_in_manage(site, "load_titles", at_exit=True)
-    id = site.start().job("load-title", stdin=marc_xml())
-    gate.reached()
-    with site.database_down():
-        gate.open()
-        job = site.ended(id)
-    assert job["status"] == "failed" and "OperationalError" in job["error"]
-    assert str(site.state / "titles" / str(id)) in job["error"]
-
-
-# -- awardees
-
-
-def awardees(site: Site, code: str) -> list[str]:
-    """The names under which Open ONI holds an awardee."""
-    return [name for name, in site.query("SELECT name FROM core_awardee WHERE org_code = ?", code)]
-
-
-def test_an_awardee_is_made_once_and_answered_as_recorded(shared):
-    def ask(*words: str) -> dict:
-        return without_session(shared.call("ensure-awardee", *words))
-    assert ask("hoover") == {"status": "error", "message": "Unable to create awardee", "org_code": "hoover", "name": "",
-                             "error": "awardee name must be given to auto-create awardees"}
-    assert awardees(shared, "hoover") == []
-    assert ask("hoover", "Hoover Institution") == {"status": "success", "message": "Awardee created"}
-    for words in (["hoover", "Hoover Institution"], ["hoover", "Another name"], ["hoover"]):
-        assert ask(*words) == {"status": "success", "message": "Awardee already exists"}
-    assert awardees(shared, "hoover") == ["Hoover Institution"]
-    for words in ([], ["a", "b", "c"]):
-        reply = ask(*words)
-        assert reply["status"] == "error" and "one or two arguments" in reply["message"]
-
-
-@pytest.mark.parametrize("code, name", [
-    ("dlc", "Bibliothèque Łódź 図書館 \U0001f4f0"),
-    ("é" * 50, "ü" * 100),
-    (" spaced  out ", "  kept   exactly "),
-    ("DLC2", "upper"), ("dlc2", "lower"),
-])
-def test_an_awardees_code_and_name_are_kept_exactly(shared, code, name):
-    assert shared.call("ensure-awardee", code, name)["message"] == "Awardee created"
-    assert awardees(shared, code) == [name]
-
-
-@pytest.mark.parametrize("code, name", [("x" * 51, "name"), ("é" * 51, "name"), ("long", "n" * 101), ("", "Some name"),
-                                        ("x" * 51, "")])
-def test_an_awardee_that_the_columns_cannot_hold_is_refused(shared, code, name):
-    reply = without_session(shared.call("ensure-awardee", code, name))
-    assert reply == {"status": "error", "message": "Unable to create awardee", "org_code": code, "name": name,
-                     "error": "an awardee code has 1 to 50 characters, a name at most 100"}
-    assert awardees(shared, code) == []
-
-
-def test_an_awardee_asked_for_by_many_at_once_is_made_once(shared):
-    replies = at_once(*[lambda: shared.call("ensure-awardee", "many", "Many at once")] * 6)
-    assert sorted(reply["message"] for reply in replies) == ["Awardee already exists"] * 5 + ["Awardee created"]
-    assert awardees(shared, "many") == ["Many at once"]
-
-
-# -- batch-patch
-
-GAZETTE = "sn99990001"
-
-
-@pytest.fixture(scope="module")
-def patcher(shared) -> Site:
-    """The shared site, with ALPHA loaded: an issue each of 1900-01-01, -02, -03 and one more."""
-    batch = shared.batch(ALPHA, issues=3)
-    reel = batch / "data" / GAZETTE / "print"
-    shutil.copytree(reel / "1900010101", reel / "19000101011")  # the first issue's name is the beginning of its own
-    (reel / "19000101011/1900010101.xml").write_text(mets_xml(2, edition=11))
-    for number, suffix in enumerate(("TIF", "tiff", "TIFF"), 1):
-        (reel / f"1900010301/{number:04}.{suffix}").write_bytes(PAGE_FILES["tif"])
-    text = (batch / "data/batch.xml").read_text()
-    text = text.replace('awardYear="2020">', 'awardYear="2020" xmlns:x="urn:x"\n x:by=\'&#233;&lt;é\'>\n'
-                                             '<!-- <issue>no issue</issue> -->')
-    text = text.replace("</batch>", NDNP_ISSUE.format(lccn=GAZETTE, day="1900-01-01", folder="19000101011").replace(
-        '"01"', '"011"').replace("19000101011.xml", "1900010101.xml") + "<?x y?>\n</batch>\n<!-- the end -->")
-    (batch / "data/batch.xml").write_bytes(text.replace("\n", "\r\n").encode())
-    shared.run("load-batch", ALPHA)
-    return shared
-
-
-def files_of(batch: Path) -> dict[str, bytes]:
-    """What is in a batch's folder."""
-    return {str(path.relative_to(batch)): path.read_bytes() for path in batch.rglob("*") if path.is_file()}
-
-
-@pytest.mark.parametrize("instructions, removed", [
-    (f"RemoveIssue {GAZETTE}/1900010101", ["1900010101"]),
-    (f"RemoveIssue {GAZETTE}/19000101011", ["19000101011"]),
-    (f"RemoveIssue {GAZETTE}/1900-01-02_01\n", ["1900010201"]),
-    ("\n  RemoveIssue   sn-9999_0001/1900_01-02-01  \r\n\n", ["1900010201"]),
-    (f"RemoveIssue {GAZETTE}/1900010101\nRemoveIssue {GAZETTE}/1900010301\n\n", ["1900010101", "1900010301"]),
-])
-def test_a_patched_batch_is_the_old_one_without_what_was_to_go(patcher, instructions, removed):
-    old, new = patcher.source / ALPHA, patcher.source / f"batch_oru_new{next(FRESH)}_ver01"
-    before, unready = files_of(old), patcher.source / f"WIP-UNREADY-{new.name}"
-    (unready / "data").mkdir(parents=True)
-    (unready / "data/left.xml").write_text("by an interrupted patch")
-    job = patcher.run("batch-patch", ALPHA, new.name, stdin=instructions.encode() + TRAILER)
-    assert (job["name"], job["status"]) == ("batch patch", "successful") and patcher.logs(job["id"])
-    wanted = {name: content for name, content in before.items()
-              if not name.lower().endswith((".tif", ".tiff", "_1.xml")) and Path(name).parent.name not in removed}
-    for folder in removed:
-        wanted["data/batch.xml"] = re.sub(rb"<issue [^>]*>\./%b/print/%b/[^<]*</issue>" % (
-            GAZETTE.encode(), folder.encode()), b"", wanted["data/batch.xml"])
-    assert files_of(new) == wanted and files_of(old) == before
-    assert not [path for path in new.rglob("*") if path.name in removed] and not unready.exists()
-
-
-def test_a_patched_batch_can_be_loaded_completely(patcher):
-    new = f"batch_oru_new{next(FRESH)}_ver01"
-    patcher.run("batch-patch", ALPHA, new, stdin=f"RemoveIssue {GAZETTE}/1900010201".encode())
-    repaired(patcher, "load-batch", new)
-    assert patcher.held(new) == (1, 3, 6) and patcher.held(ALPHA) == (1, 4, 8)
-
-
-HELD = f"RemoveIssue {GAZETTE}/1900010101\n"
-
-
-@pytest.mark.parametrize("old, new, instructions, said", [
-    (ALPHA, BETA, HELD + f"AddIssue {GAZETTE}/1900010201\n", "line 2: 'AddIssue' is not an instruction"),
-    (ALPHA, BETA, HELD + "RemoveIssue\n", "line 2: "),
-    (ALPHA, BETA, HELD + "\nRemoveIssue  \n", "line 3: "),
-    (ALPHA, BETA, f"RemoveIssue {GAZETTE}/1900010109\n", f"{GAZETTE}/1900010109' names no issue of {ALPHA}"),
-    (ALPHA, BETA, "RemoveIssue sn99990002/1900010101\n", f"sn99990002/1900010101' names no issue of {ALPHA}"),
-    (ALPHA, BETA, f"RemoveIssue {GAZETTE}/190001010\n", f"names no issue of {ALPHA}"),
-    (ALPHA, BETA, "\n", "there is no instruction"),
-    (ALPHA, ALPHA, HELD, f'"{ALPHA}" is in BATCH_SOURCE already'),
-    (ALPHA, "../" + BETA, HELD, "is not a batch name"),
-    (ALPHA, "", HELD, "is not a batch name"),
-    ("./" + ALPHA, BETA, HELD, "is not a batch name"),
-])
-def test_a_patch_that_cannot_be_made_is_refused_with_a_sentence(patcher, old, new, instructions, said):
-    before = sorted(path.name for path in patcher.source.iterdir()), patcher.call("list-jobs")["jobs"]
-    reply = patcher.call("batch-patch", old, new, stdin=instructions.encode() + TRAILER)
-    assert (reply["status"], reply["message"]) == ("error", f'"{old}" cannot be modified') and said in reply["error"]
-    assert before == (sorted(path.name for path in patcher.source.iterdir()), patcher.call("list-jobs")["jobs"])
-
-
-@pytest.mark.parametrize("on_disk", [True, False])
-def test_a_patch_of_a_batch_unknown_to_open_oni_is_answered_as_recorded(patcher, on_disk):
-    old = f"batch_oru_unknown{on_disk:d}_ver01"
-    if on_disk:
-        patcher.batch(old)
-    reply = without_session(patcher.call("batch-patch", old, BETA, stdin=HELD.encode() + TRAILER))
-    assert reply == {"status": "error", "message": f'"{old}" cannot be modified', "error": "batch does not exist"}
-
-
-def test_a_refusal_waits_for_what_its_client_is_about_to_send(patcher):
-    with Client(patcher.port) as client:
-        channels = [client.channel(command) for command in (f"batch-patch {ALPHA} no-name", "batch-patch no-name x")]
-        for _ in range(3):
-            client.ask("version")
-        for channel in channels:
-            channel.sendall(HELD.encode() + TRAILER)  # whoever cannot send it, such as Go's library, reads no answer
-            assert json.loads(channel.makefile("rb").read())["status"] == "error"
-
-
-# -- an Open ONI that is in trouble itself
-
-NO_SHEBANG = "print('not to be run')\n"
-
-
-def no_shebang(manage: Path) -> None:
-    manage.write_text(NO_SHEBANG)
-
-
-def removed(manage: Path) -> None:
-    manage.unlink()
-
-
-@pytest.mark.parametrize("warm", [True, False])
-@pytest.mark.parametrize("spoil", [no_shebang, removed])
-def test_no_kind_of_job_could_start_when_manage_py_cannot_be_run(agent, spoil, warm):
-    for name in BETA, "batch_oru_gamma_ver01":
-        agent.batch(name)
-    agent.run("load-batch", BETA)
-    gate = agent.hold_load(agent.batch(ALPHA))
-    agent.job("load-batch", ALPHA)
-    patch = f"RemoveIssue {GAZETTE}/1900010101".encode()
-    ids = [agent.job("batch-patch", BETA, "batch_oru_delta_ver01", stdin=patch), agent.job("purge-batch", BETA),
-           agent.job("load-batch", "batch_oru_gamma_ver01"), agent.job("load-title", stdin=marc_xml())]
-    gate.reached()
-    spoil(agent.oni / "manage.py")
-    if not warm:
-        kill_warm_child(agent)
-    gate.open()
-    agent.ended(ids[-1])
-    jobs = [agent.call("job-status", str(id)) for id in ids][warm:]  # a patch only asks, and a warm child answers
-    assert [each["job"]["status"] for each in jobs] == ["couldn't start"] * len(jobs)
-    assert {each["message"] for each in jobs} == {"Invalid: this job was not able to start."}
-    assert all(f"couldn't run {agent.oni / 'manage.py'}: " in each["job"]["error"] for each in jobs)
-    assert str(agent.state / "titles" / str(ids[-1])) in jobs[-1]["job"]["error"]
-
-
-def test_a_job_whose_load_has_run_is_not_said_to_have_been_unable_to_start(agent):
-    gate = agent.hold_load(agent.batch(ALPHA))
-    id = agent.job("load-batch", ALPHA)
-    gate.reached()
-    no_shebang(agent.oni / "manage.py")
-    kill_warm_child(agent)
-    gate.open()
-    job = agent.ended(id)
-    assert job["status"] == "failed" and "what ONI holds of the batch now is not known: " in job["error"]
-
-
-def test_a_job_whose_purge_has_run_is_not_said_to_have_been_unable_to_start(agent):
-    batch = agent.batch(ALPHA)
-    gate = agent.hold_load(batch, issue=1)
-    id = agent.job("load-batch", ALPHA)
-    kill_at(agent, gate, "load_batch")
-    agent.ended(id)
-    gate = agent.hold(batch / "purge-gate")
-    id = agent.job("load-batch", ALPHA)
-    gate.reached()
-    no_shebang(agent.oni / "manage.py")
-    gate.open()
-    job = agent.ended(id)
-    assert job["status"] == "failed" and f"couldn't run {agent.oni / 'manage.py'}: " in job["error"]
-    assert job["error"].endswith("; ONI holds nothing of the batch") and agent.held(ALPHA) == (0, 0, 0)
-
-
-def test_an_open_oni_that_answers_late_is_said_to_while_jobs_wait_for_it(agent):
-    gate = agent.hold_load(agent.batch(BETA))
-    agent.batch(ALPHA)
-    id = agent.job("load-batch", BETA)
-    gate.reached()
-    asked = {f'"{ALPHA}" cannot be loaded': ("load-batch", ALPHA),
-             f'"{ALPHA}" cannot be purged': ("purge-batch", ALPHA),
-             "Unable to create awardee": ("ensure-awardee", "dlc", "Library of Congress")}
-    with contextlib.closing(sqlite3.connect(agent.oni / "oni.sqlite3", isolation_level=None)) as database:
-        database.execute("BEGIN EXCLUSIVE")
-        gate.open()
-        *replies, other = at_once(*[lambda words=words: agent.call(*words) for words in asked.values()],
-                                  lambda: agent.call("version"))
-    assert [(reply["message"], reply["error"]) for reply in replies] == [
-        (message, "Open ONI did not answer within 10 s") for message in asked]
-    assert other["status"] == "success" and awardees(agent, "dlc") == []
-    assert agent.ended(id)["status"] == "successful"
-    assert agent.call("ensure-awardee", "dlc", "Library of Congress")["message"] == "Awardee created"
-    assert agent.run("load-batch", ALPHA)["status"] == "successful"
-
-
-def test_broken_settings_are_named_and_mended_ones_used(site):
-    site.batch(ALPHA)
-    settings = settings_local(site, "raise ValueError('no such password')\n")
-    site.start()
-    for _ in range(2):
-        reply = site.call("load-batch", ALPHA)
-        assert reply["message"] == f'"{ALPHA}" cannot be loaded'
-        assert reply["error"] == "Open ONI cannot be asked: ValueError: no such password"
-    settings.unlink()
-    assert site.run("load-batch", ALPHA)["status"] == "successful"
-
-
-@pytest.mark.parametrize("code", [
-    "print('noise')",
-    "print('noise', end='', flush=True)",
-    "import os; os.write(1, b'\\xff{\"answer\": 1}' * 100_000)",
-    "from django.db.backends.signals import connection_created\n"
-    "connection_created.connect(lambda **_: print('noise', end=''), weak=False)",
-])
-def test_noise_on_stdout_does_no_harm(site, code):
-    site.batch(ALPHA)
-    settings_local(site, code + "\n")
-    assert site.start().run("load-batch", ALPHA)["status"] == "successful"
-    for _ in range(2):
-        assert without_session(site.call("load-batch", ALPHA)) == NOOP
-
-
-def test_the_child_that_answers_may_be_killed_between_two_questions(agent):
-    for _ in range(3):
-        assert agent.call("ensure-awardee", "oru")["message"] == "Awardee already exists"
-        kill_warm_child(agent)
-    assert agent.call("ensure-awardee", "oru")["message"] == "Awardee already exists"
-    assert len(agent.manage_pids("shell")) == 1
-
-
-@pytest.mark.parametrize("warm", [True, False])
-def test_a_database_that_is_down_is_said_and_one_that_is_up_again_asked(agent, warm):
-    agent.batch(ALPHA)
-    gate = agent.hold_load(agent.batch(BETA))
-    if warm:
-        agent.call("ensure-awardee", "oru")
-    with agent.database_down():
-        for words, message in ((("load-batch", ALPHA), f'"{ALPHA}" cannot be loaded'),
-                               (("purge-batch", ALPHA), f'"{ALPHA}" cannot be purged'),
-                               (("ensure-awardee", "oru"), "Unable to create awardee")):
-            reply = agent.call(*words)
-            assert (reply["status"], reply["message"]) == ("error", message)
-            assert reply["error"] == "Open ONI cannot answer: OperationalError: unable to open database file"
-    assert agent.call("list-jobs")["jobs"] == []
-    agent.job("load-batch", BETA)
-    waiting = agent.job("load-batch", ALPHA)
-    gate.reached()
-    with agent.database_down():
-        gate.open()
-        job = agent.ended(waiting)
-    assert (job["status"], job["error"]) == (
-        "failed", "Open ONI cannot answer: OperationalError: unable to open database file")
-    for name in (ALPHA, BETA):
-        repaired(agent, "load-batch", name)
-        assert agent.held(name) == (1, 2, 4)
-
-
-# --- Promises: the stand-in itself ----------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", FAULTS)
-def test_the_stand_in_does_with_each_fault_what_open_oni_was_measured_to_do(site, name):
-    fault = FAULTS[name]
-    batch = site.batch(batch_with(name), issues=3)
-    fault.spoil(batch)
-    with MarcSite("sn99990077") as marc:
-        done = site.manage("load_batch", str(batch), **marc.environment)
-    errors = re.findall(r"^\[ERROR\] (.*)", done.stderr, re.MULTILINE)
-    assert done.returncode == fault.status, done.stderr
-    assert site.held(batch.name) == fault.held
-    assert len(site.solr.documents(batch.name)) == fault.indexed
-    assert bool(errors) == bool(fault.said)
-    assert re.match(fault.said, (errors or [""])[0])
-    pages = fault.held[2]
-    purged = "purge failed: Batch matching query does not exist."
-    if fault.status == 0:
-        assert site.events(batch.name) == ["starting load", f"processed {pages} pages"]
-    else:
-        assert site.events(batch.name) == [
-            "starting load",
-            ABORT + fault_message(errors),
-            "starting purge",
-            purged if name == "awardee unknown" else "purged"]
-        assert (site.oni / "data/batches" / batch.name).is_symlink() == (name == "awardee unknown")
-
-
-def fault_message(errors: list[str]) -> str:
-    """What came after "unable to load batch: "."""
-    return next(line for line in errors if line.startswith(ABORT))[len(ABORT):]
-
-
-def test_the_stand_in_purges_rows_index_link_and_coordinates(site):
-    batch = site.batch(ALPHA)
-    coordinates = site.oni / "data/word_coordinates"
-    assert site.manage("load_batch", str(batch)).returncode == 0
-    assert len(list(coordinates.rglob("*.gz"))) == 4 and len(site.solr.documents(ALPHA)) == 4
-    assert site.query("SELECT count(*) FROM core_page WHERE indexed") == [(4,)]
-    done = site.manage("purge_batch", ALPHA)
-    assert done.returncode == 0 and done.stdout == ""
-    assert site.held(ALPHA) == (0, 0, 0) and site.solr.documents() == []
-    assert list(coordinates.rglob("*.gz")) == []
-    assert not (site.oni / "data/batches" / ALPHA).is_symlink()
-    assert site.events(ALPHA)[2:] == ["starting purge", "purged"]
-
-
-@pytest.mark.parametrize("trouble", ["down", "failing"])
-def test_the_stand_in_without_its_index_does_what_open_oni_was_measured_to_do(site, trouble):
-    batch = site.batch(ALPHA)
-    site.manage("load_batch", str(batch))
-    with getattr(site.solr, trouble)():
-        assert site.manage("purge_batch", ALPHA).returncode == 1
-        assert site.held(ALPHA) == (0, 0, 0)
-        assert site.manage("load_batch", str(batch)).returncode == 1
-    assert site.held(ALPHA) == (0, 0, 0)
-    assert site.events(ALPHA)[-1].startswith("purge failed: ")
-    assert (site.oni / "data/batches" / ALPHA).is_symlink()
-    assert len(site.solr.documents(ALPHA)) == 4  # which lead nowhere
-    assert site.manage("purge_batch", ALPHA).returncode == 1
-
-
-def test_the_stand_in_waits_for_an_index_that_hangs(site):
-    batch = site.batch(ALPHA)
-    with site.solr.hanging():
-        loading = site.manage_begun("load_batch", str(batch))
-        until(lambda: site.solr.requests)
-        assert loading.poll() is None
-    assert loading.wait(60) == 0 and len(site.solr.documents(ALPHA)) == 4
-
-
-def test_the_stand_ins_batch_storage_may_be_text_as_in_release_1_0(site):
-    settings_local(site, "PATHS_ARE_TEXT = True\n")
-    batch = site.batch(ALPHA, validated=True)
-    assert site.start().run("load-batch", ALPHA)["status"] == "successful"
-    assert site.held(ALPHA) == (1, 2, 4)
-    assert os.readlink(site.oni / "data/batches" / ALPHA) == str(batch)
-
-
-# --- Promises: nothing is lost ----------------------------------------------------------------------------------------
-
-KILLS = int(os.environ.get("CRASH_KILLS", 30))
-SEED = int(os.environ.get("CRASH_SEED", random.randrange(10**6)))
-LANES = -(-KILLS // 5)  # tests that the kills are spread over
-MOMENTS = (
-    ("agent", "before the spawn"), ("both", "just after the spawn"), ("manage.py", "in mid-output"),
-    ("agent", "in mid-output"), ("both", "in a repair's purge"), ("agent", "before the record"),
-    ("agent", "just after the spawn"), ("both", "in mid-output"), ("manage.py", "in a repair's purge"),
-    ("agent", "in a repair's purge"), ("both", "at any time"), ("agent", "at any time"),
-    ("manage.py", "just after the spawn"), ("agent", "in a patch's copying"),
+DEMO_ONCE = (
+    "load-batch batch_oru_small_ver01",
+    "job-wait 1",
+    "job-logs 1",
+    "purge-batch batch_oru_small_ver01",
+    "job-wait 2",
+    "list-jobs",
 )
-WITNESS = r'''
-import contextlib, fcntl, os, sys
-def hold(name):
-    """Waits at a gate of the test's, if there is one."""
-    with contextlib.suppress(FileNotFoundError), open("hold-" + name) as gate:
-        gate.read()
-command = "".join(sys.argv[1:2])
-if command == "check":
-    sys.exit()  # saves the tests its half second at every start
-if command in ("load_batch", "purge_batch", "load_titles"):
-    at_work = open("at-work", "a")
-    try:
-        fcntl.flock(at_work, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        open("two-at-once", "a").write(f"{sys.argv}\n")
-if command == "shell":  # a question asked of Open ONI begins with close_old_connections
-    import django.db
-    def before_question(close=django.db.close_old_connections):
-        hold("question")
-        close()
-    django.db.close_old_connections = before_question
-hold(command)
-'''
 
 
-@pytest.fixture
-def witnessed(site) -> Site:
-    """A site whose manage.py tells when two are at work at once, and can be held at its start or at a question."""
-    site.prepend_to_manage(WITNESS)
-    yield site
-    assert not (site.oni / "two-at-once").exists(), (site.oni / "two-at-once").read_text()
-
-
-def half_load(site: Site, batch: Path) -> None:
-    """What a load leaves that is killed in its first issue."""
-    (site.oni / "data/batches" / batch.name).symlink_to(batch)
-    with contextlib.closing(sqlite3.connect(site.oni / "oni.sqlite3", timeout=60)) as database, database:
-        database.execute("INSERT INTO core_batch (name, created, validated_batch_file, awardee_id)"
-                         " VALUES (?, '2026-01-01 00:00:00', '', 'oru')", [batch.name])
-        database.execute("INSERT INTO core_issue (batch_id, title_id, date_issued, edition, created)"
-                         " VALUES (?, 'sn99990001', '1900-01-01', 1, '2026-01-01 00:00:00')",
-                         [batch.name])
-        database.execute("INSERT INTO core_loadbatchevent (batch_name, created, message)"
-                         " VALUES (?, '2026-01-01 00:00:00', 'starting load')", [batch.name])
-
-
-def load_until(moment: str, site: Site, batch: Path, draw: random.Random) -> tuple[int, Gate | None]:
-    """Has a batch loaded and follows that to a moment: the job's id, and the gate at which the load is held."""
-    question = site.oni / "hold-question"
-    if moment == "before the spawn":
-        asked = site.hold(question)
-        with Client(site.port) as client:
-            channel = client.channel(f"load-batch {batch.name}")
-            asked.reached()  # that was the acceptance's question; the next one is the job's
-            question.unlink()
-            gate = site.hold(question)
-            os.close(asked._writer)
-            return json.loads(channel.makefile("rb").read())["job"]["id"], gate.reached()
-    if moment == "before the record":
-        last_page = site.hold_load(batch, issue=1, page=3)
-        id = site.job("load-batch", batch.name)
-        last_page.reached()
-        gate = site.hold(question)
-        last_page.open()
-        return id, gate.reached()
-    if moment == "just after the spawn":
-        gate = site.hold(site.oni / "hold-load_batch")
-    elif moment == "in mid-output":
-        gate = site.hold_load(batch, issue=draw.randrange(2), page=draw.randint(1, 3))
-    elif moment == "in a repair's purge":
-        half_load(site, batch)
-        gate = site.hold(batch / "purge-gate")
-    else:
-        id = site.job("load-batch", batch.name)
-        time.sleep(draw.uniform(0, 0.6))
-        return id, None
-    return site.job("load-batch", batch.name), gate.reached()
-
-
-def kill(site: Site, victim: str) -> None:
-    """kill -9 of the agent, of manage.py, or of both."""
-    if victim != "manage.py":
-        site.kill()
-    if victim != "agent":
-        for pid in site.manage_pids("load_batch") + site.manage_pids("purge_batch"):
-            os.kill(pid, signal.SIGKILL)
-
-
-def printed(site: Site, since: set[Path] = frozenset()) -> list[str]:
-    """What the manage.py of this site have written to Open ONI's own log files, but for those in `since`."""
-    files = {path for command in ("load", "purge") for path in (site.oni / "log").glob(f"{command}_batch_*.log")}
-    return [line for path in sorted(files - since, key=lambda path: path.stat().st_mtime_ns)
-            for line in path.read_text().splitlines()]
-
-
-def on_stderr(site: Site, id: int) -> list[str]:
-    """The lines of manage.py's stderr in a job's log; their stamps must increase."""
-    stderr = site.call("job-logs", str(id))["job"]["stderr"]
-    stamps = [line[:32] for line in stderr]
-    assert stamps == sorted(set(stamps)) and all(re.fullmatch(rf"\[{STAMP}\]", stamp) for stamp in stamps)
-    return [line[33:] for line in stderr]
-
-
-@pytest.mark.parametrize("lane", range(LANES))
-def test_a_job_outlives_kills_at_every_moment_of_its_life(witnessed, lane):
-    print(f"CRASH_KILLS={KILLS} CRASH_SEED={SEED}")
-    draw = random.Random(f"{SEED} {lane}")
-    witnessed.start()
-    for number in range(lane, KILLS, LANES):
-        victim, moment = MOMENTS[number % len(MOMENTS)]
-        print(f"kill {number}: {victim}, {moment}")
-        crash = crash_patch if moment == "in a patch's copying" else crash_load
-        crash(witnessed, victim, moment, f"batch_oru_k{number}_ver01", draw)
-    jobs = witnessed.call("list-jobs")["jobs"]
-    assert [job["id"] for job in jobs] == list(range(1, len(jobs) + 1))
-    assert {job["status"] for job in jobs} <= {"successful", "failed"}
-
-
-def crash_load(site: Site, victim: str, moment: str, name: str, draw: random.Random) -> None:
-    """A load is killed at a moment; what must become of it becomes of it."""
-    batch = site.batch(name, issues=2, pages=3)
-    before = set((site.oni / "log").iterdir())
-    id, gate = load_until(moment, site, batch, draw)
-    kill(site, victim)
-    for step in sorted(("open", "start"), key=lambda _: draw.random()):
-        if step == "open" and gate:
-            gate.open()
-        if step == "start" and victim != "manage.py":
-            site.start()
-    job = site.ended(id)
-    if victim == "manage.py":
-        row, issues, _ = site.held(name)
-        held = f"ONI holds {issues} of the 2 issues in batch.xml" if row else "ONI holds nothing of the batch"
-        assert job["status"] == "failed" and "signal 9 (SIGKILL)" in job["error"] and held in job["error"]
-        job = site.run("load-batch", name)
-    assert (job["status"], job.get("error")) == ("successful", None)
-    assert site.held(name) == (1, 2, 6)
-    if victim == "agent":
-        assert on_stderr(site, id) == printed(site, before)
-
-
-def crash_patch(site: Site, victim: str, moment: str, name: str, draw: random.Random) -> None:
-    """The agent is killed while it copies the files of a patch; the patch becomes whole all the same."""
-    old, new = site.batch(name, issues=4, pages=100), site.source / name.replace("ver01", "ver02")
-    half_load(site, old)
-    id = site.job("batch-patch", old.name, new.name, stdin=b"RemoveIssue sn99990001/1900010201\n")
-    site.wait_for(rf"job={id} .*begins")
-    time.sleep(draw.uniform(0, 0.1))
-    kill(site, victim)
-    site.start()
-    assert site.ended(id)["status"] == "successful"
-    kept = {name: content for name, content in files_of(old).items()
-            if not name.endswith((".tif", "_1.xml", "batch.xml")) and "1900010201" not in name}
-    made = files_of(new)
-    assert made.pop("data/batch.xml").count(b"<issue ") == 3 and made == kept
-    assert not list(site.source.glob("WIP*"))
-
-
-def test_the_next_agent_adopts_a_load_and_its_log_goes_on(witnessed):
-    site = witnessed.start()
-    batch = site.batch("batch_oru_alpha_ver01", issues=3, pages=2)
-    gates = [site.hold_load(batch, issue) for issue in range(3)]
-    id = site.job("load-batch", batch.name)
-    lengths = [0]
-    for gate in gates:
-        gate.reached()
-        site.restart()
-        assert "job=1" in site.wait_for("adopted")
-        until(lambda: len(site.logs(id)) > lengths[-1])  # it had no more to say before the gate
-        lengths.append(len(site.logs(id)))
-        assert site.call("job-status", str(id))["job"]["status"] == "started"
-        gate.open()
-    job = site.ended(id)
-    assert (job["id"], job["status"]) == (id, "successful")
-    assert on_stderr(site, id) == printed(site)
-    assert not any("interrupted" in line for line in site.logs(id))
-
-
-def test_sigterm_stops_the_agent_and_leaves_the_load_at_work(witnessed):
-    site = witnessed.start()
-    batch = site.batch("batch_oru_alpha_ver01")
-    gate = site.hold_load(batch)
-    id = site.job("load-batch", batch.name)
-    gate.reached()
-    assert site.stop() == 0
-    loading = site.manage_pids("load_batch")
-    assert len(loading) == 1
-    gate.open()
-    until(lambda: not site.manage_pids("load_batch"))  # nobody reads, and it runs to its end
-    assert site.held(batch.name) == (1, 2, 4)
-    assert site.start().ended(id)["status"] == "successful"
-    assert on_stderr(site, id) == printed(site)
-
-
-def test_sigterm_at_the_first_moment_stops_the_agent(witnessed):
-    for _ in range(6):
-        assert witnessed.start().stop() == 0  # the signal may come while the agent writes to its log
-
-
-def test_the_third_interruption_of_a_job_is_its_end(witnessed):
-    site = witnessed.start()
-    batch = site.batch("batch_oru_alpha_ver01")
-    site.batch("batch_oru_beta_ver01")
-    for attempt in range(3):
-        gate = site.hold_load(batch)
-        if attempt == 0:
-            assert [site.job("load-batch", name) for name in (batch.name, "batch_oru_beta_ver01")] == [1, 2]
-        else:
-            site.start()
-        gate.reached()
-        assert [job["status"] for job in site.call("list-jobs")["jobs"]] == ["started", "pending"]
-        kill(site, "both")
-        gate.open()
-    job = site.start().ended(1)
-    assert job["status"] == "failed" and "3 times" in job["error"]
-    assert sum("interrupted" in line for line in site.logs(1)) == 3
-    assert site.ended(2)["status"] == "successful"
-    assert site.run("load-batch", batch.name)["status"] == "successful"
-    assert site.held(batch.name) == (1, 2, 4)
-
-
-def test_an_interrupted_title_is_loaded_again(witnessed):
-    site = witnessed.start()
-    gate = site.hold(site.oni / "hold-load_titles")
-    id = site.job("load-title", stdin=marc_xml())
-    gate.reached()
-    site.kill()
-    for pid in site.manage_pids("load_titles"):
-        os.kill(pid, signal.SIGKILL)
-    gate.open()
-    assert site.start().ended(id)["status"] == "successful"
-    assert site.query("SELECT name FROM core_title WHERE lccn = 'sn99990009'") == [("The sample herald.",)]
-
-
-def failed_start(site: Site) -> str:
-    """The sentence with which an agent ends that cannot start."""
-    status, _, said = run_agent(**site.environment)
-    assert status == 1 and said.startswith("oni_agent: ") and said.count("\n") == 1
-    return said
-
-
-def test_a_second_agent_on_a_state_folder_is_refused(agent):
-    said = failed_start(agent)
-    assert "another ONI Agent" in said and str(agent.state) in said
-    assert agent.call("version")["status"] == "success"
-
-
-class SmallDisk:
-    """The state folder on a file system of its own, which can be full: a tmpfs, or where nobody may mount one, a limit
-    on the size of the files that the agent writes."""
-
-    def __init__(self, site: Site):
-        self.site = site
-        self.filler = site.state / "filler"
-        site.state.mkdir()
-        words = f"mount -t tmpfs -o size=4m tmpfs {shlex.quote(str(site.state))}"
-        self.mounted = subprocess.run(["sh", "-c", words], stderr=subprocess.DEVNULL).returncode == 0
-
-    def fill(self) -> None:
-        """Leaves no byte."""
-        if not self.mounted:
-            return resource.prlimit(self.site.agent.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
-        with open(self.filler, "ab", buffering=0) as file, contextlib.suppress(OSError):
-            while True:
-                file.write(bytes(4096))
-
-    def free(self) -> None:
-        """Takes that back."""
-        if self.mounted:
-            self.filler.unlink()
-        else:
-            resource.prlimit(self.site.agent.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
-
-    def unmount(self) -> None:
-        """Leaves the machine as it was."""
-        if self.mounted:
-            subprocess.run(["umount", "-l", str(self.site.state)], check=True)
-
-
-@pytest.fixture
-def disk(witnessed):
-    """A small disk under the site's state folder."""
-    disk = SmallDisk(witnessed)
-    yield disk
-    witnessed.clean_up()
-    disk.unmount()
-
-
-def test_a_full_disk_refuses_jobs_and_keeps_none(disk, witnessed):
-    site = witnessed.start()
-    batch = site.batch("batch_oru_alpha_ver01")
-    disk.fill()
-    for words, stdin in ((("load-batch", batch.name), None), (("load-title",), marc_xml())):
-        reply = site.call(*words, stdin=stdin)
-        assert (reply["status"], reply.get("job")) == ("error", None)
-        assert str(site.state / "jobs.db") in reply["error"]
-        assert site.call("list-jobs")["jobs"] == []
-    assert site.agent.poll() is None
-    disk.free()
-    assert site.run("load-batch", batch.name)["status"] == "successful"
-    before = without_session(site.call("list-jobs"))
-    assert len(before["jobs"]) == 1 and without_session(site.restart().call("list-jobs")) == before
-
-
-@pytest.mark.parametrize("room_for_the_log", [False, True])
-def test_a_disk_that_fills_up_stops_no_load_and_the_log_says_so(disk, witnessed, room_for_the_log):
-    site = witnessed.start()
-    batch = site.batch("batch_oru_alpha_ver01", issues=2, pages=40)
-    gate = site.hold_load(batch)
-    id = site.job("load-batch", batch.name)
-    gate.reached()
-    if room_for_the_log and disk.mounted:  # so that only manage.py meets the full disk
-        subprocess.run(["fallocate", "-n", "-l", "1M", str(site.state / "logs/1.log")], check=True)
-    disk.fill()
-    gate.open()
-    until(lambda: not site.manage_pids("load_batch"))
-    assert site.held(batch.name) == (1, 2, 80)
-    assert site.call("job-status", str(id))["job"]["status"] == "started"  # its end cannot be recorded yet
-    assert site.call("job-logs", str(id))["status"] == "success"
-    disk.free()
-    assert site.ended(id)["status"] == "successful"
-    assert any("may be missing" in line for line in site.logs(id))
-    assert set(on_stderr(site, id)) & set(printed(site))
-    assert site.restart().ended(id)["status"] == "successful"
-
-
-def test_a_job_waits_until_its_log_can_be_made(witnessed):
-    site = witnessed.start()
-    batch = site.batch("batch_oru_alpha_ver01")
-    logs, away = site.state / "logs", site.state / "away"
-    logs.rename(away)
-    id = site.job("load-batch", batch.name)
-    site.wait_for(r"logs/1\.log")
-    assert site.call("job-logs", str(id))["job"]["stderr"] == []
-    away.rename(logs)
-    assert site.ended(id)["status"] == "successful"
-    assert on_stderr(site, id) == printed(site)
-
-
-def past_jobs(site: Site, *rows: tuple) -> None:
-    """Writes jobs into the store of an agent that rests: words, status, days since they were queued and ended."""
-    site.start().kill()
-    now, day = time.time_ns(), 86400 * 10**9
-    with contextlib.closing(sqlite3.connect(site.state / "jobs.db")) as database, database:
-        database.executemany(
-            "INSERT INTO jobs (words, queued, status, started, ended, error, attempts) VALUES (?, ?, ?, ?, ?, '', 1)",
-            [(json.dumps(words), now - queued * day, status, now - queued * day,
-              None if ended is None else now - ended * day) for words, status, queued, ended in rows])
-        for id, in database.execute("SELECT id FROM jobs WHERE ended IS NOT NULL").fetchall():
-            (site.state / "logs" / f"{id}.log").write_bytes(b"[2026-01-01T00:00:00.000000000Z] E a line\n")
-
-
-def change_store(site: Site, *statements: str) -> None:
-    """Changes jobs.db by hand, and leaves it as a killed agent would: the changes in a write-ahead log."""
-    path = site.state / "jobs.db"
-    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
-        database.execute("PRAGMA journal_mode = WAL")
-        for statement in statements:
-            database.execute(statement)
-        for name in "jobs.db", "jobs.db-wal":
-            shutil.copyfile(site.state / name, site.state / f"{name}.copy")
-    for name in "jobs.db", "jobs.db-wal":
-        (site.state / f"{name}.copy").rename(site.state / name)
-
-
-def damage_garbage(site: Site) -> str:
-    (site.state / "jobs.db").write_bytes(b"This is not a database.\n" * 1000)
-    return "not a database"
-
-
-def damage_header(site: Site) -> str:
-    with open(site.state / "jobs.db", "r+b") as file:
-        file.write(bytes(100))
-    return "jobs.db"
-
-
-def damage_page(site: Site) -> str:
-    with open(site.state / "jobs.db", "r+b") as file:
-        file.seek(8 * 4096)
-        file.write(random.Random(1).randbytes(4096))
-    return "jobs.db"
-
-
-def damage_end(site: Site) -> str:
-    os.truncate(site.state / "jobs.db", 5 * 4096)
-    return "jobs.db"
-
-
-def damage_row(site: Site) -> str:
-    change_store(site, "UPDATE jobs SET words = '[\"load-bat' WHERE id = 60")
-    return "jobs.db"
-
-
-def damage_owner(site: Site) -> str:
-    for path in site.state.glob("jobs.db*"):
-        path.unlink()
-    change_store(site, "CREATE TABLE addresses (name TEXT)", "INSERT INTO addresses VALUES ('somebody')")
-    return "not an ONI Agent's"
-
-
-def damage_version(site: Site) -> str:
-    change_store(site, "PRAGMA user_version = 99")
-    return "newer"
-
-
-@pytest.mark.parametrize("damage", [damage_garbage, damage_header, damage_page, damage_end, damage_row, damage_owner,
-                                   damage_version])
-def test_a_store_that_is_damaged_foreign_or_newer_is_left_alone(witnessed, damage):
-    site = witnessed
-    past_jobs(site, *[(["load-batch", "batch_oru_alpha_ver01"], "successful", 1, 1)] * 800)
-    expected = damage(site)
-    before = {path: path.read_bytes() for path in site.state.glob("jobs.db*")}
-    for _ in range(2):
-        said = failed_start(site)
-        assert expected in said and str(site.state / "jobs.db") in said
-        assert {path: path.read_bytes() for path in before} == before
-
-
-def test_a_log_deleted_by_hand_is_an_empty_log(witnessed):
-    site = witnessed.start()
-    batch = site.batch("batch_oru_alpha_ver01")
-    assert site.run("load-batch", batch.name)["status"] == "successful"
-    (site.state / "logs/1.log").unlink()
-    job = site.call("job-logs", "1")["job"]
-    assert (job["status"], job["stdout"], job["stderr"]) == ("successful", [], [])
-    gate = site.hold(site.oni / "hold-purge_batch")
-    assert site.job("purge-batch", batch.name) == 2
-    gate.reached()
-    (site.state / "logs/2.log").unlink()  # while the job is at work
-    job = site.call("job-logs", "2")["job"]
-    assert (job["status"], job["stdout"], job["stderr"]) == ("started", [], [])
-    gate.open()
-    assert site.ended(2)["status"] == "successful"
-    assert site.call("job-logs", "2")["status"] == "success"
-
-
-def test_a_load_is_adopted_though_its_log_has_been_deleted(witnessed):
-    site = witnessed.start()
-    batch = site.batch("batch_oru_alpha_ver01")
-    gate = site.hold_load(batch, issue=1)
-    site.job("load-batch", batch.name)
-    gate.reached()
-    site.kill()
-    (site.state / "logs/1.log").unlink()
-    site.start()
-    site.wait_for("adopted")
-    site.call("purge-batch", "batch_oru_beta_ver01")  # asks Open ONI, and so comes after whatever the job has asked
-    assert site.call("job-status", "1")["job"]["status"] == "started"
-    gate.open()
-    assert site.ended(1)["status"] == "successful"
-    assert site.query("SELECT message FROM core_loadbatchevent ORDER BY id") == [
-        ("starting load",), ("processed 4 pages",)]  # and not purged and loaded once more
-
-
-def test_a_clock_set_back_does_not_disturb_the_order_of_a_log(witnessed):
-    site = witnessed.start()
-    batch = site.batch("batch_oru_alpha_ver01")
-    gate = site.hold_load(batch)
-    site.job("load-batch", batch.name)
-    gate.reached()
-    until(lambda: any("Saving page" in line for line in site.logs(1)))
-    site.kill()
-    path = site.state / "logs/1.log"
-    before, newest = path.read_text().rstrip("\n").rsplit("\n", 1)
-    path.write_text(f"{before}\n[2099-12-31T23:59:59.999999998Z]{newest[32:]}\n")
-    gate.open()
-    assert site.start().ended(1)["status"] == "successful"
-    assert on_stderr(site, 1) == printed(site)
-    job = site.call("job-logs", "1")["job"]
-    assert job["stderr"] == sorted(job["stderr"]) and job["stderr"][-1].startswith("[2100-01-01T00:00:00.0")
-
-
-def test_finished_jobs_are_forgotten_after_90_days_but_for_the_newest_100(witnessed):
-    site = witnessed
-    site.batch("batch_oru_alpha_ver01")
-    done = (["load-batch", "batch_oru_old_ver01"], "successful")
-    past_jobs(site, (*done, 200, 1), *[(*done, 200, 91)] * 149,
-              (["load-batch", "batch_oru_alpha_ver01"], "pending", 200, None),
-              (["purge-batch", "batch_oru_alpha_ver01"], "started", 200, None))
-    assert site.start().ended(152)["status"] == "successful"
-    ids = [job["id"] for job in site.call("list-jobs")["jobs"]]
-    assert ids in ([1, *range(51, 153)], [1, *range(52, 153)])  # job 1 ended yesterday; it may be one of the 100
-    assert sorted(int(path.stem) for path in (site.state / "logs").iterdir()) == ids
-    assert site.call("job-logs", "2")["message"] == "Job not found"
-    assert site.restart().job("load-batch", "batch_oru_alpha_ver01") == 153
-
-
-def test_a_log_that_cannot_be_removed_stops_no_job(witnessed):
-    site = witnessed
-    site.batch("batch_oru_alpha_ver01")
-    past_jobs(site, *[(["load-batch", "batch_oru_old_ver01"], "successful", 200, 91)] * 120)
-    (site.state / "logs/1.log").unlink()
-    (site.state / "logs/1.log/by-hand").mkdir(parents=True)
-    assert site.start().run("load-batch", "batch_oru_alpha_ver01")["status"] == "successful"
-
-
-def test_what_the_agent_says_in_a_log_is_one_line(witnessed):
-    site = witnessed.start()
-    batch = site.batch("batch_oru_alpha_ver01")
-    half_load(site, batch)
-    with contextlib.closing(sqlite3.connect(site.oni / "oni.sqlite3", timeout=60)) as database, database:
-        database.execute("UPDATE core_loadbatchevent SET message = 'unable to load batch: a fault\n' || ?", ["E" * 60])
-    assert site.run("load-batch", batch.name)["status"] == "successful"
-    assert on_stderr(site, 1) == printed(site)
-    assert all(re.match(rf"\[{STAMP}\] ", line) for line in site.call("job-logs", "1")["job"]["stdout"])
-
-
-QUICK_LOAD = r'''
-if command == "load_batch":  # what matters here is the queue; a real load takes half a second to begin
-    import sqlite3
-    name = os.path.basename(sys.argv[2])
-    database = sqlite3.connect("oni.sqlite3", timeout=60)
-    database.execute("INSERT INTO core_batch (name, created, validated_batch_file, awardee_id)"
-                     " VALUES (?, '2026-01-01 00:00:00', '', 'oru')", [name])
-    database.execute("INSERT INTO core_issue (batch_id, title_id, date_issued, edition, created)"
-                     " VALUES (?, 'sn99990001', '1900-01-01', 1, '2026-01-01 00:00:00')", [name])
-    database.execute("INSERT INTO core_loadbatchevent (batch_name, created, message)"
-                     " VALUES (?, '2026-01-01 00:00:00', 'processed 1 pages')", [name])
-    database.commit()
-    sys.exit(print(name, file=sys.stderr))
-'''
-
-
-def test_two_hundred_jobs_survive_ten_kills_in_order(witnessed):
-    site = witnessed
-    site.prepend_to_manage(WITNESS + QUICK_LOAD)  # which never comes to the fixture's WITNESS
-    site.start()
-    print(f"CRASH_SEED={SEED}")
-    draw = random.Random(SEED)
-    names = [f"batch_oru_n{number:03}_ver01" for number in range(1, 201)]
-    for name in names:
-        site.batch(name, issues=1, pages=1)
-    gate = site.hold(site.oni / "hold-load_batch")
-    with Client(site.port) as client:
-        assert [client.ask(f"load-batch {name}")["job"]["id"] for name in names] == list(range(1, 201))
-    gate.open()
-    for last in sorted(draw.sample(range(1, 200), 10)):
-        site.wait_for(rf"job={last} .*begins|job={last + 1} .*begins")
-        time.sleep(draw.uniform(0, 0.1))
-        site.restart()
-    site.ended(200)
-    jobs = site.call("list-jobs")["jobs"]
-    assert [(job["id"], job["status"]) for job in jobs] == [(id, "successful") for id in range(1, 201)]
-    assert [name for name, in site.query("SELECT batch_name FROM core_loadbatchevent ORDER BY id")] == names
-    with Client(site.port) as client:
-        assert [[line[33:] for line in client.ask(f"job-logs {id}")["job"]["stderr"]] for id in range(1, 201)] == [
-            [name] for name in names]
-
-
-# --- Promises: what an administrator wants at 2 a.m. ------------------------------------------------------------------
-
-
-def ssh_run(site: Site, command: str, *options: str) -> subprocess.CompletedProcess:
-    """OpenSSH's client, run to its end."""
-    return subprocess.run([*site.ssh_words(*options), command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, timeout=90)
-
-
-def ssh_begin(site: Site, command: str, *options: str) -> subprocess.Popen:
-    """OpenSSH's client, at work."""
-    return subprocess.Popen([*site.ssh_words(*options), command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
-
-
-def failing_load(site: Site, name: str = "batch_oru_broken_ver01") -> Path:
-    """A batch that passes the agent's look at its files and then fails to load; gives its spoilt file."""
-    ocr = page_file(site.batch(name), "0001.xml", issue=0)
-    ocr.write_text("<alto>")
-    return ocr
-
-
-def test_job_wait_answers_when_the_job_has_ended_and_its_exit_status_tells_success(agent):
-    gate = agent.hold_load(agent.batch("batch_oru_alpha_ver01"))
-    failing_load(agent)
-    good, bad = agent.job("load-batch", "batch_oru_alpha_ver01"), agent.job("load-batch", "batch_oru_broken_ver01")
-    gate.reached()
-    waiting = [ssh_begin(agent, f"job-wait {id}") for id in (good, bad)]
-    gone = ssh_begin(agent, f"job-wait {good}")
-    until(lambda: len([line for line in agent.log if "session=" in line]) == 2 and resources(agent)[0] > 9)
-    gone.kill()
-    gone.communicate()
-    assert agent.call("job-status", str(good))["job"]["status"] == "started"
-    assert [each.poll() for each in waiting] == [None, None]
-    gate.open()
-    answers = [(json.loads(each.communicate(timeout=90)[0]), each.returncode) for each in waiting]
-    assert [(reply["status"], reply["job"]["status"], code) for reply, code in answers] == [
-        ("success", "successful", 0), ("success", "failed", 1)]
-    for reply, _ in answers:
-        assert without_session(reply) == without_session(agent.call("job-status", str(reply["job"]["id"])))
-    assert ssh_run(agent, f"job-wait {bad}").returncode == 1 and ssh_run(agent, "job-wait -1").returncode == 0
-    assert json.loads(ssh_run(agent, "job-wait 77").stdout)["message"] == "Job not found"
-
-
-BOTH_STREAMS = "import os, sys\nif 'load_batch' in sys.argv:\n    os.write(1, b'said on stdout\\n')"
-
-
-@pytest.mark.parametrize("options, newline", [((), b"\n"), (("-tt",), b"\r\n")])
-def test_job_follow_shows_lines_as_they_come_until_the_job_ends(site, options, newline):
-    site.prepend_to_manage(BOTH_STREAMS)
-    gate = site.hold_load(site.batch("batch_oru_alpha_ver01", issues=2), issue=1)
-    site.start()
-    site.job("load-batch", "batch_oru_alpha_ver01")
-    gate.reached()
-    following = ssh_begin(site, "job-follow 1", *options)
-    so_far = []
-    while len([line for line in so_far if "Saving page" in line]) < 3:
-        so_far.append(following.stdout.readline().decode())
-    assert following.poll() is None and site.call("job-status", "1")["job"]["status"] == "started"
-    gate.open()
-    rest = following.stdout.read()
-    assert following.wait(60) == 0
-    whole = "".join(so_far).encode() + rest
-    assert whole.endswith(newline) and whole.count(newline) == whole.count(b"\n")
-    job = site.call("job-logs", "1")["job"]
-    lines = whole.decode().splitlines()
-    assert lines == sorted(job["stdout"] + job["stderr"]) and all(re.match(rf"\[{STAMP}\] ", line) for line in lines)
-    assert any(line.endswith("said on stdout") for line in lines) and lines[-1].endswith("processed 4 pages")
-
-
-def test_following_a_job_that_has_ended_shows_all_of_it_and_how_it_ended(agent):
-    failing_load(agent)
-    agent.run("load-batch", "batch_oru_broken_ver01")
-    done = ssh_run(agent, "job-follow 1")
-    assert done.returncode == 1 and b"[ERROR] unable to load batch" in done.stdout and done.stderr == b""
-    done = ssh_run(agent, "job-follow 77")
-    assert (json.loads(done.stdout)["message"], done.returncode) == ("Job not found", 0)
-
-
-def test_who_follows_and_goes_away_cancels_nothing_and_leaves_nothing(agent):
-    gate = agent.hold_load(agent.batch("batch_oru_alpha_ver01"))
-    agent.job("load-batch", "batch_oru_alpha_ver01")
-    gate.reached()
-    agent.call("version")
-    before = resources(agent)
-    for options, how in (((), signal.SIGKILL), (("-tt",), signal.SIGINT), ((), signal.SIGINT)):
-        followers = [ssh_begin(agent, "job-follow 1", *options) for _ in range(5)]
-        for each in followers:
-            each.stdout.readline()
-            each.send_signal(how)
-            each.communicate(timeout=30)
-    assert has_no_more_than(agent, before)
-    assert agent.call("job-status", "1")["job"]["status"] == "started"
-    gate.open()
-    assert agent.ended(1)["status"] == "successful"
-
-
-def test_ctrl_c_in_a_terminal_ends_the_following_and_not_the_job(agent):
-    gate = agent.hold_load(agent.batch("batch_oru_alpha_ver01"))
-    agent.job("load-batch", "batch_oru_alpha_ver01")
-    gate.reached()
-    ours, theirs = os.openpty()
-    following = subprocess.Popen([*agent.ssh_words("-t"), "job-follow 1"], stdin=theirs, stdout=subprocess.PIPE,
-                                 start_new_session=True)
-    following.stdout.readline()
-    os.write(ours, b"\x03")
-    agent.wait_for("session=.*job-follow.*client went away", 20)
-    following.communicate(timeout=30)
-    os.close(ours)
-    os.close(theirs)
-    assert agent.call("job-status", "1")["job"]["status"] == "started"
-    gate.open()
-    assert agent.ended(1)["status"] == "successful"
-
-
-def test_a_cancelled_pending_job_never_runs(agent):
-    gate = agent.hold_load(agent.batch("batch_oru_alpha_ver01"))
-    agent.batch("batch_oru_beta_ver01")
-    agent.batch("batch_oru_gamma_ver01")
-    for name in ("alpha", "beta", "gamma"):
-        agent.job("load-batch", f"batch_oru_{name}_ver01")
-    gate.reached()
-    reply = agent.ssh("job-cancel 2")
-    assert (reply["message"], reply["job"]["status"]) == ("Job cancelled", "failed")
-    assert reply["job"]["error"] == "cancelled before it started"
-    gate.open()
-    assert [agent.ended(id)["status"] for id in (1, 2, 3)] == ["successful", "failed", "successful"]
-    assert agent.held("batch_oru_beta_ver01") == (0, 0, 0) and agent.logs(2) == []
-    agent.restart()
-    assert agent.call("job-status", "2")["job"] == reply["job"]
-
-
-@pytest.mark.parametrize("adopted", [False, True])
-def test_a_cancelled_load_leaves_the_batch_absent(agent, adopted):
-    gate = agent.hold_load(agent.batch("batch_oru_alpha_ver01", issues=3), issue=1)
-    agent.job("load-batch", "batch_oru_alpha_ver01")
-    gate.reached()
-    assert agent.held("batch_oru_alpha_ver01") == (1, 2, 3)
-    if adopted:
-        agent.restart().wait_for("adopted")
-    assert agent.ssh("job-cancel 1")["message"] == "Job is being cancelled"
-    job = agent.ended(1)
-    assert (job["status"], job["error"]) == ("failed", "cancelled; ONI holds nothing of the batch")
-    assert agent.held("batch_oru_alpha_ver01") == (0, 0, 0) and agent.manage_pids("load_batch") == []
-    assert not (agent.oni / "data/batches/batch_oru_alpha_ver01").is_symlink()
-    logged = "\n".join(agent.logs(1))
-    assert "SIGTERM" in logged and "SIGKILL" not in logged and "cancelled: purging what was loaded" in logged
-    assert agent.ssh("batch-status batch_oru_alpha_ver01")["batch"]["state"] == "absent"
-
-
-def test_a_manage_py_that_ignores_sigterm_is_killed_and_its_batch_purged(site):
-    site.prepend_to_manage("import sys, signal\nif 'load_batch' in sys.argv: "
-                           "signal.signal(signal.SIGTERM, signal.SIG_IGN)")
-    gate = site.hold_load(site.batch("batch_oru_alpha_ver01"))
-    site.start()
-    site.job("load-batch", "batch_oru_alpha_ver01")
-    gate.reached()
-    site.call("job-cancel", "1")
-    assert site.ended(1)["error"] == "cancelled; ONI holds nothing of the batch"
-    signals = [line.split()[1] for line in site.logs(1) if line.startswith("cancelled: SIG")]
-    assert signals == ["SIGTERM", "SIGKILL"] and site.held("batch_oru_alpha_ver01") == (0, 0, 0)
-
-
-def test_a_cancelled_purge_says_what_is_left(agent):
-    batch = agent.batch("batch_oru_alpha_ver01", issues=3)
-    agent.run("load-batch", batch.name)
-    gate = agent.hold(batch / "purge-gate")
-    agent.job("purge-batch", batch.name)
-    gate.reached()
-    agent.call("job-cancel", "2")
-    job = agent.ended(2)
-    assert job["status"] == "failed" and job["error"].startswith("cancelled; ONI holds 2 of the 3 issues in batch.xml")
-    assert agent.ssh(f"batch-status {batch.name}")["batch"]["state"] == "partial"
-    (batch / "purge-gate").unlink()
-    assert agent.run("purge-batch", batch.name)["status"] == "successful"
-
-
-def test_a_cancel_repeated_while_the_remains_are_purged_harms_nothing(agent):
-    batch = agent.batch("batch_oru_alpha_ver01", issues=3)
-    gate, purge_gate = agent.hold_load(batch, issue=1), agent.hold(batch / "purge-gate")
-    agent.batch("batch_oru_beta_ver01")
-    agent.job("load-batch", batch.name)
-    agent.job("load-batch", "batch_oru_beta_ver01")
-    gate.reached()
-    agent.call("job-cancel", "1")
-    purge_gate.reached()
-    assert "being cancelled" in agent.call("job-cancel", "1")["message"]
-    purge_gate.open()
-    job = agent.ended(1)
-    assert (job["status"], job["error"]) == ("failed", "cancelled; ONI holds nothing of the batch")
-    assert agent.ended(2)["status"] == "successful"
-
-
-def test_a_cancelled_patch_leaves_no_unready_folder(agent):
-    old = agent.batch("batch_oru_alpha_ver01")
-    agent.run("load-batch", old.name)
-    (old / "data/many").mkdir()
-    for number in range(15_000):
-        os.link(old / "data/batch.xml", old / f"data/many/{number}")
-    with Client(agent.port) as client:
-        words = "batch-patch batch_oru_alpha_ver01 batch_oru_alpha_ver02"
-        client.ask(words, b"RemoveIssue sn99990001/1900010101\n")
-        until((agent.source / "WIP-UNREADY-batch_oru_alpha_ver02").exists)
-        assert client.ask("job-cancel 2")["status"] == "success"
-    job = agent.ended(2)
-    assert (job["status"], job["error"]) == ("failed", "cancelled")
-    assert os.listdir(agent.source) == [old.name]
-
-
-def test_a_cancel_survives_a_killed_agent(agent):
-    gate = agent.hold_load(agent.batch("batch_oru_alpha_ver01", issues=3), issue=1)
-    agent.job("load-batch", "batch_oru_alpha_ver01")
-    gate.reached()
-    agent.call("job-cancel", "1")
-    agent.restart()
-    job = agent.ended(1)
-    assert (job["status"], job["error"]) == ("failed", "cancelled; ONI holds nothing of the batch")
-    assert agent.held("batch_oru_alpha_ver01") == (0, 0, 0)
-    loads = agent.query("SELECT count(*) FROM core_loadbatchevent WHERE message = 'starting load'")
-    assert loads == [(1,)]
-
-
-def test_a_cancel_holds_though_the_load_was_whole_before_the_next_agent_came(site):
-    site.prepend_to_manage("import sys, signal\nif 'load_batch' in sys.argv: "
-                           "signal.signal(signal.SIGTERM, signal.SIG_IGN)")
-    gate = site.hold_load(site.batch("batch_oru_alpha_ver01"))
-    site.start()
-    site.job("load-batch", "batch_oru_alpha_ver01")
-    gate.reached()
-    site.call("job-cancel", "1")
-    site.kill()
-    gate.open()
-    until(lambda: not site.manage_pids("load_batch"))
-    assert site.held("batch_oru_alpha_ver01") == (1, 2, 4)
-    site.start()
-    job = site.ended(1)
-    assert (job["status"], job["error"]) == ("failed", "cancelled; ONI holds nothing of the batch")
-    assert site.held("batch_oru_alpha_ver01") == (0, 0, 0)
-
-
-def test_what_has_ended_or_never_was_cannot_be_cancelled_and_says_so(agent):
-    failing_load(agent)
-    agent.batch("batch_oru_alpha_ver01")
-    agent.run("load-batch", "batch_oru_alpha_ver01")
-    agent.run("load-batch", "batch_oru_broken_ver01")
-    said = [agent.ssh(f"job-cancel {id}") for id in (1, 2, -1)]
-    assert {(each["status"], each["message"]) for each in said} == {("error", "The job has ended already")}
-    assert [each["error"].split(":")[0] for each in said] == ["Success", "Failed", "Success"]
-    assert said[1]["job"]["error"].startswith("exit status 1: ")
-    assert agent.ssh("job-cancel 77")["message"] == "Job not found"
-    assert agent.ssh("job-cancel x")["message"] == '"x" is not a valid job id'
-    assert agent.ssh("job-cancel")["message"] == "You must supply a job ID"
-
-
-def test_a_failed_load_is_retried_as_a_new_job(agent):
-    ocr = failing_load(agent)
-    assert agent.run("load-batch", "batch_oru_broken_ver01")["status"] == "failed"
-    ocr.write_text("<alto/>")
-    reply = agent.ssh("job-retry 1")
-    assert (reply["status"], reply["job"], reply["retry_of"]) == ("success", {"id": 2}, 1)
-    assert agent.ended(2)["status"] == "successful" and agent.ended(1)["status"] == "failed"
-    assert agent.ended(2)["words"] == ["load-batch", "batch_oru_broken_ver01"]
-    for id, said in ((2, "Success: this job is complete."), (-1, "Success: this job is complete.")):
-        reply = agent.ssh(f"job-retry {id}")
-        assert (reply["status"], reply["error"]) == ("error", said)
-    assert agent.ssh("job-retry 77")["message"] == "Job not found" and len(agent.ssh("list-jobs")["jobs"]) == 2
-
-
-def test_a_failed_title_is_retried_with_its_payload(agent):
-    with agent.database_down():
-        assert agent.run("load-title", stdin=marc_xml(name="The retried herald."))["status"] == "failed"
-    assert agent.ssh("job-retry 1")["job"]["id"] == 2
-    assert agent.ended(2)["status"] == "successful"
-    assert agent.query("SELECT name FROM core_title WHERE lccn = 'sn99990009'") == [("The retried herald.",)]
-
-
-def test_a_job_that_could_not_start_is_retried_and_one_that_waits_is_not(agent):
-    manage, text = agent.oni / "manage.py", (agent.oni / "manage.py").read_text()
-    agent.batch("batch_oru_alpha_ver01")
-    agent.call("batch-status", "batch_oru_alpha_ver01")  # the child that answers is there
-    manage.write_text(text.replace("#!/usr/bin/env python3", "#!/nowhere/python3"))
-    assert agent.run("load-batch", "batch_oru_alpha_ver01")["status"] == "couldn't start"
-    assert [job["id"] for job in agent.ssh('list-jobs "couldn\'t start"')["jobs"]] == [1]
-    manage.write_text(text)
-    gate = agent.hold_load(agent.source / "batch_oru_alpha_ver01")
-    failing_load(agent)
-    assert agent.ssh("job-retry 1")["job"]["id"] == 2
-    agent.job("load-batch", "batch_oru_broken_ver01")
-    gate.reached()
-    assert [agent.ssh(f"job-retry {id}")["error"].split(":")[0] for id in (2, 3)] == ["Started", "Pending"]
-    again = agent.ssh("job-retry 1")
-    assert (again["message"], again["job"]["id"]) == ("Job already in queue", 2)
-    gate.open()
-    assert agent.ended(2)["status"] == "successful"
-
-
-def test_the_last_lines_of_a_log_can_be_had_alone(site):
-    site.prepend_to_manage(BOTH_STREAMS)
-    site.batch("batch_oru_alpha_ver01")
-    site.start().run("load-batch", "batch_oru_alpha_ver01")
-    whole = site.ssh("job-logs 1")["job"]
-    lines = sorted(whole["stdout"] + whole["stderr"])
-    for count in (0, 1, 3, len(lines), len(lines) + 1000):
-        some = site.ssh(f"job-logs 1 {count}")["job"]
-        assert sorted(some["stdout"] + some["stderr"]) == lines[max(0, len(lines) - count):]
-    for count in ("-1", "x", "9999999999"):
-        assert site.ssh(f"job-logs 1 {count}")["message"] == f'"{count}" is not a number of lines'
-
-
-def test_list_jobs_filters_by_status_and_tells_all_of_each_job(agent):
-    gate = agent.hold_load(agent.batch("batch_oru_gamma_ver01"))
-    agent.batch("batch_oru_alpha_ver01")
-    failing_load(agent)
-    for name in ("alpha", "broken", "gamma"):
-        agent.job("load-batch", f"batch_oru_{name}_ver01")
-    agent.job("purge-batch", "batch_oru_alpha_ver01")
-    gate.reached()
-    assert [job["id"] for job in agent.ssh("list-jobs")["jobs"]] == [1, 2, 3, 4]
-    for status, id in (("successful", 1), ("failed", 2), ("started", 3), ("pending", 4)):
-        job, = agent.ssh(f"list-jobs {status}")["jobs"]
-        assert job["id"] == id and job["words"][0] in ("load-batch", "purge-batch")
-        assert job["attempts"] == (0 if status == "pending" else 1)
-        assert ("error" in job, "started" in job, "ended" in job) == (id == 2, id != 4, id < 3)
-        assert all(re.fullmatch(STAMP, job[key]) for key in ("queued", "started", "ended") if key in job)
-        assert job.get("seconds", 0) >= 0
-    assert agent.ssh("list-jobs finished")["message"] == '"finished" is not a job status'
-    gate.open()
-
-
-def test_job_status_tells_the_place_in_the_queue_and_how_far_a_load_is(agent):
-    gate = agent.hold_load(agent.batch("batch_oru_alpha_ver01", issues=5), issue=2)
-    for name in ("batch_oru_beta_ver01", "batch_oru_gamma_ver01"):
-        agent.batch(name)
-    for name in ("alpha", "beta", "gamma"):
-        agent.job("load-batch", f"batch_oru_{name}_ver01")
-    gate.reached()
-    assert [agent.ssh(f"job-status {id}")["job"]["place"] for id in (2, 3)] == [2, 3]  # the one at work is the first
-    job = until(lambda: (job := agent.ssh("job-status 1")["job"]).get("issues_loaded") and job)
-    assert (job["issues_loaded"], job["issues"]) == (3, 5) and job["seconds"] > 0 and "ended" not in job
-    gate.open()
-    job = agent.ended(1)
-    assert job["started"] < job["ended"] and "issues_loaded" not in job and "place" not in job
-
-
-def test_batches_are_listed_as_they_are_on_disk_and_in_oni(agent):
-    agent.batch("batch_oru_absent_ver01", issues=3)
-    agent.batch("batch_oru_part_ver01", issues=3)
-    agent.batch("batch_oru_whole_ver01", issues=3, pages=2)
-    agent.run("load-batch", "batch_oru_whole_ver01")
-    shutil.copytree(agent.source / "batch_oru_whole_ver01", agent.source / "batch_oru_gone_ver01")
-    agent.run("load-batch", "batch_oru_gone_ver01")
-    shutil.rmtree(agent.source / "batch_oru_gone_ver01")
-    gate = agent.hold_load(agent.source / "batch_oru_part_ver01", issue=1)
-    agent.job("load-batch", "batch_oru_part_ver01")
-    gate.reached()
-    (agent.source / "not a batch").mkdir()
-    listed = {each["name"]: each for each in agent.ssh("list-batches")["batches"]}
-    assert list(listed) == [f"batch_oru_{name}_ver01" for name in ("absent", "gone", "part", "whole")]
-    shown = [(each["on_disk"], each["state"], each["issues"], each["pages"], bool(each["loaded"]))
-             for each in listed.values()]
-    assert shown == [(True, "absent", 0, 0, False), (False, "unknown", 3, 6, True), (True, "partial", 2, 3, True),
-                     (True, "complete", 3, 6, True)]
-    for name, entry in listed.items():
-        reply = agent.ssh(f"batch-status {name}")
-        assert reply["batch"]["state"] == entry["state"] and reply["batch"]["issues"] == entry["issues"]
-        assert [job["words"] for job in reply["jobs"]] == [["load-batch", name]] * (entry["state"] != "absent")
-    assert [message for _, message in agent.ssh("batch-status batch_oru_whole_ver01")["events"]] == [
-        "starting load", "processed 6 pages"]
-    gate.open()
-    agent.ended(3)
-    assert agent.ssh("batch-status batch_oru_part_ver01")["batch"]["state"] == "complete"
-
-
-def test_an_oni_that_cannot_answer_is_an_error_and_not_an_empty_list(agent):
-    agent.batch("batch_oru_alpha_ver01")
-    with agent.database_down():
-        for command, message in (("list-batches", "The batches cannot be listed"),
-                                 ("batch-status batch_oru_alpha_ver01", '"batch_oru_alpha_ver01" cannot be looked up')):
-            reply = agent.ssh(command)
-            assert (reply["status"], reply["message"]) == ("error", message) and "OperationalError" in reply["error"]
-    assert agent.ssh("list-batches")["status"] == "success"
-
-
-@pytest.mark.parametrize("command, message", [
-    ("load-batch batch_oru_alpha_ver01", '"batch_oru_alpha_ver01" cannot be loaded'),
-    ("list-batches", "The batches cannot be listed"),
-    ("batch-status batch_oru_alpha_ver01", '"batch_oru_alpha_ver01" cannot be looked up'),
-])
-def test_a_batch_source_that_went_away_is_named(agent, command, message):
-    agent.source.rmdir()
-    reply = agent.ssh(command)
-    assert (reply["status"], reply["message"]) == ("error", message) and str(agent.source) in reply["error"]
-
-
-@pytest.mark.parametrize("command, meant", [
-    ("load-bacth batch_oru_alpha_ver01", "load-batch"), ("jobstatus 1", "job-status"), ("jog-logs 1", "job-logs"),
-    ("load-batch batch_oru_suggest_ver02", "batch_oru_suggest_ver01"),
-    ("batch-status batch_oru_sugest_ver01", "batch_oru_suggest_ver01"),
-])
-def test_a_name_that_is_nearly_right_is_suggested(shared, command, meant):
-    if not (shared.source / "batch_oru_suggest_ver01").exists():
-        shared.batch("batch_oru_suggest_ver01")
-    reply = shared.ssh(command)
-    assert reply["status"] == "error" and reply["error"].endswith(f'; did you mean "{meant}"?')
-    assert "did you mean" not in shared.ssh("xyzzy")["error"]
-
-
-@pytest.mark.parametrize("command", ["help", "job-wait -1", "list-jobs", "job-logs -1"])
-def test_json_is_indented_for_a_terminal_and_one_line_without(shared, command):
-    pretty, plain = ssh_run(shared, command, "-tt"), ssh_run(shared, command)
-    assert plain.stdout.count(b"\n") == 1 and pretty.stdout.startswith(b'{\r\n  "status": "success"')
-    assert set(json.loads(pretty.stdout)) == set(json.loads(plain.stdout))
-
-
-def program(path: Path, text: str) -> str:
-    """A script that can be executed."""
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(0o755)
-    return str(path)
-
-
-def test_a_program_is_told_of_each_job_that_has_ended(site, tmp_path):
-    told, gate = tmp_path / "told", Gate(tmp_path / "gate")
-    failing_load(site)
-    site.batch("batch_oru_alpha_ver01")
-    site.start(ON_FINISH=program(tmp_path / "finish", f"env > {told}.$ONI_JOB_ID.new && mv {told}.$ONI_JOB_ID.new "
-                                 f"{told}.$ONI_JOB_ID\ncat {gate.path}\nexit 3"))
-    jobs = [site.run("load-batch", f"batch_oru_{name}_ver01") for name in ("broken", "alpha")]  # though the first hangs
-    for job, error in zip(jobs, (jobs[0]["error"], "")):
-        until(Path(f"{told}.{job['id']}").exists)
-        about = dict(line.split("=", 1) for line in Path(f"{told}.{job['id']}").read_text().splitlines() if "=" in line)
-        shown = {name: value for name, value in about.items() if name.startswith("ONI_JOB_")}
-        assert shown == {"ONI_JOB_ID": str(job["id"]), "ONI_JOB_COMMAND": " ".join(job["words"]),
-                         "ONI_JOB_STATUS": job["status"], "ONI_JOB_ERROR": error,
-                         "ONI_JOB_LOG": str(site.state / f"logs/{job['id']}.log")}
-    gate.open()
-    site.wait_for("ON_FINISH failed: .*exit status 3")
-    assert site.call("version")["status"] == "success" and site.stop() == 0
-
-
-def test_a_program_that_cannot_run_or_hangs_harms_nothing(site, tmp_path):
-    hanging = Path(program(tmp_path / "finish", f"echo > {tmp_path}/begun; exec sleep 600"))
-    for name in ("alpha", "beta"):
-        site.batch(f"batch_oru_{name}_ver01")
-    site.start(ON_FINISH=str(hanging))
-    assert site.run("load-batch", "batch_oru_alpha_ver01")["status"] == "successful"
-    until((tmp_path / "begun").exists)
-    hanging.unlink()
-    assert site.run("load-batch", "batch_oru_beta_ver01")["status"] == "successful"
-    site.wait_for("job=2 ON_FINISH failed: .*No such file")
-    assert site.stop() == 0
-    for entry in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):
-            if f"ONI_JOB_LOG={site.state}".encode() in entry.read_bytes():
-                os.kill(int(entry.parent.name), signal.SIGKILL)
-
-
-# --- Promises: --check ------------------------------------------------------------------------------------------------
-
-
-def check(site: Site, **environment: str) -> tuple:
-    """The lines of --check that are marked good and bad."""
-    done = subprocess.run([sys.executable, str(AGENT), "--check"], env={**site.environment, **environment},
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=90)
-    lines = done.stdout.decode().splitlines()
-    good, bad = ([line[2:] for line in lines if line[0] == mark] for mark in "✓✗")
-    assert len(good) + len(bad) == len(lines) and done.stderr == b"" and done.returncode == int(bool(bad)), done
-    return good, bad
-
-
-def tree(folder: Path, *less: str) -> dict[str, tuple[int, bytes]]:
-    """Mode and content of all that lies in a folder, except where a path begins with `less`.
-
-    Nor does it hold what Python and SQLite leave behind in reading.
-    """
-    found = {}
-    for path in folder.rglob("*"):
-        name = str(path.relative_to(folder))
-        if not name.startswith(less) and not re.search(r"__pycache__|/ENV/|-(wal|shm)$", name):
-            found[name] = path.stat().st_mode, path.read_bytes() if path.is_file() else b""
-    return found
-
-
-def test_check_says_that_all_is_well_and_changes_nothing(site, tmp_path):
-    site.batch("batch_oru_alpha_ver01")
-    before = tree(tmp_path)
-    good, bad = check(site)
-    assert bad == [] and len(good) >= 7 and "object at 0x" not in "".join(good)
-    assert {"settings", "state folder", "host key", "address", "batch source", "database"} < set(good)
-    assert tree(tmp_path) == before
-    assert site.manage_pids() == []
-
-
-def test_check_leaves_a_state_folder_as_it_is_and_unlocked(site, tmp_path):
-    site.batch("batch_oru_alpha_ver01")
-    site.start().run("load-batch", "batch_oru_alpha_ver01")
-    site.stop()
-    before = tree(tmp_path)
-    assert check(site)[1] == []
-    after = tree(tmp_path)
-    changed = {name for name in after if after[name] != before.get(name)}
-    assert changed <= {"state/jobs.db"}  # which may have taken in its WAL
-    assert set(after) == set(before)
-    assert site.start().call("job-status", "1")["job"]["status"] == "successful"
-
-
-@contextlib.contextmanager
-def fault_port(site):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        site.environment["BA_BIND"] = f"127.0.0.1:{taken.getsockname()[1]}"
-        yield
-
-
-@contextlib.contextmanager
-def fault_second_agent(site):
-    site.start()
-    yield
-
-
-@contextlib.contextmanager
-def fault_storage(site):
-    """A folder in which not even root can make a file."""
-    (site.oni / "data/batches").rmdir()
-    (site.oni / "data/batches").symlink_to("/proc/sys")
-    yield
-
-
-def setting(name: str, value: str):
-    """A fault that is one variable; {} stands for the site's folder."""
-    @contextlib.contextmanager
-    def fault(site):
-        site.environment[name] = value.format(site.oni.parent)
-        yield
-    return fault
-
-
-def file(name: str, text: str):
-    """A fault that is the text of one file, in place of whatever was there."""
-    @contextlib.contextmanager
-    def fault(site):
-        path = site.oni.parent / name
-        path.parent.mkdir(exist_ok=True)
-        if path.is_dir():
-            path.rename(f"{path}.away")
-        path.write_text(text)
-        yield
-    return fault
-
-
-CHECK_FAULTS = {
-    "no manage.py": (setting("ONI_LOCATION", "{}/batches"), ["ONI_LOCATION is .* without manage.py"]),
-    "no batch source": (setting("BATCH_SOURCE", "{}/nowhere"), ["BATCH_SOURCE is .*not a folder"]),
-    "port in use": (fault_port, ["address: .*in use"]),
-    "agent at work": (fault_second_agent, ["state folder: another ONI Agent is at work"]),
-    "foreign host key": (file("state/host_key", "my only thesis"), ["HOST_KEY_FILE is .*holds no ed25519"]),
-    "host key cannot be made": (setting("HOST_KEY_FILE", "/proc/host_key"), ["[Kk]ey.*/proc"]),
-    "damaged jobs.db": (file("state/jobs.db", "not SQLite" * 1000), ["state folder: .*jobs.db.*not a database"]),
-    "manage.py cannot run": (file("oni/manage.py", "#!/nowhere/python3\n"), ["manage.py check: couldn't run",
-                                                                            "database: couldn't run"]),
-    "broken settings": (file("oni/onisite/settings_local.py", "import nowhere"),
-                        ["manage.py check: .*No module named 'nowhere'", "database: .*No module named 'nowhere'"]),
-    "database down": (Site.database_down, ["database: .*OperationalError"]),
-    "log/ not writable": (file("oni/log", "a file"), ["ONI's log/: .*[Nn]ot a directory"]),
-    "storage not writable": (fault_storage, ["ONI's batch storage: "]),
-    "storage missing": (setting("ONI_STORAGE_PATH", "/nowhere"),
-                        ["ONI's batch storage: .*No such file"]),
-    "log level": (setting("LOG_LEVEL", "loud"), ["LOG_LEVEL is 'loud'"]),
-    "allow from": (setting("ALLOW_FROM", "10.0.0.0/8, everyone"), ["ALLOW_FROM is .*'everyone'"]),
-    "address to bind": (setting("BA_BIND", "2222"), ["BA_BIND is '2222'"]),
-    "authorized keys": (setting("AUTHORIZED_KEYS", "{}/nowhere"), ["AUTHORIZED_KEYS is .*read"]),
-    "on finish": (setting("ON_FINISH", "{}/oni/onisite/settings.py"), ["ON_FINISH is .*executed"]),
-    "state folder": (setting("STATE_DIRECTORY", "/proc/oni-agent"), ["state folder: .*/proc"]),
-}
-
-
-@pytest.mark.parametrize("fault", CHECK_FAULTS)
-def test_check_finds_each_fault_and_nothing_else(site, fault):
-    prepare, expected = CHECK_FAULTS[fault]
-    with prepare(site):
-        bad = check(site)[1]
-    assert len(bad) == len(expected) and all(map(re.search, expected, bad)), bad
-
-
-def test_check_finds_all_that_is_wrong_at_once(site):
-    site.environment.update(LOG_LEVEL="loud", BATCH_SOURCE="/nowhere", BA_BIND="x")
-    bad = "\n".join(check(site)[1])
-    assert all(name in bad for name in ("LOG_LEVEL", "BATCH_SOURCE", "BA_BIND"))
-
-
-# --- Promises: systemd ------------------------------------------------------------------------------------------------
-
-
-def test_systemd_is_told_what_the_agent_does(site, tmp_path):
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified:
-        notified.bind(str(tmp_path / "notify"))
-        notified.settimeout(60)
-        gate = site.hold_load(site.batch("batch_oru_alpha_ver01"))
-        for name in ("beta", "gamma"):
-            site.batch(f"batch_oru_{name}_ver01")
-
-        def told(pattern: str) -> None:
-            while not re.search(pattern, notified.recv(4096).decode(), re.MULTILINE):
-                pass
-
-        site.start(NOTIFY_SOCKET=str(tmp_path / "notify"))
-        told("^READY=1$")
-        with Client(site.port):  # ready means listening
-            site.job("load-batch", "batch_oru_alpha_ver01")
-        told(r"^STATUS=.*load-batch batch_oru_alpha_ver01.*job 1.*waiting: 0")
-        gate.reached()
-        site.job("load-batch", "batch_oru_beta_ver01")
-        told(r"^STATUS=.*alpha.*waiting: 1")
-        site.job("load-batch", "batch_oru_gamma_ver01")
-        told(r"^STATUS=.*alpha.*waiting: 2")
-        site.call("job-cancel", "2")
-        notice = notified.recv(4096).decode()
-        assert "alpha" in notice and "waiting: 1" in notice  # the cancelled one was not the one at work
-        gate.open()
-        told(r"^STATUS=.*gamma.*waiting: 0")
-        told(r"^STATUS=.*nothing.*waiting: 0")
-        assert site.stop() == 0
-        told("^STOPPING=1$")
-
-
-def test_log_lines_carry_priorities_under_the_journal(site):
-    failing_load(site)
-    site.start(JOURNAL_STREAM="8:1").run("load-batch", "batch_oru_broken_ver01")
-    site.wait_for("<6>session=.*load-batch")
-    assert all(re.match("<[3-7]>", line) for line in site.log)
-    assert site.wait_for("job=1 .*status='failed'").startswith("<4>")
-
-
-def test_the_unit_is_sound_and_closed(tmp_path):
-    unit = tmp_path / "oni-agent.service"
-    text = (AGENT.parent / "oni-agent.service").read_text()
-    unit.write_text(re.sub(r"(?m)^ExecStart=.*$", f"ExecStart={sys.executable} {AGENT}", text))
-    verified = subprocess.run(["systemd-analyze", "verify", "--man=no", str(unit)], stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, timeout=60)
-    assert (verified.stdout, verified.returncode) == (b"", 0)
-    secured = subprocess.run(["systemd-analyze", "security", "--no-pager", "--offline=true", "--threshold=20",
-                              str(unit)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
-    assert secured.returncode == 0, secured.stdout.decode()  # 2.0 of 10; what runs ONI and listens cannot be much lower
-    for line in ("Type=notify", "KillMode=process", "NoNewPrivileges=yes", "StateDirectory=oni-agent"):
-        assert f"\n{line}\n" in text
-    assert not re.search(r"(?m)^PrivateTmp=(yes|true|on|1)", text)  # ONI's cache is in /var/tmp
-
-
-# --- Promises: who may connect ----------------------------------------------------------------------------------------
-
-
-def banner(port: int, host: str = "127.0.0.1") -> bytes:
-    """What an agent says first to whoever connects; nothing to those it cuts off."""
-    with socket.create_connection((host, port), timeout=30) as connection:
+def demo(once: bool) -> None:
+    """An agent on a stand-in site: until Ctrl-C, or for one whole exchange."""
+    with tempfile.TemporaryDirectory(prefix="oni-demo-") as name:
+        folder = Path(name)
+        build_oni(folder / "template")
+        with contextlib.closing(socket.socket()) as probe:
+            free = probe.connect_ex(("127.0.0.1", 2222)) != 0
+        address = "127.0.0.1:2222" if free else "127.0.0.1:0"
+        with demo_site(folder, folder / "template") as site:
+            site.start(BA_BIND=address, LOG_LEVEL="info")
+            ssh = f"ssh -p {site.port} nobody@127.0.0.1"
+            if once:
+                for line in DEMO_ONCE:
+                    said = shell(site, folder, f"{SSH} {line}")
+                    print(f"$ {ssh} {line}\n{said}", flush=True)
+            else:
+                print(DEMO.format(folder=folder, ssh=ssh), flush=True)
+                show_log(site)
+
+
+def show_log(site: Site) -> None:
+    """Prints the agent's log as it grows, until Ctrl-C."""
+    shown = 0
+    with contextlib.suppress(KeyboardInterrupt):
+        while site.agent.poll() is None:
+            with site._news:
+                site._news.wait_for(lambda: len(site.log) > shown, 1)
+            print("".join(site.log[shown:]), end="", flush=True)
+            shown = len(site.log)
+
+
+def record() -> None:
+    """Makes the README's exchanges anew."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        build_oni(folder / "template")
+        site = demo_site(folder, folder / "template").start()
+        done, text = "", README.read_text()
         try:
-            return connection.recv(100)
-        except ConnectionResetError:
-            return b""
-
-
-@pytest.mark.parametrize("bind, host, allowed, admitted", [
-    ("127.0.0.1:0", "127.0.0.1", "127.0.0.1", True),
-    ("127.0.0.1:0", "127.0.0.1", "10.0.0.0/8, 127.0.0.0/8", True),
-    ("127.0.0.1:0", "127.0.0.1", "10.0.0.0/8 192.168.1.1 ::1", False),
-    ("127.0.0.1:0", "127.0.0.1", "127.0.0.2,::/0", False),
-    ("[::1]:0", "::1", "::1", True),
-    ("[::1]:0", "::1", "fe80::/10 127.0.0.1 0.0.0.0/0", False),
-    (":0", "127.0.0.1", "127.0.0.0/8", True),  # over an IPv6 socket, as ::ffff:127.0.0.1
-    (":0", "127.0.0.1", "::1", False),
-    (":0", "::1", "::/64", True),
-])
-def test_only_the_addresses_of_allow_from_are_let_in(site, bind, host, allowed, admitted):
-    site.start(BA_BIND=bind, ALLOW_FROM=allowed)
-    if not admitted:
-        assert [banner(site.port, host) for _ in range(20)] == [b""] * 20
-        site.wait_for(rf"connection from={host} refused='not in ALLOW_FROM'")
-        assert "".join(site.log).count("refused=") == 1  # a minute
-    else:
-        assert banner(site.port, host).startswith(b"SSH-2.0-")
-        with Client(site.port, host=host, user="some one") as client:
-            assert client.ask("version")["status"] == "success"
-        line = site.wait_for("session=1 ")
-        assert re.search(rf"from=\[?{host}]?:\d+ user='some one' admitted=\S*ALLOW_FROM", line)
-
-
-def make_key(folder: Path, name: str, *options: str) -> Path:
-    """A key of ssh-keygen's; its public half is beside it."""
-    subprocess.run(["ssh-keygen", "-q", "-N", "", "-C", f"{name} key", "-f", str(folder / name), *options], check=True)
-    return folder / name
-
-
-def public(key: Path) -> str:
-    """A key's line for an authorized_keys file."""
-    return key.with_name(key.name + ".pub").read_text()
-
-
-def with_key(site: Site, key: Path, command: str = "version") -> int:
-    """The exit status of OpenSSH's client with one key; 255 when it is not let in."""
-    return ssh_run(site, command, "-i", str(key), "-o", "IdentitiesOnly=yes", "-o", "IdentityAgent=none").returncode
-
-
-@pytest.mark.parametrize("options", [("-t", "ed25519"), ("-t", "ecdsa", "-b", "256"), ("-t", "ecdsa", "-b", "521")],
-                         ids=" ".join)
-def test_who_has_an_authorized_key_is_let_in_and_nobody_else(site, tmp_path, options):
-    mine, other = (make_key(tmp_path, name, *options) for name in ("mine", "other"))
-    authorized = tmp_path / "authorized"
-    authorized.write_text(f"# who may\n\n{public(mine)}")
-    site.start(AUTHORIZED_KEYS=str(authorized))
-    assert (with_key(site, mine), with_key(site, other), ssh_run(site, "version").returncode) == (0, 255, 255)
-    with pytest.raises(paramiko.BadAuthenticationType):
-        Client(site.port)
-    printed = subprocess.run(["ssh-keygen", "-l", "-f", str(mine)], stdout=subprocess.PIPE, check=True).stdout.decode()
-    line = site.wait_for("session=1 ")
-    assert re.search(rf"from=127.0.0.1:\d+ user='nobody' admitted=\S*{re.escape(printed.split()[1])}", line)
-    assert site.wait_for("refused key=SHA256:")
-
-
-def test_an_rsa_key_is_let_in_with_a_sha2_signature_only(site, tmp_path):
-    mine = make_key(tmp_path, "mine", "-t", "rsa", "-b", "2048", "-m", "PEM")
-    (tmp_path / "authorized").write_text(public(mine))
-    site.start(AUTHORIZED_KEYS=str(tmp_path / "authorized"))
-
-    def admits(*refused: str) -> bool:
-        with paramiko.Transport(socket.create_connection(("127.0.0.1", site.port)),
-                                disabled_algorithms={"pubkeys": refused}) as transport:
-            transport.start_client(timeout=30)
-            with contextlib.suppress(paramiko.SSHException):
-                transport.auth_publickey("nca", paramiko.RSAKey(filename=str(mine)))
-            return transport.is_authenticated()
-
-    assert (admits(), admits("rsa-sha2-512", "rsa-sha2-256")) == (True, False)
-    told = tuple(map(int, paramiko.__version__.split(".")[:2])) >= (3, 4)  # before, OpenSSH was not told of SHA-2
-    assert with_key(site, mine) == (0 if told else 255)
-
-
-@pytest.mark.parametrize("line, admitted", [
-    ('from="127.0.0.0/8" {}', True), ('from="10.0.0.0/8,127.0.0.1" {}', True), ("  {}  ", True),
-    ('from="10.0.0.0/8" {}', False), ('from="" {}', False), ('from="127.0.0.1,!127.0.0.1" {}', False),
-    ('command="date" {}', False), ("no-pty {}", False), ('from="127.0.0.1",no-pty {}', False),
-    ("cert-authority {}", False), ("restrict {}", False), ('expiry-time="20200101" {}', False), ("# {}", False),
-    ("#{}", False), ('from="10.0.0.0/8" {0}\n{0}', True), ("ssh-ed25519 AAAA {}", False), ("", False),
-])
-def test_options_before_a_key_are_honoured_or_refused_never_ignored(site, tmp_path, line, admitted):
-    key, authorized = make_key(tmp_path, "mine", "-t", "ed25519"), tmp_path / "authorized"
-    authorized.write_text(line.format(public(key).strip()) + "\n")
-    site.start(AUTHORIZED_KEYS=str(authorized))
-    assert with_key(site, key) == (0 if admitted else 255)
-
-
-def test_the_keys_are_read_at_each_login(site, tmp_path):
-    key, authorized = make_key(tmp_path, "mine", "-t", "ed25519"), tmp_path / "authorized"
-    authorized.write_text("")
-    site.start(AUTHORIZED_KEYS=str(authorized))
-    assert with_key(site, key) == 255
-    authorized.write_text(public(key))
-    assert with_key(site, key) == 0
-    authorized.unlink()
-    assert with_key(site, key) == 255
-    site.wait_for("AUTHORIZED_KEYS: .* cannot be read, so nobody is admitted")
-    authorized.write_text(public(key))
-    assert with_key(site, key) == 0
-
-
-def test_with_both_controls_both_must_hold(site, tmp_path):
-    key, other = (make_key(tmp_path, name, "-t", "ed25519") for name in ("mine", "other"))
-    site.start(AUTHORIZED_KEYS=f"{key}.pub", ALLOW_FROM="127.0.0.1")
-    assert (with_key(site, key), with_key(site, other)) == (0, 255)
-    site.stop()
-    site.start(ALLOW_FROM="127.0.0.2")
-    assert with_key(site, key) == 255 and banner(site.port) == b""
-
-
-def test_a_client_that_offers_a_key_is_served_where_no_keys_are_asked_for(shared):
-    with contextlib.closing(paramiko.Transport(("127.0.0.1", shared.port))) as transport:
-        transport.start_client(timeout=30)
-        with contextlib.suppress(paramiko.AuthenticationException):
-            transport.auth_publickey("nca", paramiko.RSAKey.generate(2048))
-        if not transport.is_authenticated():
-            transport.auth_none("nca")
-        channel = transport.open_session(timeout=30)
-        channel.exec_command("version")
-        assert json.loads(channel.makefile("rb").read())["status"] == "success"
-
-
-@pytest.mark.parametrize("bind, control, warnings", [(":0", {}, 1), ("0.0.0.0:0", {}, 1), ("127.0.0.1:0", {}, 0),
-                                                     ("[::1]:0", {}, 0), (":0", {"ALLOW_FROM": "10.0.0.0/8"}, 0)])
-def test_an_agent_open_to_anyone_warns_once(site, bind, control, warnings):
-    site.start(BA_BIND=bind, **control)
-    site.wait_for("Open ONI in")  # said after the warning
-    site.stop()
-    assert len([line for line in site.log if "WARNING" in line and "ALLOW_FROM" in line]) == warnings
-
-
-# --- Promises: settings, start and stop -------------------------------------------------------------------------------
-
-
-def hurry(site: Site, **limits: float) -> Site:
-    """Starts an agent with limits that a test can wait for, or reach, in place of its own."""
-    text = AGENT.read_text()
-    for name, value in limits.items():
-        text, found = re.subn(rf"^{name} = \d+(\.\d+)?", f"{name} = {value}", text, flags=re.MULTILINE)
-        assert found == 1, name
-    copy = site.state.parent / AGENT.name
-    copy.write_text(text)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules[Site.__module__], "AGENT", copy)
-        return site.start()
-
-
-def run_agent(*options: str, python: str = "", **environment: str) -> tuple[int, str, str]:
-    """An agent that should end by itself: its exit status, and what it said on stdout and on stderr."""
-    done = subprocess.run([sys.executable, *([python] if python else []), str(AGENT), *options], env=environment,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=60)
-    assert "Traceback" not in done.stderr
-    return done.returncode, done.stdout, done.stderr
-
-
-def key_made_by_ssh_keygen(path: Path, *options: str) -> Path:
-    """A private key file in the old PEM form, where its kind has one."""
-    subprocess.run(["ssh-keygen", "-q", "-m", "PEM", "-N", "", "-f", str(path), *options], check=True)
-    return path
-
-
-def test_an_agent_without_settings_names_everything_that_is_missing(tmp_path):
-    status, out, said = run_agent(HOME=str(tmp_path), BA_BIND="nowhere", LOG_LEVEL="loud")
-    assert (status, out) == (2, "")
-    assert [line.split()[:2] for line in said.splitlines()] == [
-        ["oni_agent:", name] for name in ("ONI_LOCATION", "BATCH_SOURCE", "BA_BIND", "LOG_LEVEL")]
-    assert "is not set" in said and "manage.py" in said
-    status, out, said = run_agent()
-    assert (status, out) == (2, "") and [line.split()[1] for line in said.splitlines()] == [
-        "ONI_LOCATION", "BATCH_SOURCE"]
-
-
-@pytest.mark.parametrize("name, value, said", [
-    *[("BA_BIND", value, f"BA_BIND is '{value}'; write host:port") for value in (
-        "2222", "127.0.0.1", "127.0.0.1:", ":port", ":65536", "::1:2222", "[::1]", "[]:2222", "[::1:2222", ":-1")],
-    ("BA_BIND", "no-such-host.invalid:2222", "no-such-host.invalid"),
-    ("BA_BIND", "[no-such-host.invalid]:2222", "no-such-host.invalid"),
-    ("BA_BIND", "192.0.2.1:2222", "192.0.2.1"),
-    ("ONI_LOCATION", "", "ONI_LOCATION is not set"),
-    ("ONI_LOCATION", "{0}/nowhere", "which is not a folder"),
-    ("ONI_LOCATION", "{0}/batches", "a folder without manage.py"),
-    ("ONI_LOCATION", "{0}/oni/manage.py", "which is not a folder"),
-    ("BATCH_SOURCE", "", "BATCH_SOURCE is not set"),
-    ("BATCH_SOURCE", "{0}/nowhere", "which is not a folder"),
-    ("STATE_DIRECTORY", "{0}/oni/manage.py", "is not a folder"),
-    ("STATE_DIRECTORY", "{0}/oni/manage.py/state", "is not a folder"),
-    ("STATE_DIRECTORY", "~no-such-user/state", "STATE_DIRECTORY"),
-    ("LOG_LEVEL", "loud", "LOG_LEVEL is 'loud'; write debug, info, warning or error"),
-    ("HOST_KEY_FILE", "{0}/nowhere/key", "in a folder that does not exist"),
-    ("HOST_KEY_FILE", "{0}/oni", "is a directory"),
-    ("HOST_KEY_FILE", "{0}/oni/manage.py", "holds no ed25519, ECDSA or RSA key"),
-    ("HOST_KEY_FILE", "/dev/null", "is not a regular file"),
-    ("HOST_KEY_FILE", "~no-such-user/key", "HOST_KEY_FILE"),
-    ("HOST_KEY_FILE", "{0}/" + "x" * 300, "HOST_KEY_FILE"),
-])
-def test_each_setting_that_cannot_be_is_told_in_a_sentence(site, name, value, said):
-    site.environment[name] = value.format(site.oni.parent)
-    status, out, problems = run_agent(**site.environment)
-    assert out == "" and said in problems and status in (1, 2)
-    assert [line[:11] for line in problems.splitlines()] == ["oni_agent: "] and "Errno" not in problems
-
-
-@pytest.mark.parametrize("content", ["", "no key at all\n", "encrypted", "public"])
-def test_a_host_key_file_that_cannot_be_used_is_never_overwritten(site, content):
-    key = site.oni.parent / "key"
-    if content == "encrypted":
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "secret", "-f", str(key)], check=True)
-    elif content == "public":
-        key_made_by_ssh_keygen(key).with_name("key.pub").replace(key)
-    else:
-        key.write_text(content)
-    before = key.read_bytes()
-    status, _, said = run_agent(**site.environment, HOST_KEY_FILE=str(key))
-    assert status == 2 and "HOST_KEY_FILE" in said and "it was left as it is" in said
-    assert key.read_bytes() == before
-
-
-@pytest.mark.parametrize("kind", [("rsa",), ("rsa", "-b", "2048"), ("ecdsa",), ("ecdsa", "-b", "521"), ("ed25519",)])
-def test_an_existing_host_key_is_used_as_it_is(site, kind):
-    key = key_made_by_ssh_keygen(site.oni.parent / "key", "-t", *kind)
-    before = key.read_bytes()
-    site.start(HOST_KEY_FILE=str(key))
-    with Client(site.port) as client:
-        shown = client.transport.get_remote_server_key()
-    assert [shown.get_name(), shown.get_base64()] == key.with_name("key.pub").read_text().split()[:2]
-    assert site.ssh("version")["status"] == "success"
-    assert key.read_bytes() == before and not (site.state / "host_key").exists()
-
-
-def test_the_state_folder_is_private_and_the_host_key_made_once(site):
-    site.environment["STATE_DIRECTORY"] = str(site.state / "below")
-    keys = []
-    for _ in range(2):
-        site.start()
-        with Client(site.port) as client:
-            keys.append(client.transport.get_remote_server_key().get_base64())
-        site.stop()
-    key = site.state / "below/host_key"
-    assert stat.S_IMODE(key.parent.stat().st_mode) == 0o700 and stat.S_IMODE(key.stat().st_mode) == 0o600
-    assert key.with_name("host_key.pub").read_text().split()[:2] == ["ssh-ed25519", keys[0]] and keys[0] == keys[1]
-    subprocess.run(["ssh-keygen", "-y", "-f", str(key)], check=True, stdout=subprocess.PIPE)
-
-
-@pytest.mark.parametrize("variables, folder", [
-    ({"XDG_STATE_HOME": "{0}/xdg"}, "xdg/oni-agent"), ({}, ".local/state/oni-agent"),
-    ({"STATE_DIRECTORY": "{0}/one:{0}/two"}, "one")])
-def test_the_state_folder_is_where_systemd_or_the_user_keeps_state(site, variables, folder):
-    del site.environment["STATE_DIRECTORY"]
-    site.start(**{name: value.format(site.oni.parent) for name, value in variables.items()})
-    made = site.oni.parent / folder
-    assert stat.S_IMODE(made.stat().st_mode) == 0o700 and (made / "jobs.db").exists()
-
-
-LOCAL = ["127.0.0.1", *(["::1"] if socket.has_dualstack_ipv6() else [])]
-
-
-@pytest.mark.parametrize("bind, hosts", [
-    ("127.0.0.1:0", ["127.0.0.1"]), ("0.0.0.0:0", ["127.0.0.1"]), (":0", LOCAL),
-    *([("[::1]:0", ["::1"]), ("[::]:0", LOCAL)] if "::1" in LOCAL else [])])
-def test_the_agent_listens_where_it_is_told_to_and_nowhere_else(site, bind, hosts):
-    site.start(BA_BIND=bind)
-    for host in hosts:
-        with Client(site.port, host=host) as client:
-            assert client.ask("version")["status"] == "success"
-    for host in set(LOCAL) - set(hosts):
-        with pytest.raises(ConnectionRefusedError):
-            socket.create_connection((host, site.port))
-
-
-def test_a_port_in_use_is_told_in_a_sentence(site):
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        address = f"127.0.0.1:{other.getsockname()[1]}"
-        status, _, said = run_agent(**{**site.environment, "BA_BIND": address})
-    assert status == 1 and re.fullmatch(rf"oni_agent: .*{address}.*in use.*\.\n", said)
-
-
-def test_without_paramiko_the_agent_says_what_to_install():
-    status, out, said = run_agent(python="-S")
-    assert (status, out) == (1, "") and "python3-paramiko" in said and "pip install paramiko" in said
-
-
-def test_help_and_version_need_no_settings():
-    status, out, said = run_agent("--help")
-    assert (status, said) == (0, "") and all(name in out for name in oni_agent.OWN_VARIABLES)
-    assert run_agent("--version") == (0, f"ONI Agent {oni_agent.VERSION}\n", "")
-
-
-def refused_soon(port: int) -> bool:
-    """Whether nobody listens any more within a minute."""
-    until = time.monotonic() + 60
-    while time.monotonic() < until:
-        try:
-            socket.create_connection(("127.0.0.1", port)).close()
-        except OSError:
-            return True
-        time.sleep(0.01)
-    return False
-
-
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopping_agent_takes_no_more_and_finishes_the_answers_under_way(site, how):
-    hurry(site, STOP_SECONDS=60)
-    with Client(site.port) as client:
-        channel = client.channel("load-title")
-        channel.sendall(marc_xml()[:50])
-        site.agent.send_signal(how)
-        site.wait_for(f"stopping on {how.name}")
-        assert refused_soon(site.port)
-        channel.sendall(marc_xml()[50:])
-        channel.shutdown_write()
-        assert json.loads(channel.makefile("rb").read())["job"] == {"id": 1} and channel.recv_exit_status() == 0
-    assert site.agent.wait(30) == 0
-    assert site.start().ended(1)["status"] == "successful"
-
-
-def test_an_idle_agent_stops_with_exit_status_0_though_clients_are_connected(agent):
-    with Client(agent.port) as client, socket.create_connection(("127.0.0.1", agent.port)) as silent:
-        assert client.ask("version")["status"] == "success"
-        assert agent.stop() == 0
-        while silent.recv(1000):
-            pass
-        client.transport.join(30)
-        assert not client.transport.is_active()
-
-
-@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_stops_the_agent_at_once(site, second):
-    hurry(site, STOP_SECONDS=600)
-    with Client(site.port) as client:
-        client.channel("load-title")
-        site.agent.send_signal(signal.SIGTERM)
-        site.wait_for("stopping on SIGTERM")
-        assert site.stop(second) == 1
-
-
-# --- Promises: long answers, slow clients and clients that vanish -----------------------------------------------------
-
-TWENTY_MEGABYTES = """\
-import sys
-if "load_batch" in sys.argv and "_verbose_" in sys.argv[-1]:
-    sys.stdout.write("".join("%06d %s\\n" % (n, "\\u20ac" * 30) for n in range(160_000)))
-    sys.stdout.flush()
-"""
-
-
-def make_verbose(site: Site) -> int:
-    """The id of a job of the site whose log is 20 MB long."""
-    site.prepend_to_manage(TWENTY_MEGABYTES)
-    site.batch("batch_oru_verbose_ver01")
-    job = site.run("load-batch", "batch_oru_verbose_ver01")
-    assert job["status"] == "successful"
-    return job["id"]
-
-
-@pytest.fixture(scope="module")
-def verbose(shared) -> int:
-    """Of the shared site."""
-    return make_verbose(shared)
-
-
-def is_whole(answer: bytes) -> bool:
-    """Whether this is the whole answer to `job-logs` of a verbose job."""
-    reply = json.loads(answer)
-    said = [line[33:] for line in reply["job"]["stdout"]]
-    wanted = [f"{number:06} {'€' * 30}" for number in range(160_000)]
-    return len(answer) > 20_000_000 and reply["session"]["id"] > 0 and said == wanted
-
-
-@pytest.mark.parametrize("option", ["Compression=no", "RekeyLimit=1M"])
-def test_a_long_answer_is_whole_every_time(shared, verbose, option):
-    words = [*shared.ssh_words("-o", option), f"job-logs {verbose}"]
-    first = b""
-    for _ in range(10):
-        done = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=60)
-        first = first or done.stdout
-        assert done.returncode == 0 and is_whole(first)
-        assert done.stdout.rpartition(b',"session"')[0] == first.rpartition(b',"session"')[0]
-
-
-def test_a_long_answer_is_whole_for_a_slow_reader(shared, verbose):
-    narrow = {"default_window_size": 32768, "default_max_packet_size": 4096}
-    with Client(shared.port, **narrow) as client:
-        channel = client.channel(f"job-logs {verbose}")
-        pieces = list(iter(lambda: channel.recv(random.randrange(1, 5000)), b""))
-        assert is_whole(b"".join(pieces)) and channel.recv_exit_status() == 0
-
-
-def test_a_long_answer_under_way_is_whole_when_the_agent_is_stopped(site):
-    make_verbose(hurry(site, STOP_SECONDS=60))
-    ssh = subprocess.Popen([*site.ssh_words(), "job-logs 1"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
-    with Client(site.port) as client:
-        channel = client.channel("job-logs 1")
-        begun = os.read(ssh.stdout.fileno(), 1000)
-        site.agent.send_signal(signal.SIGTERM)
-        site.wait_for("stopping on SIGTERM")
-        assert is_whole(b"".join(iter(lambda: channel.recv(3000), b""))) and channel.recv_exit_status() == 0
-        assert is_whole(begun + ssh.communicate(timeout=60)[0]) and ssh.returncode == 0
-    assert site.agent.wait(30) == 0
-
-
-def resources(site: Site) -> tuple[int, int]:
-    """How many threads and descriptors the agent has."""
-    site.wait_for("Open ONI in ")  # its check of Open ONI is over
-    process = Path("/proc", str(site.agent.pid))
-    return len(os.listdir(process / "task")), len(os.listdir(process / "fd"))
-
-
-def has_no_more_than(site: Site, before: tuple[int, int]) -> bool:
-    """Whether the agent is back at as many threads and descriptors, soon."""
-    def is_back() -> bool:
-        return all(now <= then for now, then in zip(resources(site), before))
-    return until(is_back)
-
-
-OPENS_WIDE = """
-import os, paramiko, signal, sys
-transport = paramiko.Transport(("127.0.0.1", int(sys.argv[1])), default_window_size=2**31 - 1)
-transport.start_client(timeout=30)
-transport.auth_none("nobody")
-channel = transport.open_session()
-channel.exec_command("job-logs 1")
-print(channel.recv(1), flush=True)
-signal.pause()
-"""
-
-
-@pytest.mark.parametrize("how", ["window stays shut", "ssh is stopped", "window is wide, client is stopped"])
-def test_a_client_that_does_not_read_is_cut_in_time(site, how):
-    make_verbose(hurry(site, STALL_SECONDS=1, IDLE_SECONDS=2))
-    before = resources(site)
-    with contextlib.ExitStack() as stack:
-        if how == "window stays shut":
-            client = stack.enter_context(Client(site.port))
-            client.channel("job-logs 1")
-        else:
-            words = [*site.ssh_words(), "job-logs 1"] if how == "ssh is stopped" else [
-                sys.executable, "-W", "ignore", "-c", OPENS_WIDE, str(site.port)]
-            process = stack.enter_context(subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE))
-            stack.callback(process.kill)
-            assert os.read(process.stdout.fileno(), 1)
-            process.send_signal(signal.SIGSTOP)
-        site.wait_for("command='job-logs 1' status='client went away'")
-        assert has_no_more_than(site, before)
-        assert site.call("version")["status"] == "success"
-
-
-def reset(client: Client) -> None:
-    """The client's host goes away: no word of SSH's, no FIN, an RST."""
-    client.transport.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, (1).to_bytes(4, sys.byteorder) + bytes(4))
-    client.transport.sock.close()
-
-
-def hang_up(client: Client) -> None:
-    """The client's process ends: no word of SSH's, a FIN."""
-    client.transport.sock.shutdown(socket.SHUT_RDWR)
-
-
-def close_channel(client: Client) -> None:
-    """The client closes its channel without the EOF that would end its input."""
-    for channel in client.transport._channels.values():
-        channel.eof_sent = True
-        channel.close()
-
-
-@pytest.mark.parametrize("vanish", [reset, hang_up, close_channel])
-@pytest.mark.parametrize("payload", [marc_xml(), marc_xml()[:100], b""])
-def test_a_client_that_vanishes_before_its_input_ends_leaves_no_job(shared, vanish, payload):
-    jobs = shared.call("list-jobs")["jobs"]
-    with Client(shared.port, user=f"{vanish.__name__}-{len(payload)}") as client:
-        client.channel("load-title").sendall(payload)
-        vanish(client)
-        line = shared.wait_for(rf"user='{vanish.__name__}-{len(payload)}'")
-    assert "status='client went away'" in line
-    assert shared.call("list-jobs")["jobs"] == jobs
-
-
-def test_clients_that_vanish_as_they_ask_take_up_no_room(site):
-    hurry(site, MAX_CONNECTIONS=10)
-    before = resources(site)
-    for _ in range(20):
-        with Client(site.port) as client:
-            channel = client.transport.open_session(timeout=30)
-            request = paramiko.Message()
-            request.add_byte(bytes([98]))  # SSH_MSG_CHANNEL_REQUEST
-            request.add_int(channel.remote_chanid)
-            request.add_string("exec")
-            request.add_boolean(True)
-            request.add_string("version")
-            client.transport._send_user_message(request)
-            reset(client)
-    assert has_no_more_than(site, before)
-    with Client(site.port) as client:
-        assert client.ask("version")["status"] == "success"
-    assert site.stop() == 0
-
-
-@pytest.mark.parametrize("command", ["load-title", "batch-patch batch_oru_alpha_ver01 batch_oru_alpha_ver02"])
-def test_input_that_does_not_end_is_answered_when_its_time_is_up(site, command):
-    site.batch("batch_oru_alpha_ver01")
-    hurry(site, STDIN_SECONDS=2)
-    with Client(site.port) as client:
-        channel = client.channel(command)
-        channel.sendall(b"<record>")
-        reply = json.loads(channel.makefile("rb").read())
-        assert reply["status"] == "error" and "END" in reply["error"] and channel.recv_exit_status() == 0
-    assert site.call("list-jobs")["jobs"] == []
-
-
-# --- Promises: clients that ask nothing, or too much ------------------------------------------------------------------
-
-
-def test_clients_that_never_close_are_all_answered_and_all_reaped(site):
-    hurry(site, IDLE_SECONDS=3)
-    before = resources(site)
-    clients = []
-    for _ in range(100):
-        clients.append(Client(site.port))
-        assert clients[-1].ask("version")["status"] == "success"
-    for client in clients:
-        client.transport.join(60)
-        assert not client.transport.is_active()
-    assert has_no_more_than(site, before)
-
-
-def test_clients_that_leave_in_the_handshake_leave_nothing(agent):
-    before = resources(agent)
-    for _ in range(200):
-        with silent(agent.port, b"SSH-2.0-short\r\n") as connection:
-            assert connection.recv(1000)
-    assert has_no_more_than(agent, before)
-
-
-def silent(port: int, said: bytes = b"") -> socket.socket:
-    """A connection on which no more than this has been said."""
-    connection = socket.create_connection(("127.0.0.1", port))
-    connection.sendall(said)
-    return connection
-
-
-class Recorder(socket.socket):
-    """A client's socket that keeps what was sent."""
-
-    sent = b""
-
-    def send(self, data: bytes, flags: int = 0) -> int:
-        count = super().send(data, flags)
-        self.sent += data[:count]
-        return count
-
-
-def recorded_bytes(port: int) -> bytes:
-    """What a client sends to ask for the version."""
-    connection = Recorder()
-    connection.connect(("127.0.0.1", port))
-    transport = paramiko.Transport(connection)
-    transport.start_client(timeout=30)
-    transport.auth_none("nobody")
-    channel = transport.open_session(timeout=30)
-    channel.exec_command("version")
-    assert channel.makefile("rb").read()
-    transport.close()
-    return connection.sent
-
-
-def test_clients_that_stop_halfway_are_gone_when_their_time_is_up(site):
-    hurry(site, HANDSHAKE_SECONDS=3, IDLE_SECONDS=3)
-    recorded = recorded_bytes(site.port)
-    before = resources(site)
-    version = recorded.index(b"\n") + 1
-    sockets = [silent(site.port, recorded[:length]) for length in (
-        0, 4, version, version + 2, version + 100, len(recorded) // 2, len(recorded) - 1)]
-    clients = [Client(site.port) for _ in range(3)]
-    clients[1].transport.open_session(timeout=30)
-    clients[2].transport.open_session(timeout=30).get_pty()
-    unauthenticated = paramiko.Transport(silent(site.port))
-    unauthenticated.start_client(timeout=30)
-    for transport in [unauthenticated, *(client.transport for client in clients)]:
-        transport.join(60)
-        assert not transport.is_active()
-    for connection in sockets:
-        with contextlib.suppress(ConnectionResetError):
-            while connection.recv(10_000):
-                pass
-    assert has_no_more_than(site, before)
-    assert site.call("version")["status"] == "success"
-
-
-def test_a_slow_loris_keeps_nobody_waiting_and_is_gone_in_time(site):
-    hurry(site, HANDSHAKE_SECONDS=4, IDLE_SECONDS=6)
-    before = resources(site)
-    clients = [Client(site.port) for _ in range(100)]
-    sockets = [silent(site.port, said) for said in [b""] * 300 + [b"SSH-2.0-loris\r\n"] * 100]
-    while any(client.transport.is_active() for client in clients):
-        assert site.call("version")["status"] == "success"
-    assert has_no_more_than(site, before)
-    for connection in sockets:
-        connection.close()
-
-
-def test_several_hundred_clients_at_once_are_all_answered(shared):
-    clients = [Client(shared.port) for _ in range(250)]
-    channels = [client.channel("version") for client in clients]
-    assert all(json.loads(channel.makefile("rb").read())["status"] == "success" for channel in channels)
-    for client in clients:
-        client.transport.close()
-
-
-def test_a_full_house_makes_room_for_who_asks_but_not_at_the_cost_of_who_is_at_work(site):
-    hurry(site, MAX_CONNECTIONS=5)
-    at_work = [Client(site.port) for _ in range(4)]
-    channels = [client.channel("load-title") for client in at_work]
-    idle = silent(site.port)
-    with Client(site.port) as client:
-        assert client.ask("version")["status"] == "success"
-        while idle.recv(1000):
-            pass
-        refused = client.channel("load-title")
-        with pytest.raises((paramiko.SSHException, EOFError, ConnectionError)):
-            Client(site.port)
-        refused.close()
-    for client, channel in zip(at_work, channels):
-        channel.shutdown_write()
-        assert json.loads(channel.makefile("rb").read())["message"] == "Invalid data"
-        client.transport.close()
-
-
-def test_more_than_ten_channels_are_refused_and_the_connection_goes_on(shared):
-    with Client(shared.port) as client:
-        channels = [client.channel("load-title") for _ in range(10)]
-        with pytest.raises(paramiko.ChannelException):
-            client.channel("version")
-        for channel in channels:
-            channel.shutdown_write()
-            assert json.loads(channel.makefile("rb").read())["message"] == "Invalid data"
-            channel.close()
-        assert client.ask("version")["status"] == "success"
-
-
-def test_requests_whose_channels_are_closed_still_count_as_at_work(site):
-    site.prepend_to_manage("import sys\nif 'shell' in sys.argv: open('gate').close()")
-    gate = site.hold(site.oni / "gate")
-    site.batch("batch_oru_alpha_ver01")
-    site.start()
-    before = resources(site)
-    with Client(site.port) as client, contextlib.suppress(paramiko.ChannelException):
-        for _ in range(100):
-            client.channel("purge-batch batch_oru_alpha_ver01").close()
-    assert resources(site)[0] <= before[0] + 15
-    gate.open()
-    assert site.call("version")["status"] == "success"
-
-
-def memory(site: Site, what: str = "VmRSS") -> float:
-    """MB that the agent has in memory now, or (VmHWM) has had at most."""
-    status = Path(f"/proc/{site.agent.pid}/status").read_text()
-    return int(re.search(rf"{what}:\s*(\d+) kB", status)[1]) / 1000
-
-
-@pytest.mark.parametrize("length", [0x40000004, 0xFFFFFFFC])
-def test_a_packet_without_end_is_not_collected(agent, length):
-    agent.call("version")
-    before = memory(agent, "VmHWM")
-    with silent(agent.port, b"SSH-2.0-endless\r\n" + length.to_bytes(4, "big")) as connection:
-        with pytest.raises(ConnectionError):  # the agent hangs up
-            for _ in range(200):
-                connection.sendall(bytes(1_000_000))
-    assert memory(agent, "VmHWM") < before + 20
-    assert agent.call("version")["status"] == "success"
-
-
-# --- Promises: an auditor, and chance ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["ed25519", "rsa", "ecdsa"])
-def test_an_auditor_finds_nothing_but_the_classical_fall_back(site, kind):
-    site.start(HOST_KEY_FILE=str(key_made_by_ssh_keygen(site.oni.parent / "key", "-t", kind)))
-    done = subprocess.run([sys.executable, "-m", "ssh_audit", "-j", "-p", str(site.port), "127.0.0.1"],
-                          stdout=subprocess.PIPE, timeout=60)
-    report = json.loads(done.stdout)
-    assert not report["cves"] and "curve25519-sha256@libssh.org" in {each["algorithm"] for each in report["kex"]}
-    found = {(kind, each["algorithm"], level, text) for kind in ("kex", "key", "enc", "mac") for each in report[kind]
-             for level in ("fail", "warn") for text in each["notes"].get(level, ())}
-    allowed = {("kex", name, "warn", "does not provide protection against post-quantum attacks")
-               for name in ("curve25519-sha256", "curve25519-sha256@libssh.org")}
-    if kind == "ecdsa":  # the administrator's own choice of a key
-        found = {each for each in found if each[0] != "key"}
-    assert found <= allowed
-
-
-NASTY = ["version", "help", "load-batch", "purge-batch", "load-title", "batch-patch", "ensure-awardee", "list-jobs",
-         "job-status", "job-logs", "batch_oru_alpha_ver01", "../batch_oru_alpha_ver01", "batch_oru_broken_ver01", "oru",
-         "-1", "1", "0", "9" * 19, "*", "$(touch /tmp/x)", "`id`", ";", "--help", "-c", "é", "\u200b", "\0", "\n", "\r",
-         "\t", "'", '"', "\\", "\x1b[31m", "\N{RIGHT-TO-LEFT OVERRIDE}", "x" * 5000]
-WORDS = strategies.one_of(strategies.sampled_from(NASTY), strategies.text(max_size=30))
-LINES = strategies.one_of(
-    strategies.binary(max_size=300),
-    strategies.lists(WORDS, max_size=5).map(lambda words: " ".join(words).encode("utf-8", "surrogatepass")),
-    strategies.lists(WORDS, max_size=5).map(lambda words: " ".join(map(go_quoted, words)).encode("utf-8", "replace")),
-    strategies.lists(WORDS, max_size=5).map(lambda words: " ".join(map(shlex.quote, words)).encode("utf-8", "replace")),
-    strategies.tuples(strategies.sampled_from(["load-title", "batch-patch batch_oru_alpha_ver01 batch_oru_new_ver02",
-                                               "ensure-awardee oru", '"job-status" "1"']),
-                      strategies.integers(0, 60), strategies.binary(max_size=3)).map(
-        lambda it: it[0].encode()[:it[1]] + it[2] + it[0].encode()[it[1]:]))
-PAYLOADS = strategies.one_of(
-    strategies.binary(max_size=2000),
-    strategies.tuples(strategies.integers(0, 900), strategies.binary(max_size=20), strategies.integers(0, 900)).map(
-        lambda it: marc_xml()[:it[0]] + it[1] + marc_xml()[it[2]:]),
-    strategies.sampled_from([b"", b"\n\nEND\n", b"RemoveIssue sn99990001/19000101\n", b"RemoveIssue x/../../y\n",
-                             b"<!DOCTYPE a [<!ENTITY b 'c'>]><a>&b;</a>", b"<" * 100_000, bytes(200_000)]))
-RELENTLESS = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
-
-
-def test_whatever_is_asked_gets_one_answer_and_nothing_happens_that_was_not_asked_for(site):
-    site.batch("batch_oru_alpha_ver01")
-    spoil_batch_xml(site.batch("batch_oru_broken_ver01"))
-    site.start()
-    site.call("purge-batch", "batch_oru_alpha_ver01")  # from here on Open ONI's own files stay as they are, too
-    site.prepend_to_manage("import sys\nif 'shell' not in sys.argv: sys.exit(1)")  # no job does what it could
-    site.wait_for("Open ONI in ")
-    files = tree(site.oni.parent, "state", "oni/oni.sqlite3")  # load-title and ensure-awardee may write that
-    jobs, awardees = [], {"oru"}
-    client = Client(site.port)
-
-    @settings(max_examples=1000, **RELENTLESS)
-    @given(LINES, PAYLOADS)
-    def every_request_is_answered(line: bytes, payload: bytes) -> None:
-        channel = client.channel(line)
-        with contextlib.suppress(OSError):  # answered already
-            channel.sendall(payload)
-        channel.shutdown_write()
-        said = channel.makefile("rb").read()
-        assert channel.recv_exit_status() == 0 and said.count(b"\n") == 1 and channel.recv_stderr(1) == b""
-        reply = json.loads(said)
-        assert reply["status"] in ("success", "error") and reply["session"]["id"] > 0
-        assert "fault of the agent" not in reply.get("message", "")
-        if reply.get("message") == "Job added to queue":
-            jobs.append(reply["job"]["id"])
-        if reply.get("message") == "Awardee created":
-            awardees.add(oni_agent.split_words(line)[1])
-        channel.close()
-
-    with client:
-        every_request_is_answered()
-        assert [job["id"] for job in client.ask("list-jobs")["jobs"]] == jobs
-    assert {code for code, in site.query("SELECT org_code FROM core_awardee")} == awardees
-    assert tree(site.oni.parent, "state", "oni/oni.sqlite3") == files
-
-
-def test_whatever_bytes_come_the_agent_lives_and_keeps_nothing_of_them(agent):
-    recorded = recorded_bytes(agent.port)
-    before = resources(agent)
-    lengths = strategies.integers(0, len(recorded))
-
-    @settings(max_examples=300, **RELENTLESS)
-    @given(lengths, strategies.binary(max_size=200), lengths)
-    def connect_and_say(cut: int, noise: bytes, resume: int) -> None:
-        with contextlib.suppress(ConnectionError), silent(agent.port) as connection:
-            connection.sendall(recorded[:cut] + noise + recorded[resume:])
-
-    connect_and_say()
-    assert has_no_more_than(agent, before)
-    assert agent.call("list-jobs")["jobs"] == []
-
-
-# --- Promises: what somebody found who tried to break it --------------------------------------------------------------
-
-
-def test_cancelling_a_job_that_has_loaded_nothing_purges_nothing(agent):
-    gate = agent.hold_load(agent.batch(ALPHA))
-    id = agent.job("load-batch", ALPHA)
-    kill_at(agent, gate, "load_batch")
-    agent.ended(id)
-    assert agent.run("load-batch", ALPHA)["status"] == "successful"
-    with contextlib.closing(sqlite3.connect(agent.oni / "oni.sqlite3", isolation_level=None)) as database:
-        database.execute("BEGIN EXCLUSIVE")  # the next job's first question waits
-        again = agent.job("job-retry", str(id))
-        agent.wait_for(rf"job={again} .*begins")
-        assert agent.call("job-cancel", str(again))["message"] == "Job is being cancelled"
-    job = agent.ended(again)
-    assert (job["status"], job["error"][:30]) == ("failed", "cancelled; the batch is comple")
-    assert agent.held(ALPHA) == (1, 2, 4)
-
-
-def test_a_request_while_its_like_is_being_cancelled_is_a_job_of_its_own(agent):
-    batch = agent.batch(ALPHA)
-    purge, gate = agent.hold(batch / "purge-gate"), agent.hold_load(batch, issue=1)
-    id = agent.job("load-batch", ALPHA)
-    gate.reached()
-    agent.call("job-cancel", str(id))
-    purge.reached()  # what was loaded is being purged
-    gate.open()
-    again = agent.call("load-batch", ALPHA)
-    assert again["message"] == "Job added to queue" and again["job"]["id"] != id
-    purge.open()
-    assert agent.ended(id)["error"].startswith("cancelled")
-    assert agent.ended(again["job"]["id"])["status"] == "successful" and agent.held(ALPHA) == (1, 2, 4)
-
-
-def test_a_page_that_open_oni_skips_is_not_called_loaded(agent):
-    spoil_sequence(agent.batch(ALPHA))
-    job = agent.run("load-batch", ALPHA)
-    assert job["status"] == "failed" and agent.held(ALPHA) == (1, 2, 3)
-    assert "with 3 pages, but load_batch said: could not determine sequence number" in job["error"]
-
-
-def test_what_was_printed_while_no_agent_was_there_is_in_the_log_however_long_it_is(site):
-    site.prepend_to_manage("import sys\nif 'load_batch' in sys.argv:\n"
-                           "    print(*(f'before {n:040}' for n in range(9000)), sep='\\n', flush=True)\n"
-                           "    open('gate-in-manage').read()\n"
-                           "    print(*(f'after {n}' for n in range(100)), sep='\\n', end=' the end', flush=True)")
-    gate = site.hold(site.oni / "gate-in-manage")
-    site.batch(ALPHA)
-    site.start()
-    id = site.job("load-batch", ALPHA)
-    gate.reached()
-    until(lambda: len(site.logs(id)) == 9000)
-    site.kill()
-    gate.open()
-    until(lambda: not site.manage_pids("load_batch"))
-    site.start()
-    assert site.ended(id)["status"] == "successful"
-    printed = [line[33:] for line in site.call("job-logs", str(id))["job"]["stdout"]]
-    assert [line for line in printed if line.startswith("before")] == [f"before {n:040}" for n in range(9000)]
-    assert [line for line in printed if line.startswith("after")] == [*(f"after {n}" for n in range(99)),
-                                                                      "after 99 the end"]
-
-
-def test_a_patch_that_would_not_be_whole_is_not_made(agent):
-    listing = agent.batch(ALPHA) / "data/batch.xml"
-    issue = re.search("<issue .*?</issue>", listing.read_text())[0]
-    listing.write_text(listing.read_text().replace(issue, issue + issue.replace('Order="01"', 'Order="02"')))
-    agent.run("load-batch", ALPHA)
-    job = agent.run("batch-patch", ALPHA, BETA, stdin=f"RemoveIssue {GAZETTE}/1900010102".encode())
-    assert job["status"] == "failed" and "no such file" in job["error"]
-    assert [path.name for path in agent.source.iterdir()] == [ALPHA]
-
-
-def test_names_that_are_no_text_do_no_harm(agent):
-    os.mkdir(os.fsencode(agent.source) + b"/batch_oru_alph\xe9_ver01")
-    os.mkdir(os.fsencode(agent.batch(BETA)) + b"/data/caf\xe9")
-    os.mkfifo(os.fsencode(agent.source / BETA) + b"/data/caf\xe9/fifo")
-    assert "no such file" in agent.call("load-batch", ALPHA)["error"]
-    agent.run("load-batch", BETA)
-    job = agent.run("batch-patch", BETA, ALPHA, stdin=f"RemoveIssue {GAZETTE}/1900010101".encode())
-    assert job["status"] == "failed" and "cannot be copied" in job["error"]
-
-
-def test_stopping_on_purpose_is_no_interruption(agent):
-    gate = agent.hold_load(agent.batch(ALPHA))
-    id = agent.job("load-batch", ALPHA)
-    gate.reached()
-    for _ in range(4):
-        agent.stop()
-        agent.start().wait_for("adopted")
-    gate.open()
-    job = agent.ended(id)
-    assert (job["status"], job["attempts"]) == ("successful", 1)
-
-
-@pytest.mark.parametrize("value", [",", " ", "::ffff:127.0.0.1", "10.0.0.1/8", "localhost"])
-def test_an_allow_from_that_names_no_address_is_refused(site, value):
-    status, _, said = run_agent(**{**site.environment, "ALLOW_FROM": value})
-    assert status == 2 and said.startswith(f"oni_agent: ALLOW_FROM is {value!r}")
-
-
-def test_a_key_must_be_the_whole_word(site, tmp_path):
-    mine = make_key(tmp_path, "mine", "-t", "ed25519")
-    kind, blob, comment = public(mine).split(" ", 2)
-    authorized = tmp_path / "authorized"
-    authorized.write_text("")
-    site.start(AUTHORIZED_KEYS=str(authorized))
-    for text, status in ((f"{kind} {blob}AAAA {comment}", 255), (f"x\f{kind} {blob}\n", 255),
-                         (f"\ufeff{kind} \t {blob}\r\n", 0)):
-        authorized.write_text(text)
-        assert with_key(site, mine) == status
-
-
-def test_check_works_on_a_terminal_without_unicode(site):
-    status, said, _ = run_agent("--check", **{**site.environment, "PYTHONIOENCODING": "ascii"})
-    assert status == 0 and said.startswith("? settings\n")
-
-
-def test_an_event_without_a_message_is_no_fault(agent):
-    agent.batch(ALPHA)
-    agent.run("load-batch", ALPHA)
-    with contextlib.closing(sqlite3.connect(agent.oni / "oni.sqlite3", timeout=60)) as database, database:
-        database.execute("UPDATE core_loadbatchevent SET message = NULL")
-    assert agent.call("batch-status", ALPHA)["batch"]["state"] == "partial"
-
-
-# --- How fast it is ---------------------------------------------------------------------------------------------------
+            for line, printed in readme_exchanges():
+                said = printed
+                if SSH in line:
+                    said = shell(site, folder, line).replace(str(folder), "/srv")
+                    said = said.replace(site.solr.url, "http://localhost:8983")
+                before, text = text.split(f"$ {line}\n{printed}", 1)
+                done += f"{before}$ {line}\n{said}"
+        finally:
+            site.clean_up()
+        README.write_text(done + text)
+
+
+# --- How fast it is -------------------------------------------------------------------------------
 
 BENCH_GO = r"""
 package main
@@ -5250,9 +6422,11 @@ BENCH_MANAGE = r"""
 import os, sys
 if sys.argv[1:2] == ["load_batch"] and "batch_oru_bench" in sys.argv[2]:
     count = int(sys.argv[2].split("lines")[1].split("_")[0])
-    line = "[INFO] Saving page. issue date: 1900-01-01 00:00:00, page sequence: %07d, of The test gazette (Or.)\n"
+    line = ("[INFO] Saving page. issue date: 1900-01-01 00:00:00, page sequence: %07d,"
+            " of The test gazette (Or.)\n")
     for first in range(0, count, 1000):
-        sys.stderr.write("".join(line % number for number in range(first, min(first + 1000, count))))
+        numbers = range(first, min(first + 1000, count))
+        sys.stderr.write("".join(line % number for number in numbers))
     sys.stderr.flush()
     os._exit(0)
 """
@@ -5291,11 +6465,30 @@ class Bench:
 
     def __init__(self, host: str, port: int):
         self.host, self.port = host, port
-        self.ssh_words = ["ssh", "-F", "none", "-p", str(port), "-o", "StrictHostKeyChecking=no", "-o", "BatchMode=yes",
-                          "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR", f"nobody@{host}"]
+        self.ssh_words = [
+            "ssh",
+            "-F",
+            "none",
+            "-p",
+            str(port),
+            "-o",
+            "StrictHostKeyChecking=no",
+            "-o",
+            "BatchMode=yes",
+            "-o",
+            "UserKnownHostsFile=/dev/null",
+            "-o",
+            "LogLevel=ERROR",
+            f"nobody@{host}",
+        ]
 
     def ssh(self, command: str = "version") -> None:
-        subprocess.run([*self.ssh_words, command], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True)
+        subprocess.run(
+            [*self.ssh_words, command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            check=True,
+        )
 
     def call(self, *words: str) -> dict:
         with Client(self.port, host=self.host) as client:
@@ -5304,7 +6497,11 @@ class Bench:
     def rows(self) -> Iterator[tuple[str, float, str]]:
         """Name, figure and unit of each row."""
         yield "ssh ... version", median([seconds(self.ssh) for _ in range(40)]) * 1000, "ms"
-        yield "paramiko: a call with its connection", median([seconds(self.call) for _ in range(60)]) * 1000, "ms"
+        yield (
+            "paramiko: a call with its connection",
+            median([seconds(self.call) for _ in range(60)]) * 1000,
+            "ms",
+        )
         yield from self.go_rows()
         begun = time.perf_counter()
         took = all_at_once(200, 8, self.ssh)
@@ -5319,9 +6516,21 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:
             program = Path(folder, "call.go")
             program.write_text(BENCH_GO)
-            subprocess.run(["go", "build", "-o", f"{folder}/call", str(program)], check=True, cwd=folder, env={
-                **os.environ, "GO111MODULE": "off", "GOPATH": sources, "GOCACHE": f"{folder}/cache", "GOFLAGS": ""})
-            done = subprocess.run([f"{folder}/call", f"{self.host}:{self.port}"], check=True, stdout=subprocess.PIPE)
+            subprocess.run(
+                ["go", "build", "-o", f"{folder}/call", str(program)],
+                check=True,
+                cwd=folder,
+                env={
+                    **os.environ,
+                    "GO111MODULE": "off",
+                    "GOPATH": sources,
+                    "GOCACHE": f"{folder}/cache",
+                    "GOFLAGS": "",
+                },
+            )
+            done = subprocess.run(
+                [f"{folder}/call", f"{self.host}:{self.port}"], check=True, stdout=subprocess.PIPE
+            )
         yield "Go's library: a call with its connection", float(done.stdout), "ms"
 
 
@@ -5351,15 +6560,22 @@ class OwnBench(Bench):
         self.site.wait_for(rf"job={id} .*status=")
         return id
 
-    def bare(self, batch: str) -> list[str]:
-        """The words of the same command without the agent."""
-        return [str(self.site.oni / "manage.py"), "load_batch", str(self.site.source / batch)]
+    def bare(self, batch: str) -> tuple[list[str], dict[str, str]]:
+        """Words and environment of the same command without the agent."""
+        words = [str(self.site.oni / "manage.py"), "load_batch", str(self.site.source / batch)]
+        return words, {"PATH": f"{self.site.oni}/ENV/bin:{os.environ['PATH']}"}
 
     def rows(self) -> Iterator[tuple[str, float, str]]:
-        environment = {"PATH": f"{self.site.oni}/ENV/bin:{os.environ['PATH']}"}
         self.site.wait_for("Open ONI in ")
         yield "memory at rest", memory(self.site), "MB"
         yield from super().rows()
+        yield from self.connection_rows()
+        yield from self.question_rows()
+        yield from self.queue_rows()
+        yield from self.volume_rows()
+
+    def connection_rows(self) -> Iterator[tuple[str, float, str]]:
+        """What connections cost."""
         all_at_once(1000, 8, self.call)
         yield "memory after 1,000 sessions", memory(self.site), "MB"
         clients = [Client(self.port) for _ in range(200)]
@@ -5367,49 +6583,63 @@ class OwnBench(Bench):
         for client in clients:
             client.transport.close()
 
+    def question_rows(self) -> Iterator[tuple[str, float, str]]:
+        """What it takes to ask Open ONI."""
+        ask = functools.partial(self.call, "load-batch", "batch_oru_plain_ver01")
         self.site.run("load-batch", "batch_oru_plain_ver01")
         self.site.stop()
         self.port = self.site.start().port
         self.ssh_words[self.ssh_words.index("-p") + 1] = str(self.port)
         self.site.wait_for("Open ONI in ")
-        yield "load-batch answered, cold", seconds(self.call, "load-batch", "batch_oru_plain_ver01") * 1000, "ms"
-        yield "load-batch answered, warm", median(
-            [seconds(self.call, "load-batch", "batch_oru_plain_ver01") for _ in range(40)]) * 1000, "ms"
+        yield "load-batch answered, cold", seconds(ask) * 1000, "ms"
+        warm = [seconds(ask) for _ in range(40)]
+        yield "load-batch answered, warm", median(warm) * 1000, "ms"
 
-        waits, bare = [], []
+    def queue_rows(self) -> Iterator[tuple[str, float, str]]:
+        """What it takes until a job is at work."""
+        waits = []
+        bare = []
         for number in range(20):
             batch = f"batch_oru_bench{number}lines1_ver01"
             job = self.call("job-logs", str(self.job(batch)))["job"]
             waits.append(nanoseconds(job["stderr"][0][1:31]) - nanoseconds(job["queued"]))
-            with subprocess.Popen(self.bare(batch), env=environment, stderr=subprocess.PIPE) as process:
-                begun = time.perf_counter()
-                process.stderr.readline()
-                bare.append(time.perf_counter() - begun)
+            bare.append(seconds(self.first_line, batch))
         yield "accepted to first line, idle queue", median(waits) / 1e6, "ms"
         yield "  the same command bare", median(bare) * 1000, "ms"
+        yield "50 jobs of nothing, accepted to ended", seconds(self.fifty_jobs), "s"
 
-        begun = time.perf_counter()
+    def first_line(self, batch: str) -> None:
+        """Runs a load without the agent, up to its first line."""
+        words, environment = self.bare(batch)
+        with subprocess.Popen(words, env=environment, stderr=subprocess.PIPE) as process:
+            process.stderr.readline()
+
+    def fifty_jobs(self) -> None:
         with Client(self.port) as client:
             for number in range(50):
                 id = client.ask(f"load-batch batch_oru_bench{number}lines0_ver01")["job"]["id"]
         self.site.wait_for(rf"job={id} .*status=")
-        yield "50 jobs of nothing, accepted to ended", time.perf_counter() - begun, "s"
 
+    def volume_rows(self) -> Iterator[tuple[str, float, str]]:
+        """What long logs cost."""
+        million = "batch_oru_benchlines1000000_ver01"
         few = self.job("batch_oru_benchlines100000_ver01")
         self.forget_peak()
-        took = seconds(lambda: self.job("batch_oru_benchlines1000000_ver01"))
+        took = seconds(self.job, million)
         yield "1,000,000 lines (112 MB) captured", 1_000_000 / took, "lines/s"
+        words, environment = self.bare(million)
         with open(self.site.oni / "bare.log", "wb") as file:
-            alone = seconds(lambda: subprocess.run(self.bare("batch_oru_benchlines1000000_ver01"), stderr=file,
-                                                   env=environment))
+            alone = seconds(lambda: subprocess.run(words, stderr=file, env=environment))
         yield "  the same command bare, to a file", 1_000_000 / alone, "lines/s"
         yield "  the agent's most memory meanwhile", memory(self.site, "VmHWM"), "MB"
         self.forget_peak()
-        yield "job-logs of 100,000 lines", median([seconds(self.ssh, f"job-logs {few}") for _ in range(5)]), "s"
-        yield "job-logs of 1,000,000 lines", median([seconds(self.ssh, f"job-logs {few + 1}") for _ in range(3)]), "s"
+        short = [seconds(self.ssh, f"job-logs {few}") for _ in range(5)]
+        yield "job-logs of 100,000 lines", median(short), "s"
+        long = [seconds(self.ssh, f"job-logs {few + 1}") for _ in range(3)]
+        yield "job-logs of 1,000,000 lines", median(long), "s"
         yield "  the agent's most memory meanwhile", memory(self.site, "VmHWM"), "MB"
         for number in "once", "twice":
-            id = self.job("batch_oru_benchlines1000000_ver01")
+            id = self.job(million)
             self.ssh(f"job-logs {id}")
             all_at_once(1000, 8, self.call)
             yield f"memory after all this, {number}", memory(self.site), "MB"
@@ -5418,13 +6648,19 @@ class OwnBench(Bench):
 def nanoseconds(stamp: str) -> int:
     """A time stamp of the protocol's, less the day."""
     hours, minutes, rest = stamp[11:-1].split(":")
-    return (int(hours) * 60 + int(minutes)) * 60 * 10**9 + int(float(rest[:2])) * 10**9 + int(rest[3:])
+    return (
+        (int(hours) * 60 + int(minutes)) * 60 * 10**9 + int(float(rest[:2])) * 10**9 + int(rest[3:])
+    )
 
 
 def bench(address: str = "") -> None:
     """Prints what an own agent takes, and, beside it, what the agent at an address takes."""
     host, _, port = address.rpartition(":")
-    other = {name: figure for name, figure, _ in Bench(host.strip("[]"), int(port)).rows()} if address else {}
+    other = (
+        {name: figure for name, figure, _ in Bench(host.strip("[]"), int(port)).rows()}
+        if address
+        else {}
+    )
     print(f"{'':42}{'this agent':>12}{address:>{len(address) and 24}}")
     with tempfile.TemporaryDirectory() as folder:
         build_oni(Path(folder) / "template")
@@ -5437,129 +6673,25 @@ def bench(address: str = "") -> None:
             site.clean_up()
 
 
-# --- The README's exchanges, and the demo -----------------------------------------------------------------------------
-
-README = AGENT.with_name("README.md")
-SSH = "ssh -p 2222 nobody@127.0.0.1"
-
-
-def demo_site(folder: Path, template: Path) -> Site:
-    """A site with a batch that is small, one that takes half a minute, and one that ONI loads with a hole."""
-    site = Site(folder, template)
-    site.environment["ONI_PAGE_SECONDS"] = "0.1"
-    site.batch("batch_oru_small_ver01", issues=2, pages=2)
-    site.batch("batch_oru_slow_ver01", issues=60, pages=5)
-    spoil_edition(site.batch("batch_oru_hole_ver01", issues=4, pages=1))
-    (folder / "herald.xml").write_bytes(marc_xml(wrapped=True))
-    return site
-
-
-def shell(site: Site, folder: Path, line: str) -> str:
-    """What a command of the README prints, with this site's port and key for the README's."""
-    words = shlex.join(site.ssh_words()).replace("nobody@127.0.0.1", "") + "nobody@127.0.0.1"
-    return subprocess.run(line.replace(SSH, words), shell=True, cwd=folder, stdin=subprocess.DEVNULL, timeout=60,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout.decode()
-
-
-def readme_exchanges() -> list[tuple[str, str]]:
-    """Every `$ ssh …` line of the README, and the lines under it."""
-    blocks = re.findall(r"^```console\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
-    return re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", "".join(blocks), re.MULTILINE)
-
-
-def test_the_readme_shows_what_the_agent_answers(tmp_path, template):
-    site = demo_site(tmp_path, template).start()
-    try:
-        def plain(text: str) -> str:
-            text = re.sub(STAMP, "TIME", text.replace(str(tmp_path), "/srv"))
-            text = text.replace(site.solr.url, "http://localhost:8983")
-            text = re.sub(r'"session":\{"id":\d+\}', "SESSION", text)
-            text = re.sub(r'"(seconds|loaded)":("[^"]*"|[\d.]+)', r'"\1":X', text)
-            return re.sub(r"\d{4}-\d\d-\d\dT[\d:.+]+|in [\d.]+ seconds", "TIME", text)
-        exchanges = [exchange for exchange in readme_exchanges() if SSH in exchange[0]]
-        assert {name for line, _ in exchanges for name in oni_agent.COMMANDS if f" {name}" in line
-                } == set(oni_agent.COMMANDS)
-        for line, printed in exchanges:
-            assert (line, plain(shell(site, tmp_path, line))) == (line, plain(printed))
-    finally:
-        site.clean_up()
-
-
-def test_the_readme_and_help_tell_of_every_setting():
-    told = subprocess.run([sys.executable, str(AGENT), "--help"], stdout=subprocess.PIPE, check=True).stdout.decode()
-    for name in oni_agent.OWN_VARIABLES:
-        assert f"\n  {name} " in told and f"| `{name}` |" in README.read_text()
-
-
-def demo(once: bool) -> None:
-    """An agent on a stand-in site: until Ctrl-C, or for one whole exchange."""
-    with tempfile.TemporaryDirectory(prefix="oni-demo-") as name:
-        folder = Path(name)
-        build_oni(folder / "template")
-        site = demo_site(folder, folder / "template")
-        with contextlib.closing(socket.socket()) as probe:
-            free = probe.connect_ex(("127.0.0.1", 2222)) != 0
-        site.start(BA_BIND="127.0.0.1:2222" if free else "127.0.0.1:0", LOG_LEVEL="info")
-        ssh = f"ssh -p {site.port} nobody@127.0.0.1"
-        try:
-            if once:
-                for line in ("load-batch batch_oru_small_ver01", "job-wait 1", "job-logs 1",
-                             "purge-batch batch_oru_small_ver01", "job-wait 2", "list-jobs"):
-                    print(f"$ {ssh} {line}\n{shell(site, folder, f'{SSH} {line}')}", flush=True)
-                return
-            print(f"""\
-A stand-in Open ONI with three batches is in {folder}, and an ONI Agent on it listens. Try, elsewhere:
-
-    {ssh} help
-    {ssh} load-batch batch_oru_small_ver01     a small one
-    {ssh} job-status 1
-    {ssh} load-batch batch_oru_slow_ver01      takes half a minute
-    {ssh} job-follow 2                         see it load; or job-cancel 2
-    {ssh} load-batch batch_oru_hole_ver01      ONI drops an issue of it and says all is well
-    {ssh} job-wait 3                           the agent does not
-    {ssh} -t list-batches
-
-What follows is the agent's log. Ctrl-C ends both.
-""", flush=True)
-            shown = 0
-            while site.agent.poll() is None:
-                with site._news:
-                    site._news.wait_for(lambda: len(site.log) > shown, 1)
-                print("".join(site.log[shown:]), end="", flush=True)
-                shown = len(site.log)
-        except KeyboardInterrupt:
-            print()
-        finally:
-            site.clean_up()
-
-
-def record() -> None:
-    """Makes the README's exchanges anew."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        build_oni(folder / "template")
-        site = demo_site(folder, folder / "template").start()
-        done, text = "", README.read_text()
-        try:
-            for line, printed in readme_exchanges():
-                said = printed
-                if SSH in line:
-                    said = shell(site, folder, line).replace(str(folder), "/srv")
-                    said = said.replace(site.solr.url, "http://localhost:8983")
-                before, text = text.split(f"$ {line}\n{printed}", 1)
-                done += f"{before}$ {line}\n{said}"
-        finally:
-            site.clean_up()
-        README.write_text(done + text)
+# --- As a program ---------------------------------------------------------------------------------
 
 
 def main() -> None:
     """Runs what is not a test."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--demo", action="store_true", help="an agent to try, until Ctrl-C")
-    parser.add_argument("--once", action="store_true", help="with --demo: make an exchange, print it, end")
+    parser.add_argument(
+        "--once", action="store_true", help="with --demo: make an exchange, print it, end"
+    )
     parser.add_argument("--bench", action="store_true", help="measure an agent, and print a table")
-    parser.add_argument("--address", default="", metavar="HOST:PORT", help="with --bench: another agent, beside ours")
+    parser.add_argument(
+        "--address",
+        default="",
+        metavar="HOST:PORT",
+        help="with --bench: another agent, beside ours",
+    )
     parser.add_argument("--record", action="store_true", help="make the README's exchanges anew")
     chosen = parser.parse_args()
     if chosen.demo:
