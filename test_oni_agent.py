@@ -105,7 +105,9 @@ class Site:
     """A stand-in Open ONI with its batches, and an agent that runs on it, a process of its own."""
 
     def __init__(self, folder: Path, template: Path):
-        self.oni, self.source, self.state = folder / "oni", folder / "batches", folder / "state"
+        self.oni = folder / "oni"
+        self.source = folder / "batches"
+        self.state = folder / "state"
         shutil.copytree(template, self.oni, symlinks=True)
         self.source.mkdir()
         self.solr = Solr()
@@ -331,7 +333,8 @@ class Site:
     @contextlib.contextmanager
     def database_down(self):
         """Open ONI's database cannot be opened, and who has it open cannot write."""
-        there, away = self.oni / "oni.sqlite3", self.oni / "away.sqlite3"
+        there = self.oni / "oni.sqlite3"
+        away = self.oni / "away.sqlite3"
         there.rename(away)
         there.mkdir()
         try:
@@ -1796,7 +1799,7 @@ def test_a_killed_load_is_failed_and_the_next_one_purges_and_loads_the_whole_bat
     assert (
         job["error"]
         == f"killed by signal {how:d} ({how.name}); ONI holds 2 of the 3 issues in batch.xml,"
-        " and its last event is \"starting load\""
+        ' and its last event is "starting load"'
     )
     assert agent.held(ALPHA) == (1, 2, 4)
     logs = repaired(agent, "load-batch", ALPHA)
@@ -1825,18 +1828,16 @@ def test_a_killed_purge_is_failed_and_the_next_request_finishes_it(agent, again,
     job = agent.ended(id)
     assert job["status"] == "failed"
     assert (
-        job["error"]
-        == "killed by signal 9 (SIGKILL); ONI holds 2 of the 3 issues in batch.xml,"
-        " and its last event is \"starting purge\""
+        job["error"] == "killed by signal 9 (SIGKILL); ONI holds 2 of the 3 issues in batch.xml,"
+        ' and its last event is "starting purge"'
     )
     assert f"[INFO] purging batch '{ALPHA}'" in repaired(agent, again, ALPHA)
     assert agent.held(ALPHA) == held
 
 
 def test_a_database_lost_in_a_load_and_found_again_is_asked_what_it_holds(site):
-    load, end = site.hold_load(site.batch(ALPHA, issues=3), issue=2), gate_in_manage(
-        site, "load_batch", at_exit=True
-    )
+    load = site.hold_load(site.batch(ALPHA, issues=3), issue=2)
+    end = gate_in_manage(site, "load_batch", at_exit=True)
     id = site.start().job("load-batch", ALPHA)
     load.reached()
     with site.database_down():
@@ -1946,11 +1947,9 @@ def test_an_event_without_a_message_is_no_fault(agent):
 def test_a_leftover_link_to_another_place_is_removed_and_the_right_copy_loaded(
     agent, tmp_path, old_copy
 ):
-    batch, other, link = (
-        agent.batch(ALPHA),
-        tmp_path / "old" / ALPHA,
-        agent.oni / "data/batches" / ALPHA,
-    )
+    batch = agent.batch(ALPHA)
+    other = tmp_path / "old" / ALPHA
+    link = agent.oni / "data/batches" / ALPHA
     if old_copy:
         make_batch(tmp_path / "old", ALPHA, issues=1)
     link.symlink_to(other)
@@ -2047,7 +2046,8 @@ def test_a_load_whose_files_have_gone_before_its_turn_purges_nothing(agent):
     id = agent.job("load-batch", ALPHA)
     kill_at(agent, gate, "load_batch")
     agent.ended(id)
-    gate, held = agent.hold_load(agent.batch(BETA)), agent.held(ALPHA)
+    gate = agent.hold_load(agent.batch(BETA))
+    held = agent.held(ALPHA)
     agent.job("load-batch", BETA)
     id = agent.job("load-batch", ALPHA)
     gate.reached()
@@ -2071,7 +2071,8 @@ def test_a_batch_whose_files_are_gone_can_still_be_purged(agent):
 
 
 def test_the_same_request_twice_is_one_job_while_it_waits_and_while_it_runs(agent):
-    gate, batch = agent.hold_load(agent.batch(ALPHA)), agent.batch(BETA)
+    gate = agent.hold_load(agent.batch(ALPHA))
+    batch = agent.batch(BETA)
     assert [agent.job("load-batch", name) for name in (ALPHA, BETA)] == [1, 2]
     gate.reached()
     for id, name in (1, ALPHA), (2, BETA):
@@ -2207,7 +2208,8 @@ def test_a_killed_title_load_is_failed_and_its_file_kept(site):
     gate = gate_in_manage(site, "load_titles")
     id = site.start().job("load-title", stdin=marc_xml() + TRAILER)
     kill_at(site, gate, "load_titles")
-    job, folder = site.ended(id), site.state / "titles" / str(id)
+    job = site.ended(id)
+    folder = site.state / "titles" / str(id)
     assert job["status"] == "failed"
     assert job["error"].startswith("killed by signal 9 (SIGKILL); ")
     assert str(folder) in job["error"]
@@ -2347,8 +2349,10 @@ def patcher(shared) -> Site:
     ],
 )
 def test_a_patched_batch_is_the_old_one_without_what_was_to_go(patcher, instructions, removed):
-    old, new = patcher.source / ALPHA, patcher.source / f"batch_oru_new{next(FRESH)}_ver01"
-    before, unready = files_of(old), patcher.source / f"WIP-UNREADY-{new.name}"
+    old = patcher.source / ALPHA
+    new = patcher.source / f"batch_oru_new{next(FRESH)}_ver01"
+    before = files_of(old)
+    unready = patcher.source / f"WIP-UNREADY-{new.name}"
     (unready / "data").mkdir(parents=True)
     (unready / "data/left.xml").write_text("by an interrupted patch")
     job = patcher.run("batch-patch", ALPHA, new.name, stdin=instructions.encode() + TRAILER)
@@ -2853,7 +2857,8 @@ def crash_load(site: Site, victim: str, moment: str, name: str, draw: random.Ran
 
 def crash_patch(site: Site, victim: str, moment: str, name: str, draw: random.Random) -> None:
     """The agent is killed while it copies the files of a patch; that becomes whole all the same."""
-    old, new = site.batch(name, issues=4, pages=100), site.source / name.replace("ver01", "ver02")
+    old = site.batch(name, issues=4, pages=100)
+    new = site.source / name.replace("ver01", "ver02")
     half_load(site, old)
     id = site.job("batch-patch", old.name, new.name, stdin=b"RemoveIssue sn99990001/1900010201\n")
     site.wait_for(rf"job={id} .*begins")
@@ -3094,7 +3099,8 @@ def test_a_disk_that_fills_up_stops_no_load_and_the_log_says_so(disk, witnessed,
 def test_a_job_waits_until_its_log_can_be_made(witnessed):
     site = witnessed.start()
     batch = site.batch("batch_oru_alpha_ver01")
-    logs, away = site.state / "logs", site.state / "away"
+    logs = site.state / "logs"
+    away = site.state / "away"
     logs.rename(away)
     id = site.job("load-batch", batch.name)
     site.wait_for(r"logs/1\.log")
@@ -3110,7 +3116,8 @@ def past_jobs(site: Site, *rows: tuple) -> None:
     Each is its words, its status, and the days since it was queued and ended.
     """
     site.start().kill()
-    now, day = time.time_ns(), 86400 * 10**9
+    now = time.time_ns()
+    day = 86400 * 10**9
     with contextlib.closing(sqlite3.connect(site.state / "jobs.db")) as database, database:
         database.executemany(
             "INSERT INTO jobs (words, queued, status, started, ended, error, attempts) VALUES (?,"
@@ -3373,9 +3380,8 @@ def test_two_hundred_jobs_survive_ten_kills_in_order(witnessed):
 def test_job_wait_answers_when_the_job_has_ended_and_its_exit_status_tells_success(agent):
     gate = agent.hold_load(agent.batch("batch_oru_alpha_ver01"))
     failing_load(agent)
-    good, bad = agent.job("load-batch", "batch_oru_alpha_ver01"), agent.job(
-        "load-batch", "batch_oru_broken_ver01"
-    )
+    good = agent.job("load-batch", "batch_oru_alpha_ver01")
+    bad = agent.job("load-batch", "batch_oru_broken_ver01")
     gate.reached()
     waiting = [ssh_begin(agent, f"job-wait {id}") for id in (good, bad)]
     gone = ssh_begin(agent, f"job-wait {good}")
@@ -3573,7 +3579,8 @@ def test_cancelling_a_job_that_has_loaded_nothing_purges_nothing(agent):
 
 def test_a_cancel_repeated_while_the_remains_are_purged_harms_nothing(agent):
     batch = agent.batch("batch_oru_alpha_ver01", issues=3)
-    gate, purge_gate = agent.hold_load(batch, issue=1), agent.hold(batch / "purge-gate")
+    gate = agent.hold_load(batch, issue=1)
+    purge_gate = agent.hold(batch / "purge-gate")
     agent.batch("batch_oru_beta_ver01")
     agent.job("load-batch", batch.name)
     agent.job("load-batch", "batch_oru_beta_ver01")
@@ -3589,7 +3596,8 @@ def test_a_cancel_repeated_while_the_remains_are_purged_harms_nothing(agent):
 
 def test_a_request_while_its_like_is_being_cancelled_is_a_job_of_its_own(agent):
     batch = agent.batch(ALPHA)
-    purge, gate = agent.hold(batch / "purge-gate"), agent.hold_load(batch, issue=1)
+    purge = agent.hold(batch / "purge-gate")
+    gate = agent.hold_load(batch, issue=1)
     id = agent.job("load-batch", ALPHA)
     gate.reached()
     agent.call("job-cancel", str(id))
@@ -3699,7 +3707,8 @@ def test_a_failed_title_is_retried_with_its_payload(agent):
 
 
 def test_a_job_that_could_not_start_is_retried_and_one_that_waits_is_not(agent):
-    manage, text = agent.oni / "manage.py", (agent.oni / "manage.py").read_text()
+    manage = agent.oni / "manage.py"
+    text = (agent.oni / "manage.py").read_text()
     agent.batch("batch_oru_alpha_ver01")
     agent.call("batch-status", "batch_oru_alpha_ver01")  # the child that answers is there
     manage.write_text(text.replace("#!/usr/bin/env python3", "#!/nowhere/python3"))
@@ -3868,7 +3877,8 @@ def test_a_name_that_is_nearly_right_is_suggested(shared, command, meant):
 
 @pytest.mark.parametrize("command", ["help", "job-wait -1", "list-jobs", "job-logs -1"])
 def test_json_is_indented_for_a_terminal_and_one_line_without(shared, command):
-    pretty, plain = ssh_run(shared, command, "-tt"), ssh_run(shared, command)
+    pretty = ssh_run(shared, command, "-tt")
+    plain = ssh_run(shared, command)
     assert plain.stdout.count(b"\n") == 1
     assert pretty.stdout.startswith(b'{\r\n  "status": "success"')
     assert set(json.loads(pretty.stdout)) == set(json.loads(plain.stdout))
@@ -3882,7 +3892,8 @@ def program(path: Path, text: str) -> str:
 
 
 def test_a_program_is_told_of_each_job_that_has_ended(site, tmp_path):
-    told, gate = tmp_path / "told", Gate(tmp_path / "gate")
+    told = tmp_path / "told"
+    gate = Gate(tmp_path / "gate")
     failing_load(site)
     site.batch("batch_oru_alpha_ver01")
     site.start(
@@ -4305,14 +4316,16 @@ def test_an_rsa_key_is_let_in_with_a_sha2_signature_only(site, tmp_path):
     ],
 )
 def test_options_before_a_key_are_honoured_or_refused_never_ignored(site, tmp_path, line, admitted):
-    key, authorized = make_key(tmp_path, "mine", "-t", "ed25519"), tmp_path / "authorized"
+    key = make_key(tmp_path, "mine", "-t", "ed25519")
+    authorized = tmp_path / "authorized"
     authorized.write_text(line.format(public(key).strip()) + "\n")
     site.start(AUTHORIZED_KEYS=str(authorized))
     assert with_key(site, key) == (0 if admitted else 255)
 
 
 def test_the_keys_are_read_at_each_login(site, tmp_path):
-    key, authorized = make_key(tmp_path, "mine", "-t", "ed25519"), tmp_path / "authorized"
+    key = make_key(tmp_path, "mine", "-t", "ed25519")
+    authorized = tmp_path / "authorized"
     authorized.write_text("")
     site.start(AUTHORIZED_KEYS=str(authorized))
     assert with_key(site, key) == 255
@@ -4574,14 +4587,12 @@ def test_help_and_version_need_no_settings():
 
 def refused_soon(port: int) -> bool:
     """Whether nobody listens any more within a minute."""
-    until = time.monotonic() + 60
-    while time.monotonic() < until:
-        try:
-            socket.create_connection(("127.0.0.1", port)).close()
-        except OSError:
-            return True
-        time.sleep(0.01)
-    return False
+
+    def is_refused() -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) != 0
+
+    return until(is_refused)
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
@@ -5096,7 +5107,8 @@ def test_whatever_is_asked_gets_one_answer_and_nothing_happens_that_was_not_aske
     files = tree(
         site.oni.parent, "state", "oni/oni.sqlite3"
     )  # load-title and ensure-awardee may write that
-    jobs, awardees = [], {"oru"}
+    jobs = []
+    awardees = {"oru"}
     client = Client(site.port)
 
     @settings(max_examples=1000, **RELENTLESS)
@@ -6368,7 +6380,8 @@ def record() -> None:
         folder = Path(name)
         build_oni(folder / "template")
         site = demo_site(folder, folder / "template").start()
-        done, text = "", README.read_text()
+        done = ""
+        text = README.read_text()
         try:
             for line, printed in readme_exchanges():
                 said = printed
@@ -6446,7 +6459,8 @@ def seconds(run, *arguments) -> float:
 
 def all_at_once(count: int, at_once: int, run) -> list[float]:
     """How long each of `count` calls takes, of which so many are under way at any time."""
-    left, took = iter(range(count)), []
+    left = iter(range(count))
+    took = []
 
     def work() -> None:
         for _ in left:  # iterators of ranges are safe to share
@@ -6464,7 +6478,8 @@ class Bench:
     """What can be measured of any agent at an address."""
 
     def __init__(self, host: str, port: int):
-        self.host, self.port = host, port
+        self.host = host
+        self.port = port
         self.ssh_words = [
             "ssh",
             "-F",
