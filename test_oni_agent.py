@@ -510,25 +510,31 @@ class Solr:
     def down(self):
         """Connections are refused."""
         self.close()
-        with socket.socket() as holder:  # so that nobody else takes the port
-            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            holder.bind(("127.0.0.1", self.port))
-            yield
-        self._server = self._listen(self.port)
+        try:
+            with socket.socket() as holder:  # so that nobody else takes the port
+                holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                holder.bind(("127.0.0.1", self.port))
+                yield
+        finally:
+            self._server = self._listen(self.port)
 
     @contextlib.contextmanager
     def failing(self):
         """Every request is answered with HTTP 500."""
         self._failing = True
-        yield
-        self._failing = False
+        try:
+            yield
+        finally:
+            self._failing = False
 
     @contextlib.contextmanager
     def hanging(self):
         """No request is answered before the end of this."""
         self._answering.clear()
-        yield
-        self._answering.set()
+        try:
+            yield
+        finally:
+            self._answering.set()
 
     # -- for requests
 
@@ -539,19 +545,15 @@ class Solr:
         if self._failing:
             return 500, {"error": {"msg": "told to fail", "code": 500}}
         where, _, query = path.partition("?")
-        asked = {key: values[-1] for key, values in parse_qs(query).items()}
-        kind = where.split("/")[3]
-        with self._lock:
-            if kind == "update":
-                self._update(body, asked)
-                return 200, {"responseHeader": {"status": 0}}
-            asked.update((key, values[-1]) for key, values in parse_qs(body).items())
-            try:
-                return 200, self._search(asked)
-            except (KeyError, ValueError) as error:
-                return 400, {"error": {"msg": str(error), "code": 400}}
+        try:
+            with self._lock:
+                if where.startswith("/solr/openoni/update"):
+                    return 200, self._update(body, last_values(query))
+                return 200, self._search({**last_values(query), **last_values(body)})
+        except (KeyError, ValueError) as error:
+            return 400, {"error": {"msg": str(error), "code": 400}}
 
-    def _update(self, body: str, asked: dict[str, str]) -> None:
+    def _update(self, body: str, asked: dict[str, str]) -> dict:
         """Takes a document, a deletion or a commit in, in JSON or XML."""
         commit = asked.get("commit") == "true"
         if body.startswith("["):
@@ -566,6 +568,7 @@ class Solr:
             for change in self._changes:
                 change()
             self._changes.clear()
+        return {"responseHeader": {"status": 0}}
 
     def _take(self, action: str, node: ElementTree.Element) -> None:
         """What one node of an XML update asks for."""
@@ -615,6 +618,11 @@ class Solr:
             flat = [item for pair in counted for item in pair]
             answer["facet_counts"] = {"facet_fields": {field: flat}}
         return answer
+
+
+def last_values(query: str) -> dict[str, str]:
+    """What a query string asks for."""
+    return {key: values[-1] for key, values in parse_qs(query).items()}
 
 
 TERMS_QUERY = re.compile(r"\{!terms f=(\w+)\}(.*)", re.DOTALL)
@@ -3328,15 +3336,24 @@ def test_what_the_agent_says_in_a_log_is_one_line(witnessed):
 
 QUICK_LOAD = r'''
 if command == "load_batch":  # what matters here is the queue, and this takes no time
-    import sqlite3
+    import json, re, sqlite3, urllib.request
     name = os.path.basename(sys.argv[2])
+    day = re.search('issueDate="(.*?)"', open(sys.argv[2] + "/data/batch.xml").read())[1]
+    page = {"id": f"/lccn/sn99990001/{day}/ed-1/seq-1/", "type": "page", "batch": name}
+    urllib.request.urlopen(os.environ["ONI_SOLR_URL"] + "/solr/openoni/update/?commit=true",
+                           json.dumps([page]).encode())
+    now = "2026-01-01 00:00:00"
     database = sqlite3.connect("oni.sqlite3", timeout=60)
     database.execute("INSERT INTO core_batch (name, created, validated_batch_file, awardee_id)"
-                     " VALUES (?, '2026-01-01 00:00:00', '', 'oru')", [name])
-    database.execute("INSERT INTO core_issue (batch_id, title_id, date_issued, edition, created)"
-                     " VALUES (?, 'sn99990001', '1900-01-01', 1, '2026-01-01 00:00:00')", [name])
+                     " VALUES (?, ?, '', 'oru')", [name, now])
+    issue = database.execute(
+        "INSERT INTO core_issue (batch_id, title_id, date_issued, edition, created)"
+        " VALUES (?, 'sn99990001', ?, 1, ?)", [name, day, now]).lastrowid
+    database.execute(
+        "INSERT INTO core_page (issue_id, sequence, number, tiff_filename, indexed, created)"
+        " VALUES (?, 1, '1', '', 1, ?)", [issue, now])
     database.execute("INSERT INTO core_loadbatchevent (batch_name, created, message)"
-                     " VALUES (?, '2026-01-01 00:00:00', 'processed 1 pages')", [name])
+                     " VALUES (?, ?, 'processed 1 pages')", [name, now])
     database.commit()
     sys.exit(print(name, file=sys.stderr))
 '''
@@ -3349,8 +3366,9 @@ def test_two_hundred_jobs_survive_ten_kills_in_order(witnessed):
     print(f"CRASH_SEED={SEED}")
     draw = random.Random(SEED)
     names = [f"batch_oru_n{number:03}_ver01" for number in range(1, 201)]
-    for name in names:
-        site.batch(name, issues=1, pages=1)
+    for number, name in enumerate(names):
+        day = date(1900, 1, 1) + timedelta(days=number)
+        site.batch(name, issues=1, pages=1, start=day)
     gate = site.hold(site.oni / "hold-load_batch")
     with Client(site.port) as client:
         assert [client.ask(f"load-batch {name}")["job"]["id"] for name in names] == list(
