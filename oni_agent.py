@@ -5,25 +5,36 @@
 # ///
 """ONI Agent: loads and purges the batches of an Open ONI site on request, over SSH.
 
-Run it on the Open ONI host, as a user who may run ONI's manage.py. It listens for SSH, takes commands such as
+Run it on the Open ONI host, as the user that the site runs as. It listens for SSH, takes commands
+such as
 
     ssh -p 2222 nobody@localhost load-batch batch_oru_alpha_ver01
 
-puts them in one queue, runs them one at a time with ONI's own manage.py, and answers with one JSON object.
-`ssh -p 2222 nobody@localhost help` lists the commands. Settings come from the environment:
+puts them in one queue, runs them one at a time with ONI's own manage.py, and answers each with one
+JSON object. `ssh -p 2222 nobody@localhost help` lists the commands; with a terminal (`ssh -t`, or
+no command at all) the answers are text. Settings come from the environment:
 
   ONI_LOCATION     Open ONI's folder, which holds manage.py and ENV/ (required)
   BATCH_SOURCE     the folder whose subfolders are batches (required)
-  BA_BIND          where to listen: host:port, [v6]:port, or :port for every address (default 127.0.0.1:2222)
+  BA_BIND          where to listen: host:port, [v6]:port, or :port for every address
+                   (default 127.0.0.1:2222)
   STATE_DIRECTORY  where jobs, their logs and the host key are kept
                    (default $XDG_STATE_HOME/oni-agent or ~/.local/state/oni-agent)
   HOST_KEY_FILE    the SSH host key, made if missing (default host_key in the state folder)
-  ALLOW_FROM       addresses and networks that may connect, separated by commas or blanks (default: all)
-  AUTHORIZED_KEYS  an authorized_keys file; with it, only who has one of its keys is admitted (default: anyone)
-  ON_FINISH        a program to run after each job, told of it by ONI_JOB_… variables (default: none)
+  ALLOW_FROM       addresses and networks that may connect, separated by commas or blanks
+                   (default: all)
+  AUTHORIZED_KEYS  an authorized_keys file; with it, only who has one of its keys is admitted
+                   (default: anyone)
+  ON_FINISH        a program to run after each job, told of it by ONI_JOB_… variables
+                   (default: none)
   LOG_LEVEL        debug, info, warning or error (default info); the log is on stderr
   DB_CONNECTION    accepted for old units, not needed: ONI's own settings are used
+
+To add a command, write a function cmd_… under "commands". To add a kind of job, write a class under
+"kinds of job" and enter it in KINDS. To add a setting, add it to OWN_VARIABLES, to Settings and to
+the list above.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -43,10 +54,11 @@ import itertools
 import json
 import logging
 import os
+import pwd
 import queue
 import re
+import resource
 import select
-import selectors
 import shlex
 import shutil
 import signal
@@ -58,66 +70,163 @@ import sys
 import tempfile
 import threading
 import time
+import unicodedata
+import urllib.parse
 import warnings
 import xml.etree.ElementTree as ET
-import xml.parsers.expat
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent import futures
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import BinaryIO
+from xml.parsers.expat import ExpatError, ParserCreate
 
-warnings.filterwarnings("ignore", module="paramiko")  # old releases warn of ciphers that are switched off below
+
+def stderr_is_journal() -> bool:
+    """Whether JOURNAL_STREAM (systemd.exec(5)) names the device and inode of stderr."""
+    with contextlib.suppress(OSError):
+        found = os.fstat(2)
+        return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
+    return False
+
+
+def complain(*problems: str) -> None:
+    """Says why the agent cannot start; to the journal, as errors."""
+    priority = "<3>" if stderr_is_journal() else ""
+    for problem in problems:
+        print(f"{priority}oni_agent: {problem}.", file=sys.stderr)
+
+
+warnings.filterwarnings("ignore", module="paramiko")  # old ones warn of ciphers switched off below
 try:
     import paramiko
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 except ImportError as missing:
-    sys.exit(f"oni_agent needs paramiko, which {sys.executable} cannot import ({missing}). Install the package"
-             " python3-paramiko (Debian, Ubuntu; on RHEL-like systems from EPEL), or: python3 -m pip install paramiko")
+    complain(
+        f"paramiko is needed, and {sys.executable} cannot import it ({missing}): install"
+        " python3-paramiko (Debian, Ubuntu; RHEL-like systems: from EPEL), or:"
+        " python3 -m pip install paramiko"
+    )
+    sys.exit(2)  # as for settings that cannot work: systemd need not try again
 
-VERSION = "1.0.0"
+VERSION = "1.1.0"
 log = logging.getLogger("oni_agent")
 
 # ---------------------------------------------------------------- limits
 
-MAX_CONNECTIONS = 640  # in all; beyond it the connection that has been idle longest makes room
-MAX_FROM_ONE_ADDRESS = 500  # of them
-MAX_HALF_OPEN = 200  # of them not admitted yet
+MAX_CONNECTIONS = 640  # beyond it the connection that has been idle longest makes room
+MAX_SESSIONS = 256  # commands at work, in all
 MAX_CHANNELS = 10  # open at once on one connection, as OpenSSH's MaxSessions
 MAX_PACKET = 256 * 1024  # bytes of one SSH packet, as OpenSSH takes them
 MAX_COMMAND = 16 * 1024  # bytes of a command line
 MAX_PAYLOAD = 32 * 1024 * 1024  # bytes on standard input
-HANDSHAKE_SECONDS = 15  # from connecting to being admitted
-IDLE_SECONDS = 30  # without a command at work; NCA never closes a connection itself
-STDIN_SECONDS = 30  # without a byte of a payload that has not ended
-PAYLOAD_SECONDS = 600  # for a payload in all
-SESSION_SECONDS = 86400  # for a session in all; somebody may follow a long load
-STALL_SECONDS = 60  # without the client's taking any of its answer
-STOP_SECONDS = 1.5  # for answers under way when the agent is told to stop
-ANSWER_SECONDS = 10  # for Open ONI to answer a question
-PATIENT_SECONDS = 60  # the same, when a job at work asks
-TERM_SECONDS = 10  # between SIGTERM and SIGKILL for a cancelled manage.py
-REST_SECONDS = 600  # without a question, after which the manage.py that answers them ends
+MAX_TAG = 256 * 1024  # bytes of one tag in MARC XML; expat begins a long one again and again
+MAX_INSTRUCTIONS = 1024 * 1024  # of them, where they are a batch-patch's
 MAX_LINE = 64 * 1024  # bytes of one line in a job's log; a longer line is cut into pieces
 MAX_ATTEMPTS = 3  # starts of a job that never ended
-KEEP_DAYS, KEEP_JOBS = 90, 100  # how long finished jobs are kept, and how many of the newest in any case
+HANDSHAKE_SECONDS = 15  # from connecting to being admitted
+IDLE_SECONDS = 30  # without a command at work; NCA never closes a connection itself
+STALL_SECONDS = 60  # without a byte to or from a client that is to send or to read
+SESSION_SECONDS = 86400  # for a command in all; somebody may follow a long load
+STOP_SECONDS = 1.5  # for answers under way when the agent is told to stop
+ANSWER_SECONDS = 10  # for Open ONI, or the batches' file system, to answer a command
+PATIENT_SECONDS = 60  # the same, when a job at work asks
+SOLR_SECONDS = 4  # for Solr to answer a question about one batch
+CHECK_SECONDS = 3600  # for reading every file of a batch
+LIST_SECONDS = 0.5  # for each of the two counts that list-batches makes
+TERM_SECONDS = 10  # between SIGTERM and SIGKILL for a cancelled manage.py
+HOOK_SECONDS = 60  # for ON_FINISH
+REST_SECONDS = 600  # without a question, after which the manage.py that answers them ends
+PROGRESS_SECONDS = 5  # between two questions about how far a load is
+KEEP_DAYS = 90  # how long finished jobs are kept
+KEEP_JOBS = 100  # how many of the newest are kept in any case
 TICK = 0.02  # seconds between two looks at what manage.py has printed
-CHUNK = 256 * 1024  # bytes of a log or an answer handled at once
+CHUNK = 64 * 1024  # bytes of a log or an answer handled at once
+
+# ---------------------------------------------------------------- problems
+
+
+class Problem(Exception):
+    """Something that an administrator can mend; the text is a sentence that says what is wrong."""
+
+
+class Scarce(OSError):
+    """The machine lacks something for now (disk, threads, descriptors): to be tried again."""
+
+
+class CouldNotStart(Problem):
+    """manage.py cannot be run at all."""
+
+
+class Cancelled(Exception):
+    """The job at work is to end."""
+
+
+class Stopping(Exception):
+    """The agent is stopping: what has just ended was maybe ended by that, and does not count."""
+
+
+SCARCE = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)
+
+
+def is_scarce(error: OSError) -> bool:
+    """Whether the machine lacks something for now, and what it refused is to be tried again."""
+    return isinstance(error, Scarce) or error.errno in SCARCE
+
+
+def patiently(action: Callable[[], object]) -> object:
+    """What `action` returns, which is tried every second until the disk, say, lets it be done."""
+    warned = False
+    while True:
+        try:
+            return action()
+        except (Scarce, OSError) as problem:
+            if not warned:
+                log.error("%s; trying again every second", problem)
+            warned = True
+            time.sleep(1)
+
+
+def while_scarce(action: Callable[[], object]) -> object:
+    """What `action` returns, which is begun again while the machine lacks something for it.
+
+    Raises Problem for what else the system may refuse.
+    """
+
+    def begin() -> object:
+        try:
+            return action()
+        except OSError as error:
+            if is_scarce(error):
+                raise
+            raise Problem(str(error)) from error
+
+    return patiently(begin)
+
 
 # ---------------------------------------------------------------- settings
 
-
-class SettingsError(Exception):
-    """The environment does not describe an agent; each argument is a sentence that says what to mend."""
-
-
-OWN_VARIABLES = ("ONI_LOCATION", "BATCH_SOURCE", "BA_BIND", "STATE_DIRECTORY", "HOST_KEY_FILE", "ALLOW_FROM",
-                 "AUTHORIZED_KEYS", "ON_FINISH", "LOG_LEVEL", "DB_CONNECTION")
+OWN_VARIABLES = (
+    "ONI_LOCATION",
+    "BATCH_SOURCE",
+    "BA_BIND",
+    "STATE_DIRECTORY",
+    "HOST_KEY_FILE",
+    "ALLOW_FROM",
+    "AUTHORIZED_KEYS",
+    "ON_FINISH",
+    "LOG_LEVEL",
+    "DB_CONNECTION",
+)
 
 
 class Settings:
-    """What an administrator tells the agent in `environ`, checked. Raises SettingsError with every problem at once."""
+    """What an administrator tells the agent in `environ`, checked.
+
+    Raises Problem with one sentence for each thing that is wrong, all of them at once.
+    """
 
     def __init__(self, environ: dict[str, str]):
         problems = []
@@ -125,50 +234,66 @@ class Settings:
         def read(name: str, reader: Callable, default: str = ""):
             try:
                 return reader(environ.get(name) or default)
-            except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: no home for a ~, links in a circle
-                problems.append(f"{name} {'' if isinstance(error, ValueError) else 'cannot be used: '}{error}")
+            except ValueError as error:
+                problems.append(f"{name} {error}")
+            except (OSError, RuntimeError) as error:  # RuntimeError: no home for ~, circular links
+                problems.append(f"{name} cannot be used: {error}")
 
-        home = environ.get("XDG_STATE_HOME") or os.path.join(environ.get("HOME") or "~", ".local", "state")
-        self.oni_location: Path = read("ONI_LOCATION", lambda value: existing_folder(value, holding="manage.py"))
+        home = environ.get("HOME") or "~"
+        states = environ.get("XDG_STATE_HOME") or os.path.join(home, ".local", "state")
+        self.oni_location: Path = read("ONI_LOCATION", oni_folder)
         self.batch_source: Path = read("BATCH_SOURCE", existing_folder)
         self.ba_bind: tuple[str, int] = read("BA_BIND", bind_address, "127.0.0.1:2222")
-        self.state_directory: Path = read("STATE_DIRECTORY", private_folder, os.path.join(home, "oni-agent"))
-        state = self.state_directory or Path()
-        self.host_key_file: Path = read("HOST_KEY_FILE", lambda value: host_key_path(value, state), f"{state}/host_key")
+        self.state_directory: Path = read(
+            "STATE_DIRECTORY", state_folder, os.path.join(states, "oni-agent")
+        )
+        self.host_key_file: Path = read(
+            "HOST_KEY_FILE", lambda value: key_path(value, self.state_directory)
+        )
         self.allow_from: tuple = read("ALLOW_FROM", networks)
-        self.authorized_keys: Path | None = read("AUTHORIZED_KEYS", lambda value: file_for(os.R_OK, value))
-        self.on_finish: Path | None = read("ON_FINISH", lambda value: file_for(os.X_OK, value))
+        self.authorized_keys: Path | None = read("AUTHORIZED_KEYS", readable_file)
+        self.on_finish: Path | None = read("ON_FINISH", lambda value: readable_file(value, os.X_OK))
         self.log_level: str = read("LOG_LEVEL", known_log_level, "info")
         self.db_connection = bool(environ.get("DB_CONNECTION"))
         if problems:
-            raise SettingsError(*problems)
+            raise Problem(*problems)
 
 
 # Readers of one setting each; they raise ValueError, or an OSError.
 
 
-def existing_folder(value: str, holding: str = "") -> Path:
-    """`value` as the absolute path of a folder, which holds a file named `holding`."""
+def existing_folder(value: str, content: str = "the batches") -> Path:
+    """`value` as the absolute path of a folder."""
     if not value:
-        raise ValueError(f"is not set; it names the folder {'of ' + holding if holding else 'that holds the batches'}")
+        raise ValueError(f"is not set; it names the folder that holds {content}")
     path = Path(value).resolve()
     if not path.is_dir():
         raise ValueError(f"is {value!r}, which is not a folder")
-    if holding and not (path / holding).is_file():
-        raise ValueError(f"is {value!r}, a folder without {holding}")
     return path
 
 
-def private_folder(value: str) -> Path:
-    """`value` as the path of a folder that is there and the agent's alone, or that can be made."""
+def oni_folder(value: str) -> Path:
+    """`value` as the absolute path of the folder of an Open ONI."""
+    path = existing_folder(value, "manage.py")
+    if not (path / "manage.py").is_file():
+        raise ValueError(f"is {value!r}, a folder without manage.py")
+    return path
+
+
+def state_folder(value: str) -> Path:
+    """`value` as the path of a folder that the agent can write to, or make."""
     path = Path(value.split(":")[0]).expanduser().resolve()  # systemd separates several by colons
     place = nearest_folder(path)
     if not os.access(place, os.W_OK | os.X_OK):
         raise ValueError(f"is {value!r}, and the agent's user cannot write to {place}")
-    shared = (Path("/"), Path("/tmp"), Path("/var/tmp"), Path.home())
-    if path == place and (path.stat().st_uid != os.geteuid() or path in shared):
-        raise ValueError(f"is {value!r}, a folder that others use; name one that is the agent's alone")
+    if path == place and path.stat().st_mode & stat.S_IWOTH and not is_an_agents(path):
+        raise ValueError(f"is {value!r}, a folder that others use; name one of the agent's own")
     return path
+
+
+def is_an_agents(folder: Path) -> bool:
+    """Whether a folder is an agent's state folder, or may become one since it is empty."""
+    return (folder / "agent.lock").exists() or not any(folder.iterdir())
 
 
 def nearest_folder(path: Path) -> Path:
@@ -190,28 +315,33 @@ def bind_address(value: str) -> tuple[str, int]:
 def networks(value: str) -> tuple:
     """The addresses and networks, separated by commas or blanks, in `value`."""
     try:
-        found = tuple(map(ipaddress.ip_network, value.replace(",", " ").split()))
+        found = tuple(ipaddress.ip_network(word) for word in value.replace(",", " ").split())
     except ValueError as error:
         raise ValueError(f"is {value!r}: {error}") from error
-    if value and (not found or any(getattr(each.network_address, "ipv4_mapped", None) for each in found)):
-        raise ValueError(f"is {value!r}; write addresses and networks as 192.0.2.7, 192.0.2.0/24 or 2001:db8::/32")
+    mapped = any(getattr(each.network_address, "ipv4_mapped", None) for each in found)
+    if value and (mapped or not found):
+        raise ValueError(
+            f"is {value!r}; write addresses and networks as 192.0.2.7, 192.0.2.0/24 or"
+            " 2001:db8::/32"
+        )
     return found
 
 
-def file_for(access: int, value: str) -> Path | None:
-    """The absolute path of a file, if it is set, that allows os.R_OK or os.X_OK."""
+def readable_file(value: str, access: int = os.R_OK) -> Path | None:
+    """The absolute path of a file that allows this access, if one is named."""
     path = Path(value).resolve()
     if value and not (path.is_file() and os.access(path, access)):
-        raise ValueError(f"is {value!r}, not a file that can be {'read' if access == os.R_OK else 'executed'}")
+        wanted = "read" if access == os.R_OK else "executed"
+        raise ValueError(f"is {value!r}, not a file that can be {wanted}")
     return path if value else None
 
 
-def host_key_path(value: str, state: Path) -> Path:
-    """`value` as a path; a file that is there holds a usable key, else its folder is there or will be, as `state`."""
+def key_path(value: str, state: Path | None) -> Path | None:
+    """`value` as an absolute path, in a folder that exists; else `host_key` in the state folder."""
+    if not value:
+        return state and state / "host_key"
     path = Path(value).expanduser().resolve()
-    if os.path.lexists(path):
-        load_host_key(path)
-    elif path.parent != state and not path.parent.is_dir():
+    if not os.path.lexists(path) and path.parent != state and not path.parent.is_dir():
         raise ValueError(f"is {value!r}, in a folder that does not exist")
     return path
 
@@ -225,37 +355,163 @@ def known_log_level(value: str) -> str:
 
 # ---------------------------------------------------------------- Open ONI
 
-
-class ONIError(Exception):
-    """Open ONI could not do or say something; the text is a sentence for an administrator."""
-
-
-class ONINotRun(ONIError):
-    """manage.py could not even be started."""
-
-
-QUESTIONS = """
-import json, sys
+# What runs inside a manage.py shell, with ONI's models. TASK says which function, WORDS its words.
+# It keeps to what Python 3.6 and Django 2.2 know, since ONI's may be old ones.
+INSIDE_ONI = '''
+import itertools, json, logging, re, signal, socket, time, urllib.request
 from django.conf import settings
 from django.db import close_old_connections
-from django.db.models import Count
+from django.db.models import Count, Q
+from core import solr_index
 from core.models import Awardee, Batch, Issue, LoadBatchEvent, Page, Title
 
-def batches(*names):
-    def rows(model, field):
-        return (model.objects.filter(**{field + "__in": names}) if names else model.objects.all()).order_by()
-    held = {row.name: {"loaded": row.created.isoformat(), "issues": 0, "pages": 0, "events": []}
-            for row in rows(Batch, "name")}
-    for model, field, shown in (Issue, "batch", "issues"), (Page, "issue__batch", "pages"):
-        for name, count in rows(model, field).values_list(field).annotate(Count("pk")):
-            held[name][shown] = count
-    for event in rows(LoadBatchEvent, "batch_name").order_by("created", "pk"):
-        if event.batch_name in held:
-            held[event.batch_name]["events"].append([event.created.isoformat(), event.message or ""])
-    return {"storage": str(settings.BATCH_STORAGE), "batches": held}
+def answer_questions(channel):
+    """Answers each JSON line [number, seconds, question, word, ...] on a socket by a JSON line."""
+    logging.getLogger("pysolr").setLevel(logging.WARNING)  # ONI has a log file a process
+    lines = socket.socket(fileno=channel).makefile("rw", encoding="utf-8")
+    for line in lines:
+        number, seconds, question, *words = json.loads(line)
+        signal.setitimer(signal.ITIMER_REAL, seconds)  # a question that takes longer ends this
+        try:
+            close_old_connections()
+            reply = {"number": number, "answer": globals()[question](*words)}
+        except Exception as error:
+            reply = {"number": number, "error": "%s: %s" % (type(error).__name__, error)}
+        lines.write(json.dumps(reply, default=str) + "\\n")
+        lines.flush()
+        signal.setitimer(signal.ITIMER_REAL, REST)
+
+def batch(name, with_index):
+    """What database and, if asked for, index hold of one batch, in the words of BatchState."""
+    row = Batch.objects.filter(name=name).first()
+    pages = Page.objects.filter(issue__batch_id=name)
+    events = LoadBatchEvent.objects.filter(batch_name=name).order_by("-pk")[:5]
+    held = {
+        "name": row.name if row else "",
+        "row": row is not None,
+        "loaded": row.created.isoformat() if row else "",
+        "issues": Issue.objects.filter(batch_id=name).count(),
+        "pages": pages.count(),
+        "indexed": pages.filter(indexed=True).count(),
+        "events": [[event.created.isoformat(), event.message or ""] for event in events][::-1],
+    }
+    if with_index:
+        held.update(index(name, held["indexed"]))
+    return held
+
+def index(name, wanted):
+    """How many documents Solr has of a batch, and where those of its other pages are."""
+    try:
+        documents = patient_solr().search('batch:"%s"' % name, rows=0).hits
+        lost = replaced = 0
+        if documents < wanted:
+            for page, holder in pages_with_holders(name):
+                lost += holder is None
+                replaced += holder not in (None, name)
+        return {"documents": documents, "lost": lost, "replaced": replaced}
+    except Exception as error:
+        return {"index_problem": first_line(error)}
+
+def patient_solr():
+    """ONI's connection to Solr, which else would wait for a minute."""
+    solr = solr_index.conn()
+    solr.timeout = SOLR_SECONDS
+    return solr
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:150]
+
+def pages_with_holders(name):
+    """Each page of a batch that has OCR, and the batch whose document Solr has at its URL."""
+    solr = patient_solr()
+    keys = list(Page.objects.filter(issue__batch_id=name, indexed=True)
+                .order_by("issue__date_issued", "issue", "sequence").values_list("pk", flat=True))
+    for start in range(0, len(keys), 100):
+        pages = list(Page.objects.filter(pk__in=keys[start:start + 100])
+                     .select_related("issue__title", "issue__batch"))
+        found = solr.search("{!terms f=id}" + ",".join(page.url for page in pages),
+                            fl="id,batch", rows=len(pages))
+        holders = {document["id"]: document.get("batch", "") for document in found}
+        for page in pages:
+            yield page, holders.get(page.url)
+
+def overview():
+    """What is quickly told of all batches: rows, issues, newest events, documents."""
+    issues = dict(Issue.objects.order_by().values_list("batch_id").annotate(Count("pk")))
+    newest = {}
+    for name, key, message in (LoadBatchEvent.objects.order_by("pk")
+                               .values_list("batch_name", "pk", "message")):
+        newest[name] = [key, message or ""]
+    try:
+        found = patient_solr().search("type:page", rows=0, facet="true",
+                                      **{"facet.field": "batch", "facet.limit": -1})
+        facets = found.facets["facet_fields"]["batch"]
+        documents = dict(zip(facets[::2], facets[1::2]))
+    except Exception:
+        documents = None
+    batches = []
+    for row in Batch.objects.order_by("name"):
+        batches.append({
+            "name": row.name,
+            "row": True,
+            "loaded": row.created.isoformat(),
+            "issues": issues.get(row.name, 0),
+            "events": [newest[row.name]] if row.name in newest else [],
+            "documents": None if documents is None else documents.get(row.name, 0),
+        })
+    return {"storage": settings.BATCH_STORAGE, "batches": batches, "documents": documents}
+
+def page_counts(names, seconds):
+    """Pages, and pages indexed, of as many of these batches as can be counted in time."""
+    until = time.monotonic() + seconds
+    counts = {}
+    for name in names:
+        if time.monotonic() > until:
+            break
+        pages = Page.objects.filter(issue__batch_id=name)
+        found = pages.aggregate(pages=Count("pk"), indexed=Count("pk", filter=Q(indexed=True)))
+        counts[name] = [found["pages"], found["indexed"]]
+    return counts
+
+def storage():
+    return settings.BATCH_STORAGE
+
+def batch_count():
+    return Batch.objects.count()
+
+def names():
+    return list(Batch.objects.values_list("name", flat=True))
 
 def title(lccn):
     return lccn in Title.objects.filter(lccn=lccn).values_list("lccn", flat=True)
+
+def titles_to_fetch(lccns):
+    """For each LCCN that ONI lacks: the URL where load_batch would look, and what is wrong."""
+    fetch = {}
+    for lccn in lccns:
+        if Title.objects.filter(lccn=lccn).exists():
+            continue
+        url, wrong = settings.MARC_RETRIEVAL_URLFORMAT % lccn, ""
+        try:
+            with urllib.request.urlopen(url, timeout=SOLR_SECONDS) as reply:
+                if lccn not in re.sub(r"\\s", "", reply.read(2**22).decode("utf-8", "replace")):
+                    wrong = "it answers with another record"
+        except Exception as error:
+            wrong = first_line(error)
+        fetch[lccn] = [url, wrong]
+    return fetch
+
+def other_holders(name, issues):
+    """Which of these issues, [lccn, date, edition] each, are in other batches that ONI holds."""
+    wanted = set(map(tuple, issues))
+    if not wanted:
+        return []
+    dates = sorted(date for _, date, _ in wanted)
+    rows = Issue.objects.exclude(batch_id=name).filter(
+        title_id__in={lccn for lccn, _, _ in wanted}, date_issued__range=(dates[0], dates[-1]))
+    rows = rows.values_list("title_id", "date_issued", "edition", "batch_id")
+    return [[lccn, date.isoformat(), edition, batch] for lccn, date, edition, batch in rows
+            if (lccn, date.isoformat(), edition) in wanted]
 
 def awardee(code, name):
     row, new = Awardee.objects.filter(org_code=code).first(), False
@@ -263,376 +519,1226 @@ def awardee(code, name):
         row, new = Awardee.objects.get_or_create(org_code=code, defaults={"name": name})
     return row and [row.org_code, new]
 
-for line in sys.stdin:
-    question, *words = json.loads(line)
+def places():
+    """Where loads write, and how many pages Solr has."""
+    caches = getattr(settings, "CACHES", {}).values()
+    found = {
+        "loaded": Batch.objects.count(),
+        "log": settings.LOG_LOCATION if hasattr(settings, "LOG_LOCATION") else "log",
+        "batches": settings.BATCH_STORAGE,
+        "coordinates": getattr(settings, "COORD_STORAGE", ""),
+        "cache": [cache["LOCATION"] for cache in caches if "filebased" in cache["BACKEND"].lower()],
+    }
     try:
-        close_old_connections()
-        reply = {"answer": {"batches": batches, "title": title, "awardee": awardee}[question](*words)}
+        found["documents"] = patient_solr().search("type:page", rows=0).hits
     except Exception as error:
-        reply = {"error": type(error).__name__ + ": " + str(error)}
-    print("\\n" + MARK + json.dumps(reply), flush=True)
-"""
+        found["index_error"] = first_line(error)
+    return found
+
+def index_missing(name):
+    """A job: puts those pages of a batch into the index of which it has no document at all."""
+    solr = solr_index.conn()
+    done = 0
+    lost = (page for page, holder in pages_with_holders(name) if holder is None)
+    while True:
+        pages = list(itertools.islice(lost, 100))
+        if not pages:
+            break
+        for page in pages:
+            print("indexing", page.url, flush=True)
+        solr.add([page.solr_doc for page in pages])
+        done += len(pages)
+    solr.commit()
+    print("indexed", done, "pages", flush=True)
+
+def forget_documents(name):
+    """A job: deletes from the index what a failed purge has left of a batch."""
+    solr = solr_index.conn()
+    solr.delete(q='batch:"%s"' % name)
+    solr.commit()
+    print("deleted the documents of", name, flush=True)
+
+globals()[TASK](*WORDS)
+'''
 
 
 class OpenONI:
-    """How ONI's manage.py is called, and how ONI's database is asked through it."""
-
-    MARK = "ONI Agent's answer: "  # in front of an answer, since site code may print too
+    """How ONI's manage.py is called, and how ONI's database and index are asked through it."""
 
     def __init__(self, location: Path, environ: dict[str, str]):
         self.location = location
-        self.environment = {name: value for name, value in environ.items()
-                            if name not in (*OWN_VARIABLES, "PYTHONHOME", "NOTIFY_SOCKET")}
-        self.environment.update(VIRTUAL_ENV=str(location / "ENV"), PYTHONUNBUFFERED="1",  # else it prints lumps of 8 KB
-                                PATH=f"{location / 'ENV' / 'bin'}:{environ.get('PATH', os.defpath)}")
+        own = (*OWN_VARIABLES, "PYTHONHOME", "NOTIFY_SOCKET")
+        self.environment = {
+            **{name: environ[name] for name in environ if name not in own},
+            "VIRTUAL_ENV": f"{location}/ENV",
+            "PATH": f"{location}/ENV/bin:{environ.get('PATH', os.defpath)}",
+            "PYTHONUNBUFFERED": "1",  # else it prints in lumps of 8 KB
+        }
         self._asking = threading.Lock()
-        self._child: subprocess.Popen | None = None  # a manage.py shell that answers QUESTIONS
-        self._rest = threading.Timer(0, self.rest)
+        self._child: subprocess.Popen | None = None  # a manage.py shell that answers questions
+        self._number = 0  # of the newest question
 
     def start(self, *words: str, **options) -> subprocess.Popen:
-        """manage.py with `words`, in a session of its own, so that it outlives the agent. Raises ONINotRun."""
+        """manage.py with `words`, in a session of its own, so that it outlives the agent.
+
+        Raises CouldNotStart, and Scarce where it can be tried again.
+        """
         manage = self.location / "manage.py"
-        program = [manage] if os.access(manage, os.X_OK) else [self.location / "ENV" / "bin" / "python3", manage]
+        program = [str(manage)]
+        if not os.access(manage, os.X_OK):
+            program = [str(self.location / "ENV" / "bin" / "python3"), str(manage)]
         try:
             manage.stat()
-            return subprocess.Popen([*map(str, program), *words], cwd=self.location, env=self.environment,
-                                    start_new_session=True, **{"stdin": subprocess.DEVNULL, **options})
+            return subprocess.Popen(
+                [*program, *words],
+                cwd=self.location,
+                env=self.environment,
+                start_new_session=True,
+                **{"stdin": subprocess.DEVNULL, **options},
+            )
         except OSError as error:
-            raise ONINotRun(f"couldn't run {manage}: {error}") from error
+            kind = Scarce if error.errno in SCARCE else CouldNotStart
+            raise kind(f"couldn't run {manage}: {error}") from error
+
+    def start_task(self, task: str, *words: object, **options) -> subprocess.Popen:
+        """A manage.py shell that runs one function of INSIDE_ONI, which it reads from its stdin."""
+        code = f"import sys; exec(sys.stdin.read(), {dict(TASK=task, WORDS=words)!r})"
+        with open(os.memfd_create("inside_oni"), "w+", encoding="utf-8") as program:
+            program.write(f"REST, SOLR_SECONDS = {REST_SECONDS}, {SOLR_SECONDS}\n{INSIDE_ONI}")
+            program.seek(0)
+            return self.start("shell", "-c", code, stdin=program, **options)
 
     def check(self) -> str:
-        """What `manage.py check` says of ONI's settings; it asks neither database nor Solr. Raises ONIError."""
+        """What `manage.py check` says of ONI's settings. Raises Problem.
+
+        It asks neither database nor Solr.
+        """
         with self.start("check", stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
             try:
-                last = process.communicate(timeout=60)[0].decode("utf-8", "replace").strip().rpartition("\n")[2]
+                printed = process.communicate(timeout=PATIENT_SECONDS)[0]
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
-                raise ONIError("manage.py check did not end within 60 s") from None
+                raise Problem(f"manage.py check did not end within {PATIENT_SECONDS} s") from None
+        last = last_line(printed)
         if process.returncode:
-            raise ONIError(f"manage.py check ended with exit status {process.returncode}: {last}")
+            raise Problem(f"manage.py check ended with exit status {process.returncode}: {last}")
         return last
 
-    def ask(self, *question: str, within: float = ANSWER_SECONDS) -> object:
-        """What ONI's own models say to one of QUESTIONS. Raises ONIError, after `within` seconds at most.
+    def ask(self, question: str, *words: object, within: float = ANSWER_SECONDS):
+        """What a function of INSIDE_ONI answers. Raises Problem, after `within` seconds at most.
 
-        A `manage.py shell` is kept warm for it: its first answer takes half a second, later ones milliseconds.
+        A manage.py shell is kept warm for it: its first answer takes half a second, later ones
+        milliseconds. It ends by itself at a question's deadline, and after REST_SECONDS idle.
         """
-        until, late = time.monotonic() + within, ONIError(f"Open ONI did not answer within {within:g} s")
+        until = time.monotonic() + within
+        late = Problem(f"Open ONI did not answer within {within:g} s")
         if not self._asking.acquire(timeout=within):
             raise late
         try:
-            self._rest.cancel()
-            reply = self._child and self._exchange(question, until)
-            if not reply:  # there is no child, or it has died since its last answer
-                self._begin_child()
-                reply = self._exchange(question, until)
-            if not reply:
-                self._complaints.seek(0)
-                said = self._complaints.read().decode("utf-8", "replace").strip().rpartition("\n")[2]
-                raise ONIError(f"Open ONI cannot be asked: {said or 'manage.py shell ended'}")
-        except TimeoutError:
-            self._end_child()
+            reply = self._reply(until, question, *words)
+        except socket.timeout:
+            if time.monotonic() - self._born > PATIENT_SECONDS:  # a younger one may be starting
+                self._end_child()
             raise late from None
+        except OSError as error:  # no descriptor to be had, say
+            raise Scarce(f"Open ONI cannot be asked: {error}") from error
         finally:
             self._asking.release()
-            with contextlib.suppress(RuntimeError):  # no thread to be had: then the child rests later
-                self._rest = threading.Timer(REST_SECONDS, self.rest)
-                self._rest.daemon = True
-                self._rest.start()
         if "error" in reply:
-            raise ONIError(f"Open ONI cannot answer: {reply['error']}")
+            raise Problem(f"Open ONI cannot answer: {reply['error']}")
         return reply["answer"]
 
-    def _begin_child(self) -> None:
+    def _reply(self, until: float, *question: object) -> dict:
+        if self._child and self._child.poll() is None:
+            with contextlib.suppress(ConnectionError):  # it has died since its last answer
+                return self._exchange(until, *question)
         self._end_child()
-        self._complaints = tempfile.TemporaryFile()  # its stderr
-        self._child = self.start("shell", "-c", f"exec({QUESTIONS!r}, {{'MARK': {self.MARK!r}}})",
-                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._complaints)
+        self._begin_child()
+        try:
+            return self._exchange(until, *question)
+        except ConnectionError:
+            self._stderr.seek(0)
+            said = last_line(self._stderr.read()) or "manage.py shell ended"
+            raise Problem(f"Open ONI cannot be asked: {said}") from None
 
-    def _exchange(self, question: tuple, until: float) -> dict | None:
-        """The reply to a question; None if the child ends instead. Raises TimeoutError."""
-        with contextlib.suppress(BrokenPipeError):
-            self._child.stdin.write(json.dumps(question).encode() + b"\n")
-            self._child.stdin.flush()
-        said, poll = b"", select.poll()
-        poll.register(self._child.stdout, select.POLLIN)
-        while not (match := re.search(re.escape(self.MARK.encode()) + rb"(.*)\n", said)):
-            if not poll.poll(max(0, until - time.monotonic()) * 1000):
-                raise TimeoutError
-            data = os.read(self._child.stdout.fileno(), CHUNK)
-            if not data:
-                return None
-            said += data
-        return json.loads(match[1])
+    def _exchange(self, until: float, *question: object) -> dict:
+        """Sends a question and waits for its answer; one to an earlier question came too late."""
+        self._number += 1
+        self._stderr.seek(0)
+        self._stderr.truncate()
+        left = max(0.01, until - time.monotonic())
+        self._channel.settimeout(left)
+        self._channel.sendall(json.dumps([self._number, left, *question]).encode() + b"\n")
+        while True:
+            while b"\n" not in self._heard:
+                self._channel.settimeout(max(0.01, until - time.monotonic()))
+                data = self._channel.recv(CHUNK)
+                if not data:
+                    raise ConnectionError
+                self._heard += data
+            line, _, self._heard = self._heard.partition(b"\n")
+            reply = json.loads(line)
+            if reply["number"] == self._number:
+                return reply
+
+    def _begin_child(self) -> None:
+        self._born = time.monotonic()
+        self._heard = b""
+        self._channel, theirs = socket.socketpair()
+        self._stderr = open(os.memfd_create("stderr"), "w+b", buffering=0)
+        with theirs:  # nothing that site code prints, or starts, gets between question and answer
+            self._child = self.start_task(
+                "answer_questions",
+                theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=self._stderr,
+                pass_fds=[theirs.fileno()],
+            )
 
     def rest(self) -> None:
-        """Ends the warm child; the next question starts another."""
+        """Ends the warm shell; the next question starts another."""
         with self._asking:
             self._end_child()
 
     def _end_child(self) -> None:
         if self._child:
-            os.killpg(self._child.pid, signal.SIGKILL)  # it is never in the middle of a change worth keeping
-            with contextlib.suppress(BrokenPipeError):
-                self._child.communicate()
-        self._child = None
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._child.pid, signal.SIGKILL)  # it is never amid a change
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a hung file system may hold it
+                self._child.wait(1)
+            self._channel.close()
+            self._stderr.close()
+            self._child = None
+
+
+def last_line(printed: bytes) -> str:
+    """The last line of what a program has printed."""
+    return printed.decode("utf-8", "replace").strip().rpartition("\n")[2]
 
 
 # ---------------------------------------------------------------- batch files
 
 BATCH_NAME = re.compile(r"batch_\w+_\w+_ver\d\d")  # what load_batch takes
+BATCH_FILES = (  # load_batch reads the first that is there
+    "batch_1.xml",
+    "BATCH_1.xml",
+    "batchfile_1.xml",
+    "batch_2.xml",
+    "BATCH_2.xml",
+    "batch.xml",
+)
+NDNP = "{http://www.loc.gov/ndnp}"
+METS = "{http://www.loc.gov/METS/}"
+MODS = "{http://www.loc.gov/mods/v3}"
+MIX = "{http://www.loc.gov/mix/}"
+HREF = "{http://www.w3.org/1999/xlink}href"
 
 
-class BatchError(Exception):
-    """Something is wrong with a batch's files; the text is a sentence."""
+def read_regular(path: Path, size: int = -1) -> bytes:
+    """The first bytes of a regular file, or all. Raises Problem, in the Go agent's words."""
 
+    def without_waiting(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NONBLOCK)  # it may be a FIFO
 
-class PlainXML(ET.TreeBuilder):
-    """Builds a tree of XML without a DOCTYPE, and so without entities that grow or point elsewhere."""
-
-    def doctype(self, *_):
-        raise ValueError("a DOCTYPE is not allowed")
-
-
-def parse_xml(data: bytes) -> ET.Element:
-    """The root of the XML in `data`. Raises ValueError, which says what is wrong and where."""
     try:
-        return ET.fromstring(data, ET.XMLParser(target=PlainXML()))
-    except (ET.ParseError, LookupError) as error:
-        raise ValueError(str(error)) from error
-
-
-def read_regular(path: Path) -> bytes:
-    """The content of a regular file. Raises BatchError, in the Go agent's words."""
-    try:
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:  # maybe a FIFO
+        with open(path, "rb", opener=without_waiting) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise BatchError(f"reading file: {path} is not a regular file")
-            return file.read()
+                raise Problem(f"reading file: {path} is not a regular file")
+            return file.read(size)
     except OSError as error:
-        raise BatchError(f"reading file: open {path}: {error.strerror.lower()}") from error
+        if is_scarce(error):
+            raise
+        raise Problem(f"reading file: open {path}: {error.strerror.lower()}") from error
+    except ValueError as error:  # a NUL in its name
+        raise Problem(f"reading file: {path}: {error}") from error
 
 
-def batch_issues(folder: Path) -> list[ET.Element]:
-    """The `issue` elements of a batch's data/batch.xml. Raises BatchError."""
-    path = folder / "data" / "batch.xml"
+def parse_xml(path: Path, builder: ET.TreeBuilder | None = None) -> ET.Element:
+    """The root of an XML file. Raises Problem."""
+    content = read_regular(path)
     try:
-        return parse_xml(read_regular(path)).findall(".//{*}issue")
-    except ValueError as error:
-        raise BatchError(f"reading file: {path}: {error}") from error
+        return ET.fromstring(content, ET.XMLParser(target=builder))
+    except (ET.ParseError, LookupError, ValueError) as error:  # LookupError: unknown encoding
+        declared = re.match(rb"""<\?xml[^>]*\sencoding=["']([\w.-]+)["']""", content)
+        if declared:  # ONI's parser knows some encodings that this one does not
+            with contextlib.suppress(ET.ParseError, LookupError, ValueError):
+                return ET.fromstring(content.decode(declared[1].decode()))
+        raise Problem(f"reading file: {path}: {error}") from error
 
 
-def check_batch(folder: Path) -> None:
-    """Raises BatchError unless the files that data/batch.xml names are there, inside the batch's folder."""
-    root = os.path.join(os.path.realpath(folder), "")
-    for issue in batch_issues(folder):
-        path = folder / "data" / (issue.text or "").strip()
-        if not os.path.realpath(path).startswith(root):
-            raise BatchError(f"reading file: {path}, which batch.xml names, lies outside the batch's folder")
+def batch_file(folder: Path) -> Path:
+    """The file of a batch that names its issues: the one that load_batch reads."""
+    data = folder / "data"
+    there = (data / name for name in BATCH_FILES if os.access(data / name, os.R_OK))
+    return next((path for path in there if not path.is_dir()), data / "batch.xml")
+
+
+def issue_files(folder: Path) -> list[Path]:
+    """The METS files that a batch's file names, as load_batch takes them. Raises Problem."""
+    path = batch_file(folder)
+    root = parse_xml(path)
+    if any(reel.get("reelNumber") is None for reel in root.findall(f"{NDNP}reel")):
+        raise Problem(f"{path} names a reel without a reelNumber")
+    found = []
+    for issue in root.findall(f"{NDNP}issue"):  # children of the root only
+        written = beside(path, issue.text or "")
+        unquoted = beside(path, urllib.parse.unquote(issue.text or ""))
+        found.append(written if os.path.exists(written) else unquoted)
+    if not found:
+        raise Problem(f"{path} names no issue, so ONI would load nothing")
+    return found
+
+
+def beside(path: Path, href: str) -> Path:
+    """The file that a reference in the XML file `path` points to, as ONI's urljoin takes it."""
+    target = re.sub("^file:(//)?(?=/)", "", re.sub(r"[\n\r\t]", "", href).lstrip())
+    return Path(os.path.normpath(path.parent / target)) if target else path
+
+
+def check_listed(folder: Path, path: Path) -> None:
+    """Raises Problem unless a METS file that a batch names is there, and inside its folder."""
+    if "\0" in str(path):
+        raise Problem(f"reading file: {path!r} cannot be a file's name")
+    if Path(os.path.realpath(folder)) not in Path(os.path.realpath(path)).parents:
+        raise Problem(
+            f"reading file: {path}, which {batch_file(folder).name} names, lies outside the"
+            " batch's folder"
+        )
+    read_regular(path, 0)
+
+
+def check_listing(folder: Path) -> None:
+    """The quick look at a batch: its file, and that the METS files it names are there.
+
+    Raises Problem.
+    """
+    for path in issue_files(folder):
+        check_listed(folder, path)
+
+
+class IssueFile:
+    """An issue's METS file, read as ONI's BatchLoader reads it. Raises Problem if it cannot be."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        root = parse_xml(path)
+        self._files = by_id(root.iter(f"{METS}file"))
+        self._technical = by_id(root.iter(f"{METS}techMD"))
+        sections = root.iter(f"{METS}dmdSec")
+        self._descriptions = by_id(each for each in sections if mods_of(each) is not None)
+        division = next(divisions(root, "np:issue"), None)
+        if division is None:
+            raise Problem(f"{path} has no np:issue, and ONI cannot load it")
+        self._mods = self._description(division)
+        self.edition = self._text("detail[@type='edition']", "number").strip()
+        self.date = self._text("dateIssued")
+        self.lccn = self._text("identifier[@type='lccn']").strip()
+        self.pages = [each for each in divisions(division, "np:page") if each is not division]
+
+    def _description(self, division: ET.Element) -> ET.Element:
+        section = self._descriptions.get(division.get("DMDID"))
+        if section is None:
+            raise Problem(f"{division.get('TYPE')} has no description (DMDID) in {self.path}")
+        return mods_of(section)
+
+    def _text(self, name: str, child: str = "", mods: ET.Element | None = None) -> str:
+        """All text of the first such element of the issue's description, or of another's."""
+        path = f".//{MODS}{name}" + (f"/{MODS}{child}" if child else "")
+        found = (self._mods if mods is None else mods).find(path)
+        return "" if found is None else "".join(found.itertext())
+
+    def _page_files(self, page: ET.Element) -> Iterator[tuple[str, ET.Element, Path]]:
+        """Use, element and path of each file of a page."""
+        for pointer in page.findall(f"{METS}fptr"):
+            file = self._files.get(pointer.get("FILEID"))
+            if file is None or file.get("USE") is None:
+                raise Problem(f"a page of {self.path} points to a file that is not described")
+            location = file.find(f"{METS}FLocat")
+            href = "" if location is None else location.get(HREF, "")
+            if file.get("USE") == "ocr":  # opened as a URL; the others by their names
+                href = urllib.parse.unquote(href.partition("#")[0].strip())
+            yield file.get("USE"), file, beside(self.path, href)
+
+    @property
+    def key(self) -> list:
+        """What names the issue, as ONI has it: LCCN, date, edition. Raises ValueError."""
+        day = datetime.strptime(self.date, "%Y-%m-%d").date()
+        return [self.lccn, day.isoformat(), int(self.edition)]
+
+    def pages_with_ocr(self) -> int:
+        """How many pages name an OCR file, which makes ONI index them."""
+        uses = ([use for use, _, _ in self._page_files(page)] for page in self.pages)
+        return sum("ocr" in each for each in uses)
+
+    def faults(self) -> Iterator[tuple[Path, str]]:
+        """What makes ONI refuse the batch, or drop something of it without a word.
+
+        A ValueError skips the issue, a BatchLoaderException the page; anything else ends the load.
+        """
+        for name, text, read in (
+            ("edition", self.edition, plain_number),
+            ("dateIssued", self.date, lambda text: datetime.strptime(text, "%Y-%m-%d")),
+        ):
+            try:
+                read(text)
+            except ValueError:
+                yield self.path, f"the {name} is {text!r}: ONI would leave this issue out"
+        if not self.lccn:
+            yield self.path, "there is no LCCN: ONI could not tell which title this is"
+        for number, page in enumerate(self.pages, 1):
+            try:
+                yield from self._page_faults(page, f"page {number}")
+            except Problem as problem:
+                yield self.path, str(problem)
+
+    def _page_faults(self, page: ET.Element, name: str) -> Iterator[tuple[Path, str]]:
+        sequence = self._text("extent", "start", self._description(page))
         try:
-            if not stat.S_ISREG(path.stat().st_mode):
-                raise BatchError(f"reading file: {path} is not a regular file")
-        except OSError as error:
-            raise BatchError(f"reading file: open {path}: {error.strerror.lower()}") from error
+            plain_number(sequence)
+        except ValueError:
+            yield self.path, f"{name} has the sequence {sequence!r}: ONI would leave it out"
+        for use, file, path in self._page_files(page):
+            if use == "ocr":
+                fault = ocr_fault(path)
+                if fault:
+                    yield path, f"{fault}: ONI could not index this page"
+            elif use == "service" and file.get("ADMID") is None:
+                if not path.is_file():
+                    yield path, "there is no such image, and the METS file has no dimensions"
+                elif not looks_like_an_image(path):
+                    yield path, "this is no image, and the METS file has no dimensions"
+            elif use == "service" and not self._has_dimensions(file):
+                yield self.path, f"{name} has no dimensions of its image: ONI would drop it"
+
+    def _has_dimensions(self, file: ET.Element) -> bool:
+        """Whether ONI finds width and length of an image, as numbers, in its MIX."""
+        place = f"{METS}mdWrap/{METS}xmlData/{MIX}mix/{MIX}ImagingPerformanceAssessment"
+        for identifier in file.get("ADMID", "").split(" "):
+            technical = self._technical.get(identifier)
+            if technical is not None:
+                metrics = f"{place}/{MIX}SpatialMetrics/{MIX}"
+                length = technical.findtext(f"{metrics}ImageLength")
+                width = technical.findtext(f"{metrics}ImageWidth")
+                if length and width:
+                    with contextlib.suppress(ValueError):
+                        return max(abs(int(length)), abs(int(width))) < 2**31
+                    return False
+        return False
+
+    def warnings(self) -> Iterator[tuple[Path, str]]:
+        """What ONI loads all the same, but should be known."""
+        folder = self.path.parent.name
+        with contextlib.suppress(ValueError):
+            if re.fullmatch(r"\d{10}", folder) and int(folder[8:]) != int(self.edition):
+                yield self.path, f"the folder {folder} names another edition than {self.edition}"
+        with contextlib.suppress(Problem):  # a fault, and told as one
+            for page in self.pages:
+                for use, file, path in self._page_files(page):
+                    if use == "service" and file.get("ADMID") is not None and not path.is_file():
+                        yield path, "there is no such image: the page will have no picture"
+                    elif use == "derivative" and not path.is_file():
+                        yield path, "there is no such PDF"
 
 
-@dataclass(frozen=True)
-class BatchState:
-    """What ONI's database holds of a batch, beside what the batch's files say it should.
+def plain_number(text: str) -> int:
+    """A number that ONI's database and addresses can hold. Raises ValueError."""
+    number = int(text)
+    if not 0 <= number < 2**31:
+        raise ValueError(text)
+    return number
 
-    Silent holes leave a good last event, a load killed in its last issue all the issues: it takes both to be complete.
+
+def mods_of(section: ET.Element) -> ET.Element | None:
+    """The description in a METS section, if there is one."""
+    return section.find(f".//{MODS}mods")
+
+
+def by_id(elements: Iterable[ET.Element]) -> dict[str | None, ET.Element]:
+    """Elements by their ID; of several with one ID, the first."""
+    found: dict[str | None, ET.Element] = {}
+    for element in elements:
+        found.setdefault(element.get("ID"), element)
+    return found
+
+
+def divisions(element: ET.Element, kind: str) -> Iterator[ET.Element]:
+    """The METS divisions of a kind, at any depth."""
+    return (each for each in element.iter(f"{METS}div") if each.get("TYPE") == kind)
+
+
+def looks_like_an_image(path: Path) -> bool:
+    """Whether ONI may be able to measure a file: a JPEG 2000, or another of the usual kinds."""
+    start = read_regular(path, 1024)
+    if start.startswith(b"\0\0\0\x0cjP  "):
+        return b"ihdr" in start
+    return start.startswith(
+        (b"\xff\x4f\xff\x51", b"\xff\xd8\xff", b"\x89PNG", b"II", b"MM", b"GIF8", b"BM")
+    )
+
+
+def ocr_fault(path: Path) -> str:
+    """Why ONI's OCRHandler would fail on an ALTO file; empty if it would not."""
+    measured = False  # whether a Page with a size has begun: ONI asserts that none has
+
+    def start(tag: str, attributes: dict[str, str]) -> None:
+        nonlocal measured
+        if tag == "String" and "CONTENT" not in attributes:
+            raise Problem(f"line {parser.CurrentLineNumber}: a String without CONTENT")
+        if tag == "TextBlock" and len(attributes.get("language", "eng")) < 2:
+            raise Problem(f"line {parser.CurrentLineNumber}: a language of less than two letters")
+        if tag == "Page":
+            if measured:
+                raise Problem(f"line {parser.CurrentLineNumber}: a second Page")
+            measured = "WIDTH" in attributes or "HEIGHT" in attributes
+
+    parser = ParserCreate()
+    parser.StartElementHandler = start
+    try:
+        parser.Parse(read_regular(path), True)
+    except Problem as problem:
+        return str(problem)
+    except (ExpatError, LookupError, ValueError) as error:  # LookupError: unknown encoding
+        return f"not well-formed: {error}"
+    return ""
+
+
+@dataclass
+class Counts:
+    """What the files of a batch say that ONI should hold; None: a METS file cannot be read."""
+
+    issues: int
+    pages: int | None = 0
+    pages_with_ocr: int | None = 0
+    problem: str = ""  # with that METS file
+
+
+def count_files(folder: Path) -> Counts:
+    """Counts a batch's issues, and its pages in all of its METS files.
+
+    Raises Problem where the file that names the issues cannot be read.
+    """
+    paths = issue_files(folder)
+    counts = Counts(len(paths))
+    for path in paths:
+        try:
+            issue = IssueFile(path)
+            counts.pages += len(issue.pages)
+            counts.pages_with_ocr += issue.pages_with_ocr()
+        except Problem as problem:
+            return Counts(len(paths), None, None, str(problem))
+    return counts
+
+
+@dataclass
+class Findings:
+    """What a look at every file of a batch has found."""
+
+    faults: list[dict[str, str]] = field(default_factory=list)
+    warnings: list[dict[str, str]] = field(default_factory=list)
+    issues: list[list] = field(default_factory=list)  # LCCN, date, edition
+    lccns: set[str] = field(default_factory=set)
+    titles: dict[str, str] = field(default_factory=dict)  # LCCN and URL of those to be fetched
+
+
+def check_files(folder: Path, progress: Callable[[int, int], None]) -> Findings:
+    """Reads every file of a batch that ONI would read; tells `progress` of each issue done."""
+    found = Findings()
+
+    def enter(list_: list, path: Path, key: str, text: str) -> None:
+        text = text.replace(f"reading file: open {path}: ", "")
+        list_.append({"file": os.path.relpath(path, folder), key: text})
+
+    try:
+        paths = issue_files(folder)
+    except Problem as problem:
+        enter(found.faults, batch_file(folder), "fault", str(problem))
+        return found
+    for done, path in enumerate(paths, 1):
+        try:
+            check_listed(folder, path)
+            issue = IssueFile(path)
+            for place, fault in issue.faults():
+                enter(found.faults, place, "fault", fault)
+            for place, warning in issue.warnings():
+                enter(found.warnings, place, "warning", warning)
+            found.lccns.add(issue.lccn)
+            with contextlib.suppress(ValueError):
+                found.issues.append(issue.key)
+        except Problem as problem:
+            enter(found.faults, path, "fault", str(problem))
+        progress(done, len(paths))
+    return found
+
+
+def marc_lccns(file: BinaryIO) -> list[str]:
+    """The LCCNs (010 $a, blanks removed) of the MARC records anywhere in an XML file.
+
+    As ONI finds them. Raises Problem.
+    """
+    reader = MarcReader()
+    try:
+        reader.read(file)
+    except (ExpatError, LookupError, ValueError) as error:
+        raise Problem(str(error)) from error
+    if not reader.lccns:
+        raise Problem("there is no MARC record in it")
+    if not all(reader.lccns):
+        raise Problem(
+            "there is a MARC record without an LCCN (010 $a) in it, which Open ONI would not store"
+        )
+    return reader.lccns
+
+
+class MarcReader:
+    """Finds the LCCNs in an XML file, and keeps nothing else of it.
+
+    A hostile file can make a gigabyte, or minutes, of anything that grows with it: a tree, the
+    elements that are open, names, entities, a tag without end. Each has a bound here.
     """
 
-    row: bool
-    expected: int | None  # issues in batch.xml; None: there is none to be read
-    link: Path  # where ONI's storage has, or would have, its link to the batch
-    issues: int = 0
-    pages: int = 0
+    def __init__(self):
+        self.lccns: list[str] = []
+        self._open: list[str] = []  # the elements around this place: name, and tag or code
+        self._records: list[dict] = []  # of them, the records: what is known of each
+        self._names: set[str] = set()  # all that have come; expat keeps them for ever
+        self._text = ""
+        self._parser = ParserCreate(namespace_separator=" ")
+        self._parser.StartDoctypeDeclHandler = self._doctype
+        self._parser.StartNamespaceDeclHandler = lambda prefix, _: self._learn([prefix or ""])
+        self._parser.StartElementHandler = self._start
+        self._parser.EndElementHandler = self._end
+        self._parser.CharacterDataHandler = self._read_text
+
+    def read(self, file: BinaryIO) -> None:
+        """Reads a file. Raises Problem, ExpatError, LookupError, ValueError."""
+        size = 0
+        for data in iter(lambda: file.read(CHUNK), b""):
+            size += len(data)
+            self._parser.Parse(data)
+            if size - self._parser.CurrentByteIndex > MAX_TAG:
+                raise Problem(f"it has a tag of more than {MAX_TAG >> 10} KiB")
+        self._parser.Parse(b"", True)
+
+    def _doctype(self, *_) -> None:
+        raise Problem("a DOCTYPE is not allowed")  # a few entities may make gigabytes of text
+
+    def _learn(self, names: Iterable[str]) -> None:
+        self._names.update(names)
+        if len(self._names) > 1000:
+            raise Problem("it has more than 1,000 different names")
+
+    def _start(self, name: str, attributes: dict[str, str]) -> None:
+        self._learn([name, *attributes])
+        if len(self._open) >= 100:
+            raise Problem("it is nested too deeply")
+        name = name.rpartition(" ")[2]
+        place = name + attributes.get({"datafield": "tag", "subfield": "code"}.get(name, ""), "")
+        self._open.append(place)
+        self._text = ""
+        if name == "record":
+            self._records.append({})
+        elif name == "datafield" and self._open[-2:-1] == ["record"]:
+            self._records[-1]["fields"] = True
+
+    def _read_text(self, text: str) -> None:
+        if self._open[-1] == "subfielda":
+            self._text = (self._text + text)[:100]
+
+    def _end(self, name: str) -> None:
+        if self._open[-3:] == ["record", "datafield010", "subfielda"]:
+            self._records[-1].setdefault("lccn", re.sub(r"\s", "", self._text))
+        if self._open.pop() == "record":
+            record = self._records.pop()
+            if "fields" in record:
+                self.lccns.append(record.get("lccn", ""))
+
+
+class Patch:
+    """The batch that instructions make of the batch in `old`.
+
+    Raises Problem where one is not `RemoveIssue LCCN/YYYYMMDDEE`, or the batch has no such issue.
+    """
+
+    LISTING = os.path.join("data", "batch.xml")
+
+    def __init__(self, old: Path, instructions: bytes):
+        self.old = old
+        listing = old / self.LISTING
+        root = parse_xml(listing, ET.TreeBuilder(insert_comments=True, insert_pis=True))
+        issues = root.findall(f"{NDNP}issue")
+        self._gone: set[Path] = set()  # folders of issues
+        for issue in self._named(issues, instructions.decode("utf-8", "replace")):
+            self._gone.add(beside(listing, issue.text or "").parent)
+            root.remove(issue)
+        kept = {beside(listing, issue.text or "") for issue in root.findall(f"{NDNP}issue")}
+        for path in kept:
+            if self._gone.intersection(path.parents):
+                raise Problem(f"{path}, which is to stay, lies in the folder of one that is to go")
+        if self._gone.intersection([old, old / "data"]):
+            raise Problem(f"an issue of {old} that is to go has no folder of its own")
+        ET.register_namespace("", NDNP.strip("{}"))
+        self.listing = ET.tostring(root, encoding="utf-8", xml_declaration=True)
+
+    def _named(self, issues: list[ET.Element], instructions: str) -> list[ET.Element]:
+        """The issues that the instructions name, each by its key or by its folder's name."""
+        keys: dict[str, list[ET.Element]] = {}
+        for issue in issues:
+            edition = issue.get("issueDate", "") + issue.get("editionOrder", "").zfill(2)
+            folder = os.path.basename(os.path.dirname((issue.text or "").strip()))
+            for name in {plain_key(edition), plain_key(folder)}:
+                keys.setdefault(f"{plain_key(issue.get('lccn', ''))}/{name}", []).append(issue)
+        named = []
+        for number, line in enumerate(instructions.splitlines(), 1):
+            if not line.strip():
+                continue
+            word, *operands = line.split()
+            if word != "RemoveIssue":
+                raise Problem(
+                    f"line {number}: {word!r} is not an instruction; RemoveIssue is the only one"
+                )
+            found = keys.get(plain_key(operands[0]), []) if len(operands) == 1 else []
+            if not found:
+                raise Problem(
+                    f"line {number}: {line.strip()!r} names no issue of {self.old.name};"
+                    " write LCCN/YYYYMMDDEE"
+                )
+            if len(found) > 1:
+                raise Problem(
+                    f"line {number}: {line.strip()!r} may mean any of {len(found)} issues, since"
+                    " folders and editions disagree; mend batch.xml or the folders first"
+                )
+            if found[0] not in named:
+                named.append(found[0])
+        if not named:
+            raise Problem("there is no instruction to remove an issue")
+        return named
+
+    def ignore(self, folder: str, names: list[str]) -> set[str]:
+        """Which of the names in a folder of the old batch are not copied; for shutil.copytree."""
+        data = Path(folder) == self.old / "data"
+        return {
+            name
+            for name in names
+            if Path(folder, name) in self._gone
+            or re.search(r"(\.tiff?|_1\.xml)$", name, re.IGNORECASE)
+            or (data and name in BATCH_FILES)
+        }
+
+    def sizes(self) -> dict[str, int]:
+        """The files of the new batch, and how many bytes each has."""
+        return {**file_sizes(self.old, self.ignore), self.LISTING: len(self.listing)}
+
+    def is_made(self, new: Path) -> bool:
+        """Whether `new` is there and is what this patch makes. Raises Problem if it is another."""
+        if not os.path.lexists(new):
+            return False
+        same = read_regular(new / self.LISTING) == self.listing
+        if not same or file_sizes(new, lambda *_: set()) != self.sizes():
+            raise Problem(f"{new} is there already, and is not what this patch makes; move it away")
+        return True
+
+    def make(self, new: Path, tell: Callable[[str], None], go_on: Callable[[], None]) -> None:
+        """Makes `new`, which has its name only when it is whole. Raises Problem, OSError."""
+        unready = new.with_name(f"WIP-UNREADY-{new.name}")
+        if unready.exists():
+            tell(f"removing {unready}, which an interrupted patch has left")
+            shutil.rmtree(unready)
+        sizes = self.sizes()
+        need = sum(sizes.values())
+        free = shutil.disk_usage(new.parent).free
+        if need > free:
+            raise Problem(
+                f"the patch needs {need:,} bytes in {new.parent}, where {free:,} are free"
+            )
+        done = 0
+
+        def copy(source: str, target: str) -> None:
+            nonlocal done
+            go_on()
+            shutil.copy2(source, target, follow_symlinks=False)
+            before = done * 10 // need
+            done += os.lstat(target).st_size
+            if done * 10 // need > before:
+                tell(f"{done * 100 // need} % of {need:,} bytes")
+
+        try:
+            shutil.copytree(
+                self.old, unready, symlinks=True, ignore=self.ignore, copy_function=copy
+            )
+            (unready / self.LISTING).write_bytes(self.listing)
+            if file_sizes(unready, lambda *_: set()) != sizes:
+                raise Problem(f"{self.old} has changed meanwhile, or the copy is not whole")
+            check_listing(unready)
+            os.sync()  # whole on disk before it is seen
+            unready.rename(new)
+            sync_folder(new.parent)
+        except BaseException:  # cancelled, too
+            shutil.rmtree(unready, ignore_errors=True)
+            raise
+
+
+def plain_key(key: str) -> str:
+    """An issue's key without the dashes and underscores that do not count."""
+    return re.sub("[-_]", "", key)
+
+
+def file_sizes(batch: Path, ignore: Callable[[str, list[str]], set[str]]) -> dict[str, int]:
+    """The files and links below a folder, and their sizes in bytes. Raises Problem."""
+    sizes = {}
+    for folder, folders, files in os.walk(batch):
+        ignored = ignore(folder, [*folders, *files])
+        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        folders[:] = [name for name in folders if name not in ignored and name not in links]
+        for name in {*files, *links} - ignored:
+            path = Path(folder, name)
+            found = path.lstat()
+            if not stat.S_ISREG(found.st_mode) and not stat.S_ISLNK(found.st_mode):
+                raise Problem(f"{path} is neither a file nor a link and cannot be copied")
+            sizes[os.path.relpath(path, batch)] = found.st_size
+    return sizes
+
+
+def sync_folder(folder: Path) -> None:
+    """Puts what has been made or renamed in a folder safely on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---------------------------------------------------------------- the batch
+
+FILES = futures.ThreadPoolExecutor(16, "files")  # for what may wait for a hung file system
+CHECKS = futures.ThreadPoolExecutor(2, "checks")  # the same, for reading whole batches
+
+
+def in_time(
+    look: Callable[[], object],
+    within: float = ANSWER_SECONDS,
+    pool: futures.Executor = FILES,
+    meanwhile: Callable[[], None] = lambda: None,
+):
+    """What `look` returns, which reads batches. Raises Problem when their file system refuses, or
+    does not answer within so many seconds: only a thread of the pool then hangs, not the caller.
+
+    `meanwhile` is called every second and may raise.
+    """
+    until = time.monotonic() + within
+    try:
+        future = pool.submit(look)
+    except RuntimeError as error:
+        raise Scarce(str(error)) from error  # no thread to be had
+    try:
+        while not futures.wait([future], min(1, within)).done:
+            meanwhile()
+            if time.monotonic() > until:
+                raise Problem(f"the file system of the batches did not answer within {within:g} s")
+        return future.result()
+    except OSError as error:
+        if is_scarce(error):
+            raise
+        raise Problem(str(error)) from error
+    finally:
+        future.cancel()
+
+
+class Glance:
+    """Makes an answer in the background, every PROGRESS_SECONDS at most, however many ask."""
+
+    def __init__(self, make: Callable[..., dict]):
+        self._make = make
+        self._pool = futures.ThreadPoolExecutor(1, "glance")  # its own, which no other can fill
+        self._lock = threading.Lock()
+        self._begun = 0.0
+        self._words: tuple = ()  # that the newest question was about
+        self._asked: list[futures.Future] = []  # the newest one, after the last that was answered
+
+    def __call__(self, *words: str) -> dict:
+        """What `make` has last answered; {} if it has not yet, or could not."""
+        with self._lock:
+            if words != self._words:
+                self._asked = []
+            old = time.monotonic() - self._begun > PROGRESS_SECONDS
+            if not self._asked or (self._asked[-1].done() and old):
+                self._words = words
+                self._begun = time.monotonic()
+                self._asked = [*self._asked[-1:], self._pool.submit(self._make, *words)]
+            asked = self._asked
+        futures.wait(asked[-1:], 1)
+        answered = [each for each in asked if each.done() and not each.exception()]
+        return answered[-1].result() if answered else {}
+
+
+class Memory:
+    """Counts that are slow to make, each kept with a key that changes when they may have.
+
+    In counts.json, so that a restart does not lose them; they may be lost at any time.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._lock = threading.Lock()
+        self._known: dict[str, list] = {}
+        with contextlib.suppress(OSError, TypeError, ValueError):
+            self._known = dict(json.loads(path.read_text()))
+
+    def get(self, what: str, key: list) -> list | None:
+        """The counts that were put under this key, if it is the newest."""
+        known, counts = self._known.get(what, (None, None))
+        return counts if known == key else None
+
+    def put(self, found: dict[str, list]) -> None:
+        """Keeps counts, [key, counts] each."""
+        with self._lock, contextlib.suppress(OSError):
+            self._known.update(found)
+            self._path.write_text(json.dumps(self._known))
+
+
+@dataclass
+class BatchState:
+    """What ONI's database and index hold of a batch, beside what the batch's files say they should.
+
+    It is complete when all of these agree (no one of them alone is proof): the row, the issues, the
+    pages and those indexed, the newest event, and the documents in Solr. None is what was not
+    looked at, or could not be.
+    """
+
+    name: str
+    on_disk: bool = False  # whether it lies in BATCH_SOURCE
+    row: bool = False
     loaded: str = ""  # when the row was made
-    events: tuple = ()  # [time, message], oldest first; none if the site has pruned its history
+    issues: int = 0
+    pages: int | None = None
+    indexed: int | None = None  # pages whose text went to Solr
+    events: list = field(default_factory=list)  # the newest ones, [time or number, message]
+    files: Counts | None = None
+    files_problem: str = ""  # why the files could not be counted
+    documents: int | None = None  # in Solr
+    lost: int | None = None  # pages of which Solr has no document at all
+    replaced: int = 0  # pages whose document is another batch's page of the same URL
+    index_problem: str = ""  # why Solr could not be asked
+
+    @property
+    def event(self) -> str | None:
+        """What the newest event says; None where the site has pruned its history."""
+        return self.events[-1][1] if self.events else None
+
+    @property
+    def rows_whole(self) -> bool | None:
+        """Whether the database holds all that the files name; None if that is not known."""
+        if self.files is None or self.files.pages is None or self.pages is None:
+            return None
+        return (
+            0 < self.issues == self.files.issues
+            and self.pages == self.files.pages
+            and self.indexed == self.files.pages_with_ocr
+            and self.ended_well
+        )
+
+    @property
+    def rows_key(self) -> list:
+        """What changes when the rows of the batch's pages may have."""
+        return [self.loaded, self.issues, self.events]
+
+    @property
+    def ended_well(self) -> bool:
+        return self.event is None or self.event.startswith("processed")
 
     @property
     def word(self) -> str:
-        """absent, partial, complete; or unknown where there are no files to compare with."""
-        if not self.row or self.expected is None:
-            return "unknown" if self.row else "absent"
-        return "complete" if self.issues == self.expected and self._processed else "partial"
+        """absent, partial, complete or unknown."""
+        if not self.row:
+            return "absent"
+        if self.rows_whole is False or self.lost or not self.ended_well:
+            return "partial"
+        if self.files and self.issues != self.files.issues:
+            return "partial"
+        index_known = self.lost is not None or self.documents is None
+        return "complete" if self.rows_whole and index_known else "unknown"
 
     @property
-    def complete(self) -> bool:
-        return self.word == "complete"
-
-    @property
-    def _processed(self) -> bool:
-        return not self.events or self.events[-1][1].startswith("processed")
+    def nothing_left(self) -> bool:
+        """Whether neither database nor index holds anything; False if Solr cannot be asked."""
+        return not self.row and self.documents == 0
 
     def __str__(self) -> str:
+        parts = [self._of_database()]
+        if self.index_problem:
+            parts.append(f"Solr cannot be asked ({self.index_problem})")
+        elif self.documents and not self.row:
+            parts.append(f"Solr still has {self.documents} of its pages, which lead nowhere")
+        if self.lost and self.rows_whole:
+            parts.append(f"Solr lacks {self.lost} of {self.indexed} pages")
+        if self.replaced:
+            parts.append(
+                f"{self.replaced} pages are found under another batch, which has the same pages"
+            )
+        return "; ".join(parts)
+
+    def _of_database(self) -> str:
         if not self.row:
             return "ONI holds nothing of the batch"
-        if self.expected is None:
-            return f"ONI holds {self.issues} issues, and there is no batch.xml to tell whether that is all"
-        held = f"ONI holds {self.issues} of the {self.expected} issues in batch.xml"
-        if self.complete:
+        if not self.files:
+            return (
+                f"ONI holds {self.issues} issues, and what it should hold is not known:"
+                f" {self.files_problem}"
+            )
+        held = f"ONI holds {self.issues} of the {self.files.issues} issues"
+        if self.files.pages is None:
+            held += f", and how many pages it should hold is not known: {self.files.problem}"
+        elif self.pages is not None:
+            held += f" and {self.pages} of the {self.files.pages} pages"
+        if self.word == "complete":
             return f"the batch is complete: {held}"
-        return held if self._processed else f'{held}, and its last event is "{self.events[-1][1]}"'
+        if self.pages == self.files.pages and self.indexed != self.files.pages_with_ocr:
+            held += f", {self.indexed} of {self.files.pages_with_ocr} with their text"
+        if not self.ended_well:
+            held += f', and its last event is "{self.event}"'
+        return held
 
 
-def batch_states(oni: OpenONI, source: Path, *names: str, within: float = ANSWER_SECONDS) -> dict[str, BatchState]:
-    """The state of each of the batches `names`, or of each that ONI has. Raises ONIError."""
-    reply = oni.ask("batches", *names, within=within)
-    states = {}
-    for name in names or reply["batches"]:
-        link, held = Path(reply["storage"]) / name, reply["batches"].get(name)
-        expected = issue_count(source / name if os.path.isdir(source / name) else link)
-        states[name] = BatchState(bool(held), expected, link, **(held or {}))
-    return states
+class Site:
+    """An Open ONI and its batches: answers what ONI holds of one, from all three places."""
 
+    def __init__(self, settings: Settings, oni: OpenONI, memory: Memory):
+        self.source = settings.batch_source
+        self.oni = oni
+        self._memory = memory
+        self.progress = Glance(self._ask_progress)  # of the batch that is being loaded
+        self.health = Glance(self._ask_health)  # whether ONI answers
+        self._to_count: queue.SimpleQueue[Callable] = queue.SimpleQueue()
 
-def issue_count(folder: Path) -> int | None:
-    """How many issues a batch's batch.xml names; None if there is none that can be read."""
-    with contextlib.suppress(BatchError):
-        return len(batch_issues(folder))
+    def folder(self, name: str) -> Path:
+        """Where the batch `name` lies, or would. Raises Problem unless it is a batch's name."""
+        if not BATCH_NAME.fullmatch(name):
+            raise Problem(f'"{name}" is not a batch name: Open ONI takes batch_AWARDEE_NAME_verNN')
+        return self.source / name
 
+    def batch(self, name: str, within: float = ANSWER_SECONDS) -> BatchState:
+        """What ONI holds of a batch now. Raises Problem if the database cannot be asked."""
+        state = BatchState(**self.oni.ask("batch", name, True, within=within))
+        if state.row and state.name != name:
+            raise Problem(
+                f'Open ONI has the batch "{state.name}", and its database takes the two names'
+                " for one"
+            )
+        state.name = name
+        storage = Path(self.oni.ask("storage"))
+        try:
+            in_time(lambda: self._look_at_files(state, storage), within)
+        except Problem as problem:
+            state.files_problem = str(problem)
+        return state
 
-def marc_lccns(data: bytes) -> list[str]:
-    """The LCCNs (010 $a, blanks removed) of the MARC records anywhere in an XML document, as ONI finds them.
+    def _look_at_files(self, state: BatchState, storage: Path) -> None:
+        """Counts the files of a batch in BATCH_SOURCE, or else where ONI has loaded it from."""
+        folder = self.source / state.name
+        state.on_disk = folder.is_dir()
+        state.files = self._count(folder if state.on_disk else storage / state.name)
 
-    Raises ValueError.
-    """
-    lccns = []
-    for record in parse_xml(data).iter():
-        if str(record.tag).rpartition("}")[2] == "record" and record.find("{*}datafield") is not None:
-            key = record.findtext("{*}datafield[@tag='010']/{*}subfield[@code='a']") or ""
-            lccns.append(re.sub(r"\s", "", key))
-    if not lccns or not all(lccns):
-        raise ValueError("there is a MARC record without an LCCN (010 $a) in it, which Open ONI would not store"
-                         if lccns else "there is no MARC record in it")
-    return lccns
+    def _count(self, folder: Path) -> Counts:
+        """Counts the files of a batch, and remembers it for list-batches. Raises Problem."""
+        key = listing_key(folder)
+        counts = count_files(folder)
+        if key and counts.pages is not None:
+            self._memory.put({f"files of {folder.name}": [key, list(dataclasses.astuple(counts))]})
+        return counts
 
+    def _ask_health(self) -> dict:
+        try:
+            return {"answers": True, "batches": self.oni.ask("batch_count")}
+        except Problem as problem:
+            return {"answers": False, "problem": str(problem)}
 
-def read_patch(old: Path, instructions: bytes) -> tuple[set[str], bytes]:
-    """What a patch does to a batch: the folders in data/ of the issues it removes, and its new batch.xml.
+    def _ask_progress(self, name: str) -> dict:
+        held = self.oni.ask("batch", name, False, within=PATIENT_SECONDS)
+        folder = self.source / name
+        counts = self._remembered(folder) or self._count(folder)
+        return {
+            "issues_loaded": held["issues"],
+            "issues": counts.issues,
+            "pages_loaded": held["pages"],
+            "pages": counts.pages,
+        }
 
-    Raises BatchError where an instruction is not `RemoveIssue LCCN/YYYYMMDDEE` or the batch has no such issue.
-    """
-    plain = functools.partial(re.sub, "[-_]", "")
-    keys, folders, removed = {}, [], set()
-    for number, issue in enumerate(batch_issues(old)):
-        folders.append(os.path.dirname(os.path.normpath((issue.text or "").strip())))
-        edition = issue.get("issueDate", "") + issue.get("editionOrder", "").zfill(2)
-        for name in (edition, os.path.basename(folders[number])):
-            keys[plain(f"{issue.get('lccn')}/{name}")] = number
-    for number, line in enumerate(instructions.decode("utf-8", "replace").splitlines(), 1):
-        word, *operands = line.split()[:2] or [""]
-        if word and word != "RemoveIssue":
-            raise BatchError(f"line {number}: {word!r} is not an instruction; RemoveIssue is the only one")
-        if word and (len(line.split()) != 2 or plain(operands[0]) not in keys):
-            raise BatchError(f"line {number}: {line.strip()!r} names no issue of {old.name}; write LCCN/YYYYMMDDEE")
-        removed.update(keys[plain(key)] for key in operands)
-    if not removed:
-        raise BatchError("there is no instruction to remove an issue")
-    return {folders[number] for number in removed}, without_issues(read_regular(old / "data" / "batch.xml"), removed)
+    def _remembered(self, folder: Path) -> Counts | None:
+        """What was counted of a batch's files, unless the file of its issues has changed."""
+        key = listing_key(folder)
+        counts = self._memory.get(f"files of {folder.name}", key) if key else None
+        return Counts(*counts) if counts else None
 
+    def batches(self) -> list[BatchState]:
+        """What is quickly told of every batch, in BATCH_SOURCE or ONI; the rest is None.
 
-def without_issues(data: bytes, removed: set[int]) -> bytes:
-    """A batch.xml without the issue elements of these numbers, counted from 0; all else stays to the byte."""
-    parser = xml.parsers.expat.ParserCreate(namespace_separator=" ")
-    marks: list[tuple[int, str]] = []  # where in the data something begins, and what
+        What could not be counted in time is counted by and by, for the next time. Raises Problem.
+        """
+        names = in_time(lambda: os.listdir(self.source))
+        overview = self.oni.ask("overview")
+        states = {row["name"]: BatchState(**row) for row in overview["batches"]}
+        for name in filter(BATCH_NAME.fullmatch, names):
+            states.setdefault(name, BatchState(name, pages=0)).on_disk = True
+        to_count: list[Callable] = []
+        until = time.monotonic() + LIST_SECONDS
+        with contextlib.suppress(Problem):
+            in_time(lambda: self._add_files(states, Path(overview["storage"]), until, to_count))
+        self._recall_pages(states, to_count)
+        if self._to_count.empty():
+            for count in to_count:
+                self._to_count.put(count)
+        listed = sorted(states.values(), key=lambda state: state.name)
+        for state in listed:
+            if not state.row and overview["documents"] is not None:
+                state.documents = overview["documents"].get(state.name, 0)
+            if state.documents is not None and state.indexed is not None:
+                state.lost = 0 if state.documents >= state.indexed else None
+        return listed
 
-    def mark(what: str) -> Callable:
-        return lambda name="", *_: marks.append(
-            (parser.CurrentByteIndex, what if name.rpartition(" ")[2] == "issue" else ""))
-
-    parser.StartElementHandler, parser.EndElementHandler = mark("issue"), mark("end")
-    parser.DefaultHandler = mark("")
-    parser.Parse(data, True)
-    numbers, keep, kept = itertools.count(), True, [data[:marks[0][0]]]
-    for (start, what), (end, _) in zip(marks, [*marks[1:], (len(data), "")]):
-        if what == "issue":
-            keep = next(numbers) not in removed
-        if keep:
-            kept.append(data[start:end])
-        if what == "end":
-            keep = True
-    return b"".join(kept)
-
-
-def patch_batch_files(old: Path, new: Path, instructions: bytes) -> Iterator[str]:
-    """Makes the batch `new` of the batch `old`: without removed issues, TIFFs and validated XML.
-
-    Yields after each file what there is to say, often nothing. May be begun again at any time: `new` has its name only
-    when whole, and one that is there already must be what it would become. Raises BatchError, OSError.
-    """
-    gone, batch_xml = read_patch(old, instructions)
-    unready, listing = new.with_name(f"WIP-UNREADY-{new.name}"), os.path.join("data", "batch.xml")
-    sizes = {**dict(copied_files(old, gone)), listing: len(batch_xml)}
-    if os.path.lexists(new):
-        if read_regular(new / listing) != batch_xml or dict(copied_files(new, set())) != sizes:
-            raise BatchError(f"{new} is there already, and is not what this patch makes; move it away")
-        yield f"nothing to do: {new} is there already, and is what this patch makes"
-        return
-    if unready.exists():
-        yield f"removing {unready}, which an interrupted patch has left"
-        shutil.rmtree(unready)
-    need, free, done = sum(sizes.values()), shutil.disk_usage(new.parent).free, 0
-    if need > free:
-        raise BatchError(f"the patch needs {need:,} bytes in {new.parent}, where {free:,} are free")
-    try:
-        for name, size in sizes.items():
-            target = unready / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if name == listing:
-                target.write_bytes(batch_xml)
-            else:
-                shutil.copy2(old / name, target, follow_symlinks=False)
-            if target.lstat().st_size != size:
-                raise BatchError(f"{target} is not as long as {old / name} was: it changed, or the copy failed")
-            done += size
-            yield f"{done * 100 // need} % of {need:,} bytes" if done * 10 // need > (done - size) * 10 // need else ""
-        check_batch(unready)
-        kept = {issue.text for issue in batch_issues(unready)}
-        for name in {issue.text for issue in batch_issues(old)} - kept:
-            if (unready / "data" / (name or "").strip()).exists():
-                raise BatchError(f"{name}, which is to go, does not lie in a folder of its own in {old}")
-    except BaseException:  # cancelled, too
-        shutil.rmtree(unready, ignore_errors=True)
-        raise
-    os.sync()  # whole on disk before it is seen
-    unready.rename(new)
-
-
-def copied_files(batch: Path, gone: set[str]) -> Iterator[tuple[str, int]]:
-    """The files of a batch that a patch copies, and their sizes in bytes; `gone`: folders in data/ that it does not."""
-    for folder, folders, files in os.walk(batch):
-        inside = os.path.relpath(folder, batch / "data")
-        folders[:] = [name for name in folders if os.path.normpath(os.path.join(inside, name)) not in gone]
-        for path in (Path(folder, name) for name in [*files, *folders]):
-            found = path.lstat()
-            if stat.S_ISDIR(found.st_mode) or re.search(r"(\.tiff?|_1\.xml)$", path.name, re.IGNORECASE):
+    def _recall_pages(self, states: dict[str, BatchState], to_count: list[Callable]) -> None:
+        """Adds the pages of each batch, from memory or counted as far as time allows."""
+        unknown = []
+        found = {}
+        for name, state in states.items():
+            counts = self._memory.get(f"pages of {name}", state.rows_key)
+            if not state.row:
                 continue
-            if not stat.S_ISREG(found.st_mode) and not stat.S_ISLNK(found.st_mode):
-                raise BatchError(f"{path} is neither a file nor a link and cannot be copied")
-            yield os.path.relpath(path, batch), found.st_size
+            if counts:
+                state.pages, state.indexed = counts
+            else:
+                unknown.append(name)
+        counted = self.oni.ask("page_counts", unknown, LIST_SECONDS)
+        if len(counted) < len(unknown):
+            to_count.append(self.batches)
+        for name, counts in counted.items():
+            state = states[name]
+            state.pages, state.indexed = counts
+            if state.ended_well:
+                found[f"pages of {name}"] = [state.rows_key, counts]
+        if found:
+            self._memory.put(found)
+
+    def _add_files(
+        self, states: dict[str, BatchState], storage: Path, until: float, to_count: list[Callable]
+    ) -> None:
+        """Adds what each batch's files name, from memory; those not known are counted later."""
+        for state in states.values():
+            if time.monotonic() > until:
+                break
+            folder = (self.source if state.on_disk else storage) / state.name
+            state.files = self._remembered(folder)
+            if not state.files:
+                to_count.append(functools.partial(self._count, folder))
+
+    def count_by_and_by(self) -> None:
+        """Counts what list-batches had no time for; for a thread of its own."""
+        while True:
+            count = self._to_count.get()
+            with contextlib.suppress(Problem, OSError):
+                count()
+            time.sleep(TICK)  # others have questions, too
+
+    def check(self, name: str, progress: Callable[[int, int], None], go_on: Callable) -> Findings:
+        """What would go wrong with a load of a batch; ONI is only asked. Raises Problem."""
+        folder = self.folder(name)
+        abandoned = threading.Event()
+
+        def tell(done: int, issues: int) -> None:
+            if abandoned.is_set():
+                raise Cancelled  # nobody waits for it any more
+            progress(done, issues)
+
+        try:
+            found = in_time(lambda: check_files(folder, tell), CHECK_SECONDS, CHECKS, go_on)
+        finally:
+            abandoned.set()
+        try:
+            self.check_place(name)
+        except Problem as problem:
+            found.faults.append({"file": name, "fault": str(problem)})
+        lccns = sorted(filter(None, found.lccns))
+        titles = self.oni.ask("titles_to_fetch", lccns, within=PATIENT_SECONDS)
+        for lccn, (url, wrong) in titles.items():
+            found.titles[lccn] = url
+            if wrong:
+                text = f"ONI does not have the title {lccn}, nor has {url}: {wrong}"
+                found.faults.append({"file": batch_file(folder).name, "fault": text})
+        for lccn, date, edition, other in self.oni.ask(
+            "other_holders", name, found.issues, within=PATIENT_SECONDS
+        ):
+            text = f"{other} holds {lccn} {date} edition {edition}, too"
+            found.warnings.append({"file": batch_file(folder).name, "warning": text})
+        return found
+
+    def check_place(self, name: str) -> None:
+        """Raises Problem unless ONI has the awardee of a batch, and a place for its link."""
+        code = name.split("_")[1]
+        if not self.oni.ask("awardee", code, ""):
+            raise Problem(
+                f'Open ONI has no awardee "{code}"; to make it: ensure-awardee {code} "NAME"'
+            )
+        link = self.link(name)
+        if link.exists() and not link.is_symlink():
+            raise Problem(
+                f"{link} is a real folder or file, not a link, and load_batch cannot replace it:"
+                " move it away"
+            )
+
+    def link(self, name: str) -> Path:
+        """Where ONI's storage has, or would have, its link to a batch. Raises Problem."""
+        return Path(self.oni.ask("storage")) / name
+
+    def must_be_there(self, name: str) -> None:
+        """Raises Problem unless the batch is in BATCH_SOURCE."""
+        if not in_time(self.folder(name).exists):
+            raise Problem(
+                f"there is no such batch, in BATCH_SOURCE or in Open ONI{self.similar(name)}"
+            )
+
+    def similar(self, name: str) -> str:
+        """A question that suggests the batch which a wrong name may be meant to be."""
+        there = set(in_time(lambda: os.listdir(self.source)))
+        with contextlib.suppress(Problem):
+            there.update(self.oni.ask("names"))
+        return nearly(name, filter(BATCH_NAME.fullmatch, there))
+
+
+def listing_key(folder: Path) -> list | None:
+    """What changes when the file that names a batch's issues does; None: there is none."""
+    path = batch_file(folder)
+    with contextlib.suppress(OSError):
+        found = path.stat()
+        return [str(path), found.st_ino, found.st_size, found.st_mtime_ns]
+    return None
+
+
+def nearly(word: str, words: Iterable[str]) -> str:
+    """A question that suggests what a wrong word may mean: a word that differs in two letters.
+
+    A share of the whole would not do: names of batches begin and end alike.
+    """
+
+    def difference(other: str) -> int:
+        steps = difflib.SequenceMatcher(None, word, other, autojunk=False).get_opcodes()
+        return sum(max(b - a, d - c) for tag, a, b, c, d in steps if tag != "equal")
+
+    closest = min(words, key=difference, default="")
+    return f'; did you mean "{closest}"?' if closest and difference(closest) <= 2 else ""
 
 
 # ---------------------------------------------------------------- jobs and their store
 
-PENDING, STARTED, COULD_NOT_START, SUCCESSFUL, FAILED = (
-    "pending", "started", "couldn't start", "successful", "failed")  # NCA knows no others
-STATUS_MESSAGES = {
+PENDING = "pending"
+STARTED = "started"
+COULD_NOT_START = "couldn't start"
+SUCCESSFUL = "successful"
+FAILED = "failed"
+STATUS_MESSAGES = {  # NCA knows no others
     PENDING: "Pending: this job is in the queue but hasn't been started yet.",
     STARTED: "Started: this job is currently running.",
     COULD_NOT_START: "Invalid: this job was not able to start.",
     SUCCESSFUL: "Success: this job is complete.",
     FAILED: "Failed: this job started but returned a non-zero exit code.",
 }
-JOB_NAMES = {"load-batch": "Load batch", "purge-batch": "Purge batch", "load-title": "load title",
-             "batch-patch": "batch patch", "no-op": "No-op job"}
-STDOUT, STDERR, NOTE, COMMAND = b"O", b"E", b"A", b"$"  # whose line it is, in a job's log
-
-
-class StoreError(Exception):
-    """The state folder cannot be used or written; the text is a sentence."""
 
 
 @dataclass
@@ -647,7 +1753,7 @@ class Job:
     ended: int | None = None
     error: str = ""
     attempts: int = 0  # how often it was begun; more than one: an interruption lies between
-    cancelled: int = 0  # whether it is to end, or has ended, because somebody asked for that
+    cancelled: int = 0  # whether somebody has asked for its end
 
     @property
     def finished(self) -> bool:
@@ -655,15 +1761,16 @@ class Job:
 
 
 class JobStore:
-    """The jobs on disk: `jobs.db`, `logs/` and `titles/` in the state folder, which is one agent's alone.
+    """The jobs on disk: `jobs.db`, `logs/` and `inputs/` in the state folder, one agent's alone.
 
-    Its methods raise StoreError; `add` and `update` return when all is safely on disk.
+    Its methods raise Problem, or Scarce; `add` and `update` return when all is safely on disk.
     """
 
-    APPLICATION, VERSION = 0x4F4E4941, 1  # SQLite's application_id ("ONIA") and user_version
-    SCHEMA = """CREATE TABLE jobs (id INTEGER PRIMARY KEY AUTOINCREMENT, words TEXT NOT NULL, payload BLOB,
-                queued INTEGER NOT NULL, status TEXT NOT NULL, started INTEGER, ended INTEGER,
-                error TEXT NOT NULL DEFAULT '', attempts INTEGER NOT NULL DEFAULT 0,
+    APPLICATION = 0x4F4E4941  # SQLite's application_id: "ONIA"
+    VERSION = 1  # SQLite's user_version
+    SCHEMA = """CREATE TABLE jobs (id INTEGER PRIMARY KEY AUTOINCREMENT, words TEXT NOT NULL,
+                payload BLOB, queued INTEGER NOT NULL, status TEXT NOT NULL, started INTEGER,
+                ended INTEGER, error TEXT NOT NULL DEFAULT '', attempts INTEGER NOT NULL DEFAULT 0,
                 cancelled INTEGER NOT NULL DEFAULT 0)"""
 
     def __init__(self, folder: Path):
@@ -672,232 +1779,362 @@ class JobStore:
         self._lock = threading.Lock()
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if (folder / "agent.lock").exists() or not any(folder.iterdir()):  # nobody else's
+            if is_an_agents(folder):
                 folder.chmod(0o700)
             self._agent_lock = self._keep_others_out()
-            for name in ("logs", "titles"):
+            for name in ("logs", "inputs"):
                 (folder / name).mkdir(mode=0o700, exist_ok=True)
+            for unready in (folder / "inputs").glob("unready-*"):
+                unready.unlink()
             self._database = self._open(folder / "jobs.db")
+            self._take_out_payloads()
         except (OSError, sqlite3.Error) as error:
-            raise StoreError(f"{folder / 'jobs.db'} cannot be used ({error}); nothing was changed") from error
+            raise Problem(
+                f"{folder / 'jobs.db'} cannot be used ({error}); nothing was changed"
+            ) from error
 
     def _keep_others_out(self) -> object:
         lock = open(self.folder / "agent.lock", "a")
-        for _ in range(20):  # a killed agent's last child may hold the lock until it has become manage.py
+        until = time.monotonic() + 1
+        while True:  # a killed agent's last child may hold the lock until it has become manage.py
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return lock
-            time.sleep(0.05)
-        raise StoreError(f"another ONI Agent is at work on {self.folder}; give this one a STATE_DIRECTORY of its own")
+            if time.monotonic() > until:
+                raise Problem(
+                    f"another ONI Agent is at work on {self.folder}; give this one a"
+                    " STATE_DIRECTORY of its own"
+                )
+            time.sleep(TICK)
 
     def _open(self, path: Path) -> sqlite3.Connection:
-        database = sqlite3.connect(path, check_same_thread=False, isolation_level=None)  # each statement commits
-        application, version, tables, health = (database.execute(question).fetchone()[0] for question in (
-            "PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_master", "PRAGMA quick_check"))
-        if tables and application != self.APPLICATION:
-            raise StoreError(f"{path} is not an ONI Agent's; nothing was changed")
-        if version > self.VERSION:
-            raise StoreError(f"{path} was written by a newer ONI Agent; nothing was changed")
-        if health != "ok":
-            raise StoreError(f"{path} is damaged; put a copy from a backup in its place, or move it away")
+        # Without an isolation level each statement commits.
+        database = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+
+        def answer(question: str):
+            return database.execute(question).fetchone()[0]
+
+        tables = answer("SELECT count(*) FROM sqlite_master")
+        if tables and answer("PRAGMA application_id") != self.APPLICATION:
+            raise Problem(f"{path} is not an ONI Agent's; nothing was changed")
+        if answer("PRAGMA user_version") > self.VERSION:
+            raise Problem(f"{path} was written by a newer ONI Agent; nothing was changed")
+        if answer("PRAGMA quick_check") != "ok":
+            raise Problem(
+                f"{path} is damaged; put a copy from a backup in its place, or move it away"
+            )
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = FULL")  # what is answered is on disk
         if not tables:
-            database.executescript(f"BEGIN; {self.SCHEMA}; PRAGMA application_id = {self.APPLICATION};"
-                                   f" PRAGMA user_version = {self.VERSION}; COMMIT;")
+            database.executescript(
+                f"BEGIN; {self.SCHEMA}; PRAGMA application_id = {self.APPLICATION};"
+                f" PRAGMA user_version = {self.VERSION}; COMMIT;"
+            )
         return database
 
-    def _execute(self, statement: str, values: tuple = ()) -> sqlite3.Cursor:
-        with self._lock:
-            try:
-                return self._database.execute(statement, values)
-            except sqlite3.Error as error:
-                raise StoreError(f"{self.folder / 'jobs.db'} cannot be used: {error}") from error
+    def _take_out_payloads(self) -> None:
+        """Writes what version 1.0 kept of standard input in the database where it is kept now."""
+        rows = self._database.execute("SELECT id, payload FROM jobs WHERE payload IS NOT NULL")
+        for id, payload in rows.fetchall():
+            path = self.folder / "inputs" / str(id) / "input.xml"
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            path.write_bytes(payload)
+            self._database.execute("UPDATE jobs SET payload = NULL WHERE id = ?", (id,))
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """The database, for changes of which all are made or none. Raises Scarce."""
+        try:
+            with self._lock, self._database:
+                self._database.execute("BEGIN")
+                yield self._database
+        except (OSError, sqlite3.Error) as error:
+            raise Scarce(f"{self.folder / 'jobs.db'} cannot be used: {error}") from error
 
     def jobs(self) -> list[Job]:
         """Every job, oldest first."""
-        columns = ", ".join(each.name for each in dataclasses.fields(Job))
+        columns = ", ".join(column.name for column in dataclasses.fields(Job))
+        with self._transaction() as database:
+            rows = database.execute(f"SELECT {columns} FROM jobs ORDER BY id").fetchall()
         try:
-            return [Job(id, json.loads(words), *rest)
-                    for id, words, *rest in self._execute(f"SELECT {columns} FROM jobs ORDER BY id").fetchall()]
+            return [Job(id, json.loads(words), *others) for id, words, *others in rows]
         except ValueError as error:
-            raise StoreError(f"{self.folder / 'jobs.db'} is damaged: {error}") from error
+            raise Problem(f"{self.folder / 'jobs.db'} is damaged: {error}") from error
 
-    def add(self, words: list[str], payload: bytes | None) -> Job:
-        """A new pending job."""
+    def new_input(self) -> BinaryIO:
+        """A file for what comes on standard input, gone when it is closed."""
+        try:
+            return tempfile.NamedTemporaryFile(
+                prefix="unready-", dir=self.folder / "inputs", buffering=0
+            )
+        except OSError as error:
+            raise Scarce(f"{self.folder / 'inputs'} cannot be written: {error}") from error
+
+    def add(self, words: list[str], given: BinaryIO | None) -> Job:
+        """A new pending job, and a name of its own for the file of what was `given` on stdin."""
         queued = time.time_ns()
-        return Job(self._execute("INSERT INTO jobs (words, payload, queued, status) VALUES (?, ?, ?, ?)",
-                                 (json.dumps(words), payload, queued, PENDING)).lastrowid, words, queued)
+        with self._transaction() as database:
+            id = database.execute(
+                "INSERT INTO jobs (words, queued, status) VALUES (?, ?, ?)",
+                (json.dumps(words), queued, PENDING),
+            ).lastrowid
+            job = Job(id, words, queued)
+            if given:
+                self._keep_input(job, given)
+        return job
+
+    def _keep_input(self, job: Job, given: BinaryIO) -> None:
+        os.fsync(given.fileno())
+        path = self.input(job)
+        shutil.rmtree(path.parent, ignore_errors=True)  # of a crash before this id was given
+        path.parent.mkdir(mode=0o700)
+        os.link(given.name, path)
+        sync_folder(path.parent)
+        sync_folder(path.parent.parent)
+
+    def input(self, job: Job) -> Path:
+        """The file of what came on standard input with a request; its folder holds nothing else."""
+        return self.folder / "inputs" / str(job.id) / "input.xml"
 
     def update(self, job: Job, **changes) -> None:
         """Changes columns of a job."""
-        self._execute(f"UPDATE jobs SET {', '.join(f'{name} = ?' for name in changes)} WHERE id = ?",
-                      (*changes.values(), job.id))
-
-    def payload(self, job: Job) -> bytes:
-        """What came on standard input with the request."""
-        return self._execute("SELECT payload FROM jobs WHERE id = ?", (job.id,)).fetchone()[0] or b""
-
-    def job_folder(self, job: Job) -> Path:
-        """A private folder for a job's files, not made yet."""
-        return self.folder / "titles" / str(job.id)
+        columns = ", ".join(f"{name} = ?" for name in changes)
+        with self._transaction() as database:
+            database.execute(f"UPDATE jobs SET {columns} WHERE id = ?", (*changes.values(), job.id))
 
     def log(self, job: Job) -> JobLog:
         return JobLog(self.folder / "logs" / f"{job.id}.log")
 
     def remove(self, job: Job) -> None:
         """Forgets a job: its files first, so that a crash in between leaves none without a job."""
-        self.log(job).path.unlink(missing_ok=True)
-        shutil.rmtree(self.job_folder(job), ignore_errors=True)
-        self._execute("DELETE FROM jobs WHERE id = ?", (job.id,))
+        for path in self.log(job).paths():
+            path.unlink(missing_ok=True)
+        shutil.rmtree(self.input(job).parent, ignore_errors=True)
+        with self._transaction() as database:
+            database.execute("DELETE FROM jobs WHERE id = ?", (job.id,))
+
+
+STDOUT = "O"  # whose line it is, in a job's log
+STDERR = "E"
+NOTE = "A"
+COMMAND = "$"
+SIZES = "="
 
 
 def timestamp(nanoseconds: int) -> str:
     """A moment in UTC with nine digits: fixed width, because NCA sorts log lines as strings."""
-    seconds, rest = divmod(nanoseconds, 10**9)
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{rest:09d}Z"
+    second, nanosecond = divmod(nanoseconds, 10**9)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(second))}.{nanosecond:09d}Z"
 
 
 class JobLog:
-    """What a job printed and what the agent did for it, in a text file that `tail -f` can show.
+    """What manage.py has printed for a job, and what the agent has to say of it.
 
-    Each line is `[2026-11-22T11:07:19.061730250Z] K text`, K being O (manage.py's stdout), E (its stderr), A (the
-    agent's own note) or $ (the command that the lines after it belong to). Stamps increase strictly, whatever the
-    clock does.
+    manage.py itself writes its output to ID.out and ID.err. Beside them ID.log has one line for
+    each moment: `[2026-11-22T11:07:19.061730250Z] K text`, K being A (a note of the agent's),
+    = (text: how many bytes the two files have by now) or $ (the same, and the command that begins
+    with the next byte). From these the stamped lines of the protocol are made when they are read.
     """
 
-    KIND = len("[2026-11-22T11:07:19.061730250Z] ")  # where a line's K stands
+    ENTRY = re.compile(rb"\[(.{19})\.(\d{9})Z\] (.) (.*)")
 
     def __init__(self, path: Path):
         self.path = path
-        self._size, self._stamp = 0, 0  # in bytes; the newest line's, in nanoseconds
+        self.outputs = {STDOUT: path.with_suffix(".out"), STDERR: path.with_suffix(".err")}
+        self._sizes = (0, 0)  # of the outputs, as last written down
+        self._begun = (0, 0)  # their sizes when the newest command began
+        self.commands: list[str] = []  # all that have begun
+        self._waiting: list[bytes] = []  # entries that the disk has refused
 
-    def open(self) -> dict[bytes, int]:
-        """Makes the log ready to go on; returns how many O and E lines its newest command has, if it has one.
+    def paths(self) -> tuple[Path, ...]:
+        """All files of the log."""
+        return (self.path, *self.outputs.values())
 
-        A line that a crash cut short goes: what it was copied from is still there.
-        """
+    def open(self) -> None:
+        """Makes the log ready to go on, after whatever an earlier agent has left."""
+        self.path.parent.mkdir(mode=0o700, exist_ok=True)
         self._file = open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0)
-        counts, newest = {}, b""
-        for lines, end in self._lines():
-            self._size, newest = end, lines[-1]
-            for kind in (line[self.KIND:self.KIND + 1] for line in lines):
-                if kind == COMMAND:
-                    counts = {STDOUT: 0, STDERR: 0}
-                elif kind in counts:
-                    counts[kind] += 1
-        with contextlib.suppress(ValueError):  # a damaged line tells no time
-            second = datetime.fromisoformat(newest[1:20].decode() + "+00:00")
-            self._stamp = int(second.timestamp()) * 10**9 + int(newest[21:30])
-        self._file.truncate(self._size)
-        self._file.seek(self._size)
-        return counts
+        whole = 0
+        with open(self.path, "rb") as entries:
+            for line in entries:
+                if not line.endswith(b"\n"):
+                    break  # a crash has cut it short
+                whole += len(line)
+                entry = self.ENTRY.fullmatch(line.rstrip(b"\n"))
+                if entry:
+                    self._take_up(entry[3].decode("ascii", "replace"), entry[4])
+        self._file.truncate(whole)
+        self._file.seek(whole)
+
+    def _take_up(self, kind: str, text: bytes) -> None:
+        if kind in (SIZES, COMMAND):
+            self._sizes = sizes_in(text)
+        if kind == COMMAND:
+            self._begun = self._sizes
+            self.commands.append(text.decode("utf-8", "replace").split(" ", 2)[-1])
 
     def close(self) -> None:
         """Puts the log safely on disk."""
         with contextlib.suppress(OSError), self._file:
             os.fsync(self._file.fileno())
 
-    def write(self, kind: bytes, lines: list[bytes]) -> None:
-        """Appends `lines`, stamped. While the disk refuses, waits, and then says that lines may be missing."""
-        trouble = None
-        while True:
-            try:
-                if trouble:
-                    self._append(NOTE, [f"the state folder could not be written ({trouble.strerror}):"
-                                        " lines that manage.py printed meanwhile may be missing".encode()])
-                return self._append(kind, lines)
-            except OSError as error:
-                if not trouble:
-                    log.error("%s cannot be written: %s; trying again every second", self.path, error)
-                trouble = error
-                time.sleep(1)
+    def note(self, text: str) -> None:
+        """Says what the agent does."""
+        self.look()
+        self._write(NOTE, text.replace("\n", " "))
 
-    def _append(self, kind: bytes, lines: list[bytes]) -> None:
-        stamp = max(time.time_ns(), self._stamp + 1)
-        if stamp % 10**9 + len(lines) > 10**9:  # one second, one prefix
-            stamp += 10**9 - stamp % 10**9
-        second, first = divmod(stamp, 10**9)
-        form = time.strftime("[%Y-%m-%dT%H:%M:%S.%%09dZ] ", time.gmtime(second)).encode() + kind + b" %b\n"
-        data = (form * len(lines)) % tuple(itertools.chain.from_iterable(enumerate(lines, first)))
+    def begin(self, command: str, sizes: tuple[int, int]) -> None:
+        """Says that what follows after these sizes is a command's output."""
+        self._begun = self._sizes = sizes
+        self.commands.append(command)
+        self._write(COMMAND, f"{sizes[0]} {sizes[1]} {command}")
+
+    def look(self) -> None:
+        """Writes down how much has been printed by now, if that has changed."""
+        sizes = self.sizes()
+        if sizes != self._sizes or self._waiting:
+            self._write(SIZES, f"{sizes[0]} {sizes[1]}")
+            self._sizes = sizes
+
+    def sizes(self) -> tuple[int, int]:
+        """How many bytes the outputs have now."""
+        sizes = []
+        for path in self.outputs.values():
+            try:
+                sizes.append(path.stat().st_size)
+            except OSError:  # somebody has removed it
+                sizes.append(0)
+        return sizes[0], sizes[1]
+
+    def _write(self, kind: str, text: str) -> None:
+        """Appends an entry. One that the disk refuses is tried again with the next."""
+        entry = f"[{timestamp(time.time_ns())}] {kind} {text}\n"
+        self._waiting.append(entry.encode("utf-8", "replace"))
+        end = self._file.tell()
         try:
+            data = b"".join(self._waiting)
             if self._file.write(data) < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError:
-            self._file.truncate(self._size)
-            self._file.seek(self._size)
-            raise
-        self._size, self._stamp = self._size + len(data), stamp + len(lines) - 1
+            self._waiting = []
+        except OSError as error:
+            if len(self._waiting) == 1:
+                log.error("%s cannot be written: %s", self.path, error)
+            self._file.truncate(end)
+            self._file.seek(end)
 
-    def _lines(self, start: int = 0) -> Iterator[tuple[list[bytes], int]]:
-        """The log's lines from a byte on, as many at once as fit in a chunk, and where they end."""
-        with contextlib.suppress(FileNotFoundError), open(self.path, "rb", buffering=0) as file:
-            rest, left, end = b"", os.fstat(file.fileno()).st_size - start, start  # not what is appended meanwhile
-            file.seek(start)
-            while left > 0 and (data := file.read(min(CHUNK, left))):
-                left -= len(data)
-                *lines, rest = (rest + data).split(b"\n")
-                end += sum(map(len, lines)) + len(lines)
-                if lines:
-                    yield lines, end
-
-    def read(self, *kinds: bytes, start: int = 0) -> Iterator[tuple[list[str], int]]:
-        """The lines of these kinds as the protocol shows them, `[stamp] text`, and where in the file they end."""
-        at = self.KIND
-        for lines, end in self._lines(start):
-            wanted = b"\n".join([line[:at] + line[at + 2:] for line in lines if line[at:at + 1] in kinds])
-            yield wanted.decode("utf-8", "replace").split("\n") if wanted else [], end
+    def complaints(self) -> Iterator[str]:
+        """The lines that the newest command has printed on stderr, but for empty ones."""
+        with contextlib.suppress(OSError), open(self.outputs[STDERR], "rb") as file:
+            file.seek(self._begun[1])
+            for line in iter(lambda: file.readline(MAX_LINE), b""):
+                text = line.decode("utf-8", "replace").rstrip()
+                if text:
+                    yield text
 
 
-# ---------------------------------------------------------------- recipes
+def stamp_of(entry: re.Match) -> int:
+    """The moment of a log's entry, in nanoseconds; 0 if it is damaged."""
+    with contextlib.suppress(ValueError):
+        second = datetime.fromisoformat(entry[1].decode("ascii", "replace") + "+00:00")
+        return int(second.timestamp()) * 10**9 + int(entry[2])
+    return 0
 
 
-class JobFailed(Exception):
-    """A job ended without doing what it was to do; the text says why, and what ONI holds now."""
+def sizes_in(text: bytes) -> tuple[int, int]:
+    """The two sizes at the beginning of an entry's text."""
+    match = re.match(rb"(\d{1,18}) (\d{1,18})", text)
+    return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
-class Cancelled(Exception):
-    """The job at work is to end."""
+class LogReader:
+    """Reads a job's log, as stamped lines, in order. Can be read again for what has come since."""
+
+    PIECE = re.compile(  # of a long line, not cut within a character
+        rb"(?s).{%d,%d}(?![\x80-\xbf])|.{1,%d}" % (MAX_LINE - 3, MAX_LINE, MAX_LINE)
+    )
+
+    def __init__(self, job_log: JobLog, *kinds: str):
+        self._log = job_log
+        self._kinds = kinds
+        self._index = 0  # bytes of the log that have been read
+        self._at = {STDOUT: 0, STDERR: 0}  # bytes of the outputs
+        self._stamp = 0  # of the next line at the earliest: stamps increase, clocks may not
+        self._rest = {STDOUT: b"", STDERR: b""}  # of a line whose end has not come
+
+    def read(self, over: bool = True) -> Iterator[list[str]]:
+        """Some lines at a time, `[stamp] text` each; if the job is `over`, unfinished ones too."""
+        for entry in self._entries():
+            self._stamp = max(self._stamp, stamp_of(entry))
+            kind = entry[3].decode("ascii", "replace")
+            if kind in (SIZES, COMMAND):
+                yield from self._printed(sizes_in(entry[4]))
+            else:  # a note; or a line in a log of version 1.0
+                yield from self._stamped(kind, [entry[4]])
+        if over:
+            yield from self._printed((sys.maxsize, sys.maxsize))  # the log may not know of all
+            for output in (STDOUT, STDERR):
+                yield from self._stamped(output, list(filter(None, [self._rest[output]])))
+                self._rest[output] = b""
+
+    def _printed(self, sizes: tuple[int, int]) -> Iterator[list[str]]:
+        """The lines of both outputs that end within these sizes."""
+        for output, size in zip((STDOUT, STDERR), sizes):
+            for lines in self._lines(output, size):
+                yield from self._stamped(output, lines)
+
+    def _entries(self) -> Iterator[re.Match]:
+        with contextlib.suppress(OSError), open(self._log.path, "rb") as file:
+            file.seek(self._index)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self._index += len(line)
+                entry = JobLog.ENTRY.fullmatch(line.rstrip(b"\n"))
+                if entry:
+                    yield entry
+
+    def _lines(self, output: str, end: int) -> Iterator[list[bytes]]:
+        """The lines of an output that end before this byte."""
+        if self._at[output] >= end:
+            return
+        with contextlib.suppress(OSError), open(self._log.outputs[output], "rb") as file:
+            file.seek(self._at[output])
+            while self._at[output] < end:
+                data = file.read(min(CHUNK, end - self._at[output]))
+                if not data:
+                    return
+                self._at[output] += len(data)
+                lines = (self._rest[output] + data).split(b"\n")
+                if max(map(len, lines)) > MAX_LINE:
+                    pieces = (self.PIECE.findall(line) or [b""] for line in lines)
+                    lines = list(itertools.chain.from_iterable(pieces))
+                self._rest[output] = lines.pop()
+                yield lines
+
+    def _stamped(self, kind: str, lines: list[bytes]) -> Iterator[list[str]]:
+        """Lines with a stamp each, if they are wanted; the same ones whichever are wanted."""
+        second, nanosecond = divmod(self._stamp, 10**9)
+        if nanosecond + len(lines) > 10**9:  # all of them get the same second
+            second, nanosecond = second + 1, 0
+        self._stamp = second * 10**9 + nanosecond + len(lines)
+        if lines and kind in self._kinds:
+            text = b"\n".join(lines).decode("utf-8", "replace")
+            start = timestamp(second * 10**9)[:20]
+            yield [
+                f"[{start}{number:09d}Z] {line}"
+                for number, line in enumerate(text.split("\n"), nanosecond)
+            ]
 
 
-class Tail:
-    """The lines that a running command appends to a file, but for the first `skip`, which are in the log already.
-
-    A line longer than MAX_LINE comes in pieces, always cut at the same places, so that lines can be counted.
-    """
-
-    PIECE = re.compile(rb"(?s).{%d,%d}(?![\x80-\xbf])|.{1,%d}"  # not cut within a character
-                       % (MAX_LINE - 3, MAX_LINE, MAX_LINE))
-
-    def __init__(self, path: Path, skip: int):
-        self._file = open(os.open(path, os.O_RDONLY | os.O_CREAT, 0o600), "rb", buffering=0)
-        self._rest, self._skip, self.dry = b"", skip, False
-
-    def read(self, over: bool) -> list[bytes]:
-        """The next lines, none if there are none yet; when the command is `over`, an unfinished one too."""
-        data = self._file.read(CHUNK)
-        self.dry = not data
-        lines = (self._rest + data).split(b"\n")
-        if max(map(len, lines)) > MAX_LINE:
-            lines = [piece for line in lines for piece in self.PIECE.findall(line) or [b""]]
-        self._rest = lines.pop()
-        if over and not data and self._rest:
-            lines, self._rest = [self._rest], b""
-        skipped, self._skip = self._skip, max(0, self._skip - len(lines))
-        return lines[skipped:]
+# ---------------------------------------------------------------- manage.py at work
 
 
-def start_thread(target: Callable[[], None]) -> None:
-    """Starts a thread, as soon as there is one to be had."""
-    while True:
-        with contextlib.suppress(RuntimeError):
-            return threading.Thread(target=target, daemon=True).start()
-        time.sleep(1)
+class ManageFailed(Problem):
+    """A manage.py did not end with exit status 0; the text says how it ended, and its complaint."""
 
 
-def signal_name(number: int) -> str:
-    """SIGKILL for 9; real-time signals have none."""
-    return next((each.name for each in signal.Signals if each == number), "of no name")
+class NotReached(Problem):
+    """A job has run to its end, but what it was to reach is not there; the text says what is."""
 
 
 def holders(path: Path) -> set[int]:
@@ -910,242 +2147,454 @@ def holders(path: Path) -> set[int]:
     return groups - {os.getpgrp()}
 
 
+def signal_name(number: int) -> str:
+    """SIGKILL for 9; real-time signals have none."""
+    return next((each.name for each in signal.Signals if each == number), "of no name")
+
+
 class Work:
-    """One job at work: what a recipe can do and say."""
+    """One job at work: runs one manage.py after another for it, each to its end.
 
-    def __init__(self, job: Job, settings: Settings, oni: OpenONI, store: JobStore):
-        self.job, self.oni, self.source = job, oni, settings.batch_source
-        self.payload, self.folder = functools.partial(store.payload, job), store.job_folder(job)
-        self.cancelled = threading.Event()
-        self._lock, self._log = store.run_lock, store.log(job)
-        self._outputs = {STDOUT: store.folder / "run.out", STDERR: store.folder / "run.err"}
+    manage.py runs in a session of its own, prints to files and inherits a locked file, so that it
+    outlives this agent, and the next one can tell that it is still at work, and wait for its end.
+    """
 
-    def __enter__(self) -> Work:
-        self._copied = self._log.open()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._log.close()
-
-    @property
-    def ran(self) -> bool:
-        """Whether a manage.py of this job may have changed something."""
-        return bool(self._copied)
+    def __init__(self, job: Job, store: JobStore, oni: OpenONI, stopping: threading.Event):
+        self.job = job
+        self.log = store.log(job)
+        self.input = store.input(job)
+        self.undoing = False  # a cancelled job is tidied up, which is not to be cancelled
+        self._oni = oni
+        self._lock = store.run_lock
+        self._stopping = stopping
 
     def note(self, text: str) -> None:
         """Says in the job's log what the agent does."""
-        self._log.write(NOTE, [text.replace("\n", " ").encode("utf-8", "replace")])
-
-    def state(self, name: str) -> BatchState:
-        """What ONI holds of a batch now. Raises ONIError."""
-        return batch_states(self.oni, self.source, name, within=PATIENT_SECONDS)[name]
-
-    def held(self, name: str) -> str:
-        """What ONI holds of a batch now, in words; or that nobody knows."""
-        try:
-            return str(self.state(name))
-        except ONIError as error:
-            return f"what ONI holds of the batch now is not known: {error}"
-
-    def stderr(self) -> Iterator[str]:
-        """The lines that the last manage.py has printed on stderr, but for empty ones."""
-        with open(self._outputs[STDERR], encoding="utf-8", errors="replace", newline="\n") as file:
-            yield from filter(None, map(str.rstrip, iter(functools.partial(file.readline, MAX_LINE), "")))
-
-    @property
-    def first_error(self) -> str:
-        """The first [ERROR] line of the last manage.py, if there is one."""
-        return next((line[8:] for line in self.stderr() if line.startswith("[ERROR] ")), "")
-
-    @property
-    def complaint(self) -> str:
-        """Its first [ERROR] line, else its last line on stderr."""
-        return self.first_error or (deque(self.stderr(), 1) or ["nothing"])[-1]
-
-    def manage(self, *words: str, batch: str = "") -> None:
-        """Runs manage.py with `words` to a good end, its output going to the job's log.
-
-        Its output goes to files and it inherits a locked file, so that it outlives this agent, and the next one can
-        tell and read on. Raises Cancelled, ONINotRun, or JobFailed, which says why and what ONI holds of `batch` now.
-        """
-        with open(self._lock, "a") as lock, contextlib.ExitStack() as files:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            out, err = (files.enter_context(open(path, "wb")) for path in self._outputs.values())
-            self._log.write(COMMAND, [shlex.join(["manage.py", *words]).encode()])
-            self.go_on()
-            process = self.oni.start(*words, stdout=out, stderr=err, pass_fds=[lock.fileno()])
-        self._copied = dict.fromkeys(self._outputs, 0)
-        self._follow(process)
-        self.go_on()
-        status = process.returncode
-        if status:
-            reason = (f"exit status {status}: {self.complaint}" if status > 0 else
-                      f"killed by signal {-status} ({signal_name(-status)})")
-            raise JobFailed(f"{reason}; {self.held(batch)}" if batch else reason)
+        self.log.note(text)
 
     def go_on(self) -> None:
         """Raises Cancelled if the job is to end."""
-        if self.cancelled.is_set():
+        if self.job.cancelled and not self.undoing:
             raise Cancelled
 
-    def resume(self) -> bool:
-        """Copies the rest of what an earlier agent's manage.py prints, until it ends; whether it was still at work."""
-        survivors = holders(self._lock)
+    def complaint(self) -> str:
+        """The first line that the newest manage.py has logged as an error, else its last."""
+        last = "nothing"
+        for last in self.log.complaints():
+            error = re.match(r"\[ERROR\] |ERROR:[\w.]+:", last)  # releases 1.1 and 1.0
+            if error:
+                return last[error.end() :]
+        return last
+
+    def manage(self, *words: str) -> None:
+        """Runs manage.py with `words`. Raises ManageFailed, CouldNotStart, Cancelled, Stopping."""
+        command = shlex.join(["manage.py", *words])
+        self._run(command, lambda **options: self._oni.start(*words, **options))
+
+    def task(self, name: str, *words: str) -> None:
+        """Runs a function of INSIDE_ONI in a manage.py of its own. Raises as manage does."""
+        command = shlex.join(["manage.py shell:", name, *words])
+        self._run(command, lambda **options: self._oni.start_task(name, *words, **options))
+
+    def _run(self, command: str, start: Callable[..., subprocess.Popen]) -> None:
+        def run() -> subprocess.Popen:
+            self.go_on()
+            self.log.path.parent.mkdir(mode=0o700, exist_ok=True)
+            with contextlib.ExitStack() as files:
+                lock = files.enter_context(open(self._lock, "a"))
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else EAGAIN
+                out, err = (
+                    files.enter_context(open_to_append(path)) for path in self.log.outputs.values()
+                )
+                sizes = self.log.sizes()
+                process = start(stdout=out, stderr=err, pass_fds=[lock.fileno()])
+                self.log.begin(command, sizes)
+                return process
+
+        process = patiently(run)
+        self._follow(process)
+        self.go_on()
+        status = process.returncode
+        if status < 0:
+            if self._stopping.wait(1):  # the signal may have come to the agent as well
+                raise Stopping
+            raise ManageFailed(f"killed by signal {-status} ({signal_name(-status)})")
+        if status:
+            raise ManageFailed(f"exit status {status}: {self.complaint()}")
+
+    def take_over(self) -> bool:
+        """Waits for the end of what an earlier agent has begun; whether it was still at work."""
+        survivors = patiently(lambda: holders(self._lock))
         if survivors:
-            log.warning("job=%d adopted=%s: its manage.py is still at work", self.job.id, survivors)
-        if survivors and not self.ran:  # somebody has deleted the log
-            self._log.write(COMMAND, [b"manage.py, begun by an earlier agent"])
-            self._copied = dict.fromkeys(self._outputs, 0)
-        if self.ran:
-            self._follow()
+            log.warning("job=%d adopted=%s: its manage.py is at work", self.job.id, survivors)
+            if not self.log.commands:  # somebody has deleted the log
+                self.log.begin("manage.py, begun by an earlier agent", self.log.sizes())
+        self._follow(None)
         return bool(survivors)
 
-    def _follow(self, process: subprocess.Popen | None = None) -> None:
-        """Copies what manage.py prints, until it and all that it left behind have ended; ends it if cancelled."""
-        tails = {kind: Tail(path, self._copied[kind]) for kind, path in self._outputs.items()}
-        signals, next_signal = itertools.chain([signal.SIGTERM], itertools.repeat(signal.SIGKILL)), 0.0
-        ended, lock = threading.Event(), open(self._lock, "a")
-
-        def wait() -> None:
-            if process:
-                process.wait()
-            with lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            ended.set()
-
-        start_thread(wait)
-        copied = over = full = False
-        while not over or not all(tail.dry for tail in tails.values()):
-            over = ended.wait(0 if copied else TICK)
-            full = full or not os.statvfs(self._log.path.parent).f_bavail
-            copied = False
-            for kind, tail in tails.items():
-                if lines := tail.read(over):
-                    self._log.write(kind, lines)
-                    copied = True
-            if self.cancelled.is_set() and not over and time.monotonic() > next_signal:
+    def _follow(self, process: subprocess.Popen | None) -> None:
+        """Waits until manage.py, and all that it left behind, have ended; ends it if cancelled."""
+        full = False
+        number = signal.SIGTERM
+        next_signal = 0.0
+        while not self._over(process):
+            self.log.look()
+            full = full or self._disk_is_full()
+            if self.job.cancelled and not self.undoing and time.monotonic() > next_signal:
+                self._signal_all(number)
+                number = signal.SIGKILL
                 next_signal = time.monotonic() + TERM_SECONDS
-                self._kill(next(signals))
+        self.log.look()
         if full:
-            self.note("the state folder was full meanwhile: lines that manage.py printed may be missing")
+            self.note(
+                "the state folder was full meanwhile: lines that manage.py printed may be missing"
+            )
 
-    def _kill(self, number: signal.Signals) -> None:
-        for group in holders(self._lock):
-            self.note(f"cancelled: {number.name} to process group {group}")
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(group, number)
+    def _signal_all(self, number: signal.Signals) -> None:
+        with contextlib.suppress(OSError):  # nobody can tell just now: the next time, then
+            for group in holders(self._lock):
+                self.note(f"cancelled: {number.name} to process group {group}")
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(group, number)
 
+    def _over(self, process: subprocess.Popen | None) -> bool:
+        """Whether nothing holds the lock any more; looks for a moment."""
+        try:
+            if process:
+                process.wait(TICK)
+            with open(self._lock, "a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except (subprocess.TimeoutExpired, OSError):  # held, or nobody can tell just now
+            if not process or process.returncode is not None:
+                time.sleep(TICK)
+            return False
 
-def load_batch(work: Work, name: str) -> None:
-    """ONI holds the whole batch. A part of it is purged first: load_batch would leave it as it is."""
-    state = work.state(name)
-    if state.complete:
-        return work.note(f"nothing to do: {state}")
-    check_batch(work.source / name)  # it may have gone since; then what ONI holds had better stay
-    if state.row:
-        work.note(f"{state}; purging that before the load")
-        work.manage("purge_batch", name, batch=name)
-    remove_leftover_link(work, state.link, work.source / name)
-    work.manage("load_batch", str(work.source / name), batch=name)
-    state = work.state(name)
-    if not state.complete:
-        raise JobFailed(f"{state}; load_batch ended with exit status 0, but said: {work.complaint}")
-    if work.first_error:  # the only trace of a page that was skipped
-        raise JobFailed(f"ONI holds all {state.issues} issues in batch.xml, with {state.pages} pages, but load_batch"
-                        f" said: {work.first_error}; pages may be missing")
-
-
-def remove_leftover_link(work: Work, link: Path, folder: Path) -> None:
-    """A link that a killed load of another copy has left would make load_batch load that copy again."""
-    if link.is_symlink() and os.path.realpath(link) != os.path.realpath(folder):
-        work.note(f"removing {link}, a leftover link to {os.readlink(link)}")
-        link.unlink()
-    elif link.exists() and not link.is_symlink():
-        raise JobFailed(f"{link} is a real folder or file, not a link, and load_batch cannot replace it: move it away")
+    def _disk_is_full(self) -> bool:
+        with contextlib.suppress(OSError):
+            return not os.statvfs(self.log.path.parent).f_bavail
+        return False
 
 
-def purge_batch(work: Work, name: str) -> None:
-    """ONI's database holds nothing of the batch."""
-    if not work.state(name).row:
-        return work.note("nothing to do: ONI holds nothing of the batch")
-    work.manage("purge_batch", name, batch=name)
-    state = work.state(name)
-    if state.row:
-        raise JobFailed(f"{state}; purge_batch ended with exit status 0, but said: {work.complaint}")
+def open_to_append(path: Path) -> BinaryIO:
+    """An output of manage.py; what an earlier one has left there ends with a whole line."""
+    file = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "ab", buffering=0)
+    size = file.tell()
+    if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
+        file.write(b"\n")
+    return file
 
 
-def load_title(work: Work) -> None:
-    """ONI holds the titles of a MARC file as the file has them. Where that fails, the file is kept."""
-    payload = work.payload()
-    work.folder.mkdir(mode=0o700, exist_ok=True)
-    (work.folder / "marc.xml").write_bytes(payload)
-    try:
-        work.manage("load_titles", str(work.folder))
-        missing = [lccn for lccn in marc_lccns(payload) if not work.oni.ask("title", lccn, within=PATIENT_SECONDS)]
-        if missing or not any(line.endswith("ERRORS: 0") for line in work.stderr()):
-            held = f"ONI has no title {', '.join(missing)}" if missing else "ONI has not stored every record"
-            raise JobFailed(f"{held}; load_titles ended with exit status 0, but said: {work.complaint}")
-    except (JobFailed, ONIError) as failure:
-        raise type(failure)(f"{failure}; the MARC record is kept in {work.folder}") from failure
-    shutil.rmtree(work.folder)
+# ---------------------------------------------------------------- kinds of job
 
 
-def batch_patch(work: Work, old: str, new: str) -> None:
-    """The batch `new` is the batch `old` without the issues that the payload names."""
-    if not work.state(old).row:
-        raise JobFailed("batch does not exist")
-    for progress in patch_batch_files(work.source / old, work.source / new, work.payload()):
-        work.go_on()
-        if progress:
-            work.note(progress)
-    work.note(f"{work.source / new} is whole")
+class Kind:
+    """What one kind of job is to reach. The command that accepts it, the worker that performs it,
+    the next agent that takes it over, retry and cancel ask these questions, and nothing else.
+
+    `bring` can be begun again from its first line at any time, and ends in the same place.
+    """
+
+    title = ""  # as answers name it
+    takes_input = False  # whether something comes on standard input
+    on_a_batch = False  # whether its first word is a batch whose loads and purges it is one of
+
+    def __init__(self, site: Site, *words: str):
+        self.site = site
+        self.words = words
+
+    def check(self, given: Path | None = None) -> None:
+        """Raises Problem unless it may be asked for, and all is there that it needs."""
+
+    def reached(self, within: float) -> bool:
+        """Whether there is nothing to do. Raises Problem if that is not known in time."""
+        return False
+
+    def bring(self, work: Work) -> None:
+        """Brings about what is to be reached. Raises Problem, Cancelled, Stopping."""
+
+    def verify(self, work: Work) -> None:
+        """Raises Problem, which says what there is instead, unless it is reached now."""
+
+    def undo(self, work: Work) -> None:
+        """After a cancel: takes back what was half done. Raises Problem."""
+
+    def held(self, work: Work) -> str:
+        """What there is now, in words, for the error of a job that has run and failed."""
+        return ""
 
 
-def undo(work: Work) -> str:
-    """What is left of a cancelled job goes, as far as ONI can tell; says what is there now."""
-    kind, *names = work.job.words
-    if kind not in ("load-batch", "purge-batch"):
-        return f"; the MARC record is kept in {work.folder}" if work.folder.exists() else ""
-    work.cancelled.clear()
-    try:
-        if kind == "load-batch" and work.ran and work.state(*names).row:
+class BatchKind(Kind):
+    """What loads and purges of a batch share."""
+
+    on_a_batch = True
+
+    def __init__(self, site: Site, name: str):
+        super().__init__(site, name)
+        self.name = name
+
+    def state(self, within: float = PATIENT_SECONDS) -> BatchState:
+        return self.site.batch(self.name, within)
+
+    def held(self, work: Work) -> str:
+        try:
+            return str(self.state())
+        except (Problem, OSError) as problem:
+            return f"what ONI holds of the batch now is not known: {problem}"
+
+
+class LoadBatch(BatchKind):
+    """ONI holds the whole batch, in its database and in its search index."""
+
+    title = "Load batch"
+
+    def check(self, given: Path | None = None) -> None:
+        folder = self.site.folder(self.name)
+        try:
+            in_time(lambda: check_listing(folder))
+        except Problem as problem:
+            there = in_time(folder.exists)
+            raise Problem(f"{problem}{'' if there else self.site.similar(self.name)}") from None
+        self.site.check_place(self.name)
+
+    def reached(self, within: float) -> bool:
+        return self.state(within).word == "complete"
+
+    def bring(self, work: Work) -> None:
+        state = self.state()
+        if state.word == "complete":
+            work.note(f"nothing to do: {state}")
+            return
+        if not state.rows_whole:
+            self._load(work, state)
+            state = self.state()
+        if state.lost:
+            work.note(f"{state}; indexing those again")
+            work.task("index_missing", self.name)
+
+    def _load(self, work: Work, state: BatchState) -> None:
+        """Loads from the start. load_batch would leave a part of a batch as it is."""
+        self._check_files(work)
+        if state.row:
+            work.note(f"{state}; purging that before the load")
+            work.manage("purge_batch", self.name)
+        elif state.documents:
+            work.note(f"{state}; deleting those before the load")
+            work.task("forget_documents", self.name)
+        self._remove_leftover_link(work)
+        work.manage("load_batch", str(self.site.folder(self.name)))
+
+    def _check_files(self, work: Work) -> None:
+        """Finds what would go wrong before hours of loading, and fetches titles that ONI lacks."""
+        told = time.monotonic()
+
+        def progress(done: int, issues: int) -> None:
+            nonlocal told
+            if time.monotonic() - told > PROGRESS_SECONDS:
+                told = time.monotonic()
+                work.note(f"checked the files of {done} of {issues} issues")
+
+        self.check()
+        found = self.site.check(self.name, progress, work.go_on)
+        for warning in found.warnings:
+            work.note(f"warning: {warning['file']}: {warning['warning']}")
+        for fault in found.faults:
+            work.note(f"fault: {fault['file']}: {fault['fault']}")
+        if found.faults:
+            raise Problem(f"{summary(found)}; ONI was left as it is")
+        for lccn, url in found.titles.items():
+            work.note(f"ONI lacks the title {lccn}; fetching it")
+            work.manage("load_titles", url)
+            if not self.site.oni.ask("title", lccn, within=PATIENT_SECONDS):
+                raise Problem(f"{url} did not give ONI the title {lccn}: {work.complaint()}")
+
+    def _remove_leftover_link(self, work: Work) -> None:
+        """One that a killed load of another copy has left would make ONI load that copy again."""
+        link = self.site.link(self.name)
+        folder = self.site.folder(self.name)
+        if link.is_symlink() and os.path.realpath(link) != os.path.realpath(folder):
+            work.note(f"removing {link}, a leftover link to {os.readlink(link)}")
+            link.unlink()
+
+    def verify(self, work: Work) -> None:
+        state = self.state()
+        if state.word != "complete":
+            said = ""
+            if work.log.commands:
+                said = f"; manage.py ended well, but said: {work.complaint()}"
+            raise NotReached(f"{state}{said}")
+
+    def undo(self, work: Work) -> None:
+        changing = ("manage.py load_batch", "manage.py purge_batch", "manage.py, begun")
+        changed = any(command.startswith(changing) for command in work.log.commands)
+        if changed and self.state().row:
             work.note("cancelled: purging what was loaded")
-            work.manage("purge_batch", *names, batch=names[0])
-    except (JobFailed, ONIError, OSError) as error:
-        return f"; {error}"
-    return f"; {work.held(*names)}"
+            work.manage("purge_batch", self.name)
 
 
-RECIPES: dict[str, Callable] = {"load-batch": load_batch, "purge-batch": purge_batch, "load-title": load_title,
-                                "batch-patch": batch_patch}
+def summary(found: Findings) -> str:
+    """The first faults of a batch in a sentence."""
+    first = "; ".join(f"{fault['file']}: {fault['fault']}" for fault in found.faults[:3])
+    more = f"; and {len(found.faults) - 3} more" if len(found.faults) > 3 else ""
+    return f"{faults_in(found)} in the batch's files: {first}{more}"
 
 
+def faults_in(found: Findings) -> str:
+    """`1 fault` or `2 faults`."""
+    return f"{len(found.faults)} fault{'' if len(found.faults) == 1 else 's'}"
+
+
+class PurgeBatch(BatchKind):
+    """ONI holds nothing of the batch, neither in its database nor in its search index."""
+
+    title = "Purge batch"
+
+    def check(self, given: Path | None = None) -> None:
+        self.site.folder(self.name)
+
+    def reached(self, within: float) -> bool:
+        return self.state(within).nothing_left
+
+    def bring(self, work: Work) -> None:
+        state = self.state()
+        failure = None
+        if state.nothing_left:
+            work.note(f"nothing to do: {state}")
+        if state.row:
+            try:
+                work.manage("purge_batch", self.name)
+            except ManageFailed as problem:
+                failure = problem
+            state = self.state()
+        if not state.row and state.documents:
+            work.note(f"{state}; deleting those")
+            work.task("forget_documents", self.name)
+        elif failure:
+            raise failure
+
+    def verify(self, work: Work) -> None:
+        state = self.state()
+        if not state.nothing_left:
+            said = f"; purge_batch said: {work.complaint()}" if work.log.commands else ""
+            raise NotReached(f"{state}{said}")
+
+
+class LoadTitle(Kind):
+    """ONI holds the titles of a MARC file as the file has them. Where that fails, it is kept."""
+
+    title = "load title"
+    takes_input = True
+
+    def check(self, given: Path | None = None) -> None:
+        with open(given, "rb") as file:
+            marc_lccns(file)
+
+    def bring(self, work: Work) -> None:
+        work.manage("load_titles", str(work.input.parent))
+
+    def verify(self, work: Work) -> None:
+        with open(work.input, "rb") as file:
+            lccns = marc_lccns(file)
+        ask = self.site.oni.ask
+        missing = [lccn for lccn in lccns if not ask("title", lccn, within=PATIENT_SECONDS)]
+        stored = any(line.endswith("ERRORS: 0") for line in work.log.complaints())
+        if missing or not stored:
+            held = "ONI has not stored every record"
+            if missing:
+                held = f"ONI has no title {', '.join(missing)}"
+            raise Problem(f"{held}; load_titles ended well, but said: {work.complaint()}")
+
+    def held(self, work: Work) -> str:
+        return f"the MARC record is kept in {work.input.parent}"
+
+
+class BatchPatch(Kind):
+    """The batch NEW in BATCH_SOURCE is the batch OLD without the issues that the input names."""
+
+    title = "batch patch"
+    takes_input = True
+
+    def __init__(self, site: Site, old: str, new: str):
+        super().__init__(site, old, new)
+        self.old = site.source / old
+        self.new = site.source / new
+
+    def _patch(self, given: Path) -> Patch:
+        return Patch(self.old, given.read_bytes())
+
+    def check(self, given: Path | None = None) -> None:
+        for name in self.words:
+            self.site.folder(name)
+        if in_time(lambda: os.path.lexists(self.new)):
+            raise Problem(f'"{self.new.name}" is in BATCH_SOURCE already')
+        self._check_old(given)
+
+    def _check_old(self, given: Path) -> None:
+        if not self.site.oni.ask("batch", self.old.name, False)["row"]:
+            raise Problem("batch does not exist")
+        in_time(lambda: check_listing(self.old))
+        in_time(lambda: self._patch(given))
+
+    def bring(self, work: Work) -> None:
+        self._check_old(work.input)
+        patch = self._patch(work.input)
+        if patch.is_made(self.new):
+            work.note(f"nothing to do: {self.new} is there already, and is what this patch makes")
+            return
+        patch.make(self.new, work.note, work.go_on)
+        work.note(f"{self.new} is whole")
+
+    def verify(self, work: Work) -> None:
+        if not self._patch(work.input).is_made(self.new):
+            raise Problem(f"{self.new} is not there")
+
+
+KINDS: dict[str, type[Kind]] = {
+    "load-batch": LoadBatch,
+    "purge-batch": PurgeBatch,
+    "load-title": LoadTitle,
+    "batch-patch": BatchPatch,
+}
 # ---------------------------------------------------------------- the queue
 
 
 class JobQueue:
     """The jobs in order, and the one thread that works on them."""
 
-    def __init__(self, store: JobStore, settings: Settings, oni: OpenONI, on_end: Callable[[Job], None],
-                 tell: Callable[[str], None]):
-        self._store, self._on_end, self._tell = store, on_end, tell
-        self._work_on = functools.partial(Work, settings=settings, oni=oni, store=store)
+    def __init__(
+        self,
+        store: JobStore,
+        site: Site,
+        on_end: Callable[[Job], None],
+        tell: Callable[[str], None],
+    ):
+        self._store = store
+        self._site = site
+        self._on_end = on_end
+        self._tell = tell  # takes a sentence on what is being done
         self._changed = threading.Condition()  # guards the jobs; re-entrant
+        self._stopping = threading.Event()
+        self._closed = False
+        self._at_work: Job | None = None
         self._jobs = {job.id: job for job in store.jobs()}
-        self._waiting: queue.Queue[int] = queue.Queue()
-        self._work: Work | None = None  # on the job at work
+        self._waiting: queue.Queue[Job] = queue.Queue()
         for job in self._jobs.values():
             if not job.finished:
-                self._waiting.put(job.id)
+                self._waiting.put(job)
 
     def start(self) -> None:
+        with self._changed:
+            self._announce()
         threading.Thread(target=self._run, name="worker", daemon=True).start()
 
     def stop(self) -> None:
-        """Takes note that the agent is stopped on purpose, which is no interruption that counts."""
-        if self._work and self._work.job.status == STARTED:
-            with contextlib.suppress(StoreError):
-                self._store.update(self._work.job, attempts=max(0, self._work.job.attempts - 1))
+        """From now on no end is recorded that the stop may have caused."""
+        self._stopping.set()
+
+    def close(self) -> None:
+        """From now on no job is accepted, since its answer might not be sent any more."""
+        with self._changed:
+            self._closed = True
 
     def jobs(self) -> list[Job]:
         """Every job, oldest first."""
@@ -1155,147 +2604,219 @@ class JobQueue:
     def get(self, id: int) -> Job | None:
         return self._jobs.get(id)
 
+    def kind(self, words: list[str]) -> Kind:
+        """What a job of these words is to reach."""
+        return KINDS[words[0]](self._site, *words[1:])
+
     def wait(self, job: Job, seconds: float) -> bool:
         """Waits for a job's end, so long at most; whether it has ended."""
         with self._changed:
             return self._changed.wait_for(lambda: job.finished, seconds)
 
-    def add(self, words: list[str], payload: bytes | None = None) -> Job:
-        """Accepts a job: it is on disk when this returns. Raises StoreError."""
-        with self._changed:
-            job = self._store.add(words, payload)
-            self._jobs[job.id] = job
-            self._waiting.put(job.id)
-            self._show(job, {})
-            return job
+    def add(self, words: list[str], given: BinaryIO | None = None) -> tuple[Job | None, bool]:
+        """A job, on disk when this returns, and whether it is new; None if there is nothing to do.
 
-    def add_once(self, words: list[str], redundant: Callable[[], bool]) -> tuple[Job | None, bool]:
-        """A job on a batch, and whether it is new; None where it is `redundant()` and none on the batch is unfinished.
-
-        The batch's last unfinished job is returned if it is the same, else the new one comes after it.
+        A batch's last unfinished job is returned if it is the same, else the new one comes after
+        it. Raises Problem.
         """
-        if not self._last_on(words[1]) and redundant() and not self._last_on(words[1]):
+        kind = self.kind(words)
+        kind.check(Path(given.name) if given else None)
+        if not self._last_on(kind) and kind.reached(ANSWER_SECONDS) and not self._last_on(kind):
             return None, False
         with self._changed:
-            last = self._last_on(words[1])
-            same = last and last.words == words and not last.cancelled
-            return (last, False) if same else (self.add(words), True)
+            if self._closed:
+                raise Problem("the agent is stopping; ask again in a moment")
+            last = self._last_on(kind)
+            if last and last.words == words and not last.cancelled:
+                return last, False
+            job = self._store.add(words, given)
+            self._jobs[job.id] = job
+            self._waiting.put(job)
+            self._announce()
+            return job, True
 
-    def _last_on(self, batch: str) -> Job | None:
-        return next((job for job in reversed(self.jobs()) if not job.finished
-                     and job.words[0] in ("load-batch", "purge-batch") and job.words[1] == batch), None)
+    def _last_on(self, kind: Kind) -> Job | None:
+        """The newest unfinished load or purge of the batch that a kind of job is on."""
+        for job in reversed(self.jobs()):
+            on_batch = KINDS[job.words[0]].on_a_batch and kind.on_a_batch
+            if on_batch and not job.finished and job.words[1] == kind.words[0]:
+                return job
+        return None
 
     def cancel(self, job: Job) -> bool:
-        """Sees to it that a job ends unsuccessful; False if it has ended already. Raises StoreError."""
+        """Sees to it that a job ends unsuccessful; False if it has ended already. Raises Scarce."""
         with self._changed:
-            if job.finished or job.cancelled:
-                return not job.finished
-            at_work = self._work and self._work.job is job
-            never = {} if at_work or job.status == STARTED else {
-                "error": "cancelled before it started", "ended": time.time_ns(), "status": FAILED}
-            self._store.update(job, cancelled=1, **never)
-            self._show(job, {"cancelled": 1, **never})
-            if at_work:
-                self._work.cancelled.set()
-        if never:
-            self._tell_of_end(job)
+            if job.finished:
+                return False
+            if job is self._at_work:
+                self._change(job, cancelled=1)
+                return True
+            self._change(
+                job,
+                cancelled=1,
+                status=FAILED,
+                error="cancelled before it started",
+                ended=time.time_ns(),
+            )
+        self._tell_of_end(job)
         return True
 
     def _run(self) -> None:
-        forgotten = 0.0
-        while True:
-            if time.monotonic() - forgotten > 3600:
-                forgotten = time.monotonic()
-                self._forget_old()
-            with contextlib.suppress(queue.Empty):
-                job = self._jobs[self._waiting.get(timeout=3600)]
-                with self._changed:
-                    self._work = None if job.finished else self._work_on(job)
-                if self._work:
-                    try:
-                        self._insist(job, functools.partial(self._perform, job, self._work))
-                    except Exception as fault:  # the queue goes on
-                        log.exception("job=%d could not be brought to its end", job.id)
-                        self._record(job, error=f"a fault of the agent: {fault!a}", ended=time.time_ns(), status=FAILED)
+        """The worker thread. The agent ends with it: else it would only seem to be at work."""
+        try:
+            forgotten = -3600.0
+            while True:
+                if time.monotonic() - forgotten > 3600:
+                    forgotten = time.monotonic()
+                    self._forget_old()
+                with contextlib.suppress(queue.Empty):
+                    job = self._waiting.get(timeout=3600)
+                    with self._changed:
+                        self._at_work = None if job.finished else job
+                    if self._at_work:
+                        self._perform(job)
+        except Stopping:
+            log.info("what manage.py had begun is taken up by the next agent")
+        except BaseException:
+            log.critical("the worker cannot go on, and the agent ends", exc_info=True)
+            logging.shutdown()
+            os._exit(70)
 
-    def _perform(self, job: Job, work: Work) -> None:
-        """Brings a job to its end, whatever happens."""
-        with work:
-            if job.cancelled:
-                work.cancelled.set()
-            self._begin(job, work)
-            status, error = FAILED, ""
-            try:
-                if job.attempts > MAX_ATTEMPTS:
-                    raise JobFailed(f"given up: {MAX_ATTEMPTS} times the agent and manage.py were gone before its end")
-                work.go_on()
-                RECIPES[job.words[0]](work, *job.words[1:])
-                work.go_on()
-                status = SUCCESSFUL
-            except Cancelled:
-                error = f"cancelled{undo(work)}"
-            except ONIError as problem:
-                status = COULD_NOT_START if isinstance(problem, ONINotRun) and not work.ran else FAILED
-                error = f"{problem}; {work.held(job.words[1])}" if work.ran and job.words[1:] else str(problem)
-            except (JobFailed, BatchError, StoreError, OSError) as problem:
-                error = str(problem)
-            except Exception as problem:
-                log.exception("job=%d stumbled over a fault of the agent", job.id)
-                error = f"a fault of the agent, see its log: {problem!r}"
-        error = error.encode("utf-8", "replace").decode()  # it may tell of a file whose name is no text
-        self._record(job, error=error, ended=time.time_ns(), status=status)  # status last: it is what others look at
+    def _perform(self, job: Job) -> None:
+        """Brings a job to its end, whatever happens, but for the agent's own end."""
+        work = Work(job, self._store, self._site.oni, self._stopping)
+        patiently(work.log.open)
+        try:
+            kind = self.kind(job.words)
+            status, error = self._outcome(job, kind, work)
+            if not self._end(job, status, error):  # cancelled at the last moment
+                self._end(job, FAILED, self._undo(kind, work))
+        except Stopping:
+            raise
+        except Exception as fault:
+            log.exception("job=%d stumbled over a fault of the agent", job.id)
+            self._end(job, FAILED, f"a fault of the agent, see its log: {fault!r}")
+        finally:
+            work.log.close()
         self._tell_of_end(job)
 
-    def _tell_of_end(self, job: Job) -> None:
-        log.log(logging.INFO if job.status == SUCCESSFUL else logging.WARNING, "job=%d command=%r status=%r error=%r",
-                job.id, shlex.join(job.words), job.status, job.error)
-        self._on_end(job)
-
-    def _begin(self, job: Job, work: Work) -> None:
-        """Marks a job as started; one that an earlier agent left started is carried on, or begun again."""
-        if job.status == STARTED:
-            if work.resume():
-                return self._record(job, attempts=max(1, job.attempts))  # a stop on purpose has taken it back
-            log.warning("job=%d was interrupted; it begins again", job.id)
-            work.note("interrupted: the agent went, and manage.py is no longer at work; it begins again")
-            self._record(job, status=PENDING)
-        log.info("job=%d command=%r begins", job.id, shlex.join(job.words))
-        self._record(job, status=STARTED, started=job.started or time.time_ns(), attempts=job.attempts + 1)
-
-    def _record(self, job: Job, **changes) -> None:
-        """Changes a job on disk, then for all to see; waits for a disk that refuses."""
-        self._insist(job, functools.partial(self._store.update, job, **changes))
-        self._show(job, changes)
+    def _outcome(self, job: Job, kind: Kind, work: Work) -> tuple[str, str]:
+        """Performs a job, or takes it over; the status it is to get, and its error."""
+        try:
+            if job.status != STARTED or not self._taken_over(job, kind, work):
+                self._begin(job)
+                while_scarce(lambda: self._bring(kind, work))
+            while_scarce(lambda: self._verify(kind, work))
+            return SUCCESSFUL, ""
+        except Cancelled:
+            return FAILED, self._undo(kind, work)
+        except NotReached as problem:
+            return FAILED, str(problem)
+        except (Problem, OSError) as problem:
+            never_ran = isinstance(problem, CouldNotStart) and not work.log.commands
+            status = COULD_NOT_START if never_ran else FAILED
+            return status, self._with_remains(problem, kind, work)
 
     @staticmethod
-    def _insist(job: Job, action: Callable[[], None]) -> None:
-        """Does what a full disk may refuse, until it does not; a job can be begun again at any point."""
-        for attempt in itertools.count():
-            try:
-                return action()
-            except (StoreError, OSError) as error:
-                if not attempt:
-                    log.error("job=%d cannot go on: %s; trying again every second", job.id, error)
-                time.sleep(1)
+    def _bring(kind: Kind, work: Work) -> None:
+        work.go_on()
+        kind.bring(work)
 
-    def _show(self, job: Job, changes: dict) -> None:
+    @staticmethod
+    def _verify(kind: Kind, work: Work) -> None:
+        work.go_on()
+        kind.verify(work)
+
+    @staticmethod
+    def _with_remains(problem: Exception, kind: Kind, work: Work) -> str:
+        """What went wrong and, where something has run, what there is now."""
+        held = kind.held(work) if work.log.commands or not kind.on_a_batch else ""
+        return f"{problem}; {held}" if held else str(problem)
+
+    def _taken_over(self, job: Job, kind: Kind, work: Work) -> bool:
+        """Whether a job that an earlier agent has begun has reached, without us, what it is to.
+
+        If it was interrupted it is to begin again. Raises Problem at the last interruption.
+        """
+        survived = work.take_over()
+        work.go_on()
+        if while_scarce(lambda: kind.reached(PATIENT_SECONDS)):
+            return True
+        if survived:
+            return False
+        log.warning("job=%d was interrupted", job.id)
+        work.note("interrupted: the agent went, and manage.py is no longer at work")
+        if job.attempts >= MAX_ATTEMPTS:
+            raise Problem(
+                f"given up: {MAX_ATTEMPTS} times the agent and manage.py were gone before its end"
+            )
+        return False
+
+    def _begin(self, job: Job) -> None:
+        log.info("job=%d command=%r begins", job.id, shlex.join(job.words))
+        started = job.started or time.time_ns()
+        patiently(
+            lambda: self._change(job, status=STARTED, started=started, attempts=job.attempts + 1)
+        )
+
+    def _undo(self, kind: Kind, work: Work) -> str:
+        """Takes back what a cancelled job has half done; its error, which says what is there."""
+        work.undoing = True
+        try:
+            while_scarce(lambda: kind.undo(work))
+        except (Problem, OSError) as problem:
+            return f"cancelled; {problem}"
+        held = kind.held(work)
+        return f"cancelled; {held}" if held else "cancelled"
+
+    def _end(self, job: Job, status: str, error: str) -> bool:
+        """Records a job's end; False if it was successful, but is to be cancelled."""
+        error = error.encode("utf-8", "replace").decode()  # a file's name in it may be no text
+
+        def end() -> bool:
+            with self._changed:
+                if self._stopping.is_set() and status != SUCCESSFUL:
+                    raise Stopping
+                if job.cancelled and status == SUCCESSFUL:
+                    return False
+                self._change(job, status=status, error=error, ended=time.time_ns())
+                return True
+
+        return patiently(end)
+
+    def _tell_of_end(self, job: Job) -> None:
+        level = logging.INFO if job.status == SUCCESSFUL else logging.WARNING
+        words = shlex.join(job.words)
+        log.log(level, "job=%d command=%r status=%r error=%r", job.id, words, job.status, job.error)
+        self._on_end(job)
+
+    def _change(self, job: Job, **changes) -> None:
+        """Changes a job on disk, then for all to see. Raises Scarce."""
+        self._store.update(job, **changes)
         with self._changed:
             for name, value in changes.items():
                 setattr(job, name, value)
             self._changed.notify_all()
-            waiting = sum(each.status == PENDING for each in self._jobs.values())
-            at_work = next((f"{shlex.join(each.words)} (job {each.id})" for each in self._jobs.values()
-                            if each.status == STARTED), "nothing")
+            self._announce()
+
+    def _announce(self) -> None:
+        jobs = self._jobs.values()
+        waiting = sum(job.status == PENDING for job in jobs)
+        at_work = "nothing"
+        for job in jobs:
+            if job.status == STARTED:
+                at_work = f"{shlex.join(job.words)} (job {job.id})"
         self._tell(f"at work: {at_work}; waiting: {waiting}")
 
     def _forget_old(self) -> None:
         horizon = time.time_ns() - KEEP_DAYS * 86400 * 10**9
         finished = sorted((job for job in self.jobs() if job.finished), key=lambda job: job.ended)
-        for job in (job for job in finished[:-KEEP_JOBS] if job.ended < horizon):
-            with contextlib.suppress(StoreError, OSError):  # the next time, then
-                self._store.remove(job)
-                with self._changed:
-                    del self._jobs[job.id]
+        for job in finished[:-KEEP_JOBS]:
+            if job.ended < horizon:
+                with contextlib.suppress(Problem, OSError):  # the next time, then
+                    self._store.remove(job)
+                    with self._changed:
+                        del self._jobs[job.id]
 
 
 # ---------------------------------------------------------------- commands
@@ -1310,105 +2831,132 @@ class Refused(Exception):
 
 
 class ClientGone(Exception):
-    """The client went away before its request was whole: there is nobody to answer and nothing to do."""
-
-
-@dataclass
-class Answer:
-    """What a request is answered: one JSON object or, where a person watches, text as it comes."""
-
-    keys: dict
-    text: Iterator[str] | None = None
-    job: Job | None = None  # whose success the exit status tells; else it is 0, error or not, as NCA needs it
+    """The client has gone away: there is nobody to answer, and nothing more to do for it."""
 
 
 @dataclass
 class Agent:
-    """What commands work on; in a request's own copy also its words and the way to its standard input."""
+    """What commands work on."""
 
     settings: Settings
-    oni: OpenONI
+    site: Site
     store: JobStore
     queue: JobQueue
-    words: list[str] = field(default_factory=list)
-    payload: Callable[[], bytes] = bytes
-    present: Callable[[], None] = lambda: None  # raises ClientGone if it is
+    started: float = field(default_factory=time.monotonic)
 
-    def state(self, name: str) -> BatchState:
-        """What ONI holds of a batch now. Raises ONIError."""
-        return batch_states(self.oni, self.settings.batch_source, name)[name]
 
-    def folder(self, name: str) -> Path:
-        """Where the batch `name` lies, or would. Raises BatchError unless it is a batch's name."""
-        if not BATCH_NAME.fullmatch(name):
-            raise BatchError(f'"{name}" is not a batch name: Open ONI takes batch_AWARDEE_NAME_verNN')
-        return self.settings.batch_source / name
+@dataclass
+class Request:
+    """One command, and what its client is asked for."""
+
+    agent: Agent
+    words: list[str]
+    read_input: Callable[[BinaryIO, int], None]  # copies standard input, at most so many bytes
+    check_client: Callable[[], None]  # raises ClientGone
 
     def job(self, id: str) -> Job:
         """The job that a command names. Raises Refused."""
         if not re.fullmatch(r"[+-]?\d{1,19}", id, re.ASCII) or not 0 < abs(int(id)) < 2**63:
             raise Refused(f'"{id}" is not a valid job id')
-        job = Job(-1, ["no-op"], time.time_ns(), SUCCESSFUL) if int(id) == -1 else self.queue.get(int(id))
+        if int(id) == -1:
+            return Job(-1, ["no-op"], time.time_ns(), SUCCESSFUL)
+        job = self.agent.queue.get(int(id))
         if not job:
             raise Refused("Job not found", job={"id": int(id)})
         return job
+
+    def submit(self, refusal: str, limit: int = MAX_PAYLOAD) -> dict:
+        """Makes a job of the request, with its standard input. Raises Refused with `refusal`."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(refusing(refusal))
+            given = None
+            if KINDS[self.words[0]].takes_input:
+                given = stack.enter_context(self.agent.store.new_input())
+                self.read_input(given, limit)
+            return accepted(*self.agent.queue.add(self.words, given))
+
+
+@dataclass
+class Answer:
+    """What a request is answered: an object, or the lines of a job's log as they come."""
+
+    keys: dict
+    lines: Iterator[list[str]] | None = None
+    job: Job | None = None  # whose success the exit status tells
+    faulty: bool = False  # whether it tells of faults; else it is 0, error or not, as NCA needs it
+
+    @property
+    def exit_status(self) -> int:
+        failed = self.job is not None and self.job.status != SUCCESSFUL
+        return int(failed or self.faulty)
 
 
 COMMANDS: dict[str, Callable] = {}
 
 
-def command(arguments: str = "", wrong: str = "") -> Callable:
-    """Enters a function cmd_… in COMMANDS; `wrong` is the answer to a wrong number of arguments."""
+def command(arguments: str = "", wrong: str = "", example: str = "") -> Callable:
+    """Enters a function cmd_… in COMMANDS; `wrong` answers a wrong number of arguments."""
+
     def enter(function: Callable) -> Callable:
         name = function.__name__[4:].replace("_", "-")
-        function.usage, function.wrong = f"{name} {arguments}".rstrip(), wrong or f'"{name}" takes no arguments'
+        function.usage = f"{name} {arguments}".rstrip()
+        function.wrong = wrong or f'"{name}" takes no arguments'
+        function.example = f"ssh -p 2222 nobody@localhost {example or name}"
         COMMANDS[name] = function
         return function
+
     return enter
 
 
-def answer(agent: Agent, line: bytes) -> Answer:
-    """Answers one command line. Raises ClientGone and nothing else."""
+def answer(agent: Agent, words: list[str], read_input: Callable, check_client: Callable) -> Answer:
+    """Answers one command. Raises ClientGone and nothing else."""
     try:
-        words = split_words(line)
         if not words:
             raise Refused("no command specified")
-        if words[0] not in COMMANDS:
-            raise Refused(f'"{words[0]}" is not a valid command name', error=f"see help{nearly(words[0], COMMANDS)}")
-        function = COMMANDS[words[0]]
+        function = COMMANDS.get(words[0])
+        if not function:
+            hint = f"see help{nearly(words[0], COMMANDS)}"
+            raise Refused(f'"{words[0]}" is not a valid command name', error=hint)
+        request = Request(agent, words, read_input, check_client)
         try:
-            inspect.signature(function).bind(agent, *words[1:])
+            inspect.signature(function).bind(request, *words[1:])
         except TypeError:
             raise Refused(function.wrong, error=f"usage: {function.usage}") from None
-        reply = function(dataclasses.replace(agent, words=words), *words[1:])
+        reply = function(request, *words[1:])
         return reply if isinstance(reply, Answer) else Answer({"status": "success", **reply})
     except Refused as refusal:
         return Answer(refusal.keys)
-    except StoreError as error:
-        return Answer(Refused("The agent cannot use its state folder", error=str(error)).keys)
+    except (Problem, OSError) as problem:
+        return Answer(Refused("The agent cannot do this just now", error=str(problem)).keys)
     except ClientGone:
         raise
-    except Exception as error:
+    except Exception as fault:
         log.exception("a command stumbled over a fault of the agent")
-        return Answer(Refused("A fault of the agent; its log says more", error=repr(error)).keys)
+        return Answer(Refused("A fault of the agent; its log says more", error=repr(fault)).keys)
 
 
-GO_WORD = r'"(?:[^"\\\x00-\x1f\x7f]|\\(?:[abfnrtv\\"]|x[0-9a-f]{2}|u[0-9a-f]{4}|U00(?:0[0-9a-f]|10)[0-9a-f]{4}))*"'
+GO_WORD = (
+    r'"(?:[^"\\\x00-\x1f\x7f]'
+    r'|\\(?:[abfnrtv\\"]|x[0-9a-f]{2}|u[0-9a-f]{4}|U00(?:0[0-9a-f]|10)[0-9a-f]{4}))*"'
+)
 GO_LINE = re.compile(rf"\s*{GO_WORD}(?:\s+{GO_WORD})*\s*", re.ASCII)
 
 
 def split_words(line: bytes) -> list[str]:
     """The words of a command line. Raises Refused.
 
-    A line all of whose words are in double quotes is Go's (NCA quotes with %q, whose escapes are those of Python's
-    literals); any other is split as a POSIX shell does.
+    A line all of whose words are in double quotes is Go's (NCA quotes with %q, whose escapes are
+    those of Python's literals); any other is split as a POSIX shell does.
     """
     if len(line) > MAX_COMMAND:
-        raise Refused("the command line is too long", error=f"it has {len(line)} bytes; {MAX_COMMAND} are allowed")
+        size = f"it has {len(line)} bytes; {MAX_COMMAND} are allowed"
+        raise Refused("the command line is too long", error=size)
     try:
         text = line.decode()
-        words = ([ast.literal_eval(word) for word in re.findall(GO_WORD, text)] if GO_LINE.fullmatch(text)
-                 else shlex.split(text))
+        if GO_LINE.fullmatch(text):
+            words = [ast.literal_eval(word) for word in re.findall(GO_WORD, text)]
+        else:
+            words = shlex.split(text)
         "".join(words).encode()  # lone surrogates are no text, and no answer could hold them
         return words
     except UnicodeError:
@@ -1418,258 +2966,628 @@ def split_words(line: bytes) -> list[str]:
 
 
 @contextlib.contextmanager
-def refused(message: str, **keys) -> Iterator[None]:
+def refusing(message: str, **keys) -> Iterator[None]:
     """What is wrong with a request, or with Open ONI just now, becomes an error answer."""
     try:
         yield
-    except (BatchError, ONIError, ValueError, OSError) as error:
-        raise Refused(message, error=str(error), **keys) from error
+    except (Problem, OSError) as problem:
+        raise Refused(message, error=str(problem), **keys) from problem
 
 
-def nearly(name: str, names: Iterable[str]) -> str:
-    """A question that suggests what a wrong name may be meant to be."""
-    meant = difflib.get_close_matches(name, list(names), 1)
-    return f'; did you mean "{meant[0]}"?' if meant else ""
-
-
-def accepted(job: Job | None, new: bool = True, **keys) -> dict:
+def accepted(job: Job | None, new: bool) -> dict:
     """The answer to a request that has become a job, was one already, or needs none."""
     if not job:
         return {"message": "No-op: job is redundant or already completed", "job": {"id": -1}}
-    return {"message": "Job added to queue" if new else "Job already in queue", "job": {"id": job.id}, **keys}
+    message = "Job added to queue" if new else "Job already in queue"
+    return {"message": message, "job": {"id": job.id}}
 
 
 def job_object(job: Job) -> dict:
     """A job as answers show it."""
-    shown = {"id": job.id, "name": JOB_NAMES[job.words[0]], "queued": timestamp(job.queued), "status": job.status}
+    kind = KINDS.get(job.words[0])
+    shown = {
+        "id": job.id,
+        "name": kind.title if kind else "No-op job",
+        "queued": timestamp(job.queued),
+        "status": job.status,
+    }
     if job.error:
         shown["error"] = job.error
     if job.id > 0:
-        shown.update(words=job.words, attempts=job.attempts)
+        shown["words"] = job.words
+        shown["attempts"] = job.attempts
     if job.started:
         took = (job.ended or time.time_ns()) - job.started
-        shown.update(started=timestamp(job.started), seconds=took // 10**6 / 1000)
-    return {**shown, "ended": timestamp(job.ended)} if job.ended else shown
+        shown["started"] = timestamp(job.started)
+        shown["seconds"] = took // 10**6 / 1000
+    if job.ended:
+        shown["ended"] = timestamp(job.ended)
+    return shown
 
 
-def batch_object(state: BatchState, folder: Path) -> dict:
-    """A batch as answers show it."""
-    return {"name": folder.name, "on_disk": os.path.isdir(folder), "state": state.word, "issues": state.issues,
-            "pages": state.pages, "issues_in_batch_xml": state.expected, "loaded": state.loaded}
+def batch_object(state: BatchState) -> dict:
+    """A batch as answers show it; null is what was not looked at, or could not be."""
+    return {
+        "name": state.name,
+        "on_disk": state.on_disk,
+        "state": state.word,
+        "issues": state.issues,
+        "pages": state.pages,
+        "issues_in_batch_xml": state.files and state.files.issues,
+        "pages_in_mets": state.files and state.files.pages,
+        "pages_in_solr": state.documents,
+        "loaded": state.loaded,
+    }
 
 
 @command()
-def cmd_version(agent: Agent) -> dict:
+def cmd_version(request: Request) -> dict:
     """Says which version of the agent is running."""
     return {"version": VERSION}
 
 
-@command()
-def cmd_help(agent: Agent) -> dict:
-    """Lists the commands."""
-    return {"commands": [{"usage": function.usage, "help": inspect.getdoc(function)} for function in COMMANDS.values()]}
+@command("[COMMAND]", '"help" takes at most one command', "help load-batch")
+def cmd_help(request: Request, name: str = "") -> dict:
+    """Lists the commands, or tells of one."""
+    if name and name not in COMMANDS:
+        raise Refused(f'"{name}" is not a valid command name', error=nearly(name, COMMANDS)[2:])
+    functions = [COMMANDS[name]] if name else COMMANDS.values()
+    shown = []
+    for function in functions:
+        shown.append({"usage": function.usage, "help": inspect.getdoc(function)})
+        if name:
+            shown[0]["example"] = function.example
+    return {"commands": shown}
 
 
-@command("BATCH", '"load-batch" requires exactly one batch name')
-def cmd_load_batch(agent: Agent, name: str) -> dict:
+ONE_BATCH = "requires exactly one batch name"
+EXAMPLE = "batch_oru_alpha_ver01"
+
+
+@command("BATCH", f'"load-batch" {ONE_BATCH}', f"load-batch {EXAMPLE}")
+def cmd_load_batch(request: Request, name: str) -> dict:
     """Loads a batch from BATCH_SOURCE into Open ONI, as a job."""
-    with refused(f'"{name}" cannot be loaded'):
-        folder = agent.folder(name)
-        try:
-            check_batch(folder)
-        except BatchError as error:
-            there = [] if folder.exists() else filter(BATCH_NAME.fullmatch, os.listdir(agent.settings.batch_source))
-            raise BatchError(f"{error}{nearly(name, there)}") from error
-        return accepted(*agent.queue.add_once(agent.words, lambda: agent.state(name).complete))
+    return request.submit(f'"{name}" cannot be loaded')
 
 
-@command("BATCH", '"purge-batch" requires exactly one batch name')
-def cmd_purge_batch(agent: Agent, name: str) -> dict:
+@command("BATCH", f'"purge-batch" {ONE_BATCH}', f"purge-batch {EXAMPLE}")
+def cmd_purge_batch(request: Request, name: str) -> dict:
     """Removes a batch from Open ONI, as a job; its files stay."""
-    with refused(f'"{name}" cannot be purged'):
-        agent.folder(name)
-        return accepted(*agent.queue.add_once(agent.words, lambda: not agent.state(name).row))
+    return request.submit(f'"{name}" cannot be purged')
 
 
-@command("< MARC.xml", '"load-title" takes no arguments; the MARC XML comes on standard input')
-def cmd_load_title(agent: Agent) -> dict:
+@command(
+    "< MARC.xml",
+    '"load-title" takes no arguments; the MARC XML comes on standard input',
+    "load-title < marc.xml",
+)
+def cmd_load_title(request: Request) -> dict:
     """Loads or updates titles from MARC XML on standard input, as a job."""
-    with refused("Invalid data"):
-        payload = agent.payload()
-        marc_lccns(payload)
-    return accepted(agent.queue.add(agent.words, payload))
+    return request.submit("Invalid data")
 
 
-@command("CODE [NAME]", '"ensure-awardee" requires one or two arguments: an awardee code and, to create it, a name')
-def cmd_ensure_awardee(agent: Agent, code: str, name: str = "") -> dict:
+@command(
+    "CODE [NAME]",
+    '"ensure-awardee" requires one or two arguments: an awardee code and, to create it, a name',
+    "ensure-awardee oru \"'University of Oregon'\"",
+)
+def cmd_ensure_awardee(request: Request, code: str, name: str = "") -> dict:
     """Makes sure that Open ONI has an awardee, at once and without a job."""
-    with refused("Unable to create awardee", org_code=code, name=name):
+    with refusing("Unable to create awardee", org_code=code, name=name):
         if not 0 < len(code) <= 50 or len(name) > 100:
-            raise ValueError("an awardee code has 1 to 50 characters, a name at most 100")
-        row = agent.oni.ask("awardee", code, name)
+            raise Problem("an awardee code has 1 to 50 characters, a name at most 100")
+        row = request.agent.site.oni.ask("awardee", code, name)
         if not row:
-            raise ValueError("awardee name must be given to auto-create awardees")
+            raise Problem("awardee name must be given to auto-create awardees")
         if row[0] != code:
-            raise ValueError(f'Open ONI has the awardee "{row[0]}", and its database takes the two codes for one')
+            raise Problem(
+                f'Open ONI has the awardee "{row[0]}", and its database takes the two codes for one'
+            )
     return {"message": "Awardee created" if row[1] else "Awardee already exists"}
 
 
-@command("OLD NEW < INSTRUCTIONS", '"batch-patch" requires exactly two batch names')
-def cmd_batch_patch(agent: Agent, old: str, new: str) -> dict:
-    """Makes a batch NEW from OLD, without the issues of the lines `RemoveIssue LCCN/YYYYMMDDEE`, as a job."""
-    with refused(f'"{old}" cannot be modified'):
-        payload = agent.payload()  # before any refusal: a program that cannot send it all may not read the answer
-        if os.path.lexists(agent.folder(new)):
-            raise BatchError(f'"{new}" is in BATCH_SOURCE already')
-        agent.folder(old)
-        if not agent.state(old).row:
-            raise BatchError("batch does not exist")
-        check_batch(agent.folder(old))
-        read_patch(agent.folder(old), payload)
-    return accepted(agent.queue.add(agent.words, payload))
+@command(
+    "OLD NEW < INSTRUCTIONS",
+    '"batch-patch" requires exactly two batch names',
+    "batch-patch batch_oru_alpha_ver01 batch_oru_alpha_ver02 < instructions.txt",
+)
+def cmd_batch_patch(request: Request, old: str, new: str) -> dict:
+    """Makes a batch NEW from OLD, without the issues of the lines `RemoveIssue LCCN/YYYYMMDDEE`."""
+    return request.submit(f'"{old}" cannot be modified', MAX_INSTRUCTIONS)
 
 
-@command("[STATUS]", '"list-jobs" takes at most one argument, a status')
-def cmd_list_jobs(agent: Agent, status: str = "") -> dict:
-    """Lists all jobs, oldest first; or those that are pending, started, "couldn't start", successful or failed."""
+@command("[STATUS]", '"list-jobs" takes at most one argument, a status', "list-jobs failed")
+def cmd_list_jobs(request: Request, status: str = "") -> dict:
+    """Lists all jobs, oldest first; or those that are pending, started, successful, failed, …"""
     if status and status not in STATUS_MESSAGES:
-        raise Refused(f'"{status}" is not a job status', error=f"there are {', '.join(STATUS_MESSAGES)}")
-    return {"jobs": [job_object(job) for job in agent.queue.jobs() if status in ("", job.status)]}
+        known = ", ".join(STATUS_MESSAGES)
+        raise Refused(f'"{status}" is not a job status', error=f"there are {known}")
+    jobs = request.agent.queue.jobs()
+    return {"jobs": [job_object(job) for job in jobs if status in ("", job.status)]}
 
 
-@functools.lru_cache(maxsize=1)
-def load_progress(oni: OpenONI, source: Path, name: str, moment: int) -> dict:
-    """How many issues of a batch ONI holds, asked once for each `moment`; nothing if ONI does not say."""
-    with contextlib.suppress(ONIError):
-        state = batch_states(oni, source, name, within=2)[name]
-        return {"issues_loaded": state.issues, "issues": state.expected}
-    return {}
+@command("ID", "You must supply a job ID", "job-status 7")
+def cmd_job_status(request: Request, id: str) -> dict:
+    """Says what has become of a job: its place in the queue, or how far a running load is."""
+    job = request.job(id)
+    return {"message": STATUS_MESSAGES[job.status], "job": job_with_place(request.agent, job)}
 
 
-@command("ID", "You must supply a job ID")
-def cmd_job_status(agent: Agent, id: str) -> dict:
-    """Says what has become of a job: for a pending one its place in the queue, for a running load how far it is."""
-    job, more = agent.job(id), {}
+def job_with_place(agent: Agent, job: Job) -> dict:
+    """A job as answers show it, with its place in the queue, or how far it is."""
+    shown = job_object(job)
     if job.status == PENDING:
-        more = {"place": sum(not each.finished and each.id <= job.id for each in agent.queue.jobs())}
+        waiting = [each for each in agent.queue.jobs() if not each.finished]
+        shown["place"] = sum(each.id <= job.id for each in waiting)
     elif job.status == STARTED and job.words[0] == "load-batch":
-        more = load_progress(agent.oni, agent.settings.batch_source, job.words[1], int(time.monotonic() / 5))
-    return {"message": STATUS_MESSAGES[job.status], "job": {**job_object(job), **more}}
+        shown.update(agent.site.progress(job.words[1]))
+    return shown
 
 
-@command("ID", "You must supply a job ID")
-def cmd_job_wait(agent: Agent, id: str) -> Answer:
-    """Answers as job-status when the job has ended; the exit status is 1 if it was not successful."""
-    job = agent.job(id)
+@command("ID", "You must supply a job ID", "job-wait 7")
+def cmd_job_wait(request: Request, id: str) -> Answer:
+    """Answers as job-status when the job has ended; the exit status is 1 if it was unsuccessful."""
+    job = request.job(id)
     while not job.finished:
-        agent.queue.wait(job, 1)
-        agent.present()
-    return Answer({"status": "success", **cmd_job_status(agent, id)}, job=job)
+        request.agent.queue.wait(job, 1)
+        request.check_client()
+    return Answer({"status": "success", **cmd_job_status(request, id)}, job=job)
 
 
-@command("ID", "You must supply a job ID")
-def cmd_job_follow(agent: Agent, id: str) -> Answer:
-    """Shows a job's log as plain text as it comes, until the job ends; then the exit status is as job-wait's."""
-    job = agent.job(id)
+@command("ID", "You must supply a job ID", "job-follow 7")
+def cmd_job_follow(request: Request, id: str) -> Answer:
+    """Shows a job's log as it comes, until the job ends; then the exit status is as job-wait's."""
+    job = request.job(id)
+    reader = LogReader(request.agent.store.log(job), STDOUT, STDERR, NOTE)
 
-    def text() -> Iterator[str]:
-        end, over = 0, False
+    def lines() -> Iterator[list[str]]:
+        over = False
         while not over:
-            over = agent.queue.wait(job, 0.2)
-            agent.present()
-            for lines, read in agent.store.log(job).read(STDOUT, STDERR, NOTE, start=end):
-                yield "".join(f"{line}\n" for line in lines)
-                end = read
+            over = request.agent.queue.wait(job, 0.2)
+            request.check_client()
+            yield from reader.read(over)
 
-    return Answer({}, text=text(), job=job)
+    return Answer({}, lines(), job)
 
 
-@command("ID [LINES]", "You must supply a job ID")
-def cmd_job_logs(agent: Agent, id: str, count: str | None = None) -> dict:
-    """Shows what a job has printed so far, or the last LINES of it, each line with its time in UTC."""
-    job = agent.job(id)
-    job_log = agent.store.log(job)
-    if count is None:
-        return {"job": {**job_object(job), "stdout": job_log.read(STDOUT, NOTE), "stderr": job_log.read(STDERR)}}
-    if not re.fullmatch(r"\d{1,9}", count, re.ASCII):
-        raise Refused(f'"{count}" is not a number of lines')
-    last = deque((line for lines, _ in job_log.read(STDOUT, STDERR, NOTE) for line in lines), int(count))
-    since = last[0] if last else "~"  # stamps increase, and sort as text
-    return {"job": {**job_object(job), **{
-        name: [line for lines, _ in job_log.read(*kinds) for line in lines if line >= since]
-        for name, kinds in (("stdout", (STDOUT, NOTE)), ("stderr", (STDERR,)))}}}
+@command("ID [LINES]", "You must supply a job ID", "job-logs 7 20")
+def cmd_job_logs(request: Request, id: str, count: str | None = None) -> dict:
+    """Shows what a job has printed so far, or the last LINES of it, each line with its time."""
+    job = request.job(id)
+
+    def read(*kinds: str) -> Iterator[list[str]]:
+        return LogReader(request.agent.store.log(job), *kinds).read(over)
+
+    over = job.finished
+    since = ""
+    if count is not None:
+        if not re.fullmatch(r"\d{1,9}", count, re.ASCII):
+            raise Refused(f'"{count}" is not a number of lines')
+        surplus = sum(map(len, read(STDOUT, STDERR, NOTE))) - int(count)
+        lines = itertools.chain.from_iterable(read(STDOUT, STDERR, NOTE))
+        since = next(itertools.islice(lines, max(0, surplus), None), "") or "~"
+
+    def last(*kinds: str) -> Iterator[list[str]]:
+        for lines in read(*kinds):  # their stamps increase, and sort as text
+            yield [line for line in lines if line >= since] if since else lines
+
+    return {"job": {**job_object(job), "stdout": last(STDOUT, NOTE), "stderr": last(STDERR)}}
 
 
-@command("ID", "You must supply a job ID")
-def cmd_job_cancel(agent: Agent, id: str) -> dict:
-    """Ends a job: a pending one never starts, a running one is terminated, and what a load has loaded is purged."""
-    job = agent.job(id)
-    if not agent.queue.cancel(job):
-        raise Refused("The job has ended already", error=STATUS_MESSAGES[job.status], job=job_object(job))
-    return {"message": "Job cancelled" if job.finished else "Job is being cancelled", "job": job_object(job)}
+@command("ID", "You must supply a job ID", "job-cancel 7")
+def cmd_job_cancel(request: Request, id: str) -> dict:
+    """Ends a job: a pending one never starts, one at work is terminated, and its load purged."""
+    job = request.job(id)
+    if not request.agent.queue.cancel(job):
+        message = STATUS_MESSAGES[job.status]
+        raise Refused("The job has ended already", error=message, job=job_object(job))
+    message = "Job cancelled" if job.finished else "Job is being cancelled"
+    return {"message": message, "job": job_object(job)}
 
 
-@command("ID", "You must supply a job ID")
-def cmd_job_retry(agent: Agent, id: str) -> dict:
+@command("ID", "You must supply a job ID", "job-retry 7")
+def cmd_job_retry(request: Request, id: str) -> dict:
     """Queues a job that was not successful again, as a new job."""
-    job = agent.job(id)
+    job = request.job(id)
     if job.status not in (FAILED, COULD_NOT_START):
-        raise Refused("Only a failed job can be retried", error=STATUS_MESSAGES[job.status], job=job_object(job))
-    if job.words[0] in ("load-batch", "purge-batch"):
-        return accepted(*agent.queue.add_once(job.words, bool), retry_of=job.id)
-    return accepted(agent.queue.add(job.words, agent.store.payload(job)), retry_of=job.id)
+        message = STATUS_MESSAGES[job.status]
+        raise Refused("Only a failed job can be retried", error=message, job=job_object(job))
+    given = None
+    with contextlib.ExitStack() as stack, refusing("The job cannot be retried"):
+        if KINDS[job.words[0]].takes_input:
+            given = stack.enter_context(open(request.agent.store.input(job), "rb"))
+        return {**accepted(*request.agent.queue.add(job.words, given)), "retry_of": job.id}
 
 
 @command()
-def cmd_list_batches(agent: Agent) -> dict:
-    """Lists every batch that is in BATCH_SOURCE or in Open ONI, and whether it is absent, partial or complete."""
-    source = agent.settings.batch_source
-    with refused("The batches cannot be listed"):
-        states = batch_states(agent.oni, source)
-        for name in filter(BATCH_NAME.fullmatch, os.listdir(source)):
-            states.setdefault(name, BatchState(False, issue_count(source / name), source))
-    return {"batches": [batch_object(states[name], source / name) for name in sorted(states)]}
+def cmd_list_batches(request: Request) -> dict:
+    """Lists every batch in BATCH_SOURCE or Open ONI: absent, partial, complete, or unknown."""
+    with refusing("The batches cannot be listed"):
+        states = request.agent.site.batches()
+    return {"batches": [batch_object(state) for state in states]}
 
 
-@command("BATCH", '"batch-status" requires exactly one batch name')
-def cmd_batch_status(agent: Agent, name: str) -> dict:
-    """Says what Open ONI holds of a batch, its newest events, and the jobs that the agent had for it."""
-    with refused(f'"{name}" cannot be looked up'):
-        folder, state = agent.folder(name), agent.state(name)
-        if not state.row and not folder.exists():
-            there = filter(BATCH_NAME.fullmatch, [*os.listdir(folder.parent), *agent.oni.ask("batches")["batches"]])
-            raise BatchError(f"there is no such batch, in BATCH_SOURCE or in Open ONI{nearly(name, there)}")
-    return {"message": str(state), "batch": batch_object(state, folder), "events": list(state.events[-5:]),
-            "jobs": [job_object(job) for job in agent.queue.jobs() if name in job.words]}
+@command("BATCH", f'"batch-status" {ONE_BATCH}', f"batch-status {EXAMPLE}")
+def cmd_batch_status(request: Request, name: str) -> dict:
+    """Says what Open ONI holds of a batch, its newest events, and the jobs it had."""
+    with refusing(f'"{name}" cannot be looked up'):
+        request.agent.site.folder(name)
+        state = request.agent.site.batch(name)
+        if not state.row and not state.documents:
+            request.agent.site.must_be_there(name)
+    jobs = [job_object(job) for job in request.agent.queue.jobs() if name in job.words]
+    return {
+        "message": str(state),
+        "batch": batch_object(state),
+        "events": state.events,
+        "jobs": jobs,
+    }
 
 
-# ---------------------------------------------------------------- SSH
+@command("BATCH", f'"batch-check" {ONE_BATCH}', f"batch-check {EXAMPLE}")
+def cmd_batch_check(request: Request, name: str) -> Answer:
+    """Reads all files of a batch and says what would go wrong with a load; ONI is left as it is."""
+    with refusing(f'"{name}" cannot be checked'):
+        request.agent.site.must_be_there(name)
+        found = request.agent.site.check(name, lambda *_: None, request.check_client)
+    message = "Nothing would keep Open ONI from loading all of this batch"
+    if found.faults:
+        message = f"{faults_in(found)} would keep Open ONI from loading all of this batch"
+    return Answer(
+        {
+            "status": "success",
+            "message": message,
+            "batch": {"name": name},
+            "faults": found.faults,
+            "warnings": found.warnings,
+        },
+        faulty=bool(found.faults),
+    )
 
-KEX = ("mlkem768x25519-sha256", "curve25519-sha256", "curve25519-sha256@libssh.org")  # every client of today has one
-CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com", "aes128-ctr", "aes192-ctr", "aes256-ctr")
+
+@command()
+def cmd_board(request: Request) -> dict:
+    """Shows what is at work, what waits and what has ended; on a terminal, anew each second."""
+    agent = request.agent
+    jobs = agent.queue.jobs()
+    ended = sorted((job for job in jobs if job.finished), key=lambda job: -job.ended)
+    return {
+        "version": VERSION,
+        "uptime": int(time.monotonic() - agent.started),
+        "oni": {"location": str(agent.site.oni.location), **agent.site.health()},
+        "at_work": [job_with_place(agent, job) for job in jobs if job.status == STARTED],
+        "waiting": [job_object(job) for job in jobs if job.status == PENDING],
+        "ended": [job_object(job) for job in ended[:50]],
+    }
+
+
+# ---------------------------------------------------------------- presentation
+
+COLOURS = {
+    SUCCESSFUL: 32,
+    "complete": 32,
+    STARTED: 36,
+    FAILED: 31,
+    COULD_NOT_START: 31,
+    "partial": 31,
+    "unknown": 33,
+    "error": 31,
+    "fault": 31,
+    "warning": 33,
+}
+
+
+def plain(text: object) -> str:
+    """Text whose control characters are shown, and do nothing to a terminal."""
+    return "".join(
+        character if character.isprintable() else f"\\x{ord(character):02x}"
+        for character in str(text).replace("\t", "    ")
+    )
+
+
+def columns(text: str) -> int:
+    """How many columns of a terminal a text takes: wide characters two, marks none."""
+    return sum(
+        0 if unicodedata.combining(each) else 1 + (unicodedata.east_asian_width(each) in "WF")
+        for each in text
+    )
+
+
+def cut(text: str, width: int) -> str:
+    """A text cut to so many columns, with a sign that it was."""
+    if columns(text) <= width:
+        return text
+    while text and columns(text) > width - 1:
+        text = text[:-1]
+    return text + "…"
+
+
+def padded(text: str, width: int) -> str:
+    """A text of exactly so many columns."""
+    text = cut(text, width)
+    return text + " " * (width - columns(text))
+
+
+def wrapped(text: str, width: int, indent: str = "") -> list[str]:
+    """A sentence on as many lines as it takes."""
+    lines = [""]
+    for word in plain(text).split(" "):
+        if lines[-1] and columns(f"{lines[-1]} {word}") > width - len(indent):
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return [indent + cut(line, width - len(indent)) for line in lines]
+
+
+def ago(stamp: str) -> str:
+    """How long ago, and when: `12 min ago, 14:05`."""
+    then = datetime.fromisoformat(stamp[:19] + "+00:00")
+    seconds = max(0, time.time() - then.timestamp())
+    local = then.astimezone()
+    day = f"{local:%H:%M}" if seconds < 43200 else f"{local:%Y-%m-%d %H:%M}"
+    return f"{span(seconds)} ago, {day}"
+
+
+def span(seconds: float) -> str:
+    """A length of time in words."""
+    for size, name in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{int(seconds // size)} {name}"
+    return f"{int(seconds)} s"
+
+
+class Screen:
+    """Answers as text for the person at a terminal; it knows answers and widths, nothing else."""
+
+    def __init__(self, terminal: Terminal, ask: Callable, send: Callable[[str], None]):
+        self._terminal = terminal
+        self._ask = ask
+        self._send = send
+        self._sample: tuple[int, float, int] | None = None  # of a load: job, when, pages
+
+    def run(self, words: list[str]) -> int:
+        """Shows what a command answers; the exit status."""
+        if not words or words == ["board"]:
+            return self._board()
+        if words[0] == "job-wait" and len(words) == 2:
+            self._watch(words[1])
+        return self.show(self._ask(*words))
+
+    def show(self, reply: Answer) -> int:
+        """Shows an answer; the exit status."""
+        if reply.lines:
+            for lines in reply.lines:
+                self._print([self._log_line(line) for line in lines])
+        else:
+            self._print(self._text(reply.keys))
+        return reply.exit_status
+
+    def _print(self, lines: list[str]) -> None:
+        self._send("".join(f"{line}\r\n" for line in lines))
+
+    def _colour(self, text: str, word: str) -> str:
+        if self._terminal.colour and word in COLOURS:
+            return f"\x1b[{COLOURS[word]}m{text}\x1b[0m"
+        return text
+
+    def _log_line(self, line: str) -> str:
+        """A line of a job's log; a warning or an error stands out."""
+        found = re.search(r"ERROR|WARNING|fault:|warning:", line)
+        word = found[0].lower().rstrip(":") if found else ""
+        return self._colour(plain(line), word)
+
+    def _text(self, keys: dict) -> list[str]:
+        """Any answer as lines."""
+        width = self._terminal.width
+        lines = []
+        if keys["status"] == "error":
+            error = f": {keys['error']}" if keys.get("error") else ""
+            return [
+                self._colour(line, "error") for line in wrapped(f"{keys['message']}{error}", width)
+            ]
+        if "message" in keys:
+            lines += wrapped(keys["message"], width)
+        if "version" in keys:
+            lines.append(f"ONI Agent {keys['version']}")
+        if "commands" in keys:
+            lines += self._commands(keys["commands"])
+        if "job" in keys:
+            lines += self._job(keys["job"])
+        for event in keys.get("events", []):
+            lines.append(cut(f"  {ago(event[0])}  {plain(event[1])}", width))
+        for name in ("fault", "warning"):
+            for each in keys.get(f"{name}s", []):
+                text = f"{name}: {each['file']}: {each[name]}"
+                lines += [self._colour(line, name) for line in wrapped(text, width)]
+        if "batches" in keys:
+            lines += self._batches(keys["batches"])
+        if "jobs" in keys:
+            lines += self._jobs(keys["jobs"])
+        return lines
+
+    def _commands(self, commands: list[dict]) -> list[str]:
+        lines = []
+        for each in commands:
+            lines.append(cut(each["usage"], self._terminal.width))
+            lines += wrapped(each["help"], self._terminal.width, "    ")
+            if "example" in each:
+                lines += ["", cut(f"    {each['example']}", self._terminal.width)]
+        return lines
+
+    def _job(self, job: dict) -> list[str]:
+        """One job in full."""
+        lines = self._jobs([job]) if "words" in job else []
+        if not lines and job["id"] > 0:
+            lines = wrapped(
+                f"It is job {job['id']}: job-wait {job['id']} waits for its end, job-follow"
+                f" {job['id']} shows its log.",
+                self._terminal.width,
+            )
+        if job.get("ended") and "seconds" in job:
+            lines.append(f"It took {span(job['seconds'])}.")
+        if "place" in job:
+            lines.append(f"It is number {job['place']} in the queue.")
+        if job.get("issues_loaded") is not None:
+            lines.append(self._bar(job))
+        for kind in ("stdout", "stderr"):
+            for some in job.get(kind, []):
+                lines += [self._log_line(line) for line in some]
+        return lines
+
+    def _jobs(self, jobs: list[dict]) -> list[str]:
+        """A table of jobs, and under each that failed, why."""
+        width = self._terminal.width
+        lines = []
+        for job in jobs:
+            when = ago(job.get("ended") or job.get("started") or job["queued"])
+            words = plain(" ".join(job["words"]))
+            head = f"{job['id']:>5}  {padded(job['status'], 14)}  "
+            room = width - columns(head) - columns(when) - 2
+            if columns(words) <= room:
+                line = f"{head}{padded(words, room)}  {when}"
+                lines.append(self._colour(line, job["status"]))
+            else:
+                lines.append(self._colour(cut(head + words, width), job["status"]))
+                lines.append(cut(" " * columns(head) + when, width))
+            if job.get("error"):
+                lines += wrapped(job["error"], width, " " * 7)
+        return lines or ["There are no jobs."]
+
+    def _batches(self, batches: list[dict]) -> list[str]:
+        """A table of batches."""
+        width = self._terminal.width
+        lines = [padded("state", 10) + padded("issues", 12) + padded("pages", 14) + "batch"]
+        for batch in batches:
+            issues = fraction(batch["issues"], batch["issues_in_batch_xml"])
+            pages = fraction(batch["pages"], batch["pages_in_mets"])
+            line = padded(issues, 12) + padded(pages, 14) + plain(batch["name"])
+            state = self._colour(padded(batch["state"], 10), batch["state"])
+            lines.append(state + cut(line, width - 10))
+        return [cut(lines[0], width), *lines[1:]]
+
+    def _bar(self, job: dict) -> str:
+        """How far a load is: a bar, issues, pages a second and time left."""
+        done, issues = job["issues_loaded"], job["issues"] or 0
+        pages, all_pages = job["pages_loaded"] or 0, job["pages"] or 0
+        share = min(1, pages / all_pages) if all_pages else 0
+        text = f" {done} of {issues} issues"
+        now = time.monotonic()
+        if not self._sample or self._sample[0] != job["id"]:
+            self._sample = (job["id"], now - job["seconds"], 0)
+        rate = (pages - self._sample[2]) / max(1, now - self._sample[1])
+        if rate and pages < all_pages:
+            text += f", {rate:.1f} pages a second, {span((all_pages - pages) / rate)} left"
+        room = max(5, min(30, self._terminal.width - columns(text) - 2))
+        full = int(share * room)
+        return cut(f"[{'#' * full}{'.' * (room - full)}]{text}", self._terminal.width)
+
+    def _watch(self, id: str) -> None:
+        """Draws the bar of a job until it ends."""
+        while True:
+            keys = self._ask("job-status", id).keys
+            job = keys.get("job", {})
+            if keys["status"] == "error" or job["status"] not in (PENDING, STARTED):
+                self._send("\r\x1b[K" if self._terminal.colour else "")
+                return
+            line = keys["message"]
+            if job.get("issues_loaded") is not None:
+                line = self._bar(job)
+            elif "place" in job:
+                line = f"number {job['place']} in the queue"
+            if self._terminal.colour:
+                self._send(f"\r{cut(line, self._terminal.width - 1)}\x1b[K")
+            self._terminal.key(1)
+
+    def _board(self) -> int:
+        """Draws the board anew each second, until q."""
+        self._send("\x1b[?1049h\x1b[?25l")  # another screen, and no cursor
+        try:
+            typed = b""
+            while b"q" not in typed and b"\x04" not in typed:
+                lines = self._board_lines(self._ask("board").keys)
+                self._send("\x1b[H" + "\x1b[K\r\n".join(lines) + "\x1b[K\x1b[J")
+                typed = self._terminal.key(1)
+        except ClientGone:
+            pass
+        with contextlib.suppress(ClientGone, OSError):
+            self._send("\x1b[?25h\x1b[?1049l")
+        return 0
+
+    def _board_lines(self, keys: dict) -> list[str]:
+        width = self._terminal.width
+        oni = keys["oni"]
+        health = "has not answered yet"
+        if "answers" in oni:
+            health = "answers" if oni["answers"] else f"does not answer: {oni['problem']}"
+        first = f"ONI Agent {keys['version']}, up {span(keys['uptime'])}. Open ONI {health}"
+        lines = [cut(plain(first), width)]
+        lines += ["", "At work"]
+        for job in keys["at_work"]:
+            lines += self._job(job)
+        if not keys["at_work"]:
+            lines.append("       nothing")
+        lines += ["", f"Waiting: {len(keys['waiting'])}"]
+        for place, job in enumerate(keys["waiting"][:5], 1):
+            lines.append(cut(f"{job['id']:>5}  {place}. {plain(' '.join(job['words']))}", width))
+        if len(keys["waiting"]) > 5:
+            lines.append(f"       and {len(keys['waiting']) - 5} more")
+        lines += ["", "Ended"]
+        lines += self._jobs(keys["ended"]) if keys["ended"] else ["       nothing yet"]
+        if len(lines) >= self._terminal.height:
+            del lines[self._terminal.height - 1 :]
+        else:
+            lines += [""] * (self._terminal.height - 1 - len(lines))
+        return [*lines, cut("q leaves; jobs go on", width)]
+
+
+def fraction(held: int | None, wanted: int | None) -> str:
+    """`3 of 4`; a question mark for what was not counted."""
+    return f"{'?' if held is None else held} of {'?' if wanted is None else wanted}"
+
+
+# ---------------------------------------------------------------- SSH server
+
+KEX = (  # every client of today has one of them
+    "mlkem768x25519-sha256",
+    "curve25519-sha256",
+    "curve25519-sha256@libssh.org",
+)
+CIPHERS = (
+    "aes128-gcm@openssh.com",
+    "aes256-gcm@openssh.com",
+    "aes128-ctr",
+    "aes192-ctr",
+    "aes256-ctr",
+)
 MACS = ("hmac-sha2-256-etm@openssh.com", "hmac-sha2-512-etm@openssh.com")
-TRAILER = b"\n\nEND\n"  # ends a payload; so does the end of standard input
+TRAILER = b"\n\nEND\n"  # ends what comes on standard input; so does its end
 
 
 def load_host_key(path: Path) -> paramiko.PKey:
-    """The ed25519, ECDSA or RSA key in a file. Raises ValueError."""
+    """The ed25519, ECDSA or RSA key in a file. Raises Problem."""
     try:
         read_regular(path)
-    except BatchError as error:
-        raise ValueError(f"is {str(path)!r}, which cannot be used: {error}") from error
+    except Problem as problem:
+        raise Problem(f"HOST_KEY_FILE is {path}, which cannot be used: {problem}") from problem
     for kind in (paramiko.Ed25519Key, paramiko.ECDSAKey, paramiko.RSAKey):
         with contextlib.suppress(Exception):  # paramiko tells a foreign file in many ways
             return kind(filename=str(path))
-    raise ValueError(f"is {str(path)!r}, which holds no ed25519, ECDSA or RSA key without a passphrase; it was left"
-                     " as it is")
+    raise Problem(
+        f"HOST_KEY_FILE is {path}, which holds no ed25519, ECDSA or RSA key without a passphrase;"
+        " it was left as it is"
+    )
 
 
 def make_host_key(path: Path) -> None:
-    """Writes a new ed25519 key, and its public half beside it. Raises StoreError."""
+    """Writes a new ed25519 key, and its public half beside it. Raises Problem."""
     key = Ed25519PrivateKey.generate()
-    private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH,
-                                serialization.NoEncryption())
-    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    private = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.OpenSSH,
+        serialization.NoEncryption(),
+    )
+    public = key.public_key().public_bytes(
+        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+    )
     unready = path.with_name(path.name + ".unready")  # under its name only when whole
     try:
         unready.unlink(missing_ok=True)
@@ -1680,40 +3598,44 @@ def make_host_key(path: Path) -> None:
         path.with_name(path.name + ".pub").write_bytes(public + b" oni-agent\n")
         unready.rename(path)
     except OSError as error:
-        raise StoreError(f"the HOST_KEY_FILE {path} cannot be made: {error.strerror}") from error
+        raise Problem(f"the HOST_KEY_FILE {path} cannot be made: {error.strerror}") from error
 
 
-LOG_HERE = f"\0{os.urandom(8).hex()}"  # stands for a log while the rest of a reply is encoded
+LINES_HERE = f"\0{os.urandom(8).hex()}"  # stands for a log while the rest of an answer is encoded
 
 
-def encoded(reply: dict, indent: int | None) -> Iterator[str]:
-    """A reply as JSON, in pieces. The lines of a log, which may be many, are encoded as they are read."""
-    logs: list[Iterator] = []
-    text = json.dumps(reply, ensure_ascii=False, indent=indent, separators=None if indent else (",", ":"),
-                      default=lambda lines: logs.append(lines) or LOG_HERE)
-    first, *rest = text.split(json.dumps(LOG_HERE))
+def encoded(keys: dict) -> Iterator[str]:
+    """An answer as JSON, in pieces. The lines of a log, maybe many, are encoded when read."""
+    logs: list[Iterator[list[str]]] = []
+
+    def later(lines: Iterator[list[str]]) -> str:
+        logs.append(lines)
+        return LINES_HERE
+
+    compact = {"ensure_ascii": False, "separators": (",", ":")}
+    first, *others = json.dumps(keys, default=later, **compact).split(json.dumps(LINES_HERE))
     yield first
-    for lines, after in zip(logs, rest):
-        opening = "["
-        for some, _ in lines:
-            if some:
-                yield opening + json.dumps(some, ensure_ascii=False, separators=(",\n" if indent else ",", ""))[1:-1]
-                opening = ","
-        yield ("[]" if opening == "[" else "]") + after
+    for lines, after in zip(logs, others):
+        yield "["
+        comma = ""
+        for some in filter(None, lines):
+            yield comma + json.dumps(some, **compact)[1:-1]
+            comma = ","
+        yield "]" + after
     yield "\n"
 
 
 class ClientSocket(socket.socket):
     """An accepted socket as paramiko uses it.
 
-    paramiko asks for more only when it has dealt with, and answered, the last message: the moment to begin a command,
-    whose answer must not overtake the reply to its request.
+    paramiko asks for more only when it has dealt with, and answered, the last message: the moment
+    to begin a command, whose answer must not overtake the reply to its request.
     """
 
     before_read: Callable[[], None]
 
     def recv(self, size: int, flags: int = 0) -> bytes:
-        """Receives, and acknowledges at once: OpenSSH's next packet waits for that (40 ms, Nagle)."""
+        """Receives, and acknowledges at once: OpenSSH's next packet waits for that (Nagle)."""
         self.before_read()
         if size > MAX_PACKET:  # paramiko would believe, and hold, any length
             raise EOFError
@@ -1725,28 +3647,35 @@ class ClientSocket(socket.socket):
 
 
 class Connection(paramiko.ServerInterface):
-    """One client's connection: whom paramiko asks what is allowed, and the sessions that come of it."""
+    """One client's connection: whom paramiko asks what is allowed, and the sessions on it."""
 
     def __init__(self, server: SSHServer, accepted: socket.socket, address: tuple):
-        self.server, self.address, self.host = server, show_address(address), plain_host(address)
-        self.user, self.admitted = "", "ALLOW_FROM" if server.agent.settings.allow_from else "anyone"
+        self.server = server
+        self.address = show_address(address)
+        self._host = plain_host(address)
+        self.user = ""
+        self.key = ""  # the fingerprint of the key that has admitted it
         self.born = self.idle_since = time.monotonic()
         self.sessions: set[Session] = set()
         self.cut_off = False
+        self._keys_file = server.agent.settings.authorized_keys
         self._begun: list[Session] = []  # sessions whose request paramiko is about to answer
         self._channels: list[paramiko.Channel] = []
-        self._ttys: set[paramiko.Channel] = set()
+        self._terminals: dict[paramiko.Channel, Terminal] = {}
         self._socket = ClientSocket(fileno=accepted.detach())
         self._socket.before_read = self._start_sessions
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        self.transport = paramiko.Transport(self._socket, disabled_algorithms={"pubkeys": ["ssh-rsa"]})  # SHA-1
+        patience = STALL_SECONDS * 1000  # paramiko would wait for ever for a client that TCP holds
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
+        sha1 = "ssh-rsa"
+        self.transport = paramiko.Transport(self._socket, disabled_algorithms={"pubkeys": [sha1]})
         self.transport.packetizer.start_handshake = lambda timeout: None  # a timer thread each
         self.transport.local_version = f"SSH-2.0-ONI_Agent_{VERSION}"
         self.transport.add_server_key(server.host_key)
         options = self.transport.get_security_options()
         options.kex = [name for name in KEX if name in options.kex]
-        options.key_types = [name for name in options.key_types if name != "ssh-rsa"]  # SHA-1, too
+        options.key_types = [name for name in options.key_types if name != sha1]
         options.ciphers = [name for name in CIPHERS if name in options.ciphers]
         options.digests = [name for name in MACS if name in options.digests]
         self.transport.start_server(event=threading.Event(), server=self)
@@ -1754,42 +3683,51 @@ class Connection(paramiko.ServerInterface):
     # What paramiko asks, on the transport's thread: no work here.
 
     def get_allowed_auths(self, username):
-        return "publickey" if self.server.agent.settings.authorized_keys else "none"
+        return "publickey" if self._keys_file else "none"
 
     def check_auth_none(self, username):
         self.user = username
-        return paramiko.AUTH_FAILED if self.server.agent.settings.authorized_keys else paramiko.AUTH_SUCCESSFUL
+        return paramiko.AUTH_FAILED if self._keys_file else paramiko.AUTH_SUCCESSFUL
 
     def check_auth_publickey(self, username, key):
-        self.user, allowed = username, self.server.agent.settings.allow_from
-        if not self.server.agent.settings.authorized_keys:
+        self.user = username
+        if not self._keys_file:
             return paramiko.AUTH_FAILED  # its client tries "none" next
-        if not key_is_authorized(self.server.agent.settings.authorized_keys, key, self.host):
-            log.warning("connection from=%s user=%r refused key=%s", self.address, username, fingerprint(key))
+        if not key_is_authorized(self._keys_file, key, self._host):
+            shown = fingerprint(key)
+            log.warning("connection from=%s user=%r refused key=%s", self.address, username, shown)
             return paramiko.AUTH_FAILED
-        self.admitted = ("ALLOW_FROM+" if allowed else "") + fingerprint(key)
+        self.key = fingerprint(key)
         return paramiko.AUTH_SUCCESSFUL
 
     def check_channel_request(self, kind, chanid):
         while channel := self.transport.accept(0):  # else paramiko keeps each for ever
             self._channels.append(channel)
         self._channels = [channel for channel in self._channels if not channel.closed]
-        full = max(len(self._channels), len(self.sessions)) >= MAX_CHANNELS  # a session may outlive its channel
         if kind != "session":
             return paramiko.OPEN_FAILED_ADMINISTRATIVELY_PROHIBITED
-        return paramiko.OPEN_FAILED_RESOURCE_SHORTAGE if full else paramiko.OPEN_SUCCEEDED
+        mine = max(len(self._channels), len(self.sessions))  # one may outlive its channel
+        if mine >= MAX_CHANNELS or self.server.sessions() >= MAX_SESSIONS:
+            return paramiko.OPEN_FAILED_RESOURCE_SHORTAGE
+        return paramiko.OPEN_SUCCEEDED
 
-    def check_channel_pty_request(self, channel, *_):
-        self._ttys.add(channel)
+    def check_channel_pty_request(self, channel, term, width, height, *_):
+        self._terminals[channel] = Terminal(channel, term.decode("ascii", "replace"))
+        self._terminals[channel].resize(width, height)
+        return True
+
+    def check_channel_window_change_request(self, channel, width, height, *_):
+        if channel in self._terminals:
+            self._terminals[channel].resize(width, height)
         return True
 
     def check_channel_shell_request(self, channel):
-        return self.check_channel_exec_request(channel, b"")  # no shell, but an answer that says so
+        return self.check_channel_exec_request(channel, b"")  # no shell, but an answer
 
     def check_channel_exec_request(self, channel, command):
-        if any(session.channel is channel for session in self.sessions):
+        if any(session.channel is channel for session in list(self.sessions)):
             return False  # RFC 4254, 6.5: one to a channel
-        session = Session(self, channel, command, channel in self._ttys)
+        session = Session(self, channel, command, self._terminals.get(channel))
         self.sessions.add(session)
         self._begun.append(session)
         return True
@@ -1801,21 +3739,18 @@ class Connection(paramiko.ServerInterface):
     def ended(self, session: Session) -> None:
         """A session is over."""
         self.idle_since = time.monotonic()
-        self._ttys.discard(session.channel)
+        self._terminals.pop(session.channel, None)
         self.sessions.discard(session)
-
-    @property
-    def half_open(self) -> bool:
-        """Whether its client has not been admitted yet."""
-        return not self.transport.is_authenticated()
 
     def overdue(self, now: float) -> str:
         """Why the connection must go by now; empty if it may stay."""
-        if self.half_open and now - self.born > HANDSHAKE_SECONDS:
+        if not self.transport.is_authenticated() and now - self.born > HANDSHAKE_SECONDS:
             return "no handshake in time"
         if not self.sessions and now - self.idle_since > IDLE_SECONDS:
             return "idle"
-        return next(filter(None, (session.overdue(now) for session in list(self.sessions))), "")
+        if any(now - session.begun > SESSION_SECONDS for session in list(self.sessions)):
+            return "a session too long"
+        return ""
 
     def cut(self, why: str) -> None:
         """Ends the connection at once; its threads see that and end by themselves."""
@@ -1826,157 +3761,232 @@ class Connection(paramiko.ServerInterface):
 
     @property
     def gone(self) -> bool:
-        """Whether nothing of it is left; a session not begun before its client went never will be."""
-        return not self.transport.is_alive() and not any(session.is_alive() for session in list(self.sessions))
+        """Whether nothing of it is left; a session not begun before its client went never will."""
+        alive = any(session.is_alive() for session in list(self.sessions))
+        return not alive and not self.transport.is_alive()
+
+
+class Terminal:
+    """The terminal at the other end of a channel, as the presentation uses it."""
+
+    def __init__(self, channel: paramiko.Channel, kind: str):
+        self.channel = channel
+        self.colour = kind not in ("", "dumb")
+        self.width = 80
+        self.height = 24
+
+    def resize(self, width: int, height: int) -> None:
+        """Takes a new size; 0 is said by a client whose own input is no terminal."""
+        self.width = min(width or 80, 500)
+        self.height = min(height or 24, 500)
+
+    def key(self, seconds: float) -> bytes:
+        """What is typed in so many seconds; Ctrl-D at the end of input.
+
+        Raises ClientGone, at Ctrl-C too.
+        """
+        self.channel.settimeout(seconds)
+        try:
+            typed = self.channel.recv(1024)
+        except socket.timeout:
+            return b""
+        if b"\x03" in typed or self.channel.closed:
+            raise ClientGone
+        if not typed:
+            time.sleep(seconds)
+        return typed or b"\x04"
 
 
 class Session(threading.Thread):
     """One command on one channel, from its words to the last byte of its answer."""
 
-    def __init__(self, connection: Connection, channel: paramiko.Channel, line: bytes, tty: bool):
+    def __init__(
+        self,
+        connection: Connection,
+        channel: paramiko.Channel,
+        line: bytes,
+        terminal: Terminal | None,
+    ):
         self.number = next(connection.server.numbers)
         super().__init__(name=f"session {self.number}", daemon=True)
-        self.connection, self.channel, self._line, self._tty = connection, channel, line, tty
+        self.connection = connection
+        self.channel = channel
         self.begun = time.monotonic()
-        self._sending_since: float | None = None  # since when the client has taken nothing
+        self._line = line
+        self._terminal = terminal
+
+        self._status = "client went away"
 
     def run(self) -> None:
         """Answers, and closes the channel in the order that loses nothing."""
-        status = "client went away"
         try:
-            agent = dataclasses.replace(self.connection.server.agent, payload=self._read_payload, present=self._present)
-            reply = answer(agent, self._line)
-            self._send(reply.text or encoded({**reply.keys, "session": {"id": self.number}}, 2 if self._tty else None))
-            self._sending_since = time.monotonic()
-            self.channel.send_exit_status(int(reply.job is not None and reply.job.status != SUCCESSFUL))
-            status = reply.keys.get("status", "followed")
+            self.channel.send_exit_status(self._answer())
         except (ClientGone, OSError, EOFError, paramiko.SSHException):
             pass
+        except Exception:
+            log.exception("session=%d stumbled over a fault of the agent", self.number)
         finally:
             with contextlib.suppress(OSError, EOFError, paramiko.SSHException):
                 self.channel.close()
             self.connection.ended(self)
-            log.info("session=%d from=%s user=%r admitted=%s command=%r status=%r ms=%d", self.number,
-                     self.connection.address, self.connection.user, self.connection.admitted,
-                     self._line[:200].decode("utf-8", "replace"), status, (time.monotonic() - self.begun) * 1000)
+            self._log()
 
-    def _send(self, pieces: Iterator[str]) -> None:
+    def _answer(self) -> int:
+        """Sends the answer, to a person or a program; the exit status."""
+        agent = self.connection.server.agent
+
+        def ask(*words: str) -> Answer:
+            return answer(agent, list(words), self._read_input, self._check_client)
+
+        try:
+            words = split_words(self._line)
+            reply = None
+        except Refused as refusal:
+            words = []
+            reply = Answer(refusal.keys)
+        if self._terminal:
+            screen = Screen(self._terminal, ask, self._send)
+            status = screen.show(reply) if reply else screen.run(words)
+            self._status = "shown"
+            return status
+        reply = reply or ask(*words)
+        if reply.lines:
+            for lines in reply.lines:
+                self._send("".join(f"{line}\n" for line in lines))
+        else:
+            for piece in encoded({**reply.keys, "session": {"id": self.number}}):
+                self._send(piece)
+        self._status = reply.keys.get("status", "followed")
+        return reply.exit_status
+
+    def _log(self) -> None:
+        settings = self.connection.server.agent.settings
+        admitted = "ALLOW_FROM" if settings.allow_from else "anyone"
+        log.info(
+            "session=%d from=%s user=%r admitted=%s command=%r status=%r ms=%d",
+            self.number,
+            self.connection.address,
+            self.connection.user,
+            self.connection.key or admitted,
+            self._line[:200].decode("utf-8", "replace"),
+            self._status,
+            (time.monotonic() - self.begun) * 1000,
+        )
+
+    def _send(self, text: str) -> None:
+        """Sends text to the client. Raises ClientGone, OSError."""
+        data = memoryview(text.encode("utf-8", "replace"))
         self.channel.settimeout(STALL_SECONDS)
-        for piece in pieces:
-            data = memoryview((piece.replace("\n", "\r\n") if self._tty else piece).encode("utf-8", "replace"))
-            while data:
-                self._sending_since = time.monotonic()
-                sent = self.channel.send(data[:CHUNK])
-                if not sent:
-                    raise ClientGone
-                data = data[sent:]
-            self._sending_since = None
+        while data:
+            sent = self.channel.send(data[:CHUNK])
+            if not sent:
+                raise ClientGone
+            data = data[sent:]
 
-    def overdue(self, now: float) -> str:
-        """Why the session must end by now; paramiko itself waits for ever for a client that TCP holds back."""
-        since = self._sending_since
-        if since is not None and now - since > STALL_SECONDS + 5:
-            return "its client does not read"
-        return "a session too long" if now - self.begun > SESSION_SECONDS else ""
-
-    def _present(self) -> None:
-        """Raises ClientGone if it is; Ctrl-C on a terminal comes as a byte."""
-        if self._tty and self.channel.recv_ready() and b"\x03" in self.channel.recv(1024):
-            raise ClientGone
+    def _check_client(self) -> None:
+        """Raises ClientGone if it is."""
+        if self._terminal and self.channel.recv_ready():
+            self._terminal.key(0)
         if self.channel.closed or not self.connection.transport.is_active():
             raise ClientGone
 
-    def _read_payload(self) -> bytes:
-        """Standard input to its trailer or its end. Raises ClientGone, and ValueError, which says what is wrong."""
-        self.channel.settimeout(STDIN_SECONDS)
-        data = bytearray()
+    def _read_input(self, into: BinaryIO, limit: int) -> None:
+        """Copies standard input to its trailer or its end. Raises ClientGone, Problem."""
+        self.channel.settimeout(STALL_SECONDS)
+        size = 0
+        tail = b""  # of what has come, which may be the trailer
         while True:
             try:
-                piece = self.channel.recv(65536)
-                if time.monotonic() - self.begun > PAYLOAD_SECONDS:
-                    raise socket.timeout
+                piece = self.channel.recv(CHUNK)
             except socket.timeout:
-                raise ValueError("standard input gave nothing for too long and has not ended: close it, or send an"
-                                 " empty line and END") from None
-            data += piece
-            ended = data.endswith(TRAILER) and not self.channel.recv_ready()
-            if len(data) - (len(TRAILER) if ended else 0) > MAX_PAYLOAD + (0 if ended or not piece else len(TRAILER)):
-                raise ValueError(f"there are more than {MAX_PAYLOAD >> 20} MiB on standard input")
+                raise Problem(
+                    "standard input gave nothing for too long and has not ended: close it, or send"
+                    " an empty line and END"
+                ) from None
+            size += len(piece)
+            tail = (tail + piece)[-len(TRAILER) :]
+            ended = tail == TRAILER and not self.channel.recv_ready()
+            if size > limit + len(TRAILER):
+                raise Problem(f"there are more than {limit >> 20} MiB on standard input")
+            try:
+                if into.write(piece) < len(piece):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                if ended:
+                    into.truncate(size - len(TRAILER))
+            except OSError as error:
+                raise Problem(f"{into.name} cannot be written: {error}") from error
             if ended or (not piece and self.channel.eof_received):
-                return bytes(data.removesuffix(TRAILER))
+                return
             if not piece:
-                raise ClientGone  # half a payload must not pass for a whole one
+                raise ClientGone  # half an input must not pass for a whole one
 
 
 class SSHServer:
     """Takes connections, and sees to it that each goes when its time is up."""
 
     def __init__(self, agent: Agent, host_key: paramiko.PKey):
-        self.agent, self.host_key = agent, host_key
+        self.agent = agent
+        self.host_key = host_key
         self.numbers = itertools.count(1)
         self._connections: set[Connection] = set()
-        self._refused: dict[str, float] = {}  # when an address was last logged as refused
         self._listener = listen(*agent.settings.ba_bind)
-        self.address = show_address(self._listener.getsockname())
-        self.loopback = ipaddress.ip_address(plain_host(self._listener.getsockname())).is_loopback
+        bound = self._listener.getsockname()
+        self.address = show_address(bound)
+        self.loopback = ipaddress.ip_address(plain_host(bound)).is_loopback
 
     def serve(self, stop: socket.socket) -> None:
         """Serves until `stop` can be read, then lets answers under way end, for a moment."""
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._listener, selectors.EVENT_READ, self._accept)
-            selector.register(stop, selectors.EVENT_READ)
-            swept = 0.0
-            while True:
-                for key, _ in selector.select(timeout=1):
-                    if not key.data:
-                        name = signal.Signals(stop.recv(1)[0]).name
-                        log.info("stopping on %s; what manage.py does goes on", name)
-                        return self._finish()
-                    key.data()
-                if time.monotonic() - swept >= 1:
-                    swept = time.monotonic()
-                    self._sweep(swept)
+        swept = 0.0
+        ready: list[socket.socket] = []
+        while stop not in ready:
+            if self._listener in ready:
+                self._accept()
+            if time.monotonic() - swept >= 1:
+                swept = time.monotonic()
+                self._sweep(swept)
+            ready = select.select([self._listener, stop], [], [], 1)[0]
+        log.info("stopping on %s; manage.py goes on", signal.Signals(stop.recv(1)[0]).name)
+        self.agent.queue.stop()
+        self._finish()
 
     def _accept(self) -> None:
         try:
             accepted, address = self._listener.accept()
         except OSError as error:
             log.error("a connection could not be taken: %s", error)
-            self._make_room(self._connections)
-            return time.sleep(0.1)  # out of descriptors, say: the loop must not spin
-        why = self._refusal(plain_host(address))
-        if not why:
-            with contextlib.suppress(OSError, RuntimeError, EOFError, paramiko.SSHException):  # gone already; no thread
-                return self._connections.add(Connection(self, accepted, address))
+            self._make_room()
+            time.sleep(0.1)  # out of descriptors, say: the loop must not spin
+            return
+        if self._is_welcome(plain_host(address)):
+            # It may be gone already, or there is no thread to be had.
+            with contextlib.suppress(OSError, RuntimeError, EOFError, paramiko.SSHException):
+                self._connections.add(Connection(self, accepted, address))
+                return
         accepted.close()
 
-    def _refusal(self, host: str) -> str:
-        """Why a client at this address may not connect; empty if it may, for which another's connection may go."""
+    def _is_welcome(self, host: str) -> bool:
+        """Whether a client at this address may connect; another may have to go for it."""
         allowed = self.agent.settings.allow_from
-        if allowed and not any(ipaddress.ip_address(host) in network for network in allowed):
-            why = "not in ALLOW_FROM"
-        else:
-            if len(self._connections) >= MAX_CONNECTIONS:
-                self._sweep(time.monotonic())
-            live = [each for each in self._connections if not each.cut_off]
-            crowds = ((live, MAX_CONNECTIONS), ([each for each in live if each.host == host], MAX_FROM_ONE_ADDRESS),
-                      ([each for each in live if each.half_open], MAX_HALF_OPEN))
-            if all(len(crowd) < limit or self._make_room(crowd) for crowd, limit in crowds):
-                return ""
-            why = "too many connections, all at work"
-        now = time.monotonic()
-        if now - self._refused.get(host, -60) >= 60:
-            self._refused = {each: when for each, when in self._refused.items() if now - when < 60}
-            self._refused[host] = now
-            log.warning("connection from=%s refused=%r", host, why)
-        return why
+        if allowed and not is_in(host, allowed):
+            log.warning("connection from=%s refused='not in ALLOW_FROM'", host)
+            return False
+        if len(self._connections) >= MAX_CONNECTIONS:
+            self._sweep(time.monotonic())
+        staying = sum(not each.cut_off for each in self._connections)
+        if staying < MAX_CONNECTIONS or self._make_room():
+            return True
+        log.warning("connection from=%s refused='too many, all at work'", host)
+        return False
 
-    @staticmethod
-    def _make_room(crowd: Iterable[Connection]) -> bool:
-        idle = [each for each in crowd if not each.sessions and not each.cut_off]
+    def _make_room(self) -> bool:
+        idle = [each for each in self._connections if not each.sessions and not each.cut_off]
         if idle:
             min(idle, key=lambda each: each.idle_since).cut("others need its place")
         return bool(idle)
+
+    def sessions(self) -> int:
+        """How many commands are at work."""
+        return sum(len(each.sessions) for each in list(self._connections))
 
     def _sweep(self, now: float) -> None:
         left = {each for each in self._connections if not each.gone}
@@ -1989,26 +3999,37 @@ class SSHServer:
                 connection.cut(why)
 
     def _finish(self) -> None:
+        """Lets answers under way end, and then those to the last requests that were accepted."""
         self._listener.close()
-        until = time.monotonic() + STOP_SECONDS
+        self._wait_for_answers(STOP_SECONDS)
+        self.agent.queue.close()
+        self._wait_for_answers(0.5)
+
+    def _wait_for_answers(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
         busy = [each for each in self._connections if each.sessions]
         while not all(each.gone for each in busy) and time.monotonic() < until:
             time.sleep(0.01)
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; on every address, IPv6 too where there is IPv6, if `host` is empty. Raises OSError."""
+    """A listening socket; on every address, IPv6 too, if `host` is empty. Raises Problem."""
     both = host in ("", "::") and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6
     try:
-        family = socket.AF_INET6 if both else socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)[0][0]
+        if not both:
+            found = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)
+            family = found[0][0]
         return socket.create_server((host, port), family=family, backlog=512, dualstack_ipv6=both)
     except OSError as error:
-        why = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno)
-        raise OSError(f"BA_BIND: nothing can listen on {host}:{port}: {why}") from error
+        why = error.strerror
+        if not isinstance(error, socket.gaierror):
+            why = os.strerror(error.errno)
+        raise Problem(f"BA_BIND: nothing can listen on {host}:{port}: {why}") from error
 
 
 def plain_host(address: tuple) -> str:
-    """The IP address in a socket's address; an IPv4 one as such, though it came over an IPv6 socket."""
+    """The IP address in a socket's address; an IPv4 one as such, though it came over IPv6."""
     host = ipaddress.ip_address(address[0].partition("%")[0])
     return str(getattr(host, "ipv4_mapped", None) or host)
 
@@ -2021,178 +4042,339 @@ def show_address(address: tuple) -> str:
 
 def fingerprint(key: paramiko.PKey) -> str:
     """A public key as ssh-keygen -l shows it."""
-    return "SHA256:" + base64.b64encode(hashlib.sha256(key.asbytes()).digest()).decode().rstrip("=")
+    digest = base64.b64encode(hashlib.sha256(key.asbytes()).digest())
+    return "SHA256:" + digest.decode().rstrip("=")
 
 
 def key_is_authorized(path: Path, key: paramiko.PKey, host: str) -> bool:
-    """Whether an authorized_keys file (sshd(8)) admits a key from an address; an unreadable one admits nobody.
+    """Whether an authorized_keys file (sshd(8)) admits a key from an address.
 
-    Of the options before a key, from="…" with addresses and networks is honoured; a key with any other is refused.
+    Of the options before a key, from="…" with addresses and networks is honoured; a key with any
+    other is refused. A file that cannot be read admits nobody.
     """
     blob = re.escape(base64.b64encode(key.asbytes()).decode())
-    form = re.compile(rf'\s*(?:from="([^"]*)"\s+)?{key.get_name()}\s+{blob}(?:\s.*)?', re.ASCII)
+    form = rf'[ \t]*(?:from="([^"]*)"[ \t]+)?{key.get_name()}[ \t]+{blob}(?:[ \t\r].*)?'
     try:
-        matches = map(form.fullmatch, path.read_text("utf-8-sig", "replace").split("\n"))
+        lines = path.read_text("utf-8-sig", "replace").split("\n")
     except OSError as error:
-        log.error("AUTHORIZED_KEYS: %s cannot be read, so nobody is admitted: %s", path, error.strerror)
+        reason = error.strerror
+        log.error("AUTHORIZED_KEYS: %s cannot be read, so nobody is admitted: %s", path, reason)
         return False
-    for match in filter(None, matches):
+    for line in lines:
+        match = re.fullmatch(form, line)
         with contextlib.suppress(ValueError):
-            if match[1] is None or any(ipaddress.ip_address(host) in each for each in networks(match[1])):
+            if match and (match[1] is None or is_in(host, networks(match[1]))):
                 return True
     return False
+
+
+def is_in(host: str, allowed: tuple) -> bool:
+    """Whether an address is in one of these networks."""
+    return any(ipaddress.ip_address(host) in network for network in allowed)
 
 
 # ---------------------------------------------------------------- main
 
 
+class JournalFormatter(logging.Formatter):
+    """A log line as the journal takes it (sd-daemon(3)): a priority in front, and no time."""
+
+    PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
+
+    def format(self, record: logging.LogRecord) -> str:
+        priority = self.PRIORITIES[record.levelname]
+        return "\n".join(f"<{priority}>{line}" for line in super().format(record).split("\n"))
+
+
 def set_up_logging(level: str) -> None:
-    """The log goes to stderr; the journal of systemd knows the time and takes a priority (sd-daemon(3))."""
-    form = "%(asctime)s %(levelname)s %(message)s"
-    if "JOURNAL_STREAM" in os.environ:
-        form = "%(levelname)s%(message)s"
-        for number, priority in ((logging.DEBUG, 7), (logging.INFO, 6), (logging.WARNING, 4), (logging.ERROR, 3)):
-            logging.addLevelName(number, f"<{priority}>")
-    logging.basicConfig(level=level, stream=sys.stderr, format=form)
-    logging.getLogger("paramiko").setLevel(logging.DEBUG if level == "DEBUG" else logging.CRITICAL)
+    """The log goes to stderr, with priorities where that is systemd's journal."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    if stderr_is_journal():
+        handler.setFormatter(JournalFormatter("%(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
+    noisy = logging.DEBUG if level == "DEBUG" else logging.CRITICAL
+    logging.getLogger("paramiko").setLevel(noisy)
 
 
 def tell_systemd(state: str) -> None:
     """Says how the service is (sd_notify(3)), where systemd wants to know."""
     address = os.environ.get("NOTIFY_SOCKET")
     if address:
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-            notify.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)
+        with contextlib.suppress(OSError):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+                target = "\0" + address[1:] if address[0] == "@" else address
+                notify.sendto(state.encode(), target)
 
 
-def run_on_finish(program: Path, job: Job, log_path: Path, environ: dict[str, str]) -> None:
-    """Runs ON_FINISH for a job that has ended, 60 s at most; what becomes of it is only logged."""
-    about = {"ID": str(job.id), "COMMAND": shlex.join(job.words), "STATUS": job.status,
-             "ERROR": job.error.replace("\0", ""), "LOG": str(log_path)}
+HOOKS = futures.ThreadPoolExecutor(8, "hooks")  # for ON_FINISH
+
+
+def run_on_finish(program: Path, job: Job, job_log: Path, environ: dict[str, str]) -> None:
+    """Runs ON_FINISH for a job that has ended; what becomes of it is only logged."""
+    about = {
+        "ONI_JOB_ID": str(job.id),
+        "ONI_JOB_COMMAND": shlex.join(job.words),
+        "ONI_JOB_STATUS": job.status,
+        "ONI_JOB_ERROR": job.error.replace("\0", ""),
+        "ONI_JOB_LOG": str(job_log),
+    }
     try:
-        subprocess.run([str(program)], env={**environ, **{f"ONI_JOB_{name}": value for name, value in about.items()}},
-                       stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, timeout=60, check=True)
-    except (OSError, subprocess.SubprocessError) as error:
+        process = subprocess.Popen(
+            ["timeout", "-s", "KILL", str(HOOK_SECONDS), str(program)],  # even if the agent goes
+            env={**environ, **about},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        status: object = process.wait()
+        if status == -signal.SIGKILL:
+            status = f"none within {HOOK_SECONDS} s, and was killed"
+        if status:
+            log.error("job=%d ON_FINISH failed: exit status %s", job.id, status)
+    except OSError as error:
         log.error("job=%d ON_FINISH failed: %s", job.id, error)
 
 
-def check_oni(oni: OpenONI) -> None:
-    """Says in the log whether ONI's settings hold; an ONI that does not answer is no reason not to serve."""
-    try:
-        log.info("Open ONI in %s: %s", oni.location, oni.check())
-    except ONIError as error:
-        log.error("Open ONI in %s: %s", oni.location, error)
-
-
-def check_all(environ: dict[str, str]) -> int:
-    """Looks at everything that the agent needs, and says it a line each; the exit status is 1 if something is wrong."""
-    wrong = 0
-
-    def look(name: str, at: Callable[[], object], advice: str = "") -> object:
-        nonlocal wrong
-        try:
-            found = at()
-            print("✓", name)
-            return found
-        except (SettingsError, ONIError, StoreError, OSError, ValueError) as error:
-            wrong += 1
-            for problem in error.args if isinstance(error, SettingsError) else [f"{name}: {error}; {advice}"]:
-                print("✗", problem)
-
-    def writable(folder: Path) -> None:
-        tempfile.TemporaryFile(dir=folder).close()
-
-    def state() -> None:
-        writable(nearest_folder(settings.state_directory))
-        if (settings.state_directory / "jobs.db").exists():
-            JobStore(settings.state_directory).jobs()
-
-    def host_key() -> None:
-        if os.path.lexists(settings.host_key_file):
-            load_host_key(settings.host_key_file)
-        elif settings.host_key_file.parent != settings.state_directory:
-            writable(settings.host_key_file.parent)
-
-    settings = look("settings", lambda: Settings(environ))
-    if settings:
-        oni = OpenONI(settings.oni_location, environ)
-        look("state folder", state, "if an agent is at work there, ask that instead")
-        look("host key", host_key, "see HOST_KEY_FILE")
-        look("address", lambda: listen(*settings.ba_bind).close(), "set BA_BIND to a free port")
-        look("batch source", lambda: os.listdir(settings.batch_source), "let the agent's user read it")
-        look("manage.py check", oni.check, "run it by hand, as the agent's user")
-        held = look("database", lambda: oni.ask("batches", within=PATIENT_SECONDS), "see ONI's database settings")
-        oni.rest()
-        look("ONI's log/", lambda: writable(settings.oni_location / "log"), "let the agent's user write there")
-        if held:
-            look("ONI's batch storage", lambda: writable(Path(held["storage"])), "let the agent's user write there")
-    return int(wrong > 0)
-
-
 def stop_on_signals() -> socket.socket:
-    """A socket that can be read once SIGTERM or SIGINT has come; a second signal ends the agent at once."""
+    """A socket that can be read once SIGTERM or SIGINT has come; a second one ends the agent."""
     reader, writer = socket.socketpair()
 
     def stop(number: int, _) -> None:
         for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, lambda *_: os._exit(1))
-        writer.send(bytes([number]))  # no more than that: the signal may have come in the middle of a log line
+            signal.signal(each, signal.SIG_DFL)  # such an end is a clean one for systemd
+        writer.send(bytes([number]))  # no more than that: a log line may have been interrupted
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     return reader
 
 
-def main() -> int:
-    """Runs the agent until it is told to stop; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="oni_agent.py", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--version", action="version", version=f"ONI Agent {VERSION}")
-    parser.add_argument("--check", action="store_true", help="look at all that the agent needs, and say what is wrong")
-    environ = dict(os.environ)
-    if parser.parse_args().check:
-        sys.stdout.reconfigure(errors="replace")  # not every terminal has a ✓
-        return check_all(environ)
+def be_init() -> None:
+    """As PID 1 of a container: goes on as a child, for which this process buries the orphans."""
+    if os.getpid() != 1:
+        return
+    agent = os.fork()
+    if not agent:
+        return
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: os.kill(agent, number))
+    while True:
+        ended, status = os.wait()
+        if ended == agent:
+            os._exit(os.WEXITSTATUS(status) if os.WIFEXITED(status) else 1)
+
+
+def raise_limits() -> None:
+    """Lets the agent open as many files as it may: each connection and command needs some."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65536), hard))
+
+
+Look = tuple[str, str, Callable[[], str]]  # a name, advice, and what says how it is, or raises
+
+
+def looks_at_oni(oni: OpenONI) -> Iterator[Look]:
+    """What there is to look at in Open ONI: whether it answers, and where loads write."""
+    places: dict = {}
+
+    def database() -> str:
+        places.update(oni.ask("places", within=PATIENT_SECONDS))
+        return f"{places['loaded']} batches"
+
+    def index() -> str:
+        if "index_error" in places:
+            raise Problem(places["index_error"])
+        return f"{places['documents']} pages"
+
+    yield "manage.py check", "run it by hand, as the agent's user", oni.check
+    yield "database", "see ONI's database settings", database
+    if not places:  # who takes the looks has taken that one by now
+        return
+    advice = "let the agent's user write there; under systemd, name it in ReadWritePaths="
+    yield "ONI's log/", advice, lambda: writable(oni.location / places["log"])
+    yield "Solr", "see ONI's SOLR_BASE_URL; loads and purges will fail", index
+    yield "ONI's batch storage", advice, lambda: writable(Path(places["batches"]))
+    shared = {f"ONI's cache {folder}": folder for folder in places["cache"]}
+    shared["ONI's word coordinates"] = places["coordinates"]
+    advice = "run the agent as the site's user, and under systemd name it in ReadWritePaths="
+    for name, folder in shared.items():
+        if folder:
+            yield name, advice, lambda folder=folder: ours(Path(folder))
+
+
+def writable(folder: Path) -> str:
+    """Tries to write to a folder, through links. Raises OSError."""
+    tempfile.TemporaryFile(dir=folder.resolve()).close()
+    return "can be written"
+
+
+def makeable(folder: Path) -> str:
+    """As writable, of a folder that may be yet to be made. Raises Problem, OSError."""
+    try:
+        return writable(nearest_folder(folder.resolve()))
+    except ValueError as error:
+        raise Problem(str(error)) from error
+
+
+def ours(folder: Path) -> str:
+    """As makeable, of a folder that the website reads as its own user. Raises Problem, OSError."""
+    place = folder.resolve()
+    if place.exists() and place.stat().st_uid != os.geteuid():
+        owner = user_name(place.stat().st_uid)
+        raise Problem(
+            f"{place} belongs to user {owner}, and the agent runs as {user_name(os.geteuid())}:"
+            " what it writes there the website could not use"
+        )
+    return makeable(folder)
+
+
+def user_name(number: int) -> str:
+    """A user's name, or number if it has none."""
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return str(number)
+
+
+def looks_at_own(settings: Settings) -> Iterator[Look]:
+    """What there is to look at beside Open ONI, before an agent runs; nothing is changed."""
+
+    def state() -> str:
+        if (settings.state_directory / "jobs.db").exists():
+            return f"{len(JobStore(settings.state_directory).jobs())} jobs"
+        return makeable(settings.state_directory)
+
+    def host_key() -> str:
+        if os.path.lexists(settings.host_key_file):
+            return fingerprint(load_host_key(settings.host_key_file))
+        if settings.host_key_file.parent == settings.state_directory:
+            return "will be made"
+        return writable(settings.host_key_file.parent)
+
+    def address() -> str:
+        with listen(*settings.ba_bind) as listener:
+            return show_address(listener.getsockname())
+
+    def source() -> str:
+        return f"{len(in_time(lambda: os.listdir(settings.batch_source)))} entries"
+
+    yield "state folder", "if an agent is at work there, ask that instead", state
+    yield "host key", "see HOST_KEY_FILE", host_key
+    yield "address", "set BA_BIND to a free port", address
+    yield "batch source", "let the agent's user read it", source
+
+
+def results(looks: Iterable[Look]) -> Iterator[tuple[bool, str]]:
+    """Takes these looks: for each whether all is well, and what to say."""
+    for name, advice, look in looks:
+        try:
+            yield True, f"{name}: {look()}"
+        except (Problem, OSError) as problem:
+            yield False, f"{name}: {problem}; {advice}"
+
+
+def look_once(oni: OpenONI) -> None:
+    """Says in the log how Open ONI is; one that does not answer is no reason not to serve."""
+    for well, text in results(looks_at_oni(oni)):
+        level = logging.INFO if well else logging.WARNING
+        log.log(level, "Open ONI in %s: %s", oni.location, text)
+
+
+def check_all(environ: dict[str, str]) -> int:
+    """Prints how all is that the agent needs, a line each; the exit status is 1 if not well."""
+    sys.stdout.reconfigure(errors="replace")  # not every terminal has a check mark
     try:
         settings = Settings(environ)
-    except SettingsError as error:
-        print("\n".join(f"oni_agent: {problem}." for problem in error.args), file=sys.stderr)
+    except Problem as problem:
+        for text in problem.args:
+            print("✗", text)
+        return 1
+    print("✓ settings")
+    oni = OpenONI(settings.oni_location, environ)
+    exit_status = 0
+    for well, text in results(itertools.chain(looks_at_own(settings), looks_at_oni(oni))):
+        print("✓" if well else "✗", text)
+        if not well:
+            exit_status = 1
+    oni.rest()
+    return exit_status
+
+
+def main() -> int:
+    """Runs the agent until it is told to stop; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="oni_agent.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"ONI Agent {VERSION}")
+    parser.add_argument("--check", action="store_true", help="look at all that the agent needs")
+    environ = dict(os.environ)
+    if parser.parse_args().check:
+        return check_all(environ)
+    be_init()
+    try:
+        settings = Settings(environ)
+        host_key = None
+        if os.path.lexists(settings.host_key_file):
+            host_key = load_host_key(settings.host_key_file)
+    except Problem as problem:
+        complain(*problem.args)
         return 2
     set_up_logging(settings.log_level)
     stop = stop_on_signals()
+    tell_systemd("STATUS=starting")
+    raise_limits()
     try:
-        store = JobStore(settings.state_directory)
-        if not os.path.lexists(settings.host_key_file):
-            make_host_key(settings.host_key_file)
-        oni = OpenONI(settings.oni_location, environ)
-
-        def ended(job: Job) -> None:
-            if settings.on_finish:
-                threading.Thread(target=run_on_finish, daemon=True, args=(
-                    settings.on_finish, job, store.log(job).path, oni.environment)).start()
-
-        jobs = JobQueue(store, settings, oni, ended, lambda text: tell_systemd(f"STATUS={text}"))
-        server = SSHServer(Agent(settings, oni, store, jobs), load_host_key(settings.host_key_file))
-    except (StoreError, OSError) as error:
-        print(f"oni_agent: {error}.", file=sys.stderr)
+        server = build(settings, environ, host_key)
+    except (Problem, OSError) as problem:
+        complain(str(problem))
         return 1
-    log.info("listening on %s version=%s state=%s", server.address, VERSION, settings.state_directory)
-    if settings.db_connection:
-        log.info("DB_CONNECTION is set and not needed: the database is asked through Open ONI's own settings")
-    if not settings.allow_from and not settings.authorized_keys and not server.loopback:
-        log.warning("anyone who reaches %s may load and purge: set ALLOW_FROM or AUTHORIZED_KEYS", server.address)
     gc.freeze()  # what is there by now stays, and need not be looked at
-    jobs.start()
-    threading.Thread(target=check_oni, args=(oni,), daemon=True).start()
+    agent = server.agent
+    agent.queue.start()
+    threading.Thread(target=agent.site.count_by_and_by, daemon=True).start()
+    threading.Thread(target=look_once, args=(agent.site.oni,), daemon=True).start()
     tell_systemd("READY=1")
     server.serve(stop)
-    tell_systemd("STOPPING=1")
-    jobs.stop()
+    tell_systemd("STOPPING=1\nSTATUS=")
     return 0
+
+
+def build(settings: Settings, environ: dict[str, str], host_key: paramiko.PKey | None) -> SSHServer:
+    """Wires the agent together; it listens when this returns. Raises Problem, OSError."""
+    store = JobStore(settings.state_directory)
+    if not host_key:
+        make_host_key(settings.host_key_file)
+        host_key = load_host_key(settings.host_key_file)
+    oni = OpenONI(settings.oni_location, environ)
+    site = Site(settings, oni, Memory(settings.state_directory / "counts.json"))
+
+    def ended(job: Job) -> None:
+        if settings.on_finish:
+            path = store.log(job).path
+            with contextlib.suppress(RuntimeError):  # no thread to be had
+                HOOKS.submit(run_on_finish, settings.on_finish, job, path, oni.environment)
+
+    jobs = JobQueue(store, site, ended, lambda text: tell_systemd(f"STATUS={text}"))
+    server = SSHServer(Agent(settings, site, store, jobs), host_key)
+    log.info(
+        "listening on %s version=%s state=%s", server.address, VERSION, settings.state_directory
+    )
+    if settings.db_connection:
+        log.info("DB_CONNECTION is set and not needed: Open ONI's own settings are used")
+    if not (settings.allow_from or settings.authorized_keys or server.loopback):
+        log.warning(
+            "anyone who reaches %s may load and purge: set ALLOW_FROM or AUTHORIZED_KEYS",
+            server.address,
+        )
+    return server
 
 
 if __name__ == "__main__":
     status = main()
     logging.shutdown()
     sys.stdout.flush()
-    os._exit(status)  # without waiting for threads: whatever they do may be cut off at any instant
+    os._exit(status)  # without waiting for threads: they may be cut off at any instant
