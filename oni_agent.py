@@ -2689,13 +2689,14 @@ class JobQueue:
         try:
             kind = self.kind(job.words)
             status, error = self._outcome(job, kind, work)
-            if not self._end(job, status, error):  # cancelled at the last moment
-                self._end(job, FAILED, self._undo(kind, work))
+            if not self._end(work, status, error):  # cancelled at the last moment
+                self._end(work, FAILED, self._undo(kind, work))
         except Stopping:
             raise
         except Exception as fault:
             log.exception("job=%d stumbled over a fault of the agent", job.id)
-            self._end(job, FAILED, f"a fault of the agent, see its log: {fault!r}")
+            work.undoing = True
+            self._end(work, FAILED, f"a fault of the agent, see its log: {fault!r}")
         finally:
             work.log.close()
         self._tell_of_end(job)
@@ -2769,15 +2770,16 @@ class JobQueue:
         held = kind.held(work)
         return f"cancelled; {held}" if held else "cancelled"
 
-    def _end(self, job: Job, status: str, error: str) -> bool:
-        """Records a job's end; False if it was successful, but is to be cancelled."""
+    def _end(self, work: Work, status: str, error: str) -> bool:
+        """Records a job's end; False if it has been cancelled, and what it did is to be undone."""
+        job = work.job
         error = error.encode("utf-8", "replace").decode()  # a file's name in it may be no text
 
         def end() -> bool:
             with self._changed:
                 if self._stopping.is_set() and status != SUCCESSFUL:
                     raise Stopping
-                if job.cancelled and status == SUCCESSFUL:
+                if job.cancelled and not work.undoing:
                     return False
                 self._change(job, status=status, error=error, ended=time.time_ns())
                 return True
@@ -3216,8 +3218,9 @@ def cmd_batch_status(request: Request, name: str) -> dict:
         if not state.row and not state.documents:
             request.agent.site.must_be_there(name)
     jobs = [job_object(job) for job in request.agent.queue.jobs() if name in job.words]
+    at_work = [f"job {job['id']} is at work on it; " for job in jobs if job["status"] == STARTED]
     return {
-        "message": str(state),
+        "message": "".join(at_work) + str(state),
         "batch": batch_object(state),
         "events": state.events,
         "jobs": jobs,
@@ -3349,7 +3352,12 @@ class Screen:
         if not words or words == ["board"]:
             return self._board()
         if words[0] == "job-wait" and len(words) == 2:
-            self._watch(words[1])
+            try:
+                self._watch(words[1])
+            except ClientGone:  # by Ctrl-C, maybe: what ssh says then is to begin a line
+                with contextlib.suppress(ClientGone, OSError):
+                    self._send("\r\n")
+                raise
         return self.show(self._ask(*words))
 
     def show(self, reply: Answer) -> int:
@@ -3405,13 +3413,14 @@ class Screen:
         return lines
 
     def _commands(self, commands: list[dict]) -> list[str]:
-        lines = []
-        for each in commands:
-            lines.append(cut(each["usage"], self._terminal.width))
-            lines += wrapped(each["help"], self._terminal.width, "    ")
-            if "example" in each:
-                lines += ["", cut(f"    {each['example']}", self._terminal.width)]
-        return lines
+        """One command in full, or a line for each."""
+        width = self._terminal.width
+        if len(commands) == 1:
+            [each] = commands
+            lines = [cut(each["usage"], width), *wrapped(each["help"], width, "    ")]
+            return [*lines, "", cut(f"    {each['example']}", width)]
+        lines = [cut(f"{padded(each['usage'], 30)}  {each['help']}", width) for each in commands]
+        return [*lines, "", cut("help COMMAND tells more of one", width)]
 
     def _job(self, job: dict) -> list[str]:
         """One job in full."""
@@ -3450,7 +3459,7 @@ class Screen:
                 lines.append(cut(" " * columns(head) + when, width))
             if job.get("error"):
                 lines += wrapped(job["error"], width, " " * 7)
-        return lines or ["There are no jobs."]
+        return lines or ["There are no such jobs."]
 
     def _batches(self, batches: list[dict]) -> list[str]:
         """A table of batches."""
@@ -3474,7 +3483,7 @@ class Screen:
         if not self._sample or self._sample[0] != job["id"]:
             self._sample = (job["id"], now - job["seconds"], 0)
         rate = (pages - self._sample[2]) / max(1, now - self._sample[1])
-        if rate and pages < all_pages:
+        if rate and pages < all_pages and now - self._sample[1] > PROGRESS_SECONDS:
             text += f", {rate:.1f} pages a second, {span((all_pages - pages) / rate)} left"
         room = max(5, min(30, self._terminal.width - columns(text) - 2))
         full = int(share * room)
@@ -3526,8 +3535,8 @@ class Screen:
         if not keys["at_work"]:
             lines.append("       nothing")
         lines += ["", f"Waiting: {len(keys['waiting'])}"]
-        for place, job in enumerate(keys["waiting"][:5], 1):
-            lines.append(cut(f"{job['id']:>5}  {place}. {plain(' '.join(job['words']))}", width))
+        if keys["waiting"]:
+            lines += self._jobs(keys["waiting"][:5])
         if len(keys["waiting"]) > 5:
             lines.append(f"       and {len(keys['waiting']) - 5} more")
         lines += ["", "Ended"]
@@ -3892,6 +3901,8 @@ class Session(threading.Thread):
 
     def _read_input(self, into: BinaryIO, limit: int) -> None:
         """Copies standard input to its trailer or its end. Raises ClientGone, Problem."""
+        if self._terminal:
+            raise Problem("this command reads a file: leave out -t, and give it < FILE")
         self.channel.settimeout(STALL_SECONDS)
         size = 0
         tail = b""  # of what has come, which may be the trailer
