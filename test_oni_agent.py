@@ -9257,6 +9257,7 @@ class OwnBench(Bench):
         yield from self.question_rows()
         yield from self.queue_rows()
         yield from self.volume_rows()
+        yield from self.bound_rows()
 
     def connection_rows(self) -> Iterator[tuple[str, float, str]]:
         """What connections cost."""
@@ -9327,6 +9328,32 @@ class OwnBench(Bench):
             self.ssh(f"job-logs {id}")
             all_at_once(1000, 8, self.call)
             yield f"memory after all this, {number}", memory(self.site), "MB"
+
+
+    def bound_rows(self) -> Iterator[tuple[str, float, str]]:
+        """What a flood of unread answers, and a hostile title, cost at the most."""
+        id = self.job("batch_oru_benchlines1000000_ver01")
+        self.forget_peak()
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(Client(self.port)) for _ in range(100)]
+            for client in clients:
+                with contextlib.suppress(paramiko.SSHException):  # there are enough already
+                    for _ in range(10):
+                        client.channel(f"job-logs {id}")
+            yield "1,000 job-logs that nobody reads", memory(self.site, "VmHWM"), "MB"
+        self.forget_peak()
+        title = b"<a>" + b"<b/>" * (8 * 2**20 - 2) + b"</a>"
+        reader = threading.Thread(target=self.load_title, args=[title])
+        reader.start()
+        waits = []
+        while reader.is_alive():
+            waits.append(seconds(self.call, "version"))
+        yield "slowest call beside a title of 32 MiB", max(waits) * 1000, "ms"
+        yield "  the agent's most memory meanwhile", memory(self.site, "VmHWM"), "MB"
+
+    def load_title(self, title: bytes) -> None:
+        with Client(self.port) as client:
+            client.ask("load-title", title)
 
 
 def nanoseconds(stamp: str) -> int:
