@@ -98,7 +98,9 @@ def complain(*problems: str) -> None:
         print(f"{priority}oni_agent: {problem}.", file=sys.stderr)
 
 
-warnings.filterwarnings("ignore", module="paramiko")  # old ones warn of ciphers switched off below
+warnings.filterwarnings(
+    "ignore", module="paramiko"
+)  # old ones warn of ciphers switched off below
 try:
     import paramiko
     from cryptography.hazmat.primitives import serialization
@@ -122,7 +124,9 @@ MAX_CHANNELS = 10  # open at once on one connection, as OpenSSH's MaxSessions
 MAX_PACKET = 256 * 1024  # bytes of one SSH packet, as OpenSSH takes them
 MAX_COMMAND = 16 * 1024  # bytes of a command line
 MAX_PAYLOAD = 32 * 1024 * 1024  # bytes on standard input
-MAX_TAG = 256 * 1024  # bytes of one tag in MARC XML; expat begins a long one again and again
+MAX_TAG = (
+    256 * 1024
+)  # bytes of one tag in MARC XML; expat begins a long one again and again
 MAX_INSTRUCTIONS = 1024 * 1024  # of them, where they are a batch-patch's
 MAX_LINE = 64 * 1024  # bytes of one line in a job's log; a longer line is cut into pieces
 MAX_ATTEMPTS = 3  # starts of a job that never ended
@@ -138,11 +142,11 @@ CHECK_SECONDS = 3600  # for reading every file of a batch
 LIST_SECONDS = 0.5  # for each of the two counts that list-batches makes
 TERM_SECONDS = 10  # between SIGTERM and SIGKILL for a cancelled manage.py
 HOOK_SECONDS = 60  # for ON_FINISH
-REST_SECONDS = 600  # without a question, after which the manage.py that answers them ends
+SHELL_SECONDS = 600  # without a question, after which the manage.py that answers them ends
 PROGRESS_SECONDS = 5  # between two questions about how far a load is
 KEEP_DAYS = 90  # how long finished jobs are kept
 KEEP_JOBS = 100  # how many of the newest are kept in any case
-TICK = 0.02  # seconds between two looks at what manage.py has printed
+TICK = 0.01  # seconds between two looks at what manage.py has printed
 CHUNK = 64 * 1024  # bytes of a log or an answer handled at once
 
 # ---------------------------------------------------------------- problems
@@ -168,7 +172,14 @@ class Stopping(Exception):
     """The agent is stopping: what has just ended was maybe ended by that, and does not count."""
 
 
-SCARCE = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)
+SCARCE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.EAGAIN,
+    errno.ENOMEM,
+)
 
 
 def is_scarce(error: OSError) -> bool:
@@ -236,7 +247,10 @@ class Settings:
                 return reader(environ.get(name) or default)
             except ValueError as error:
                 problems.append(f"{name} {error}")
-            except (OSError, RuntimeError) as error:  # RuntimeError: no home for ~, circular links
+            except (
+                OSError,
+                RuntimeError,
+            ) as error:  # RuntimeError: no home for ~, circular links
                 problems.append(f"{name} cannot be used: {error}")
 
         home = environ.get("HOME") or "~"
@@ -252,7 +266,9 @@ class Settings:
         )
         self.allow_from: tuple = read("ALLOW_FROM", networks)
         self.authorized_keys: Path | None = read("AUTHORIZED_KEYS", readable_file)
-        self.on_finish: Path | None = read("ON_FINISH", lambda value: readable_file(value, os.X_OK))
+        self.on_finish: Path | None = read(
+            "ON_FINISH", lambda value: readable_file(value, os.X_OK)
+        )
         self.log_level: str = read("LOG_LEVEL", known_log_level, "info")
         self.db_connection = bool(environ.get("DB_CONNECTION"))
         if problems:
@@ -282,12 +298,16 @@ def oni_folder(value: str) -> Path:
 
 def state_folder(value: str) -> Path:
     """`value` as the path of a folder that the agent can write to, or make."""
-    path = Path(value.split(":")[0]).expanduser().resolve()  # systemd separates several by colons
+    path = (
+        Path(value.split(":")[0]).expanduser().resolve()
+    )  # systemd separates several by colons
     place = nearest_folder(path)
     if not os.access(place, os.W_OK | os.X_OK):
         raise ValueError(f"is {value!r}, and the agent's user cannot write to {place}")
     if path == place and path.stat().st_mode & stat.S_IWOTH and not is_an_agents(path):
-        raise ValueError(f"is {value!r}, a folder that others use; name one of the agent's own")
+        raise ValueError(
+            f"is {value!r}, a folder that others use; name one of the agent's own"
+        )
     return path
 
 
@@ -315,7 +335,9 @@ def bind_address(value: str) -> tuple[str, int]:
 def networks(value: str) -> tuple:
     """The addresses and networks, separated by commas or blanks, in `value`."""
     try:
-        found = tuple(ipaddress.ip_network(word) for word in value.replace(",", " ").split())
+        found = tuple(
+            ipaddress.ip_network(word) for word in value.replace(",", " ").split()
+        )
     except ValueError as error:
         raise ValueError(f"is {value!r}: {error}") from error
     mapped = any(getattr(each.network_address, "ipv4_mapped", None) for each in found)
@@ -379,22 +401,20 @@ def answer_questions(channel):
             reply = {"number": number, "error": "%s: %s" % (type(error).__name__, error)}
         lines.write(json.dumps(reply, default=str) + "\\n")
         lines.flush()
-        signal.setitimer(signal.ITIMER_REAL, REST)
+        signal.setitimer(signal.ITIMER_REAL, SHELL_SECONDS)
 
 def batch(name, with_index):
     """What database and, if asked for, index hold of one batch, in the words of BatchState."""
     row = Batch.objects.filter(name=name).first()
-    pages = Page.objects.filter(issue__batch_id=name)
     events = LoadBatchEvent.objects.filter(batch_name=name).order_by("-pk")[:5]
     held = {
         "name": row.name if row else "",
         "row": row is not None,
         "loaded": row.created.isoformat() if row else "",
         "issues": Issue.objects.filter(batch_id=name).count(),
-        "pages": pages.count(),
-        "indexed": pages.filter(indexed=True).count(),
         "events": [[event.created.isoformat(), event.message or ""] for event in events][::-1],
     }
+    held["pages"], held["indexed"] = pages_and_indexed(name)
     if with_index:
         held.update(index(name, held["indexed"]))
     return held
@@ -468,10 +488,13 @@ def page_counts(names, seconds):
     for name in names:
         if time.monotonic() > until:
             break
-        pages = Page.objects.filter(issue__batch_id=name)
-        found = pages.aggregate(pages=Count("pk"), indexed=Count("pk", filter=Q(indexed=True)))
-        counts[name] = [found["pages"], found["indexed"]]
+        counts[name] = pages_and_indexed(name)
     return counts
+
+def pages_and_indexed(name):
+    pages = Page.objects.filter(issue__batch_id=name)
+    found = pages.aggregate(pages=Count("pk"), indexed=Count("pk", filter=Q(indexed=True)))
+    return found["pages"], found["indexed"]
 
 def storage():
     return settings.BATCH_STORAGE
@@ -575,7 +598,9 @@ class OpenONI:
             "PYTHONUNBUFFERED": "1",  # else it prints in lumps of 8 KB
         }
         self._asking = threading.Lock()
-        self._child: subprocess.Popen | None = None  # a manage.py shell that answers questions
+        self._child: subprocess.Popen | None = (
+            None  # a manage.py shell that answers questions
+        )
         self._number = 0  # of the newest question
 
     def start(self, *words: str, **options) -> subprocess.Popen:
@@ -604,7 +629,9 @@ class OpenONI:
         """A manage.py shell that runs one function of INSIDE_ONI, which it reads from its stdin."""
         code = f"import sys; exec(sys.stdin.read(), {dict(TASK=task, WORDS=words)!r})"
         with open(os.memfd_create("inside_oni"), "w+", encoding="utf-8") as program:
-            program.write(f"REST, SOLR_SECONDS = {REST_SECONDS}, {SOLR_SECONDS}\n{INSIDE_ONI}")
+            program.write(
+                f"SHELL_SECONDS, SOLR_SECONDS = {SHELL_SECONDS}, {SOLR_SECONDS}\n{INSIDE_ONI}"
+            )
             program.seek(0)
             return self.start("shell", "-c", code, stdin=program, **options)
 
@@ -613,22 +640,28 @@ class OpenONI:
 
         It asks neither database nor Solr.
         """
-        with self.start("check", stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        with self.start(
+            "check", stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        ) as process:
             try:
                 printed = process.communicate(timeout=PATIENT_SECONDS)[0]
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
-                raise Problem(f"manage.py check did not end within {PATIENT_SECONDS} s") from None
+                raise Problem(
+                    f"manage.py check did not end within {PATIENT_SECONDS} s"
+                ) from None
         last = last_line(printed)
         if process.returncode:
-            raise Problem(f"manage.py check ended with exit status {process.returncode}: {last}")
+            raise Problem(
+                f"manage.py check ended with exit status {process.returncode}: {last}"
+            )
         return last
 
     def ask(self, question: str, *words: object, within: float = ANSWER_SECONDS):
         """What a function of INSIDE_ONI answers. Raises Problem, after `within` seconds at most.
 
         A manage.py shell is kept warm for it: its first answer takes half a second, later ones
-        milliseconds. It ends by itself at a question's deadline, and after REST_SECONDS idle.
+        milliseconds. It ends by itself at a question's deadline, and after SHELL_SECONDS idle.
         """
         until = time.monotonic() + within
         late = Problem(f"Open ONI did not answer within {within:g} s")
@@ -637,7 +670,9 @@ class OpenONI:
         try:
             reply = self._reply(until, question, *words)
         except socket.timeout:
-            if time.monotonic() - self._born > PATIENT_SECONDS:  # a younger one may be starting
+            if (
+                time.monotonic() - self._born > PATIENT_SECONDS
+            ):  # a younger one may be starting
                 self._end_child()
             raise late from None
         except OSError as error:  # no descriptor to be had, say
@@ -686,7 +721,9 @@ class OpenONI:
         self._heard = b""
         self._channel, theirs = socket.socketpair()
         self._stderr = open(os.memfd_create("stderr"), "w+b", buffering=0)
-        with theirs:  # nothing that site code prints, or starts, gets between question and answer
+        with (
+            theirs
+        ):  # nothing that site code prints, or starts, gets between question and answer
             self._child = self.start_task(
                 "answer_questions",
                 theirs.fileno(),
@@ -695,7 +732,7 @@ class OpenONI:
                 pass_fds=[theirs.fileno()],
             )
 
-    def rest(self) -> None:
+    def close(self) -> None:
         """Ends the warm shell; the next question starts another."""
         with self._asking:
             self._end_child()
@@ -704,7 +741,9 @@ class OpenONI:
         if self._child:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._child.pid, signal.SIGKILL)  # it is never amid a change
-            with contextlib.suppress(subprocess.TimeoutExpired):  # a hung file system may hold it
+            with contextlib.suppress(
+                subprocess.TimeoutExpired
+            ):  # a hung file system may hold it
                 self._child.wait(1)
             self._channel.close()
             self._stderr.close()
@@ -758,7 +797,11 @@ def parse_xml(path: Path, builder: ET.TreeBuilder | None = None) -> ET.Element:
     content = read_regular(path)
     try:
         return ET.fromstring(content, ET.XMLParser(target=builder))
-    except (ET.ParseError, LookupError, ValueError) as error:  # LookupError: unknown encoding
+    except (
+        ET.ParseError,
+        LookupError,
+        ValueError,
+    ) as error:  # LookupError: unknown encoding
         declared = re.match(rb"""<\?xml[^>]*\sencoding=["']([\w.-]+)["']""", content)
         if declared:  # ONI's parser knows some encodings that this one does not
             with contextlib.suppress(ET.ParseError, LookupError, ValueError):
@@ -833,12 +876,16 @@ class IssueFile:
         self.edition = self._text("detail[@type='edition']", "number").strip()
         self.date = self._text("dateIssued")
         self.lccn = self._text("identifier[@type='lccn']").strip()
-        self.pages = [each for each in divisions(division, "np:page") if each is not division]
+        self.pages = [
+            each for each in divisions(division, "np:page") if each is not division
+        ]
 
     def _description(self, division: ET.Element) -> ET.Element:
         section = self._descriptions.get(division.get("DMDID"))
         if section is None:
-            raise Problem(f"{division.get('TYPE')} has no description (DMDID) in {self.path}")
+            raise Problem(
+                f"{division.get('TYPE')} has no description (DMDID) in {self.path}"
+            )
         return mods_of(section)
 
     def _text(self, name: str, child: str = "", mods: ET.Element | None = None) -> str:
@@ -852,7 +899,9 @@ class IssueFile:
         for pointer in page.findall(f"{METS}fptr"):
             file = self._files.get(pointer.get("FILEID"))
             if file is None or file.get("USE") is None:
-                raise Problem(f"a page of {self.path} points to a file that is not described")
+                raise Problem(
+                    f"a page of {self.path} points to a file that is not described"
+                )
             location = file.find(f"{METS}FLocat")
             href = "" if location is None else location.get(HREF, "")
             if file.get("USE") == "ocr":  # opened as a URL; the others by their names
@@ -934,7 +983,11 @@ class IssueFile:
         with contextlib.suppress(Problem):  # a fault, and told as one
             for page in self.pages:
                 for use, file, path in self._page_files(page):
-                    if use == "service" and file.get("ADMID") is not None and not path.is_file():
+                    if (
+                        use == "service"
+                        and file.get("ADMID") is not None
+                        and not path.is_file()
+                    ):
                         yield path, "there is no such image: the page will have no picture"
                     elif use == "derivative" and not path.is_file():
                         yield path, "there is no such PDF"
@@ -985,7 +1038,9 @@ def ocr_fault(path: Path) -> str:
         if tag == "String" and "CONTENT" not in attributes:
             raise Problem(f"line {parser.CurrentLineNumber}: a String without CONTENT")
         if tag == "TextBlock" and len(attributes.get("language", "eng")) < 2:
-            raise Problem(f"line {parser.CurrentLineNumber}: a language of less than two letters")
+            raise Problem(
+                f"line {parser.CurrentLineNumber}: a language of less than two letters"
+            )
         if tag == "Page":
             if measured:
                 raise Problem(f"line {parser.CurrentLineNumber}: a second Page")
@@ -1037,7 +1092,9 @@ class Findings:
     warnings: list[dict[str, str]] = field(default_factory=list)
     issues: list[list] = field(default_factory=list)  # LCCN, date, edition
     lccns: set[str] = field(default_factory=set)
-    titles: dict[str, str] = field(default_factory=dict)  # LCCN and URL of those to be fetched
+    titles: dict[str, str] = field(
+        default_factory=dict
+    )  # LCCN and URL of those to be fetched
 
 
 def check_files(folder: Path, progress: Callable[[int, int], None]) -> Findings:
@@ -1104,7 +1161,9 @@ class MarcReader:
         self._text = ""
         self._parser = ParserCreate(namespace_separator=" ")
         self._parser.StartDoctypeDeclHandler = self._doctype
-        self._parser.StartNamespaceDeclHandler = lambda prefix, _: self._learn([prefix or ""])
+        self._parser.StartNamespaceDeclHandler = lambda prefix, _: self._learn(
+            [prefix or ""]
+        )
         self._parser.StartElementHandler = self._start
         self._parser.EndElementHandler = self._end
         self._parser.CharacterDataHandler = self._read_text
@@ -1120,7 +1179,9 @@ class MarcReader:
         self._parser.Parse(b"", True)
 
     def _doctype(self, *_) -> None:
-        raise Problem("a DOCTYPE is not allowed")  # a few entities may make gigabytes of text
+        raise Problem(
+            "a DOCTYPE is not allowed"
+        )  # a few entities may make gigabytes of text
 
     def _learn(self, names: Iterable[str]) -> None:
         self._names.update(names)
@@ -1132,7 +1193,9 @@ class MarcReader:
         if len(self._open) >= 100:
             raise Problem("it is nested too deeply")
         name = name.rpartition(" ")[2]
-        place = name + attributes.get({"datafield": "tag", "subfield": "code"}.get(name, ""), "")
+        place = name + attributes.get(
+            {"datafield": "tag", "subfield": "code"}.get(name, ""), ""
+        )
         self._open.append(place)
         self._text = ""
         if name == "record":
@@ -1173,7 +1236,9 @@ class Patch:
         kept = {beside(listing, issue.text or "") for issue in root.findall(f"{NDNP}issue")}
         for path in kept:
             if self._gone.intersection(path.parents):
-                raise Problem(f"{path}, which is to stay, lies in the folder of one that is to go")
+                raise Problem(
+                    f"{path}, which is to stay, lies in the folder of one that is to go"
+                )
         if self._gone.intersection([old, old / "data"]):
             raise Problem(f"an issue of {old} that is to go has no folder of its own")
         ET.register_namespace("", NDNP.strip("{}"))
@@ -1186,7 +1251,9 @@ class Patch:
             edition = issue.get("issueDate", "") + issue.get("editionOrder", "").zfill(2)
             folder = os.path.basename(os.path.dirname((issue.text or "").strip()))
             for name in {plain_key(edition), plain_key(folder)}:
-                keys.setdefault(f"{plain_key(issue.get('lccn', ''))}/{name}", []).append(issue)
+                keys.setdefault(f"{plain_key(issue.get('lccn', ''))}/{name}", []).append(
+                    issue
+                )
         named = []
         for number, line in enumerate(instructions.splitlines(), 1):
             if not line.strip():
@@ -1234,10 +1301,14 @@ class Patch:
             return False
         same = read_regular(new / self.LISTING) == self.listing
         if not same or file_sizes(new, lambda *_: set()) != self.sizes():
-            raise Problem(f"{new} is there already, and is not what this patch makes; move it away")
+            raise Problem(
+                f"{new} is there already, and is not what this patch makes; move it away"
+            )
         return True
 
-    def make(self, new: Path, tell: Callable[[str], None], go_on: Callable[[], None]) -> None:
+    def make(
+        self, new: Path, tell: Callable[[str], None], go_on: Callable[[], None]
+    ) -> None:
         """Makes `new`, which has its name only when it is whole. Raises Problem, OSError."""
         unready = new.with_name(f"WIP-UNREADY-{new.name}")
         if unready.exists():
@@ -1333,7 +1404,9 @@ def in_time(
         while not futures.wait([future], min(1, within)).done:
             meanwhile()
             if time.monotonic() > until:
-                raise Problem(f"the file system of the batches did not answer within {within:g} s")
+                raise Problem(
+                    f"the file system of the batches did not answer within {within:g} s"
+                )
         return future.result()
     except OSError as error:
         if is_scarce(error):
@@ -1348,11 +1421,15 @@ class Glance:
 
     def __init__(self, make: Callable[..., dict]):
         self._make = make
-        self._pool = futures.ThreadPoolExecutor(1, "glance")  # its own, which no other can fill
+        self._pool = futures.ThreadPoolExecutor(
+            1, "glance"
+        )  # its own, which no other can fill
         self._lock = threading.Lock()
         self._begun = 0.0
         self._words: tuple = ()  # that the newest question was about
-        self._asked: list[futures.Future] = []  # the newest one, after the last that was answered
+        self._asked: list[futures.Future] = (
+            []
+        )  # the newest one, after the last that was answered
 
     def __call__(self, *words: str) -> dict:
         """What `make` has last answered; {} if it has not yet, or could not."""
@@ -1370,7 +1447,7 @@ class Glance:
         return answered[-1].result() if answered else {}
 
 
-class Memory:
+class RememberedCounts:
     """Counts that are slow to make, each kept with a key that changes when they may have.
 
     In counts.json, so that a restart does not lose them; they may be lost at any time.
@@ -1391,8 +1468,9 @@ class Memory:
     def put(self, found: dict[str, list]) -> None:
         """Keeps counts, [key, counts] each."""
         with self._lock, contextlib.suppress(OSError):
-            self._known.update(found)
-            self._path.write_text(json.dumps(self._known))
+            if any(self._known.get(what) != kept for what, kept in found.items()):
+                self._known.update(found)
+                self._path.write_text(json.dumps(self._known))
 
 
 @dataclass
@@ -1446,7 +1524,7 @@ class BatchState:
         return self.event is None or self.event.startswith("processed")
 
     @property
-    def word(self) -> str:
+    def verdict(self) -> str:
         """absent, partial, complete or unknown."""
         if not self.row:
             return "absent"
@@ -1467,7 +1545,9 @@ class BatchState:
         if self.index_problem:
             parts.append(f"Solr cannot be asked ({self.index_problem})")
         elif self.documents and not self.row:
-            parts.append(f"Solr still has {self.documents} of its pages, which lead nowhere")
+            parts.append(
+                f"Solr still has {self.documents} of its pages, which lead nowhere"
+            )
         if self.lost and self.rows_whole:
             parts.append(f"Solr lacks {self.lost} of {self.indexed} pages")
         if self.replaced:
@@ -1484,27 +1564,29 @@ class BatchState:
                 f"ONI holds {self.issues} issues, and what it should hold is not known:"
                 f" {self.files_problem}"
             )
-        held = f"ONI holds {self.issues} of the {self.files.issues} issues"
+        sentence = f"ONI holds {self.issues} of the {self.files.issues} issues"
         if self.files.pages is None:
-            held += f", and how many pages it should hold is not known: {self.files.problem}"
+            sentence += (
+                f", and how many pages it should hold is not known: {self.files.problem}"
+            )
         elif self.pages is not None:
-            held += f" and {self.pages} of the {self.files.pages} pages"
-        if self.word == "complete":
-            return f"the batch is complete: {held}"
+            sentence += f" and {self.pages} of the {self.files.pages} pages"
+        if self.verdict == "complete":
+            return f"the batch is complete: {sentence}"
         if self.pages == self.files.pages and self.indexed != self.files.pages_with_ocr:
-            held += f", {self.indexed} of {self.files.pages_with_ocr} with their text"
+            sentence += f", {self.indexed} of {self.files.pages_with_ocr} with their text"
         if not self.ended_well:
-            held += f', and its last event is "{self.event}"'
-        return held
+            sentence += f', and its last event is "{self.event}"'
+        return sentence
 
 
 class Site:
     """An Open ONI and its batches: answers what ONI holds of one, from all three places."""
 
-    def __init__(self, settings: Settings, oni: OpenONI, memory: Memory):
+    def __init__(self, settings: Settings, oni: OpenONI, counts: RememberedCounts):
         self.source = settings.batch_source
         self.oni = oni
-        self._memory = memory
+        self._remembered_counts = counts
         self.progress = Glance(self._ask_progress)  # of the batch that is being loaded
         self.health = Glance(self._ask_health)  # whether ONI answers
         self._to_count: queue.SimpleQueue[Callable] = queue.SimpleQueue()
@@ -1512,7 +1594,9 @@ class Site:
     def folder(self, name: str) -> Path:
         """Where the batch `name` lies, or would. Raises Problem unless it is a batch's name."""
         if not BATCH_NAME.fullmatch(name):
-            raise Problem(f'"{name}" is not a batch name: Open ONI takes batch_AWARDEE_NAME_verNN')
+            raise Problem(
+                f'"{name}" is not a batch name: Open ONI takes batch_AWARDEE_NAME_verNN'
+            )
         return self.source / name
 
     def batch(self, name: str, within: float = ANSWER_SECONDS) -> BatchState:
@@ -1542,7 +1626,9 @@ class Site:
         key = listing_key(folder)
         counts = count_files(folder)
         if key and counts.pages is not None:
-            self._memory.put({f"files of {folder.name}": [key, list(dataclasses.astuple(counts))]})
+            self._remembered_counts.put(
+                {f"files of {folder.name}": [key, list(dataclasses.astuple(counts))]}
+            )
         return counts
 
     def _ask_health(self) -> dict:
@@ -1565,7 +1651,9 @@ class Site:
     def _remembered(self, folder: Path) -> Counts | None:
         """What was counted of a batch's files, unless the file of its issues has changed."""
         key = listing_key(folder)
-        counts = self._memory.get(f"files of {folder.name}", key) if key else None
+        counts = (
+            self._remembered_counts.get(f"files of {folder.name}", key) if key else None
+        )
         return Counts(*counts) if counts else None
 
     def batches(self) -> list[BatchState]:
@@ -1581,7 +1669,9 @@ class Site:
         to_count: list[Callable] = []
         until = time.monotonic() + LIST_SECONDS
         with contextlib.suppress(Problem):
-            in_time(lambda: self._add_files(states, Path(overview["storage"]), until, to_count))
+            in_time(
+                lambda: self._add_files(states, Path(overview["storage"]), until, to_count)
+            )
         self._recall_pages(states, to_count)
         if self._to_count.empty():
             for count in to_count:
@@ -1594,12 +1684,14 @@ class Site:
                 state.lost = 0 if state.documents >= state.indexed else None
         return listed
 
-    def _recall_pages(self, states: dict[str, BatchState], to_count: list[Callable]) -> None:
+    def _recall_pages(
+        self, states: dict[str, BatchState], to_count: list[Callable]
+    ) -> None:
         """Adds the pages of each batch, from memory or counted as far as time allows."""
         unknown = []
         found = {}
         for name, state in states.items():
-            counts = self._memory.get(f"pages of {name}", state.rows_key)
+            counts = self._remembered_counts.get(f"pages of {name}", state.rows_key)
             if not state.row:
                 continue
             if counts:
@@ -1615,10 +1707,14 @@ class Site:
             if state.ended_well:
                 found[f"pages of {name}"] = [state.rows_key, counts]
         if found:
-            self._memory.put(found)
+            self._remembered_counts.put(found)
 
     def _add_files(
-        self, states: dict[str, BatchState], storage: Path, until: float, to_count: list[Callable]
+        self,
+        states: dict[str, BatchState],
+        storage: Path,
+        until: float,
+        to_count: list[Callable],
     ) -> None:
         """Adds what each batch's files name, from memory; those not known are counted later."""
         for state in states.values():
@@ -1637,7 +1733,9 @@ class Site:
                 count()
             time.sleep(TICK)  # others have questions, too
 
-    def check(self, name: str, progress: Callable[[int, int], None], go_on: Callable) -> Findings:
+    def check(
+        self, name: str, progress: Callable[[int, int], None], go_on: Callable
+    ) -> Findings:
         """What would go wrong with a load of a batch; ONI is only asked. Raises Problem."""
         folder = self.folder(name)
         abandoned = threading.Event()
@@ -1796,7 +1894,9 @@ class JobStore:
     def _keep_others_out(self) -> object:
         lock = open(self.folder / "agent.lock", "a")
         until = time.monotonic() + 1
-        while True:  # a killed agent's last child may hold the lock until it has become manage.py
+        while (
+            True
+        ):  # a killed agent's last child may hold the lock until it has become manage.py
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return lock
@@ -1834,7 +1934,9 @@ class JobStore:
 
     def _take_out_payloads(self) -> None:
         """Writes what version 1.0 kept of standard input in the database where it is kept now."""
-        rows = self._database.execute("SELECT id, payload FROM jobs WHERE payload IS NOT NULL")
+        rows = self._database.execute(
+            "SELECT id, payload FROM jobs WHERE payload IS NOT NULL"
+        )
         for id, payload in rows.fetchall():
             path = self.folder / "inputs" / str(id) / "input.xml"
             path.parent.mkdir(mode=0o700, exist_ok=True)
@@ -1886,7 +1988,9 @@ class JobStore:
     def _keep_input(self, job: Job, given: BinaryIO) -> None:
         os.fsync(given.fileno())
         path = self.input(job)
-        shutil.rmtree(path.parent, ignore_errors=True)  # of a crash before this id was given
+        shutil.rmtree(
+            path.parent, ignore_errors=True
+        )  # of a crash before this id was given
         path.parent.mkdir(mode=0o700)
         os.link(given.name, path)
         sync_folder(path.parent)
@@ -1900,7 +2004,9 @@ class JobStore:
         """Changes columns of a job."""
         columns = ", ".join(f"{name} = ?" for name in changes)
         with self._transaction() as database:
-            database.execute(f"UPDATE jobs SET {columns} WHERE id = ?", (*changes.values(), job.id))
+            database.execute(
+                f"UPDATE jobs SET {columns} WHERE id = ?", (*changes.values(), job.id)
+            )
 
     def log(self, job: Job) -> JobLog:
         return JobLog(self.folder / "logs" / f"{job.id}.log")
@@ -1953,7 +2059,9 @@ class JobLog:
     def open(self) -> None:
         """Makes the log ready to go on, after whatever an earlier agent has left."""
         self.path.parent.mkdir(mode=0o700, exist_ok=True)
-        self._file = open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0)
+        self._file = open(
+            os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0
+        )
         whole = 0
         with open(self.path, "rb") as entries:
             for line in entries:
@@ -2059,7 +2167,7 @@ class LogReader:
         self._index = 0  # bytes of the log that have been read
         self._at = {STDOUT: 0, STDERR: 0}  # bytes of the outputs
         self._stamp = 0  # of the next line at the earliest: stamps increase, clocks may not
-        self._rest = {STDOUT: b"", STDERR: b""}  # of a line whose end has not come
+        self._unfinished = {STDOUT: b"", STDERR: b""}  # of a line whose end has not come
 
     def read(self, over: bool = True) -> Iterator[list[str]]:
         """Some lines at a time, `[stamp] text` each; if the job is `over`, unfinished ones too."""
@@ -2071,10 +2179,14 @@ class LogReader:
             else:  # a note; or a line in a log of version 1.0
                 yield from self._stamped(kind, [entry[4]])
         if over:
-            yield from self._printed((sys.maxsize, sys.maxsize))  # the log may not know of all
+            yield from self._printed(
+                (sys.maxsize, sys.maxsize)
+            )  # the log may not know of all
             for output in (STDOUT, STDERR):
-                yield from self._stamped(output, list(filter(None, [self._rest[output]])))
-                self._rest[output] = b""
+                yield from self._stamped(
+                    output, list(filter(None, [self._unfinished[output]]))
+                )
+                self._unfinished[output] = b""
 
     def _printed(self, sizes: tuple[int, int]) -> Iterator[list[str]]:
         """The lines of both outputs that end within these sizes."""
@@ -2104,11 +2216,11 @@ class LogReader:
                 if not data:
                     return
                 self._at[output] += len(data)
-                lines = (self._rest[output] + data).split(b"\n")
+                lines = (self._unfinished[output] + data).split(b"\n")
                 if max(map(len, lines)) > MAX_LINE:
                     pieces = (self.PIECE.findall(line) or [b""] for line in lines)
                     lines = list(itertools.chain.from_iterable(pieces))
-                self._rest[output] = lines.pop()
+                self._unfinished[output] = lines.pop()
                 yield lines
 
     def _stamped(self, kind: str, lines: list[bytes]) -> Iterator[list[str]]:
@@ -2141,7 +2253,9 @@ def holders(path: Path) -> set[int]:
     """The process groups, the agent's own apart, of the processes that have a file open."""
     groups = set()
     for entry in Path("/proc").glob("[0-9]*/fd/*"):
-        with contextlib.suppress(OSError):  # the process may end meanwhile, or be another user's
+        with contextlib.suppress(
+            OSError
+        ):  # the process may end meanwhile, or be another user's
             if os.readlink(entry) == str(path):
                 groups.add(os.getpgid(int(entry.parts[2])))
     return groups - {os.getpgrp()}
@@ -2204,7 +2318,8 @@ class Work:
                 lock = files.enter_context(open(self._lock, "a"))
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else EAGAIN
                 out, err = (
-                    files.enter_context(open_to_append(path)) for path in self.log.outputs.values()
+                    files.enter_context(open_to_append(path))
+                    for path in self.log.outputs.values()
                 )
                 sizes = self.log.sizes()
                 process = start(stdout=out, stderr=err, pass_fds=[lock.fileno()])
@@ -2226,7 +2341,9 @@ class Work:
         """Waits for the end of what an earlier agent has begun; whether it was still at work."""
         survivors = patiently(lambda: holders(self._lock))
         if survivors:
-            log.warning("job=%d adopted=%s: its manage.py is at work", self.job.id, survivors)
+            log.warning(
+                "job=%d adopted=%s: its manage.py is at work", self.job.id, survivors
+            )
             if not self.log.commands:  # somebody has deleted the log
                 self.log.begin("manage.py, begun by an earlier agent", self.log.sizes())
         self._follow(None)
@@ -2278,7 +2395,9 @@ class Work:
 
 def open_to_append(path: Path) -> BinaryIO:
     """An output of manage.py; what an earlier one has left there ends with a whole line."""
-    file = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "ab", buffering=0)
+    file = open(
+        os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "ab", buffering=0
+    )
     size = file.tell()
     if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
         file.write(b"\n")
@@ -2297,7 +2416,9 @@ class Kind:
 
     title = ""  # as answers name it
     takes_input = False  # whether something comes on standard input
-    on_a_batch = False  # whether its first word is a batch whose loads and purges it is one of
+    on_a_batch = (
+        False  # whether its first word is a batch whose loads and purges it is one of
+    )
 
     def __init__(self, site: Site, *words: str):
         self.site = site
@@ -2319,7 +2440,7 @@ class Kind:
     def undo(self, work: Work) -> None:
         """After a cancel: takes back what was half done. Raises Problem."""
 
-    def held(self, work: Work) -> str:
+    def remains(self, work: Work) -> str:
         """What there is now, in words, for the error of a job that has run and failed."""
         return ""
 
@@ -2336,7 +2457,7 @@ class BatchKind(Kind):
     def state(self, within: float = PATIENT_SECONDS) -> BatchState:
         return self.site.batch(self.name, within)
 
-    def held(self, work: Work) -> str:
+    def remains(self, work: Work) -> str:
         try:
             return str(self.state())
         except (Problem, OSError) as problem:
@@ -2354,15 +2475,17 @@ class LoadBatch(BatchKind):
             in_time(lambda: check_listing(folder))
         except Problem as problem:
             there = in_time(folder.exists)
-            raise Problem(f"{problem}{'' if there else self.site.similar(self.name)}") from None
+            raise Problem(
+                f"{problem}{'' if there else self.site.similar(self.name)}"
+            ) from None
         self.site.check_place(self.name)
 
     def reached(self, within: float) -> bool:
-        return self.state(within).word == "complete"
+        return self.state(within).verdict == "complete"
 
     def bring(self, work: Work) -> None:
         state = self.state()
-        if state.word == "complete":
+        if state.verdict == "complete":
             work.note(f"nothing to do: {state}")
             return
         if not state.rows_whole:
@@ -2406,7 +2529,9 @@ class LoadBatch(BatchKind):
             work.note(f"ONI lacks the title {lccn}; fetching it")
             work.manage("load_titles", url)
             if not self.site.oni.ask("title", lccn, within=PATIENT_SECONDS):
-                raise Problem(f"{url} did not give ONI the title {lccn}: {work.complaint()}")
+                raise Problem(
+                    f"{url} did not give ONI the title {lccn}: {work.complaint()}"
+                )
 
     def _remove_leftover_link(self, work: Work) -> None:
         """One that a killed load of another copy has left would make ONI load that copy again."""
@@ -2418,7 +2543,7 @@ class LoadBatch(BatchKind):
 
     def verify(self, work: Work) -> None:
         state = self.state()
-        if state.word != "complete":
+        if state.verdict != "complete":
             said = ""
             if work.log.commands:
                 said = f"; manage.py ended well, but said: {work.complaint()}"
@@ -2499,12 +2624,12 @@ class LoadTitle(Kind):
         missing = [lccn for lccn in lccns if not ask("title", lccn, within=PATIENT_SECONDS)]
         stored = any(line.endswith("ERRORS: 0") for line in work.log.complaints())
         if missing or not stored:
-            held = "ONI has not stored every record"
+            what = "ONI has not stored every record"
             if missing:
-                held = f"ONI has no title {', '.join(missing)}"
-            raise Problem(f"{held}; load_titles ended well, but said: {work.complaint()}")
+                what = f"ONI has no title {', '.join(missing)}"
+            raise Problem(f"{what}; load_titles ended well, but said: {work.complaint()}")
 
-    def held(self, work: Work) -> str:
+    def remains(self, work: Work) -> str:
         return f"the MARC record is kept in {work.input.parent}"
 
 
@@ -2539,7 +2664,9 @@ class BatchPatch(Kind):
         self._check_old(work.input)
         patch = self._patch(work.input)
         if patch.is_made(self.new):
-            work.note(f"nothing to do: {self.new} is there already, and is what this patch makes")
+            work.note(
+                f"nothing to do: {self.new} is there already, and is what this patch makes"
+            )
             return
         patch.make(self.new, work.note, work.go_on)
         work.note(f"{self.new} is whole")
@@ -2613,7 +2740,9 @@ class JobQueue:
         with self._changed:
             return self._changed.wait_for(lambda: job.finished, seconds)
 
-    def add(self, words: list[str], given: BinaryIO | None = None) -> tuple[Job | None, bool]:
+    def add(
+        self, words: list[str], given: BinaryIO | None = None
+    ) -> tuple[Job | None, bool]:
         """A job, on disk when this returns, and whether it is new; None if there is nothing to do.
 
         A batch's last unfinished job is returned if it is the same, else the new one comes after
@@ -2621,7 +2750,11 @@ class JobQueue:
         """
         kind = self.kind(words)
         kind.check(Path(given.name) if given else None)
-        if not self._last_on(kind) and kind.reached(ANSWER_SECONDS) and not self._last_on(kind):
+        if (
+            not self._last_on(kind)
+            and kind.reached(ANSWER_SECONDS)
+            and not self._last_on(kind)
+        ):
             return None, False
         with self._changed:
             if self._closed:
@@ -2706,8 +2839,8 @@ class JobQueue:
         try:
             if job.status != STARTED or not self._taken_over(job, kind, work):
                 self._begin(job)
-                while_scarce(lambda: self._bring(kind, work))
-            while_scarce(lambda: self._verify(kind, work))
+                self._unless_cancelled(kind.bring, work)
+            self._unless_cancelled(kind.verify, work)
             return SUCCESSFUL, ""
         except Cancelled:
             return FAILED, self._undo(kind, work)
@@ -2719,20 +2852,20 @@ class JobQueue:
             return status, self._with_remains(problem, kind, work)
 
     @staticmethod
-    def _bring(kind: Kind, work: Work) -> None:
-        work.go_on()
-        kind.bring(work)
+    def _unless_cancelled(step: Callable[[Work], None], work: Work) -> None:
+        """Takes a step of a job, again and again while the machine lacks something for it."""
 
-    @staticmethod
-    def _verify(kind: Kind, work: Work) -> None:
-        work.go_on()
-        kind.verify(work)
+        def take() -> None:
+            work.go_on()
+            step(work)
+
+        while_scarce(take)
 
     @staticmethod
     def _with_remains(problem: Exception, kind: Kind, work: Work) -> str:
         """What went wrong and, where something has run, what there is now."""
-        held = kind.held(work) if work.log.commands or not kind.on_a_batch else ""
-        return f"{problem}; {held}" if held else str(problem)
+        remains = kind.remains(work) if work.log.commands or not kind.on_a_batch else ""
+        return f"{problem}; {remains}" if remains else str(problem)
 
     def _taken_over(self, job: Job, kind: Kind, work: Work) -> bool:
         """Whether a job that an earlier agent has begun has reached, without us, what it is to.
@@ -2757,7 +2890,9 @@ class JobQueue:
         log.info("job=%d command=%r begins", job.id, shlex.join(job.words))
         started = job.started or time.time_ns()
         patiently(
-            lambda: self._change(job, status=STARTED, started=started, attempts=job.attempts + 1)
+            lambda: self._change(
+                job, status=STARTED, started=started, attempts=job.attempts + 1
+            )
         )
 
     def _undo(self, kind: Kind, work: Work) -> str:
@@ -2767,13 +2902,15 @@ class JobQueue:
             while_scarce(lambda: kind.undo(work))
         except (Problem, OSError) as problem:
             return f"cancelled; {problem}"
-        held = kind.held(work)
-        return f"cancelled; {held}" if held else "cancelled"
+        remains = kind.remains(work)
+        return f"cancelled; {remains}" if remains else "cancelled"
 
     def _end(self, work: Work, status: str, error: str) -> bool:
         """Records a job's end; False if it has been cancelled, and what it did is to be undone."""
         job = work.job
-        error = error.encode("utf-8", "replace").decode()  # a file's name in it may be no text
+        error = error.encode(
+            "utf-8", "replace"
+        ).decode()  # a file's name in it may be no text
 
         def end() -> bool:
             with self._changed:
@@ -2789,7 +2926,14 @@ class JobQueue:
     def _tell_of_end(self, job: Job) -> None:
         level = logging.INFO if job.status == SUCCESSFUL else logging.WARNING
         words = shlex.join(job.words)
-        log.log(level, "job=%d command=%r status=%r error=%r", job.id, words, job.status, job.error)
+        log.log(
+            level,
+            "job=%d command=%r status=%r error=%r",
+            job.id,
+            words,
+            job.status,
+            job.error,
+        )
         self._on_end(job)
 
     def _change(self, job: Job, **changes) -> None:
@@ -2812,7 +2956,9 @@ class JobQueue:
 
     def _forget_old(self) -> None:
         horizon = time.time_ns() - KEEP_DAYS * 86400 * 10**9
-        finished = sorted((job for job in self.jobs() if job.finished), key=lambda job: job.ended)
+        finished = sorted(
+            (job for job in self.jobs() if job.finished), key=lambda job: job.ended
+        )
         for job in finished[:-KEEP_JOBS]:
             if job.ended < horizon:
                 with contextlib.suppress(Problem, OSError):  # the next time, then
@@ -2853,7 +2999,9 @@ class Request:
 
     agent: Agent
     words: list[str]
-    read_input: Callable[[BinaryIO, int], None]  # copies standard input, at most so many bytes
+    read_input: Callable[
+        [BinaryIO, int], None
+    ]  # copies standard input, at most so many bytes
     check_client: Callable[[], None]  # raises ClientGone
 
     def job(self, id: str) -> Job:
@@ -2875,7 +3023,7 @@ class Request:
             if KINDS[self.words[0]].takes_input:
                 given = stack.enter_context(self.agent.store.new_input())
                 self.read_input(given, limit)
-            return accepted(*self.agent.queue.add(self.words, given))
+            return acceptance(*self.agent.queue.add(self.words, given))
 
 
 @dataclass
@@ -2885,7 +3033,9 @@ class Answer:
     keys: dict
     lines: Iterator[list[str]] | None = None
     job: Job | None = None  # whose success the exit status tells
-    faulty: bool = False  # whether it tells of faults; else it is 0, error or not, as NCA needs it
+    faulty: bool = (
+        False  # whether it tells of faults; else it is 0, error or not, as NCA needs it
+    )
 
     @property
     def exit_status(self) -> int:
@@ -2910,7 +3060,9 @@ def command(arguments: str = "", wrong: str = "", example: str = "") -> Callable
     return enter
 
 
-def answer(agent: Agent, words: list[str], read_input: Callable, check_client: Callable) -> Answer:
+def answer(
+    agent: Agent, words: list[str], read_input: Callable, check_client: Callable
+) -> Answer:
     """Answers one command. Raises ClientGone and nothing else."""
     try:
         if not words:
@@ -2925,7 +3077,9 @@ def answer(agent: Agent, words: list[str], read_input: Callable, check_client: C
         except TypeError:
             raise Refused(function.wrong, error=f"usage: {function.usage}") from None
         reply = function(request, *words[1:])
-        return reply if isinstance(reply, Answer) else Answer({"status": "success", **reply})
+        return (
+            reply if isinstance(reply, Answer) else Answer({"status": "success", **reply})
+        )
     except Refused as refusal:
         return Answer(refusal.keys)
     except (Problem, OSError) as problem:
@@ -2934,7 +3088,9 @@ def answer(agent: Agent, words: list[str], read_input: Callable, check_client: C
         raise
     except Exception as fault:
         log.exception("a command stumbled over a fault of the agent")
-        return Answer(Refused("A fault of the agent; its log says more", error=repr(fault)).keys)
+        return Answer(
+            Refused("A fault of the agent; its log says more", error=repr(fault)).keys
+        )
 
 
 GO_WORD = (
@@ -2959,12 +3115,16 @@ def split_words(line: bytes) -> list[str]:
             words = [ast.literal_eval(word) for word in re.findall(GO_WORD, text)]
         else:
             words = shlex.split(text)
-        "".join(words).encode()  # lone surrogates are no text, and no answer could hold them
+        "".join(
+            words
+        ).encode()  # lone surrogates are no text, and no answer could hold them
         return words
     except UnicodeError:
         raise Refused("the command line is not valid UTF-8") from None
     except ValueError as error:
-        raise Refused("the quotes in the command line are unbalanced", error=str(error)) from None
+        raise Refused(
+            "the quotes in the command line are unbalanced", error=str(error)
+        ) from None
 
 
 @contextlib.contextmanager
@@ -2976,10 +3136,13 @@ def refusing(message: str, **keys) -> Iterator[None]:
         raise Refused(message, error=str(problem), **keys) from problem
 
 
-def accepted(job: Job | None, new: bool) -> dict:
+def acceptance(job: Job | None, new: bool) -> dict:
     """The answer to a request that has become a job, was one already, or needs none."""
     if not job:
-        return {"message": "No-op: job is redundant or already completed", "job": {"id": -1}}
+        return {
+            "message": "No-op: job is redundant or already completed",
+            "job": {"id": -1},
+        }
     message = "Job added to queue" if new else "Job already in queue"
     return {"message": message, "job": {"id": job.id}}
 
@@ -3012,7 +3175,7 @@ def batch_object(state: BatchState) -> dict:
     return {
         "name": state.name,
         "on_disk": state.on_disk,
-        "state": state.word,
+        "state": state.verdict,
         "issues": state.issues,
         "pages": state.pages,
         "issues_in_batch_xml": state.files and state.files.issues,
@@ -3032,7 +3195,9 @@ def cmd_version(request: Request) -> dict:
 def cmd_help(request: Request, name: str = "") -> dict:
     """Lists the commands, or tells of one."""
     if name and name not in COMMANDS:
-        raise Refused(f'"{name}" is not a valid command name', error=nearly(name, COMMANDS)[2:])
+        raise Refused(
+            f'"{name}" is not a valid command name', error=nearly(name, COMMANDS)[2:]
+        )
     functions = [COMMANDS[name]] if name else COMMANDS.values()
     shown = []
     for function in functions:
@@ -3112,7 +3277,10 @@ def cmd_list_jobs(request: Request, status: str = "") -> dict:
 def cmd_job_status(request: Request, id: str) -> dict:
     """Says what has become of a job: its place in the queue, or how far a running load is."""
     job = request.job(id)
-    return {"message": STATUS_MESSAGES[job.status], "job": job_with_place(request.agent, job)}
+    return {
+        "message": STATUS_MESSAGES[job.status],
+        "job": job_with_place(request.agent, job),
+    }
 
 
 def job_with_place(agent: Agent, job: Job) -> dict:
@@ -3173,7 +3341,9 @@ def cmd_job_logs(request: Request, id: str, count: str | None = None) -> dict:
         for lines in read(*kinds):  # their stamps increase, and sort as text
             yield [line for line in lines if line >= since] if since else lines
 
-    return {"job": {**job_object(job), "stdout": last(STDOUT, NOTE), "stderr": last(STDERR)}}
+    return {
+        "job": {**job_object(job), "stdout": last(STDOUT, NOTE), "stderr": last(STDERR)}
+    }
 
 
 @command("ID", "You must supply a job ID", "job-cancel 7")
@@ -3193,12 +3363,17 @@ def cmd_job_retry(request: Request, id: str) -> dict:
     job = request.job(id)
     if job.status not in (FAILED, COULD_NOT_START):
         message = STATUS_MESSAGES[job.status]
-        raise Refused("Only a failed job can be retried", error=message, job=job_object(job))
+        raise Refused(
+            "Only a failed job can be retried", error=message, job=job_object(job)
+        )
     given = None
     with contextlib.ExitStack() as stack, refusing("The job cannot be retried"):
         if KINDS[job.words[0]].takes_input:
             given = stack.enter_context(open(request.agent.store.input(job), "rb"))
-        return {**accepted(*request.agent.queue.add(job.words, given)), "retry_of": job.id}
+        return {
+            **acceptance(*request.agent.queue.add(job.words, given)),
+            "retry_of": job.id,
+        }
 
 
 @command()
@@ -3218,7 +3393,9 @@ def cmd_batch_status(request: Request, name: str) -> dict:
         if not state.row and not state.documents:
             request.agent.site.must_be_there(name)
     jobs = [job_object(job) for job in request.agent.queue.jobs() if name in job.words]
-    at_work = [f"job {job['id']} is at work on it; " for job in jobs if job["status"] == STARTED]
+    at_work = [
+        f"job {job['id']} is at work on it; " for job in jobs if job["status"] == STARTED
+    ]
     return {
         "message": "".join(at_work) + str(state),
         "batch": batch_object(state),
@@ -3288,19 +3465,23 @@ def plain(text: object) -> str:
     )
 
 
-def columns(text: str) -> int:
+def display_width(text: str) -> int:
     """How many columns of a terminal a text takes: wide characters two, marks none."""
     return sum(
-        0 if unicodedata.combining(each) else 1 + (unicodedata.east_asian_width(each) in "WF")
+        (
+            0
+            if unicodedata.combining(each)
+            else 1 + (unicodedata.east_asian_width(each) in "WF")
+        )
         for each in text
     )
 
 
 def cut(text: str, width: int) -> str:
     """A text cut to so many columns, with a sign that it was."""
-    if columns(text) <= width:
+    if display_width(text) <= width:
         return text
-    while text and columns(text) > width - 1:
+    while text and display_width(text) > width - 1:
         text = text[:-1]
     return text + "…"
 
@@ -3308,14 +3489,14 @@ def cut(text: str, width: int) -> str:
 def padded(text: str, width: int) -> str:
     """A text of exactly so many columns."""
     text = cut(text, width)
-    return text + " " * (width - columns(text))
+    return text + " " * (width - display_width(text))
 
 
 def wrapped(text: str, width: int, indent: str = "") -> list[str]:
     """A sentence on as many lines as it takes."""
     lines = [""]
     for word in plain(text).split(" "):
-        if lines[-1] and columns(f"{lines[-1]} {word}") > width - len(indent):
+        if lines[-1] and display_width(f"{lines[-1]} {word}") > width - len(indent):
             lines.append("")
         lines[-1] = f"{lines[-1]} {word}".strip()
     return [indent + cut(line, width - len(indent)) for line in lines]
@@ -3390,7 +3571,8 @@ class Screen:
         if keys["status"] == "error":
             error = f": {keys['error']}" if keys.get("error") else ""
             return [
-                self._colour(line, "error") for line in wrapped(f"{keys['message']}{error}", width)
+                self._colour(line, "error")
+                for line in wrapped(f"{keys['message']}{error}", width)
             ]
         if "message" in keys:
             lines += wrapped(keys["message"], width)
@@ -3419,7 +3601,9 @@ class Screen:
             [each] = commands
             lines = [cut(each["usage"], width), *wrapped(each["help"], width, "    ")]
             return [*lines, "", cut(f"    {each['example']}", width)]
-        lines = [cut(f"{padded(each['usage'], 30)}  {each['help']}", width) for each in commands]
+        lines = [
+            cut(f"{padded(each['usage'], 30)}  {each['help']}", width) for each in commands
+        ]
         return [*lines, "", cut("help COMMAND tells more of one", width)]
 
     def _job(self, job: dict) -> list[str]:
@@ -3450,13 +3634,13 @@ class Screen:
             when = ago(job.get("ended") or job.get("started") or job["queued"])
             words = plain(" ".join(job["words"]))
             head = f"{job['id']:>5}  {padded(job['status'], 14)}  "
-            room = width - columns(head) - columns(when) - 2
-            if columns(words) <= room:
+            room = width - display_width(head) - display_width(when) - 2
+            if display_width(words) <= room:
                 line = f"{head}{padded(words, room)}  {when}"
                 lines.append(self._colour(line, job["status"]))
             else:
                 lines.append(self._colour(cut(head + words, width), job["status"]))
-                lines.append(cut(" " * columns(head) + when, width))
+                lines.append(cut(" " * display_width(head) + when, width))
             if job.get("error"):
                 lines += wrapped(job["error"], width, " " * 7)
         return lines or ["There are no such jobs."]
@@ -3485,7 +3669,7 @@ class Screen:
         rate = (pages - self._sample[2]) / max(1, now - self._sample[1])
         if rate and pages < all_pages and now - self._sample[1] > PROGRESS_SECONDS:
             text += f", {rate:.1f} pages a second, {span((all_pages - pages) / rate)} left"
-        room = max(5, min(30, self._terminal.width - columns(text) - 2))
+        room = max(5, min(30, self._terminal.width - display_width(text) - 2))
         full = int(share * room)
         return cut(f"[{'#' * full}{'.' * (room - full)}]{text}", self._terminal.width)
 
@@ -3576,7 +3760,9 @@ def load_host_key(path: Path) -> paramiko.PKey:
     try:
         read_regular(path)
     except Problem as problem:
-        raise Problem(f"HOST_KEY_FILE is {path}, which cannot be used: {problem}") from problem
+        raise Problem(
+            f"HOST_KEY_FILE is {path}, which cannot be used: {problem}"
+        ) from problem
     for kind in (paramiko.Ed25519Key, paramiko.ECDSAKey, paramiko.RSAKey):
         with contextlib.suppress(Exception):  # paramiko tells a foreign file in many ways
             return kind(filename=str(path))
@@ -3600,17 +3786,23 @@ def make_host_key(path: Path) -> None:
     unready = path.with_name(path.name + ".unready")  # under its name only when whole
     try:
         unready.unlink(missing_ok=True)
-        with open(os.open(unready, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        with open(
+            os.open(unready, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb"
+        ) as file:
             file.write(private)
             file.flush()
             os.fsync(file.fileno())
         path.with_name(path.name + ".pub").write_bytes(public + b" oni-agent\n")
         unready.rename(path)
     except OSError as error:
-        raise Problem(f"the HOST_KEY_FILE {path} cannot be made: {error.strerror}") from error
+        raise Problem(
+            f"the HOST_KEY_FILE {path} cannot be made: {error.strerror}"
+        ) from error
 
 
-LINES_HERE = f"\0{os.urandom(8).hex()}"  # stands for a log while the rest of an answer is encoded
+LINES_HERE = (
+    f"\0{os.urandom(8).hex()}"  # stands for a log while the rest of an answer is encoded
+)
 
 
 def encoded(keys: dict) -> Iterator[str]:
@@ -3622,7 +3814,9 @@ def encoded(keys: dict) -> Iterator[str]:
         return LINES_HERE
 
     compact = {"ensure_ascii": False, "separators": (",", ":")}
-    first, *others = json.dumps(keys, default=later, **compact).split(json.dumps(LINES_HERE))
+    first, *others = json.dumps(keys, default=later, **compact).split(
+        json.dumps(LINES_HERE)
+    )
     yield first
     for lines, after in zip(logs, others):
         yield "["
@@ -3658,7 +3852,7 @@ class ClientSocket(socket.socket):
 class Connection(paramiko.ServerInterface):
     """One client's connection: whom paramiko asks what is allowed, and the sessions on it."""
 
-    def __init__(self, server: SSHServer, accepted: socket.socket, address: tuple):
+    def __init__(self, server: SSHServer, connected: socket.socket, address: tuple):
         self.server = server
         self.address = show_address(address)
         self._host = plain_host(address)
@@ -3666,20 +3860,28 @@ class Connection(paramiko.ServerInterface):
         self.key = ""  # the fingerprint of the key that has admitted it
         self.born = self.idle_since = time.monotonic()
         self.sessions: set[Session] = set()
-        self.cut_off = False
+        self.dropped = False
         self._keys_file = server.agent.settings.authorized_keys
-        self._begun: list[Session] = []  # sessions whose request paramiko is about to answer
+        self._begun: list[Session] = (
+            []
+        )  # sessions whose request paramiko is about to answer
         self._channels: list[paramiko.Channel] = []
         self._terminals: dict[paramiko.Channel, Terminal] = {}
-        self._socket = ClientSocket(fileno=accepted.detach())
+        self._socket = ClientSocket(fileno=connected.detach())
         self._socket.before_read = self._start_sessions
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        patience = STALL_SECONDS * 1000  # paramiko would wait for ever for a client that TCP holds
+        patience = (
+            STALL_SECONDS * 1000
+        )  # paramiko would wait for ever for a client that TCP holds
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
         sha1 = "ssh-rsa"
-        self.transport = paramiko.Transport(self._socket, disabled_algorithms={"pubkeys": [sha1]})
-        self.transport.packetizer.start_handshake = lambda timeout: None  # a timer thread each
+        self.transport = paramiko.Transport(
+            self._socket, disabled_algorithms={"pubkeys": [sha1]}
+        )
+        self.transport.packetizer.start_handshake = (
+            lambda timeout: None
+        )  # a timer thread each
         self.transport.local_version = f"SSH-2.0-ONI_Agent_{VERSION}"
         self.transport.add_server_key(server.host_key)
         options = self.transport.get_security_options()
@@ -3704,7 +3906,9 @@ class Connection(paramiko.ServerInterface):
             return paramiko.AUTH_FAILED  # its client tries "none" next
         if not key_is_authorized(self._keys_file, key, self._host):
             shown = fingerprint(key)
-            log.warning("connection from=%s user=%r refused key=%s", self.address, username, shown)
+            log.warning(
+                "connection from=%s user=%r refused key=%s", self.address, username, shown
+            )
             return paramiko.AUTH_FAILED
         self.key = fingerprint(key)
         return paramiko.AUTH_SUCCESSFUL
@@ -3761,10 +3965,10 @@ class Connection(paramiko.ServerInterface):
             return "a session too long"
         return ""
 
-    def cut(self, why: str) -> None:
+    def drop(self, why: str) -> None:
         """Ends the connection at once; its threads see that and end by themselves."""
-        log.debug("connection from=%s cut=%r", self.address, why)
-        self.cut_off = True
+        log.debug("connection from=%s dropped=%r", self.address, why)
+        self.dropped = True
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
@@ -3962,7 +4166,7 @@ class SSHServer:
 
     def _accept(self) -> None:
         try:
-            accepted, address = self._listener.accept()
+            connected, address = self._listener.accept()
         except OSError as error:
             log.error("a connection could not be taken: %s", error)
             self._make_room()
@@ -3970,10 +4174,12 @@ class SSHServer:
             return
         if self._is_welcome(plain_host(address)):
             # It may be gone already, or there is no thread to be had.
-            with contextlib.suppress(OSError, RuntimeError, EOFError, paramiko.SSHException):
-                self._connections.add(Connection(self, accepted, address))
+            with contextlib.suppress(
+                OSError, RuntimeError, EOFError, paramiko.SSHException
+            ):
+                self._connections.add(Connection(self, connected, address))
                 return
-        accepted.close()
+        connected.close()
 
     def _is_welcome(self, host: str) -> bool:
         """Whether a client at this address may connect; another may have to go for it."""
@@ -3983,16 +4189,18 @@ class SSHServer:
             return False
         if len(self._connections) >= MAX_CONNECTIONS:
             self._sweep(time.monotonic())
-        staying = sum(not each.cut_off for each in self._connections)
+        staying = sum(not each.dropped for each in self._connections)
         if staying < MAX_CONNECTIONS or self._make_room():
             return True
         log.warning("connection from=%s refused='too many, all at work'", host)
         return False
 
     def _make_room(self) -> bool:
-        idle = [each for each in self._connections if not each.sessions and not each.cut_off]
+        idle = [
+            each for each in self._connections if not each.sessions and not each.dropped
+        ]
         if idle:
-            min(idle, key=lambda each: each.idle_since).cut("others need its place")
+            min(idle, key=lambda each: each.idle_since).drop("others need its place")
         return bool(idle)
 
     def sessions(self) -> int:
@@ -4006,8 +4214,8 @@ class SSHServer:
             gc.collect()  # paramiko's transports are circles, which would pile up for long
         for connection in self._connections:
             why = connection.overdue(now)
-            if why and not connection.cut_off:
-                connection.cut(why)
+            if why and not connection.dropped:
+                connection.drop(why)
 
     def _finish(self) -> None:
         """Lets answers under way end, and then those to the last requests that were accepted."""
@@ -4031,7 +4239,9 @@ def listen(host: str, port: int) -> socket.socket:
         if not both:
             found = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)
             family = found[0][0]
-        return socket.create_server((host, port), family=family, backlog=512, dualstack_ipv6=both)
+        return socket.create_server(
+            (host, port), family=family, backlog=512, dualstack_ipv6=both
+        )
     except OSError as error:
         why = error.strerror
         if not isinstance(error, socket.gaierror):
@@ -4069,7 +4279,9 @@ def key_is_authorized(path: Path, key: paramiko.PKey, host: str) -> bool:
         lines = path.read_text("utf-8-sig", "replace").split("\n")
     except OSError as error:
         reason = error.strerror
-        log.error("AUTHORIZED_KEYS: %s cannot be read, so nobody is admitted: %s", path, reason)
+        log.error(
+            "AUTHORIZED_KEYS: %s cannot be read, so nobody is admitted: %s", path, reason
+        )
         return False
     for line in lines:
         match = re.fullmatch(form, line)
@@ -4084,106 +4296,11 @@ def is_in(host: str, allowed: tuple) -> bool:
     return any(ipaddress.ip_address(host) in network for network in allowed)
 
 
-# ---------------------------------------------------------------- main
+# ---------------------------------------------------------------- is all well?
 
-
-class JournalFormatter(logging.Formatter):
-    """A log line as the journal takes it (sd-daemon(3)): a priority in front, and no time."""
-
-    PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
-
-    def format(self, record: logging.LogRecord) -> str:
-        priority = self.PRIORITIES[record.levelname]
-        return "\n".join(f"<{priority}>{line}" for line in super().format(record).split("\n"))
-
-
-def set_up_logging(level: str) -> None:
-    """The log goes to stderr, with priorities where that is systemd's journal."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    if stderr_is_journal():
-        handler.setFormatter(JournalFormatter("%(message)s"))
-    logging.basicConfig(level=level, handlers=[handler])
-    noisy = logging.DEBUG if level == "DEBUG" else logging.CRITICAL
-    logging.getLogger("paramiko").setLevel(noisy)
-
-
-def tell_systemd(state: str) -> None:
-    """Says how the service is (sd_notify(3)), where systemd wants to know."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if address:
-        with contextlib.suppress(OSError):
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-                target = "\0" + address[1:] if address[0] == "@" else address
-                notify.sendto(state.encode(), target)
-
-
-HOOKS = futures.ThreadPoolExecutor(8, "hooks")  # for ON_FINISH
-
-
-def run_on_finish(program: Path, job: Job, job_log: Path, environ: dict[str, str]) -> None:
-    """Runs ON_FINISH for a job that has ended; what becomes of it is only logged."""
-    about = {
-        "ONI_JOB_ID": str(job.id),
-        "ONI_JOB_COMMAND": shlex.join(job.words),
-        "ONI_JOB_STATUS": job.status,
-        "ONI_JOB_ERROR": job.error.replace("\0", ""),
-        "ONI_JOB_LOG": str(job_log),
-    }
-    try:
-        process = subprocess.Popen(
-            ["timeout", "-s", "KILL", str(HOOK_SECONDS), str(program)],  # even if the agent goes
-            env={**environ, **about},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        status: object = process.wait()
-        if status == -signal.SIGKILL:
-            status = f"none within {HOOK_SECONDS} s, and was killed"
-        if status:
-            log.error("job=%d ON_FINISH failed: exit status %s", job.id, status)
-    except OSError as error:
-        log.error("job=%d ON_FINISH failed: %s", job.id, error)
-
-
-def stop_on_signals() -> socket.socket:
-    """A socket that can be read once SIGTERM or SIGINT has come; a second one ends the agent."""
-    reader, writer = socket.socketpair()
-
-    def stop(number: int, _) -> None:
-        for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, signal.SIG_DFL)  # such an end is a clean one for systemd
-        writer.send(bytes([number]))  # no more than that: a log line may have been interrupted
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
-    return reader
-
-
-def be_init() -> None:
-    """As PID 1 of a container: goes on as a child, for which this process buries the orphans."""
-    if os.getpid() != 1:
-        return
-    agent = os.fork()
-    if not agent:
-        return
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: os.kill(agent, number))
-    while True:
-        ended, status = os.wait()
-        if ended == agent:
-            os._exit(os.WEXITSTATUS(status) if os.WIFEXITED(status) else 1)
-
-
-def raise_limits() -> None:
-    """Lets the agent open as many files as it may: each connection and command needs some."""
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65536), hard))
-
-
-Look = tuple[str, str, Callable[[], str]]  # a name, advice, and what says how it is, or raises
+Look = tuple[
+    str, str, Callable[[], str]
+]  # a name, advice, and what says how it is, or raises
 
 
 def looks_at_oni(oni: OpenONI) -> Iterator[Look]:
@@ -4209,7 +4326,9 @@ def looks_at_oni(oni: OpenONI) -> Iterator[Look]:
     yield "ONI's batch storage", advice, lambda: writable(Path(places["batches"]))
     shared = {f"ONI's cache {folder}": folder for folder in places["cache"]}
     shared["ONI's word coordinates"] = places["coordinates"]
-    advice = "run the agent as the site's user, and under systemd name it in ReadWritePaths="
+    advice = (
+        "run the agent as the site's user, and under systemd name it in ReadWritePaths="
+    )
     for name, folder in shared.items():
         if folder:
             yield name, advice, lambda folder=folder: ours(Path(folder))
@@ -4309,8 +4428,117 @@ def check_all(environ: dict[str, str]) -> int:
         print("✓" if well else "✗", text)
         if not well:
             exit_status = 1
-    oni.rest()
+    oni.close()
     return exit_status
+
+
+# ---------------------------------------------------------------- main
+
+
+class JournalFormatter(logging.Formatter):
+    """A log line as the journal takes it (sd-daemon(3)): a priority in front, and no time."""
+
+    PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
+
+    def format(self, record: logging.LogRecord) -> str:
+        priority = self.PRIORITIES[record.levelname]
+        return "\n".join(
+            f"<{priority}>{line}" for line in super().format(record).split("\n")
+        )
+
+
+def set_up_logging(level: str) -> None:
+    """The log goes to stderr, with priorities where that is systemd's journal."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    if stderr_is_journal():
+        handler.setFormatter(JournalFormatter("%(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
+    noisy = logging.DEBUG if level == "DEBUG" else logging.CRITICAL
+    logging.getLogger("paramiko").setLevel(noisy)
+
+
+def tell_systemd(state: str) -> None:
+    """Says how the service is (sd_notify(3)), where systemd wants to know."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if address:
+        with contextlib.suppress(OSError):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+                target = "\0" + address[1:] if address[0] == "@" else address
+                notify.sendto(state.encode(), target)
+
+
+HOOKS = futures.ThreadPoolExecutor(8, "hooks")  # for ON_FINISH
+
+
+def run_on_finish(program: Path, job: Job, job_log: Path, environ: dict[str, str]) -> None:
+    """Runs ON_FINISH for a job that has ended; what becomes of it is only logged."""
+    about = {
+        "ONI_JOB_ID": str(job.id),
+        "ONI_JOB_COMMAND": shlex.join(job.words),
+        "ONI_JOB_STATUS": job.status,
+        "ONI_JOB_ERROR": job.error.replace("\0", ""),
+        "ONI_JOB_LOG": str(job_log),
+    }
+    try:
+        process = subprocess.Popen(
+            [
+                "timeout",
+                "-s",
+                "KILL",
+                str(HOOK_SECONDS),
+                str(program),
+            ],  # even if the agent goes
+            env={**environ, **about},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        status: object = process.wait()
+        if status == -signal.SIGKILL:
+            status = f"none within {HOOK_SECONDS} s, and was killed"
+        if status:
+            log.error("job=%d ON_FINISH failed: exit status %s", job.id, status)
+    except OSError as error:
+        log.error("job=%d ON_FINISH failed: %s", job.id, error)
+
+
+def stop_on_signals() -> socket.socket:
+    """A socket that can be read once SIGTERM or SIGINT has come; a second one ends the agent."""
+    reader, writer = socket.socketpair()
+
+    def stop(number: int, _) -> None:
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_DFL)  # such an end is a clean one for systemd
+        writer.send(
+            bytes([number])
+        )  # no more than that: a log line may have been interrupted
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    return reader
+
+
+def be_init() -> None:
+    """As PID 1 of a container: goes on as a child, for which this process buries the orphans."""
+    if os.getpid() != 1:
+        return
+    agent = os.fork()
+    if not agent:
+        return
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: os.kill(agent, number))
+    while True:
+        ended, status = os.wait()
+        if ended == agent:
+            os._exit(os.WEXITSTATUS(status) if os.WIFEXITED(status) else 1)
+
+
+def raise_limits() -> None:
+    """Lets the agent open as many files as it may: each connection and command needs some."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65536), hard))
 
 
 def main() -> int:
@@ -4321,7 +4549,9 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"ONI Agent {VERSION}")
-    parser.add_argument("--check", action="store_true", help="look at all that the agent needs")
+    parser.add_argument(
+        "--check", action="store_true", help="look at all that the agent needs"
+    )
     environ = dict(os.environ)
     if parser.parse_args().check:
         return check_all(environ)
@@ -4354,14 +4584,16 @@ def main() -> int:
     return 0
 
 
-def build(settings: Settings, environ: dict[str, str], host_key: paramiko.PKey | None) -> SSHServer:
+def build(
+    settings: Settings, environ: dict[str, str], host_key: paramiko.PKey | None
+) -> SSHServer:
     """Wires the agent together; it listens when this returns. Raises Problem, OSError."""
     store = JobStore(settings.state_directory)
     if not host_key:
         make_host_key(settings.host_key_file)
         host_key = load_host_key(settings.host_key_file)
     oni = OpenONI(settings.oni_location, environ)
-    site = Site(settings, oni, Memory(settings.state_directory / "counts.json"))
+    site = Site(settings, oni, RememberedCounts(settings.state_directory / "counts.json"))
 
     def ended(job: Job) -> None:
         if settings.on_finish:
@@ -4372,7 +4604,10 @@ def build(settings: Settings, environ: dict[str, str], host_key: paramiko.PKey |
     jobs = JobQueue(store, site, ended, lambda text: tell_systemd(f"STATUS={text}"))
     server = SSHServer(Agent(settings, site, store, jobs), host_key)
     log.info(
-        "listening on %s version=%s state=%s", server.address, VERSION, settings.state_directory
+        "listening on %s version=%s state=%s",
+        server.address,
+        VERSION,
+        settings.state_directory,
     )
     if settings.db_connection:
         log.info("DB_CONNECTION is set and not needed: Open ONI's own settings are used")

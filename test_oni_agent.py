@@ -6094,7 +6094,7 @@ def agents_verdicts(site: oni_agent.Site, made: list[Draft]) -> list[list[dict]]
 def own_site(oni: Path, source: Path, state: Path, environment: dict[str, str]) -> oni_agent.Site:
     """The part of an agent that looks at ONI and at batches, without the rest of it."""
     settings = types.SimpleNamespace(batch_source=source)
-    memory = oni_agent.Memory(state / "counts.json")
+    memory = oni_agent.RememberedCounts(state / "counts.json")
     return oni_agent.Site(settings, oni_agent.OpenONI(oni, environment), memory)
 
 
@@ -6121,7 +6121,7 @@ def looking(site: Site):
     try:
         yield own
     finally:
-        own.oni.rest()
+        own.oni.close()
 
 
 def test_the_verdict_on_a_batch_is_what_open_oni_then_does(site):
@@ -7092,7 +7092,7 @@ def test_a_long_question_to_a_manage_py_that_hangs_is_given_up_in_time(site):
         oni.ask("title", "x" * 1_000_000, within=1)
     os.kill(pid, signal.SIGCONT)
     assert oni.ask("title", GAZETTE)
-    oni.rest()
+    oni.close()
 
 
 def test_a_patched_batch_is_on_disk_when_its_job_has_ended(troubled):
@@ -7249,7 +7249,7 @@ def test_ssh_alone_shows_the_board_in_the_terminals_size_until_q(agent):
         )
         lines = frame(client)
         assert len(lines) == 24
-        assert all(oni_agent.columns(line) <= 80 for line in lines)
+        assert all(oni_agent.display_width(line) <= 80 for line in lines)
         text = "\n".join(lines)
         assert f"load-batch {ALPHA}" in text
         assert "Waiting: 1" in text
@@ -7258,7 +7258,7 @@ def test_ssh_alone_shows_the_board_in_the_terminals_size_until_q(agent):
         assert "unable to load batch: it is too late" in text
         client.resize(50, 12)
         until(lambda: len(frame(client)) == 12)
-        assert all(oni_agent.columns(line) <= 50 for line in frame(client))
+        assert all(oni_agent.display_width(line) <= 50 for line in frame(client))
         client.type("q")
         assert client.ended() == 0
         assert client.shown.endswith("\x1b[?25h\x1b[?1049l") or "\x1b[?1049l" in client.shown
@@ -7341,7 +7341,7 @@ def test_nothing_is_wider_than_the_terminal(shown, command, columns):
     with TerminalClient(shown, command, columns) as client:
         client.ended()
     for line in without_colour(client.shown).replace("\r", "").split("\n"):
-        assert oni_agent.columns(line) <= columns
+        assert oni_agent.display_width(line) <= columns
 
 
 @pytest.fixture(scope="module")
@@ -7374,9 +7374,9 @@ def test_help_tells_of_one_command_with_an_example(shared):
 @given(strategies.text(), strategies.integers(1, 200))
 @settings(max_examples=300, deadline=None)
 def test_any_text_is_cut_and_wrapped_to_the_width(text, width):
-    assert oni_agent.columns(oni_agent.cut(oni_agent.plain(text), width)) <= width
+    assert oni_agent.display_width(oni_agent.cut(oni_agent.plain(text), width)) <= width
     for line in oni_agent.wrapped(text, max(width, 10), "  "):
-        assert oni_agent.columns(line) <= max(width, 10)
+        assert oni_agent.display_width(line) <= max(width, 10)
 
 
 # --- Promises: the stand-in itself ----------------------------------------------------------------
