@@ -3477,13 +3477,22 @@ def display_width(text: str) -> int:
     )
 
 
+def fits(text: str, width: int) -> bool:
+    """Whether a text takes no more columns; a very long one is not even measured."""
+    return len(text) <= width and display_width(text) <= width
+
+
+def beginning(text: str, width: int) -> str:
+    """As much of a text as so many columns hold."""
+    text = text[:width]
+    while display_width(text) > width:
+        text = text[:-1]
+    return text
+
+
 def cut(text: str, width: int) -> str:
     """A text cut to so many columns, with a sign that it was."""
-    if display_width(text) <= width:
-        return text
-    while text and display_width(text) > width - 1:
-        text = text[:-1]
-    return text + "…"
+    return text if fits(text, width) else beginning(text, width - 1) + "…"
 
 
 def padded(text: str, width: int) -> str:
@@ -3493,13 +3502,18 @@ def padded(text: str, width: int) -> str:
 
 
 def wrapped(text: str, width: int, indent: str = "") -> list[str]:
-    """A sentence on as many lines as it takes."""
+    """A sentence on as many lines as it takes; a path that is longer than a line is broken."""
+    room = width - len(indent)
     lines = [""]
     for word in plain(text).split(" "):
-        if lines[-1] and display_width(f"{lines[-1]} {word}") > width - len(indent):
+        if lines[-1] and not fits(f"{lines[-1]} {word}", room):
+            lines.append("")
+        while not fits(word, room):
+            lines[-1] = beginning(word, room)
+            word = word[len(lines[-1]) :]
             lines.append("")
         lines[-1] = f"{lines[-1]} {word}".strip()
-    return [indent + cut(line, width - len(indent)) for line in lines]
+    return [indent + line for line in lines]
 
 
 def ago(stamp: str) -> str:
@@ -3560,6 +3574,9 @@ class Screen:
 
     def _log_line(self, line: str) -> str:
         """A line of a job's log; a warning or an error stands out."""
+        line = re.sub(
+            r"(?<=^\[.{19})\.\d{9}", "", line
+        )  # programs sort by it; people do not
         found = re.search(r"ERROR|WARNING|fault:|warning:", line)
         word = found[0].lower().rstrip(":") if found else ""
         return self._colour(plain(line), word)
@@ -3634,13 +3651,13 @@ class Screen:
             when = ago(job.get("ended") or job.get("started") or job["queued"])
             words = plain(" ".join(job["words"]))
             head = f"{job['id']:>5}  {padded(job['status'], 14)}  "
-            room = width - display_width(head) - display_width(when) - 2
-            if display_width(words) <= room:
+            room = width - len(head) - len(when) - 2
+            if fits(words, room):
                 line = f"{head}{padded(words, room)}  {when}"
                 lines.append(self._colour(line, job["status"]))
             else:
-                lines.append(self._colour(cut(head + words, width), job["status"]))
-                lines.append(cut(" " * display_width(head) + when, width))
+                lines.append(self._colour(cut(head + when, width), job["status"]))
+                lines += wrapped(words, width, " " * 7)
             if job.get("error"):
                 lines += wrapped(job["error"], width, " " * 7)
         return lines or ["There are no such jobs."]
@@ -3652,9 +3669,14 @@ class Screen:
         for batch in batches:
             issues = fraction(batch["issues"], batch["issues_in_batch_xml"])
             pages = fraction(batch["pages"], batch["pages_in_mets"])
-            line = padded(issues, 12) + padded(pages, 14) + plain(batch["name"])
             state = self._colour(padded(batch["state"], 10), batch["state"])
-            lines.append(state + cut(line, width - 10))
+            counts = padded(issues, 12) + padded(pages, 14)
+            name = plain(batch["name"])
+            if fits(counts + name, width - 10):
+                lines.append(state + counts + name)
+            else:
+                lines.append(state + cut(counts, width - 10))
+                lines += wrapped(name, width, "  ")
         return [cut(lines[0], width), *lines[1:]]
 
     def _bar(self, job: dict) -> str:
@@ -3990,8 +4012,8 @@ class Terminal:
 
     def resize(self, width: int, height: int) -> None:
         """Takes a new size; 0 is said by a client whose own input is no terminal."""
-        self.width = min(width or 80, 500)
-        self.height = min(height or 24, 500)
+        self.width = max(20, min(width or 80, 500))
+        self.height = max(5, min(height or 24, 500))
 
     def key(self, seconds: float) -> bytes:
         """What is typed in so many seconds; Ctrl-D at the end of input.

@@ -7357,6 +7357,37 @@ def shown(tmp_path_factory, template):
         yield site
 
 
+def test_no_name_and_no_error_is_cut_on_a_narrow_terminal(shown):
+    for command in "list-jobs", "list-batches", "job-status 1":
+        with TerminalClient(shown, command, 40) as client:
+            client.ended()
+        lines = without_colour(client.shown).splitlines()
+        assert not any("…" in line for line in lines if not line.startswith("state "))
+        joined = re.sub(r"\s", "", without_colour(client.shown))
+        name = "broken" if "job" in command else "東京日日新聞の長い名前の部分" * 2
+        assert f"batch_oru_{name}_ver01" in joined
+
+
+def test_an_error_of_one_very_long_word_is_shown_in_whole_and_at_once(site):
+    word = "x" * 60_000
+    site.batch(ALPHA)
+    site.prepend_to_manage(
+        f"import sys\nif sys.argv[1] == 'load_batch': sys.exit('[ERROR] {word}')"
+    )
+    site.start()
+    job = site.run("load-batch", ALPHA)
+    assert word in job["error"]
+    with TerminalClient(site, "job-status 1") as client:
+        client.ended()
+    assert word in re.sub(r"\s", "", without_colour(client.shown))
+
+
+def test_a_persons_log_lines_say_the_second_and_no_more(shown):
+    with TerminalClient(shown, "job-logs 1", 200) as client:
+        client.ended()
+    assert re.search(r"^\[\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ\] ", client.shown, re.MULTILINE)
+
+
 def test_a_dumb_terminal_gets_no_colours(shown):
     os.environ["TERM"] = "dumb"
     assert b"\x1b" not in ssh_run(shown, "list-jobs", "-tt").stdout
@@ -7375,8 +7406,10 @@ def test_help_tells_of_one_command_with_an_example(shared):
 @settings(max_examples=300, deadline=None)
 def test_any_text_is_cut_and_wrapped_to_the_width(text, width):
     assert oni_agent.display_width(oni_agent.cut(oni_agent.plain(text), width)) <= width
-    for line in oni_agent.wrapped(text, max(width, 10), "  "):
-        assert oni_agent.display_width(line) <= max(width, 10)
+    lines = oni_agent.wrapped(text, max(width, 10), "  ")
+    assert all(oni_agent.display_width(line) <= max(width, 10) for line in lines)
+    shown = "".join(lines).replace(" ", "")
+    assert shown == oni_agent.plain(text).replace(" ", "")  # a path is broken, not cut
 
 
 # --- Promises: the stand-in itself ----------------------------------------------------------------
