@@ -388,19 +388,21 @@ from core import solr_index
 from core.models import Awardee, Batch, Issue, LoadBatchEvent, Page, Title
 
 def answer_questions(channel):
-    """Answers each JSON line [number, seconds, question, word, ...] on a socket by a JSON line."""
+    """Answers each JSON line [number, deadline, question, word, ...] on a socket by a JSON line."""
     logging.getLogger("pysolr").setLevel(logging.WARNING)  # ONI has a log file a process
-    lines = socket.socket(fileno=channel).makefile("rw", encoding="utf-8")
-    for line in lines:
-        number, seconds, question, *words = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, seconds)  # a question that takes longer ends this
+    channel = socket.socket(fileno=channel)
+    for line in channel.makefile(encoding="utf-8"):  # one file for both ways would lose lines
+        number, deadline, question, *words = json.loads(line)
+        left = deadline - time.monotonic()
+        if left <= 0:
+            continue  # it was asked while this was starting, and has been given up
+        signal.setitimer(signal.ITIMER_REAL, left)  # a question that takes longer ends this
         try:
             close_old_connections()
             reply = {"number": number, "answer": globals()[question](*words)}
         except Exception as error:
             reply = {"number": number, "error": "%s: %s" % (type(error).__name__, error)}
-        lines.write(json.dumps(reply, default=str) + "\\n")
-        lines.flush()
+        channel.sendall(json.dumps(reply, default=str).encode() + b"\\n")
         signal.setitimer(signal.ITIMER_REAL, SHELL_SECONDS)
 
 def batch(name, with_index):
@@ -701,9 +703,8 @@ class OpenONI:
         self._number += 1
         self._stderr.seek(0)
         self._stderr.truncate()
-        left = max(0.01, until - time.monotonic())
-        self._channel.settimeout(left)
-        self._channel.sendall(json.dumps([self._number, left, *question]).encode() + b"\n")
+        self._channel.settimeout(max(0.01, until - time.monotonic()))
+        self._channel.sendall(json.dumps([self._number, until, *question]).encode() + b"\n")
         while True:
             while b"\n" not in self._heard:
                 self._channel.settimeout(max(0.01, until - time.monotonic()))
