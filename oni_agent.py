@@ -98,9 +98,8 @@ def complain(*problems: str) -> None:
         print(f"{priority}oni_agent: {problem}.", file=sys.stderr)
 
 
-warnings.filterwarnings(
-    "ignore", module="paramiko"
-)  # old ones warn of ciphers switched off below
+# Old releases warn of ciphers that are switched off below.
+warnings.filterwarnings("ignore", module="paramiko")
 try:
     import paramiko
     from cryptography.hazmat.primitives import serialization
@@ -247,10 +246,7 @@ class Settings:
                 return reader(environ.get(name) or default)
             except ValueError as error:
                 problems.append(f"{name} {error}")
-            except (
-                OSError,
-                RuntimeError,
-            ) as error:  # RuntimeError: no home for ~, circular links
+            except (OSError, RuntimeError) as error:  # RuntimeError: no home for ~
                 problems.append(f"{name} cannot be used: {error}")
 
         home = environ.get("HOME") or "~"
@@ -298,9 +294,8 @@ def oni_folder(value: str) -> Path:
 
 def state_folder(value: str) -> Path:
     """`value` as the path of a folder that the agent can write to, or make."""
-    path = (
-        Path(value.split(":")[0]).expanduser().resolve()
-    )  # systemd separates several by colons
+    # systemd may name several, separated by colons.
+    path = Path(value.split(":")[0]).expanduser().resolve()
     place = nearest_folder(path)
     if not os.access(place, os.W_OK | os.X_OK):
         raise ValueError(f"is {value!r}, and the agent's user cannot write to {place}")
@@ -380,7 +375,7 @@ def known_log_level(value: str) -> str:
 # What runs inside a manage.py shell, with ONI's models. TASK says which function, WORDS its words.
 # It keeps to what Python 3.6 and Django 2.2 know, since ONI's may be old ones.
 INSIDE_ONI = '''
-import itertools, json, logging, re, signal, socket, time, urllib.request
+import json, logging, re, signal, socket, time, urllib.request
 from django.conf import settings
 from django.db import close_old_connections
 from django.db.models import Count, Q
@@ -422,15 +417,16 @@ def batch(name, with_index):
     return held
 
 def index(name, wanted):
-    """How many documents Solr has of a batch, and where those of its other pages are."""
+    """How many documents Solr has of a batch; unless as many as wanted: why."""
     try:
         documents = patient_solr().search('batch:"%s"' % name, rows=0).hits
-        lost = replaced = 0
-        if documents < wanted:
+        lost = replaced = stray = 0
+        if wanted and documents != wanted:
             for page, holder in pages_with_holders(name):
                 lost += holder is None
                 replaced += holder not in (None, name)
-        return {"documents": documents, "lost": lost, "replaced": replaced}
+            stray = documents - (wanted - lost - replaced)
+        return {"documents": documents, "lost": lost, "replaced": replaced, "stray": stray}
     except Exception as error:
         return {"index_problem": first_line(error)}
 
@@ -560,21 +556,21 @@ def places():
         found["index_error"] = first_line(error)
     return found
 
-def index_missing(name):
-    """A job: puts those pages of a batch into the index of which it has no document at all."""
+def mend_index(name):
+    """A job: makes the index hold each page of a batch, and nothing else under its name."""
     solr = solr_index.conn()
-    done = 0
-    lost = (page for page, holder in pages_with_holders(name) if holder is None)
-    while True:
-        pages = list(itertools.islice(lost, 100))
-        if not pages:
-            break
-        for page in pages:
+    own = set()
+    for page, holder in pages_with_holders(name):
+        own.add(page.url)
+        if holder is None:
             print("indexing", page.url, flush=True)
-        solr.add([page.solr_doc for page in pages])
-        done += len(pages)
+            solr.add([page.solr_doc])
+    for document in solr.search('batch:"%s"' % name, fl="id", rows=2**20):
+        if document["id"] not in own:
+            print("deleting", document["id"], flush=True)
+            solr.delete(id=document["id"])
     solr.commit()
-    print("indexed", done, "pages", flush=True)
+    print("the index is mended", flush=True)
 
 def forget_documents(name):
     """A job: deletes from the index what a failed purge has left of a batch."""
@@ -600,9 +596,7 @@ class OpenONI:
             "PYTHONUNBUFFERED": "1",  # else it prints in lumps of 8 KB
         }
         self._asking = threading.Lock()
-        self._child: subprocess.Popen | None = (
-            None  # a manage.py shell that answers questions
-        )
+        self._child: subprocess.Popen | None = None  # the manage.py shell that answers
         self._number = 0  # of the newest question
 
     def start(self, *words: str, **options) -> subprocess.Popen:
@@ -672,9 +666,8 @@ class OpenONI:
         try:
             reply = self._reply(until, question, *words)
         except socket.timeout:
-            if (
-                time.monotonic() - self._born > PATIENT_SECONDS
-            ):  # a younger one may be starting
+            # A child that is not older may still be starting.
+            if time.monotonic() - self._born > PATIENT_SECONDS:
                 self._end_child()
             raise late from None
         except OSError as error:  # no descriptor to be had, say
@@ -722,9 +715,8 @@ class OpenONI:
         self._heard = b""
         self._channel, theirs = socket.socketpair()
         self._stderr = open(os.memfd_create("stderr"), "w+b", buffering=0)
-        with (
-            theirs
-        ):  # nothing that site code prints, or starts, gets between question and answer
+        # In a socket pair nothing that site code prints gets between question and answer.
+        with theirs:
             self._child = self.start_task(
                 "answer_questions",
                 theirs.fileno(),
@@ -742,9 +734,8 @@ class OpenONI:
         if self._child:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._child.pid, signal.SIGKILL)  # it is never amid a change
-            with contextlib.suppress(
-                subprocess.TimeoutExpired
-            ):  # a hung file system may hold it
+            # A hung file system may hold it for ever.
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self._child.wait(1)
             self._channel.close()
             self._stderr.close()
@@ -798,11 +789,7 @@ def parse_xml(path: Path, builder: ET.TreeBuilder | None = None) -> ET.Element:
     content = read_regular(path)
     try:
         return ET.fromstring(content, ET.XMLParser(target=builder))
-    except (
-        ET.ParseError,
-        LookupError,
-        ValueError,
-    ) as error:  # LookupError: unknown encoding
+    except (ET.ParseError, LookupError, ValueError) as error:  # LookupError: the encoding
         declared = re.match(rb"""<\?xml[^>]*\sencoding=["']([\w.-]+)["']""", content)
         if declared:  # ONI's parser knows some encodings that this one does not
             with contextlib.suppress(ET.ParseError, LookupError, ValueError):
@@ -1093,9 +1080,7 @@ class Findings:
     warnings: list[dict[str, str]] = field(default_factory=list)
     issues: list[list] = field(default_factory=list)  # LCCN, date, edition
     lccns: set[str] = field(default_factory=set)
-    titles: dict[str, str] = field(
-        default_factory=dict
-    )  # LCCN and URL of those to be fetched
+    titles: dict[str, str] = field(default_factory=dict)  # to be fetched: LCCN and URL
 
 
 def check_files(folder: Path, progress: Callable[[int, int], None]) -> Findings:
@@ -1180,9 +1165,7 @@ class MarcReader:
         self._parser.Parse(b"", True)
 
     def _doctype(self, *_) -> None:
-        raise Problem(
-            "a DOCTYPE is not allowed"
-        )  # a few entities may make gigabytes of text
+        raise Problem("a DOCTYPE is not allowed")  # a few entities make gigabytes of text
 
     def _learn(self, names: Iterable[str]) -> None:
         self._names.update(names)
@@ -1210,7 +1193,8 @@ class MarcReader:
 
     def _end(self, name: str) -> None:
         if self._open[-3:] == ["record", "datafield010", "subfielda"]:
-            self._records[-1].setdefault("lccn", re.sub(r"\s", "", self._text))
+            lccn = re.sub(r"\s", "", self._text).rstrip("/:,")  # as ONI cleans it
+            self._records[-1].setdefault("lccn", lccn)
         if self._open.pop() == "record":
             record = self._records.pop()
             if "fields" in record:
@@ -1327,7 +1311,10 @@ class Patch:
         def copy(source: str, target: str) -> None:
             nonlocal done
             go_on()
-            shutil.copy2(source, target, follow_symlinks=False)
+            try:
+                shutil.copy2(source, target, follow_symlinks=False)
+            except OSError as error:  # copytree would go on, and tell of each file
+                raise Problem(f"{source} cannot be copied: {error.strerror}") from error
             before = done * 10 // need
             done += os.lstat(target).st_size
             if done * 10 // need > before:
@@ -1422,15 +1409,12 @@ class Glance:
 
     def __init__(self, make: Callable[..., dict]):
         self._make = make
-        self._pool = futures.ThreadPoolExecutor(
-            1, "glance"
-        )  # its own, which no other can fill
+        self._pool = futures.ThreadPoolExecutor(1, "glance")  # which nothing else can fill
         self._lock = threading.Lock()
         self._begun = 0.0
         self._words: tuple = ()  # that the newest question was about
-        self._asked: list[futures.Future] = (
-            []
-        )  # the newest one, after the last that was answered
+        # The newest question, after the last that was answered.
+        self._asked: list[futures.Future] = []
 
     def __call__(self, *words: str) -> dict:
         """What `make` has last answered; {} if it has not yet, or could not."""
@@ -1459,7 +1443,9 @@ class RememberedCounts:
         self._lock = threading.Lock()
         self._known: dict[str, list] = {}
         with contextlib.suppress(OSError, TypeError, ValueError):
-            self._known = dict(json.loads(path.read_text()))
+            version, known = json.loads(path.read_text())
+            if version == VERSION:
+                self._known = dict(known)
 
     def get(self, what: str, key: list) -> list | None:
         """The counts that were put under this key, if it is the newest."""
@@ -1471,7 +1457,7 @@ class RememberedCounts:
         with self._lock, contextlib.suppress(OSError):
             if any(self._known.get(what) != kept for what, kept in found.items()):
                 self._known.update(found)
-                self._path.write_text(json.dumps(self._known))
+                self._path.write_text(json.dumps([VERSION, self._known]))
 
 
 @dataclass
@@ -1496,6 +1482,7 @@ class BatchState:
     documents: int | None = None  # in Solr
     lost: int | None = None  # pages of which Solr has no document at all
     replaced: int = 0  # pages whose document is another batch's page of the same URL
+    stray: int = 0  # documents in Solr that are no page's
     index_problem: str = ""  # why Solr could not be asked
 
     @property
@@ -1529,7 +1516,7 @@ class BatchState:
         """absent, partial, complete or unknown."""
         if not self.row:
             return "absent"
-        if self.rows_whole is False or self.lost or not self.ended_well:
+        if self.rows_whole is False or self.lost or self.stray or not self.ended_well:
             return "partial"
         if self.files and self.issues != self.files.issues:
             return "partial"
@@ -1551,6 +1538,10 @@ class BatchState:
             )
         if self.lost and self.rows_whole:
             parts.append(f"Solr lacks {self.lost} of {self.indexed} pages")
+        if self.stray and self.rows_whole:
+            parts.append(
+                f"Solr has {self.stray} pages under its name which it does not have"
+            )
         if self.replaced:
             parts.append(
                 f"{self.replaced} pages are found under another batch, which has the same pages"
@@ -1682,7 +1673,7 @@ class Site:
             if not state.row and overview["documents"] is not None:
                 state.documents = overview["documents"].get(state.name, 0)
             if state.documents is not None and state.indexed is not None:
-                state.lost = 0 if state.documents >= state.indexed else None
+                state.lost = 0 if state.documents == state.indexed else None
         return listed
 
     def _recall_pages(
@@ -1776,7 +1767,8 @@ class Site:
                 f'Open ONI has no awardee "{code}"; to make it: ensure-awardee {code} "NAME"'
             )
         link = self.link(name)
-        if link.exists() and not link.is_symlink():
+        here = link.resolve() == self.folder(name)  # BATCH_SOURCE is ONI's own storage
+        if link.exists() and not link.is_symlink() and not here:
             raise Problem(
                 f"{link} is a real folder or file, not a link, and load_batch cannot replace it:"
                 " move it away"
@@ -1887,6 +1879,7 @@ class JobStore:
                 unready.unlink()
             self._database = self._open(folder / "jobs.db")
             self._take_out_payloads()
+            self._spare_used_ids()
         except (OSError, sqlite3.Error) as error:
             raise Problem(
                 f"{folder / 'jobs.db'} cannot be used ({error}); nothing was changed"
@@ -1895,9 +1888,8 @@ class JobStore:
     def _keep_others_out(self) -> object:
         lock = open(self.folder / "agent.lock", "a")
         until = time.monotonic() + 1
-        while (
-            True
-        ):  # a killed agent's last child may hold the lock until it has become manage.py
+        # A killed agent's last child may hold the lock until it has become manage.py.
+        while True:
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return lock
@@ -1944,6 +1936,18 @@ class JobStore:
             path.write_bytes(payload)
             self._database.execute("UPDATE jobs SET payload = NULL WHERE id = ?", (id,))
 
+    def _spare_used_ids(self) -> None:
+        """Gives no id again of which there is a log: jobs.db may be new, or an older copy."""
+        names = [path.stem for path in self.folder.glob("logs/*.log")]
+        used = max(
+            (int(name) for name in names if re.fullmatch(r"[0-9]{1,18}", name)), default=0
+        )
+        with self._transaction() as database:
+            row = database.execute("SELECT seq FROM sqlite_sequence").fetchone()
+            if used > (row[0] if row else 0):
+                database.execute("DELETE FROM sqlite_sequence")
+                database.execute("INSERT INTO sqlite_sequence VALUES ('jobs', ?)", (used,))
+
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         """The database, for changes of which all are made or none. Raises Scarce."""
@@ -1989,9 +1993,8 @@ class JobStore:
     def _keep_input(self, job: Job, given: BinaryIO) -> None:
         os.fsync(given.fileno())
         path = self.input(job)
-        shutil.rmtree(
-            path.parent, ignore_errors=True
-        )  # of a crash before this id was given
+        # A crash before this id was given may have left something.
+        shutil.rmtree(path.parent, ignore_errors=True)
         path.parent.mkdir(mode=0o700)
         os.link(given.name, path)
         sync_folder(path.parent)
@@ -2043,7 +2046,7 @@ class JobLog:
     with the next byte). From these the stamped lines of the protocol are made when they are read.
     """
 
-    ENTRY = re.compile(rb"\[(.{19})\.(\d{9})Z\] (.) (.*)")
+    ENTRY = re.compile(rb"\[(.{19})\.(\d{9})Z\] (.) (.*)\n")
 
     def __init__(self, path: Path):
         self.path = path
@@ -2064,23 +2067,28 @@ class JobLog:
             os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0
         )
         whole = 0
-        with open(self.path, "rb") as entries:
-            for line in entries:
-                if not line.endswith(b"\n"):
-                    break  # a crash has cut it short
-                whole += len(line)
-                entry = self.ENTRY.fullmatch(line.rstrip(b"\n"))
-                if entry:
-                    self._take_up(entry[3].decode("ascii", "replace"), entry[4])
-        self._file.truncate(whole)
+        for kind, entry, end in self.entries(0):
+            whole = end
+            if kind in (SIZES, COMMAND):
+                self._sizes = sizes_in(entry[4])
+            if kind == COMMAND:
+                self._begun = self._sizes
+                self.commands.append(entry[4].decode("utf-8", "replace").split(" ", 2)[-1])
+        self._file.truncate(whole)  # a crash may have cut the last entry short
         self._file.seek(whole)
 
-    def _take_up(self, kind: str, text: bytes) -> None:
-        if kind in (SIZES, COMMAND):
-            self._sizes = sizes_in(text)
-        if kind == COMMAND:
-            self._begun = self._sizes
-            self.commands.append(text.decode("utf-8", "replace").split(" ", 2)[-1])
+    def entries(self, start: int) -> Iterator[tuple[str, re.Match, int]]:
+        """Kind, match of ENTRY, and end in bytes of each whole entry from a byte on.
+
+        Raises OSError.
+        """
+        with open(self.path, "rb") as file:
+            file.seek(start)
+            for line in file:
+                start += len(line)
+                entry = self.ENTRY.fullmatch(line)
+                if entry:
+                    yield entry[3].decode("ascii", "replace"), entry, start
 
     def close(self) -> None:
         """Puts the log safely on disk."""
@@ -2172,17 +2180,17 @@ class LogReader:
 
     def read(self, over: bool = True) -> Iterator[list[str]]:
         """Some lines at a time, `[stamp] text` each; if the job is `over`, unfinished ones too."""
-        for entry in self._entries():
-            self._stamp = max(self._stamp, stamp_of(entry))
-            kind = entry[3].decode("ascii", "replace")
-            if kind in (SIZES, COMMAND):
-                yield from self._printed(sizes_in(entry[4]))
-            else:  # a note; or a line in a log of version 1.0
-                yield from self._stamped(kind, [entry[4]])
+        with contextlib.suppress(OSError):  # there is none yet, say
+            for kind, entry, end in self._log.entries(self._index):
+                self._index = end
+                self._stamp = max(self._stamp, stamp_of(entry))
+                if kind in (SIZES, COMMAND):
+                    yield from self._printed(sizes_in(entry[4]))
+                else:  # a note; or a line in a log of version 1.0
+                    yield from self._stamped(kind, [entry[4]])
         if over:
-            yield from self._printed(
-                (sys.maxsize, sys.maxsize)
-            )  # the log may not know of all
+            # The log may not know of all that was printed.
+            yield from self._printed((sys.maxsize, sys.maxsize))
             for output in (STDOUT, STDERR):
                 yield from self._stamped(
                     output, list(filter(None, [self._unfinished[output]]))
@@ -2194,17 +2202,6 @@ class LogReader:
         for output, size in zip((STDOUT, STDERR), sizes):
             for lines in self._lines(output, size):
                 yield from self._stamped(output, lines)
-
-    def _entries(self) -> Iterator[re.Match]:
-        with contextlib.suppress(OSError), open(self._log.path, "rb") as file:
-            file.seek(self._index)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    return
-                self._index += len(line)
-                entry = JobLog.ENTRY.fullmatch(line.rstrip(b"\n"))
-                if entry:
-                    yield entry
 
     def _lines(self, output: str, end: int) -> Iterator[list[bytes]]:
         """The lines of an output that end before this byte."""
@@ -2242,21 +2239,12 @@ class LogReader:
 # ---------------------------------------------------------------- manage.py at work
 
 
-class ManageFailed(Problem):
-    """A manage.py did not end with exit status 0; the text says how it ended, and its complaint."""
-
-
-class NotReached(Problem):
-    """A job has run to its end, but what it was to reach is not there; the text says what is."""
-
-
 def holders(path: Path) -> set[int]:
     """The process groups, the agent's own apart, of the processes that have a file open."""
     groups = set()
     for entry in Path("/proc").glob("[0-9]*/fd/*"):
-        with contextlib.suppress(
-            OSError
-        ):  # the process may end meanwhile, or be another user's
+        # The process may end meanwhile, or be another user's.
+        with contextlib.suppress(OSError):
             if os.readlink(entry) == str(path):
                 groups.add(os.getpgid(int(entry.parts[2])))
     return groups - {os.getpgrp()}
@@ -2302,7 +2290,10 @@ class Work:
         return last
 
     def manage(self, *words: str) -> None:
-        """Runs manage.py with `words`. Raises ManageFailed, CouldNotStart, Cancelled, Stopping."""
+        """Runs manage.py with `words`. Raises Problem, Cancelled, Stopping.
+
+        The text of a Problem says how manage.py ended, and of what it has complained.
+        """
         command = shlex.join(["manage.py", *words])
         self._run(command, lambda **options: self._oni.start(*words, **options))
 
@@ -2334,9 +2325,9 @@ class Work:
         if status < 0:
             if self._stopping.wait(1):  # the signal may have come to the agent as well
                 raise Stopping
-            raise ManageFailed(f"killed by signal {-status} ({signal_name(-status)})")
+            raise Problem(f"killed by signal {-status} ({signal_name(-status)})")
         if status:
-            raise ManageFailed(f"exit status {status}: {self.complaint()}")
+            raise Problem(f"exit status {status}: {self.complaint()}")
 
     def take_over(self) -> bool:
         """Waits for the end of what an earlier agent has begun; whether it was still at work."""
@@ -2417,9 +2408,7 @@ class Kind:
 
     title = ""  # as answers name it
     takes_input = False  # whether something comes on standard input
-    on_a_batch = (
-        False  # whether its first word is a batch whose loads and purges it is one of
-    )
+    on_a_batch = False  # whether it is a load or purge of the batch in its first word
 
     def __init__(self, site: Site, *words: str):
         self.site = site
@@ -2492,9 +2481,9 @@ class LoadBatch(BatchKind):
         if not state.rows_whole:
             self._load(work, state)
             state = self.state()
-        if state.lost:
-            work.note(f"{state}; indexing those again")
-            work.task("index_missing", self.name)
+        if state.lost or state.stray:
+            work.note(f"{state}; mending the index")
+            work.task("mend_index", self.name)
 
     def _load(self, work: Work, state: BatchState) -> None:
         """Loads from the start. load_batch would leave a part of a batch as it is."""
@@ -2544,11 +2533,13 @@ class LoadBatch(BatchKind):
 
     def verify(self, work: Work) -> None:
         state = self.state()
+        if state.index_problem:
+            work.note(str(state))
         if state.verdict != "complete":
             said = ""
             if work.log.commands:
                 said = f"; manage.py ended well, but said: {work.complaint()}"
-            raise NotReached(f"{state}{said}")
+            raise Problem(f"{state}{said}")
 
     def undo(self, work: Work) -> None:
         changing = ("manage.py load_batch", "manage.py purge_batch", "manage.py, begun")
@@ -2589,7 +2580,7 @@ class PurgeBatch(BatchKind):
         if state.row:
             try:
                 work.manage("purge_batch", self.name)
-            except ManageFailed as problem:
+            except Problem as problem:
                 failure = problem
             state = self.state()
         if not state.row and state.documents:
@@ -2602,7 +2593,7 @@ class PurgeBatch(BatchKind):
         state = self.state()
         if not state.nothing_left:
             said = f"; purge_batch said: {work.complaint()}" if work.log.commands else ""
-            raise NotReached(f"{state}{said}")
+            raise Problem(f"{state}{said}")
 
 
 class LoadTitle(Kind):
@@ -2629,6 +2620,14 @@ class LoadTitle(Kind):
             if missing:
                 what = f"ONI has no title {', '.join(missing)}"
             raise Problem(f"{what}; load_titles ended well, but said: {work.complaint()}")
+        said = " ".join(work.log.complaints())
+        counts = re.findall(r"TITLES (?:CREATED|UPDATED): (\d+)", said)
+        left = len(lccns) - sum(map(int, counts))
+        if left:
+            work.note(
+                f"{left} of {len(lccns)} records changed nothing: ONI has that version already,"
+                " or a newer one"
+            )
 
     def remains(self, work: Work) -> str:
         return f"the MARC record is kept in {work.input.parent}"
@@ -2653,6 +2652,8 @@ class BatchPatch(Kind):
             self.site.folder(name)
         if in_time(lambda: os.path.lexists(self.new)):
             raise Problem(f'"{self.new.name}" is in BATCH_SOURCE already')
+        if self.site.oni.ask("batch", self.new.name, False)["row"]:
+            raise Problem(f'Open ONI holds a "{self.new.name}" already; purge that first')
         self._check_old(given)
 
     def _check_old(self, given: Path) -> None:
@@ -2676,6 +2677,9 @@ class BatchPatch(Kind):
         if not self._patch(work.input).is_made(self.new):
             raise Problem(f"{self.new} is not there")
 
+    def remains(self, work: Work) -> str:
+        return f"{self.new} is there" if os.path.lexists(self.new) else ""
+
 
 KINDS: dict[str, type[Kind]] = {
     "load-batch": LoadBatch,
@@ -2683,6 +2687,7 @@ KINDS: dict[str, type[Kind]] = {
     "load-title": LoadTitle,
     "batch-patch": BatchPatch,
 }
+
 # ---------------------------------------------------------------- the queue
 
 
@@ -2772,9 +2777,9 @@ class JobQueue:
     def _last_on(self, kind: Kind) -> Job | None:
         """The newest unfinished load or purge of the batch that a kind of job is on."""
         for job in reversed(self.jobs()):
-            on_batch = KINDS[job.words[0]].on_a_batch and kind.on_a_batch
-            if on_batch and not job.finished and job.words[1] == kind.words[0]:
-                return job
+            if not job.finished and kind.on_a_batch and KINDS[job.words[0]].on_a_batch:
+                if job.words[1] == kind.words[0]:
+                    return job
         return None
 
     def cancel(self, job: Job) -> bool:
@@ -2782,7 +2787,7 @@ class JobQueue:
         with self._changed:
             if job.finished:
                 return False
-            if job is self._at_work:
+            if job is self._at_work or job.status == STARTED:  # by an earlier agent, maybe
                 self._change(job, cancelled=1)
                 return True
             self._change(
@@ -2845,8 +2850,6 @@ class JobQueue:
             return SUCCESSFUL, ""
         except Cancelled:
             return FAILED, self._undo(kind, work)
-        except NotReached as problem:
-            return FAILED, str(problem)
         except (Problem, OSError) as problem:
             never_ran = isinstance(problem, CouldNotStart) and not work.log.commands
             status = COULD_NOT_START if never_ran else FAILED
@@ -2864,9 +2867,9 @@ class JobQueue:
 
     @staticmethod
     def _with_remains(problem: Exception, kind: Kind, work: Work) -> str:
-        """What went wrong and, where something has run, what there is now."""
+        """What went wrong and, where something has run, what there is now, if it does not say."""
         remains = kind.remains(work) if work.log.commands or not kind.on_a_batch else ""
-        return f"{problem}; {remains}" if remains else str(problem)
+        return str(problem) if remains in str(problem) else f"{problem}; {remains}"
 
     def _taken_over(self, job: Job, kind: Kind, work: Work) -> bool:
         """Whether a job that an earlier agent has begun has reached, without us, what it is to.
@@ -2909,9 +2912,8 @@ class JobQueue:
     def _end(self, work: Work, status: str, error: str) -> bool:
         """Records a job's end; False if it has been cancelled, and what it did is to be undone."""
         job = work.job
-        error = error.encode(
-            "utf-8", "replace"
-        ).decode()  # a file's name in it may be no text
+        # A file's name in it may be no text.
+        error = error.encode("utf-8", "replace").decode()
 
         def end() -> bool:
             with self._changed:
@@ -3000,9 +3002,7 @@ class Request:
 
     agent: Agent
     words: list[str]
-    read_input: Callable[
-        [BinaryIO, int], None
-    ]  # copies standard input, at most so many bytes
+    read_input: Callable[[BinaryIO, int], None]  # copies stdin, at most so many bytes
     check_client: Callable[[], None]  # raises ClientGone
 
     def job(self, id: str) -> Job:
@@ -3029,14 +3029,15 @@ class Request:
 
 @dataclass
 class Answer:
-    """What a request is answered: an object, or the lines of a job's log as they come."""
+    """What a request is answered: an object, or the lines of a job's log as they come.
+
+    The exit status is 0, error or not (NCA needs it), but for what tells of a job or of faults.
+    """
 
     keys: dict
     lines: Iterator[list[str]] | None = None
     job: Job | None = None  # whose success the exit status tells
-    faulty: bool = (
-        False  # whether it tells of faults; else it is 0, error or not, as NCA needs it
-    )
+    faulty: bool = False  # whether it tells of a batch's faults
 
     @property
     def exit_status(self) -> int:
@@ -3116,9 +3117,8 @@ def split_words(line: bytes) -> list[str]:
             words = [ast.literal_eval(word) for word in re.findall(GO_WORD, text)]
         else:
             words = shlex.split(text)
-        "".join(
-            words
-        ).encode()  # lone surrogates are no text, and no answer could hold them
+        # Lone surrogates are no text, and no answer could hold them.
+        "".join(words).encode()
         return words
     except UnicodeError:
         raise Refused("the command line is not valid UTF-8") from None
@@ -3242,8 +3242,10 @@ def cmd_load_title(request: Request) -> dict:
 def cmd_ensure_awardee(request: Request, code: str, name: str = "") -> dict:
     """Makes sure that Open ONI has an awardee, at once and without a job."""
     with refusing("Unable to create awardee", org_code=code, name=name):
-        if not 0 < len(code) <= 50 or len(name) > 100:
-            raise Problem("an awardee code has 1 to 50 characters, a name at most 100")
+        if not 0 < len(code) <= 50 or len(name) > 100 or "\0" in code + name:
+            raise Problem(
+                "an awardee code has 1 to 50 characters, a name at most 100, none of them NUL"
+            )
         row = request.agent.site.oni.ask("awardee", code, name)
         if not row:
             raise Problem("awardee name must be given to auto-create awardees")
@@ -3362,7 +3364,7 @@ def cmd_job_cancel(request: Request, id: str) -> dict:
 def cmd_job_retry(request: Request, id: str) -> dict:
     """Queues a job that was not successful again, as a new job."""
     job = request.job(id)
-    if job.status not in (FAILED, COULD_NOT_START):
+    if job.status not in (FAILED, COULD_NOT_START) or job.words[0] not in KINDS:
         message = STATUS_MESSAGES[job.status]
         raise Refused(
             "Only a failed job can be retried", error=message, job=job_object(job)
@@ -3575,9 +3577,8 @@ class Screen:
 
     def _log_line(self, line: str) -> str:
         """A line of a job's log; a warning or an error stands out."""
-        line = re.sub(
-            r"(?<=^\[.{19})\.\d{9}", "", line
-        )  # programs sort by it; people do not
+        # Programs need the parts of a second, to sort by.
+        line = re.sub(r"(?<=^\[.{19})\.\d{9}", "", line)
         found = re.search(r"ERROR|WARNING|fault:|warning:", line)
         word = found[0].lower().rstrip(":") if found else ""
         return self._colour(plain(line), word)
@@ -3823,9 +3824,8 @@ def make_host_key(path: Path) -> None:
         ) from error
 
 
-LINES_HERE = (
-    f"\0{os.urandom(8).hex()}"  # stands for a log while the rest of an answer is encoded
-)
+# Stands for the lines of a log while the rest of an answer is encoded.
+LINES_HERE = f"\0{os.urandom(8).hex()}"
 
 
 def encoded(keys: dict) -> Iterator[str]:
@@ -3885,26 +3885,22 @@ class Connection(paramiko.ServerInterface):
         self.sessions: set[Session] = set()
         self.dropped = False
         self._keys_file = server.agent.settings.authorized_keys
-        self._begun: list[Session] = (
-            []
-        )  # sessions whose request paramiko is about to answer
+        self._begun: list[Session] = []  # whose requests paramiko is about to answer
         self._channels: list[paramiko.Channel] = []
         self._terminals: dict[paramiko.Channel, Terminal] = {}
         self._socket = ClientSocket(fileno=connected.detach())
         self._socket.before_read = self._start_sessions
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        patience = (
-            STALL_SECONDS * 1000
-        )  # paramiko would wait for ever for a client that TCP holds
+        # paramiko would wait for ever for a client that has vanished.
+        patience = STALL_SECONDS * 1000
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
         sha1 = "ssh-rsa"
         self.transport = paramiko.Transport(
             self._socket, disabled_algorithms={"pubkeys": [sha1]}
         )
-        self.transport.packetizer.start_handshake = (
-            lambda timeout: None
-        )  # a timer thread each
+        # paramiko would have a timer thread for each.
+        self.transport.packetizer.start_handshake = lambda timeout: None
         self.transport.local_version = f"SSH-2.0-ONI_Agent_{VERSION}"
         self.transport.add_server_key(server.host_key)
         options = self.transport.get_security_options()
@@ -3940,6 +3936,11 @@ class Connection(paramiko.ServerInterface):
         while channel := self.transport.accept(0):  # else paramiko keeps each for ever
             self._channels.append(channel)
         self._channels = [channel for channel in self._channels if not channel.closed]
+        self._terminals = {
+            channel: terminal
+            for channel, terminal in self._terminals.items()
+            if not channel.closed
+        }
         if kind != "session":
             return paramiko.OPEN_FAILED_ADMINISTRATIVELY_PROHIBITED
         mine = max(len(self._channels), len(self.sessions))  # one may outlive its channel
@@ -3975,7 +3976,6 @@ class Connection(paramiko.ServerInterface):
     def ended(self, session: Session) -> None:
         """A session is over."""
         self.idle_since = time.monotonic()
-        self._terminals.pop(session.channel, None)
         self.sessions.discard(session)
 
     def overdue(self, now: float) -> str:
@@ -4050,7 +4050,6 @@ class Session(threading.Thread):
         self.begun = time.monotonic()
         self._line = line
         self._terminal = terminal
-
         self._status = "client went away"
 
     def run(self) -> None:
@@ -4120,7 +4119,7 @@ class Session(threading.Thread):
             data = data[sent:]
 
     def _check_client(self) -> None:
-        """Raises ClientGone if it is."""
+        """Raises ClientGone if the client has closed its channel, or a person typed Ctrl-C."""
         if self._terminal and self.channel.recv_ready():
             self._terminal.key(0)
         if self.channel.closed or not self.connection.transport.is_active():
@@ -4321,9 +4320,8 @@ def is_in(host: str, allowed: tuple) -> bool:
 
 # ---------------------------------------------------------------- is all well?
 
-Look = tuple[
-    str, str, Callable[[], str]
-]  # a name, advice, and what says how it is, or raises
+# A name, advice, and a function that says how it is, or raises.
+Look = tuple[str, str, Callable[[], str]]
 
 
 def looks_at_oni(oni: OpenONI) -> Iterator[Look]:
@@ -4505,13 +4503,8 @@ def run_on_finish(program: Path, job: Job, job_log: Path, environ: dict[str, str
     }
     try:
         process = subprocess.Popen(
-            [
-                "timeout",
-                "-s",
-                "KILL",
-                str(HOOK_SECONDS),
-                str(program),
-            ],  # even if the agent goes
+            # timeout(1) ends it even if the agent goes.
+            ["timeout", "-s", "KILL", str(HOOK_SECONDS), str(program)],
             env={**environ, **about},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -4533,9 +4526,8 @@ def stop_on_signals() -> socket.socket:
     def stop(number: int, _) -> None:
         for each in (signal.SIGTERM, signal.SIGINT):
             signal.signal(each, signal.SIG_DFL)  # such an end is a clean one for systemd
-        writer.send(
-            bytes([number])
-        )  # no more than that: a log line may have been interrupted
+        # No more than that: the signal may have come amid a line of the log.
+        writer.send(bytes([number]))
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)

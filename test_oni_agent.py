@@ -2065,6 +2065,17 @@ def test_a_link_to_the_right_place_is_left(agent, tmp_path):
     assert agent.held(ALPHA) == (1, 2, 4)
 
 
+def test_batches_may_lie_in_open_onis_own_storage(site):
+    site.source = site.oni / "data/batches"
+    site.start(BATCH_SOURCE=str(site.source))
+    site.batch(ALPHA)
+    assert checked(site, ALPHA)[1]["faults"] == []
+    repaired(site, "load-batch", ALPHA)
+    assert word(site)[0] == "complete"
+    repaired(site, "purge-batch", ALPHA)
+    assert (site.source / ALPHA / "data/batch.xml").is_file()
+
+
 def test_a_real_folder_where_the_link_would_go_is_a_failure_with_a_sentence(agent):
     agent.batch(ALPHA)
     folder = agent.oni / "data/batches" / ALPHA
@@ -2346,6 +2357,21 @@ def test_a_title_of_32_mib_is_taken(shared):
     assert titles(shared, "sn99990032")
 
 
+def test_the_lccn_of_a_title_is_cleaned_as_open_oni_cleans_it(shared):
+    job = shared.run("load-title", stdin=marc_xml("sn 99990041 / "))
+    assert (job["status"], titles(shared, "sn99990041")) == ("successful", ["The sample herald."])
+
+
+def test_a_title_that_open_oni_has_in_a_newer_version_is_said_to_be_left(shared):
+    for year, name, notes in (2020, "New.", 0), (2019, "Old.", 1):
+        record = marc_xml("sn99990042", name).replace(b"20220102", b"%d0102" % year)
+        job = shared.run("load-title", stdin=record)
+        assert job["status"] == "successful"
+        left = "1 of 1 records changed nothing: ONI has that version already, or a newer one"
+        assert shared.logs(job["id"]).count(left) == notes
+        assert titles(shared, "sn99990042") == ["New."]
+
+
 @pytest.mark.parametrize(
     "lccn, before, said",
     [
@@ -2451,6 +2477,8 @@ def test_an_awardees_code_and_name_are_kept_exactly(shared, code, name):
         ("long", "n" * 101),
         ("", "Some name"),
         ("x" * 51, ""),
+        ("a\x00b", "Some name"),
+        ("ab", "A name\x00"),
     ],
 )
 def test_an_awardee_that_the_columns_cannot_hold_is_refused(shared, code, name):
@@ -2460,7 +2488,7 @@ def test_an_awardee_that_the_columns_cannot_hold_is_refused(shared, code, name):
         "message": "Unable to create awardee",
         "org_code": code,
         "name": name,
-        "error": "an awardee code has 1 to 50 characters, a name at most 100",
+        "error": "an awardee code has 1 to 50 characters, a name at most 100, none of them NUL",
     }
     assert awardees(shared, code) == []
 
@@ -2624,6 +2652,45 @@ def test_a_patch_of_a_batch_unknown_to_open_oni_is_answered_as_recorded(patcher,
         "message": f'"{old}" cannot be modified',
         "error": "batch does not exist",
     }
+
+
+def test_a_patch_that_is_cancelled_when_it_is_whole_says_that_it_is_there(site, tmp_path):
+    batch = site.batch(ALPHA)
+    assert site.manage("load_batch", str(batch)).returncode == 0
+    last = Gate(tmp_path / "last")
+    altered(
+        site,
+        ("            sync_folder(new.parent)", f"            open({str(last.path)!r}).read()"),
+    )
+    id = site.job("batch-patch", ALPHA, BETA, stdin=HELD.encode())
+    last.reached()
+    assert site.call("job-cancel", str(id))["message"] == "Job is being cancelled"
+    last.open()
+    there = site.source / BETA
+    assert site.ended(id)["error"] == f"cancelled; {there} is there"
+    assert there.is_dir()
+
+
+def test_a_patch_is_not_made_under_the_name_of_a_batch_that_open_oni_holds(agent):
+    agent.batch(ALPHA)
+    repaired(agent, "load-batch", ALPHA)
+    repaired(agent, "load-batch", agent.batch(BETA, start=date(1910, 1, 1)).name)
+    shutil.rmtree(agent.source / BETA)
+    reply = agent.call("batch-patch", ALPHA, BETA, stdin=HELD.encode())
+    assert reply["error"] == f'Open ONI holds a "{BETA}" already; purge that first'
+
+
+def test_a_patch_that_cannot_copy_a_file_says_so_once(agent):
+    batch = agent.batch(ALPHA, issues=3)
+    for image in batch.rglob("*.jp2"):
+        os.truncate(image, 2 << 20)
+    assert agent.manage("load_batch", str(batch)).returncode == 0
+    hard = resource.prlimit(agent.agent.pid, resource.RLIMIT_FSIZE)[1]
+    resource.prlimit(agent.agent.pid, resource.RLIMIT_FSIZE, (1 << 20, hard))
+    job = agent.run("batch-patch", ALPHA, BETA, stdin=HELD.encode())
+    assert job["status"] == "failed"
+    assert re.fullmatch(r"\S+\.jp2 cannot be copied: File too large", job["error"])
+    assert sorted(path.name for path in agent.source.iterdir()) == [ALPHA]
 
 
 def test_a_patch_that_would_not_be_whole_is_not_made(agent):
@@ -3340,6 +3407,44 @@ def past_jobs(site: Site, *rows: tuple) -> None:
             )
 
 
+def test_no_id_is_given_twice_though_the_database_was_moved_away(site):
+    site.batch(ALPHA)
+    site.start()
+    repaired(site, "load-batch", ALPHA)
+    repaired(site, "purge-batch", ALPHA)
+    site.stop()
+    for file in site.state.glob("jobs.db*"):
+        file.rename(site.state.parent / file.name)
+    site.start()
+    assert site.job("load-batch", ALPHA) == 3
+    assert site.ended(3)["status"] == "successful"
+    assert not any("purge_batch" in line for line in site.logs(3))
+    assert [job["id"] for job in site.call("list-jobs")["jobs"]] == [3]
+
+
+def test_an_ended_job_of_a_kind_that_is_not_known_holds_nobody_up(site):
+    """An agent of another release has left it."""
+    past_jobs(site, (["embargo-batch", ALPHA], "failed", 2, 1))
+    site.batch(ALPHA)
+    site.start()
+    assert site.call("list-jobs")["jobs"][0]["words"] == ["embargo-batch", ALPHA]
+    repaired(site, "load-batch", ALPHA)
+    assert site.call("job-retry", "1")["status"] == "error"
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[1, 2", '{"files of batch_oru_alpha_ver01": 3}', '["1.0.0", {"a": 3}]', "[1]"]
+)
+def test_counts_that_another_release_has_kept_are_counted_anew(site, content):
+    site.batch(ALPHA)
+    site.state.mkdir(exist_ok=True)
+    (site.state / "counts.json").write_text(content)
+    site.start()
+    repaired(site, "load-batch", ALPHA)
+    assert site.call("batch-status", ALPHA)["batch"]["state"] == "complete"
+    until(lambda: listed(site)[0] == "complete")
+
+
 def change_store(site: Site, *statements: str) -> None:
     """Changes jobs.db by hand, and leaves it as a killed agent would: with a write-ahead log."""
     path = site.state / "jobs.db"
@@ -3737,6 +3842,22 @@ def test_a_cancelled_pending_job_never_runs(agent):
     assert agent.logs(2) == []
     agent.restart()
     assert agent.call("job-status", "2")["job"] == reply["job"]
+
+
+def test_an_adopted_load_is_cancelled_before_the_worker_has_come_to_it(site, tmp_path):
+    gate = site.start().hold_load(site.batch(ALPHA, issues=3), issue=1)
+    site.job("load-batch", ALPHA)
+    gate.reached()
+    site.kill()
+    busy = Gate(tmp_path / "busy")
+    altered(site, ("self._forget_old()", f"open({str(busy.path)!r}).read()"))
+    busy.reached()
+    reply = site.call("job-cancel", "1")
+    assert (reply["message"], reply["job"]["status"]) == ("Job is being cancelled", "started")
+    busy.open()
+    job = site.ended(1)
+    assert (job["status"], job["error"]) == ("failed", "cancelled; ONI holds nothing of the batch")
+    assert site.manage_pids("load_batch") == []
 
 
 @pytest.mark.parametrize("adopted", [False, True])
@@ -6174,6 +6295,12 @@ def mended(site: Site, *words: str) -> list[str]:
     return logs
 
 
+def change_index(site: Site, *changes: str) -> None:
+    """Changes the index by ONI's own connection c, and commits."""
+    code = "; ".join(["from core import solr_index as s", "c = s.conn()", *changes, "c.commit()"])
+    assert site.manage("shell", "-c", code).returncode == 0
+
+
 def loads_begun(site: Site) -> int:
     return sum(event == "starting load" for event in site.events(ALPHA))
 
@@ -6225,7 +6352,7 @@ def test_an_index_that_was_emptied_gets_the_missing_pages_and_nothing_is_loaded_
     del agent.solr.requests[:]
     logs = mended(agent, "load-batch", ALPHA)
     updates = [path for path in agent.solr.requests if path.startswith("/solr/openoni/update")]
-    assert len(updates) == 2  # four documents, and a commit
+    assert len(updates) == 5  # four documents, and a commit
     assert sum(line.startswith("indexing /lccn/") for line in logs) == 4
     assert agent.solr.documents() == documents
     assert agent.query("SELECT id FROM core_page ORDER BY id") == rows
@@ -6237,20 +6364,35 @@ def test_only_the_pages_that_the_index_lacks_are_indexed_again(agent):
     agent.batch(ALPHA)
     repaired(agent, "load-batch", ALPHA)
     lost, *kept = agent.solr.documents(ALPHA)
-    agent.manage(
-        "shell",
-        "-c",
-        "from core import solr_index as s; c = s.conn();"
-        f" c.delete(q='id:\"{lost}\"'); c.commit()",
-    )
+    change_index(agent, f"c.delete(id='{lost}')")
     assert agent.solr.documents(ALPHA) == kept
     assert "Solr lacks 1 of 4 pages" in agent.call("batch-status", ALPHA)["message"]
     logs = mended(agent, "load-batch", ALPHA)
-    assert [line for line in logs if line.startswith("index")][-2:] == [
-        f"indexing {lost}",
-        "indexed 1 pages",
-    ]
+    assert [line for line in logs if line.startswith("indexing")] == [f"indexing {lost}"]
     assert agent.solr.documents(ALPHA) == [lost, *kept]
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_documents_of_a_batch_that_are_no_page_of_it_do_not_stand_for_its_pages(agent, lost):
+    """What a load has left that failed with Solr: it shows after the next load's commit."""
+    agent.batch(ALPHA)
+    repaired(agent, "load-batch", ALPHA)
+    documents = agent.solr.documents(ALPHA)
+    strays = [f"/lccn/{GAZETTE}/1872-01-0{day}/ed-1/seq-1/" for day in (1, 2)]
+    change_index(
+        agent,
+        *(f"c.add([{{'id': '{id}', 'batch': '{ALPHA}', 'type': 'page'}}])" for id in strays),
+        *(f"c.delete(id='{id}')" for id in documents[:lost]),
+    )
+    assert word(agent) == ["partial", 2, 4, 2, 4, 6 - lost]
+    assert listed(agent)[0] != "complete"
+    assert "Solr has 2 pages under its name" in agent.call("batch-status", ALPHA)["message"]
+    logs = mended(agent, "load-batch", ALPHA)
+    assert [line for line in logs if line.startswith("deleting")] == [
+        f"deleting {id}" for id in strays
+    ]
+    assert agent.solr.documents(ALPHA) == documents
+    assert loads_begun(agent) == 1
 
 
 def test_pages_that_another_batch_has_taken_over_in_the_index_are_said_and_no_fault(agent):
@@ -9374,7 +9516,6 @@ class OwnBench(Bench):
             self.ssh(f"job-logs {id}")
             all_at_once(1000, 8, self.call)
             yield f"memory after all this, {number}", memory(self.site), "MB"
-
 
     def bound_rows(self) -> Iterator[tuple[str, float, str]]:
         """What a flood of unread answers, and a hostile title, cost at the most."""
