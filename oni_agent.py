@@ -1540,7 +1540,7 @@ class BatchState:
             parts.append(f"Solr lacks {self.lost} of {self.indexed} pages")
         if self.stray and self.rows_whole:
             parts.append(
-                f"Solr has {self.stray} pages under its name which it does not have"
+                f"Solr has documents under its name that are none of its pages ({self.stray})"
             )
         if self.replaced:
             parts.append(
@@ -3389,7 +3389,7 @@ def cmd_list_batches(request: Request) -> dict:
 
 @command("BATCH", f'"batch-status" {ONE_BATCH}', f"batch-status {EXAMPLE}")
 def cmd_batch_status(request: Request, name: str) -> dict:
-    """Says what Open ONI holds of a batch, its newest events, and the jobs it had."""
+    """Says what Open ONI holds of a batch, and its newest events and jobs."""
     with refusing(f'"{name}" cannot be looked up'):
         request.agent.site.folder(name)
         state = request.agent.site.batch(name)
@@ -3403,7 +3403,7 @@ def cmd_batch_status(request: Request, name: str) -> dict:
         "message": "".join(at_work) + str(state),
         "batch": batch_object(state),
         "events": state.events,
-        "jobs": jobs,
+        "jobs": jobs[-10:],
     }
 
 

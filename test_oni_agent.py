@@ -3530,6 +3530,14 @@ def remove_log(site: Site, id: int) -> None:
         (site.state / f"logs/{id}.{suffix}").unlink()
 
 
+def test_batch_status_shows_the_newest_ten_jobs_of_a_batch(site):
+    site.batch(ALPHA)
+    past_jobs(site, *[(["load-batch", ALPHA], "failed", 1, 1)] * 12)
+    site.start()
+    jobs = site.call("batch-status", ALPHA)["jobs"]
+    assert [job["id"] for job in jobs] == list(range(3, 13))
+
+
 def test_logs_without_their_folder_are_made_anew(witnessed):
     site = witnessed.start()
     batch = site.batch("batch_oru_alpha_ver01")
@@ -6386,7 +6394,11 @@ def test_documents_of_a_batch_that_are_no_page_of_it_do_not_stand_for_its_pages(
     )
     assert word(agent) == ["partial", 2, 4, 2, 4, 6 - lost]
     assert listed(agent)[0] != "complete"
-    assert "Solr has 2 pages under its name" in agent.call("batch-status", ALPHA)["message"]
+    assert (
+        "under its name that are none of its pages (2)" in agent.call("batch-status", ALPHA)[
+            "message"
+        ]
+    )
     logs = mended(agent, "load-batch", ALPHA)
     assert [line for line in logs if line.startswith("deleting")] == [
         f"deleting {id}" for id in strays
