@@ -410,6 +410,7 @@ def batch(name, with_index):
         "loaded": row.created.isoformat() if row else "",
         "issues": Issue.objects.filter(batch_id=name).count(),
         "events": [[event.created.isoformat(), event.message or ""] for event in events][::-1],
+        "storage": settings.BATCH_STORAGE,
     }
     held["pages"], held["indexed"] = pages_and_indexed(name)
     if with_index:
@@ -476,8 +477,9 @@ def overview():
             "issues": issues.get(row.name, 0),
             "events": [newest[row.name]] if row.name in newest else [],
             "documents": None if documents is None else documents.get(row.name, 0),
+            "storage": settings.BATCH_STORAGE,
         })
-    return {"storage": settings.BATCH_STORAGE, "batches": batches, "documents": documents}
+    return {"batches": batches, "documents": documents}
 
 def page_counts(names, seconds):
     """Pages, and pages indexed, of as many of these batches as can be counted in time."""
@@ -494,8 +496,10 @@ def pages_and_indexed(name):
     found = pages.aggregate(pages=Count("pk"), indexed=Count("pk", filter=Q(indexed=True)))
     return found["pages"], found["indexed"]
 
-def storage():
-    return settings.BATCH_STORAGE
+def place(name):
+    """What a load of a batch needs: its awardee, and the folder for a link to its files."""
+    code = name.split("_")[1]
+    return Awardee.objects.filter(org_code=code).exists(), settings.BATCH_STORAGE
 
 def batch_count():
     return Batch.objects.count()
@@ -1484,6 +1488,7 @@ class BatchState:
     replaced: int = 0  # pages whose document is another batch's page of the same URL
     stray: int = 0  # documents in Solr that are no page's
     index_problem: str = ""  # why Solr could not be asked
+    storage: str = ""  # where ONI has links to the batches that it has loaded
 
     @property
     def event(self) -> str | None:
@@ -1600,18 +1605,19 @@ class Site:
                 " for one"
             )
         state.name = name
-        storage = Path(self.oni.ask("storage"))
         try:
-            in_time(lambda: self._look_at_files(state, storage), within)
+            in_time(lambda: self._look_at_files(state), within)
         except Problem as problem:
             state.files_problem = str(problem)
         return state
 
-    def _look_at_files(self, state: BatchState, storage: Path) -> None:
-        """Counts the files of a batch in BATCH_SOURCE, or else where ONI has loaded it from."""
-        folder = self.source / state.name
-        state.on_disk = folder.is_dir()
-        state.files = self._count(folder if state.on_disk else storage / state.name)
+    def _look_at_files(self, state: BatchState) -> None:
+        state.on_disk = (self.source / state.name).is_dir()
+        state.files = self._count(self._files_of(state))
+
+    def _files_of(self, state: BatchState) -> Path:
+        """A batch's folder in BATCH_SOURCE, or else the one from which ONI has loaded it."""
+        return (self.source if state.on_disk else Path(state.storage)) / state.name
 
     def _count(self, folder: Path) -> Counts:
         """Counts the files of a batch, and remembers it for list-batches. Raises Problem."""
@@ -1661,9 +1667,7 @@ class Site:
         to_count: list[Callable] = []
         until = time.monotonic() + LIST_SECONDS
         with contextlib.suppress(Problem):
-            in_time(
-                lambda: self._add_files(states, Path(overview["storage"]), until, to_count)
-            )
+            in_time(lambda: self._add_files(states, until, to_count))
         self._recall_pages(states, to_count)
         if self._to_count.empty():
             for count in to_count:
@@ -1704,7 +1708,6 @@ class Site:
     def _add_files(
         self,
         states: dict[str, BatchState],
-        storage: Path,
         until: float,
         to_count: list[Callable],
     ) -> None:
@@ -1712,7 +1715,7 @@ class Site:
         for state in states.values():
             if time.monotonic() > until:
                 break
-            folder = (self.source if state.on_disk else storage) / state.name
+            folder = self._files_of(state)
             state.files = self._remembered(folder)
             if not state.files:
                 to_count.append(functools.partial(self._count, folder))
@@ -1761,22 +1764,19 @@ class Site:
 
     def check_place(self, name: str) -> None:
         """Raises Problem unless ONI has the awardee of a batch, and a place for its link."""
-        code = name.split("_")[1]
-        if not self.oni.ask("awardee", code, ""):
+        has_awardee, storage = self.oni.ask("place", name)
+        if not has_awardee:
+            code = name.split("_")[1]
             raise Problem(
                 f'Open ONI has no awardee "{code}"; to make it: ensure-awardee {code} "NAME"'
             )
-        link = self.link(name)
+        link = Path(storage) / name
         here = link.resolve() == self.folder(name)  # BATCH_SOURCE is ONI's own storage
         if link.exists() and not link.is_symlink() and not here:
             raise Problem(
                 f"{link} is a real folder or file, not a link, and load_batch cannot replace it:"
                 " move it away"
             )
-
-    def link(self, name: str) -> Path:
-        """Where ONI's storage has, or would have, its link to a batch. Raises Problem."""
-        return Path(self.oni.ask("storage")) / name
 
     def must_be_there(self, name: str) -> None:
         """Raises Problem unless the batch is in BATCH_SOURCE."""
@@ -2494,7 +2494,7 @@ class LoadBatch(BatchKind):
         elif state.documents:
             work.note(f"{state}; deleting those before the load")
             work.task("forget_documents", self.name)
-        self._remove_leftover_link(work)
+        self._remove_leftover_link(work, Path(state.storage) / self.name)
         work.manage("load_batch", str(self.site.folder(self.name)))
 
     def _check_files(self, work: Work) -> None:
@@ -2523,9 +2523,8 @@ class LoadBatch(BatchKind):
                     f"{url} did not give ONI the title {lccn}: {work.complaint()}"
                 )
 
-    def _remove_leftover_link(self, work: Work) -> None:
+    def _remove_leftover_link(self, work: Work, link: Path) -> None:
         """One that a killed load of another copy has left would make ONI load that copy again."""
-        link = self.site.link(self.name)
         folder = self.site.folder(self.name)
         if link.is_symlink() and os.path.realpath(link) != os.path.realpath(folder):
             work.note(f"removing {link}, a leftover link to {os.readlink(link)}")
