@@ -365,7 +365,15 @@ class Site:
         """Something that this site's manage.py does first."""
         manage = self.oni / "manage.py"
         first, rest = manage.read_text().split("\n", 1)
-        manage.write_text(f"{first}\n{code}\n{rest}")
+        rewrite(manage, f"{first}\n{code}\n{rest}")
+
+
+def rewrite(program: Path, text: str) -> None:
+    """Puts another program in the place of one that may just be started, which locks it."""
+    new = program.with_name(f"{program.name}.new")
+    new.write_text(text)
+    shutil.copymode(program, new)
+    new.rename(program)
 
 
 # --- Gates: how a test holds what it tests at an instant ------------------------------------------
@@ -2742,7 +2750,7 @@ NO_SHEBANG = "print('not to be run')\n"
 
 
 def no_shebang(manage: Path) -> None:
-    manage.write_text(NO_SHEBANG)
+    rewrite(manage, NO_SHEBANG)
 
 
 def removed(manage: Path) -> None:
@@ -4071,10 +4079,10 @@ def test_a_job_that_could_not_start_is_retried_and_one_that_waits_is_not(agent):
     text = (agent.oni / "manage.py").read_text()
     agent.batch("batch_oru_alpha_ver01")
     agent.call("batch-status", "batch_oru_alpha_ver01")  # the child that answers is there
-    manage.write_text(text.replace("#!/usr/bin/env python3", "#!/nowhere/python3"))
+    rewrite(manage, text.replace("#!/usr/bin/env python3", "#!/nowhere/python3"))
     assert agent.run("load-batch", "batch_oru_alpha_ver01")["status"] == "couldn't start"
     assert [job["id"] for job in agent.ssh('list-jobs "couldn\'t start"')["jobs"]] == [1]
-    manage.write_text(text)
+    rewrite(manage, text)
     gate = agent.hold_load(agent.source / "batch_oru_alpha_ver01")
     failing_load(agent)
     assert agent.ssh("job-retry 1")["job"]["id"] == 2
