@@ -1648,10 +1648,7 @@ class Site:
 
     def _remembered(self, folder: Path) -> Counts | None:
         """What was counted of a batch's files, unless the file of its issues has changed."""
-        key = listing_key(folder)
-        counts = (
-            self._remembered_counts.get(f"files of {folder.name}", key) if key else None
-        )
+        counts = self._remembered_counts.get(f"files of {folder.name}", listing_key(folder))
         return Counts(*counts) if counts else None
 
     def batches(self) -> list[BatchState]:
@@ -1664,11 +1661,11 @@ class Site:
         states = {row["name"]: BatchState(**row) for row in overview["batches"]}
         for name in filter(BATCH_NAME.fullmatch, names):
             states.setdefault(name, BatchState(name, pages=0)).on_disk = True
-        to_count: list[Callable] = []
-        until = time.monotonic() + LIST_SECONDS
+        to_count = []
         with contextlib.suppress(Problem):
-            in_time(lambda: self._add_files(states, until, to_count))
-        self._recall_pages(states, to_count)
+            to_count = in_time(lambda: self._recall_files(states.values()))
+        if not self._recall_pages([state for state in states.values() if state.row]):
+            to_count.append(self.batches)
         if self._to_count.empty():
             for count in to_count:
                 self._to_count.put(count)
@@ -1680,45 +1677,37 @@ class Site:
                 state.lost = 0 if state.documents == state.indexed else None
         return listed
 
-    def _recall_pages(
-        self, states: dict[str, BatchState], to_count: list[Callable]
-    ) -> None:
-        """Adds the pages of each batch, from memory or counted as far as time allows."""
-        unknown = []
-        found = {}
-        for name, state in states.items():
-            counts = self._remembered_counts.get(f"pages of {name}", state.rows_key)
-            if not state.row:
-                continue
-            if counts:
-                state.pages, state.indexed = counts
-            else:
-                unknown.append(name)
-        counted = self.oni.ask("page_counts", unknown, LIST_SECONDS)
-        if len(counted) < len(unknown):
-            to_count.append(self.batches)
-        for name, counts in counted.items():
-            state = states[name]
-            state.pages, state.indexed = counts
-            if state.ended_well:
-                found[f"pages of {name}"] = [state.rows_key, counts]
-        if found:
-            self._remembered_counts.put(found)
-
-    def _add_files(
-        self,
-        states: dict[str, BatchState],
-        until: float,
-        to_count: list[Callable],
-    ) -> None:
-        """Adds what each batch's files name, from memory; those not known are counted later."""
-        for state in states.values():
+    def _recall_files(self, states: Iterable[BatchState]) -> list[Callable]:
+        """Adds what each batch's files name, from memory; returns what counts the others."""
+        to_count = []
+        until = time.monotonic() + LIST_SECONDS
+        for state in states:
             if time.monotonic() > until:
                 break
             folder = self._files_of(state)
             state.files = self._remembered(folder)
             if not state.files:
                 to_count.append(functools.partial(self._count, folder))
+        return to_count
+
+    def _recall_pages(self, states: list[BatchState]) -> bool:
+        """Adds the pages of batches in ONI, from memory or counted; whether there was time."""
+        unknown = {}
+        for state in states:
+            counts = self._remembered_counts.get(f"pages of {state.name}", state.rows_key)
+            if counts:
+                state.pages, state.indexed = counts
+            else:
+                unknown[state.name] = state
+        counted = self.oni.ask("page_counts", list(unknown), LIST_SECONDS)
+        found = {}
+        for name, counts in counted.items():
+            state = unknown[name]
+            state.pages, state.indexed = counts
+            if state.ended_well:
+                found[f"pages of {name}"] = [state.rows_key, counts]
+        self._remembered_counts.put(found)
+        return len(counted) == len(unknown)
 
     def count_by_and_by(self) -> None:
         """Counts what list-batches had no time for; for a thread of its own."""
@@ -1901,29 +1890,41 @@ class JobStore:
             time.sleep(TICK)
 
     def _open(self, path: Path) -> sqlite3.Connection:
+        is_new = not path.exists() or not self._tables(path)
         # Without an isolation level each statement commits.
         database = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-
-        def answer(question: str):
-            return database.execute(question).fetchone()[0]
-
-        tables = answer("SELECT count(*) FROM sqlite_master")
-        if tables and answer("PRAGMA application_id") != self.APPLICATION:
-            raise Problem(f"{path} is not an ONI Agent's; nothing was changed")
-        if answer("PRAGMA user_version") > self.VERSION:
-            raise Problem(f"{path} was written by a newer ONI Agent; nothing was changed")
-        if answer("PRAGMA quick_check") != "ok":
-            raise Problem(
-                f"{path} is damaged; put a copy from a backup in its place, or move it away"
-            )
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = FULL")  # what is answered is on disk
-        if not tables:
+        if is_new:
             database.executescript(
                 f"BEGIN; {self.SCHEMA}; PRAGMA application_id = {self.APPLICATION};"
                 f" PRAGMA user_version = {self.VERSION}; COMMIT;"
             )
         return database
+
+    def _tables(self, path: Path) -> int:
+        """How many tables a database has. Raises Problem if it is not to be used.
+
+        It is opened for reading alone: else even its closing would change it.
+        """
+        opened = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)
+        with contextlib.closing(opened) as database:
+
+            def answer(question: str):
+                return database.execute(question).fetchone()[0]
+
+            tables = answer("SELECT count(*) FROM sqlite_master")
+            if tables and answer("PRAGMA application_id") != self.APPLICATION:
+                raise Problem(f"{path} is not an ONI Agent's; nothing was changed")
+            if answer("PRAGMA user_version") > self.VERSION:
+                raise Problem(
+                    f"{path} was written by a newer ONI Agent; nothing was changed"
+                )
+            if answer("PRAGMA quick_check") != "ok":
+                raise Problem(
+                    f"{path} is damaged; put a copy from a backup in its place, or move it away"
+                )
+            return tables
 
     def _take_out_payloads(self) -> None:
         """Writes what version 1.0 kept of standard input in the database where it is kept now."""

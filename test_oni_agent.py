@@ -3489,11 +3489,6 @@ def damage_end(site: Site) -> str:
     return "jobs.db"
 
 
-def damage_row(site: Site) -> str:
-    change_store(site, "UPDATE jobs SET words = '[\"load-bat' WHERE id = 60")
-    return "jobs.db"
-
-
 def damage_owner(site: Site) -> str:
     for path in site.state.glob("jobs.db*"):
         path.unlink()
@@ -3515,7 +3510,6 @@ def damage_version(site: Site) -> str:
         damage_header,
         damage_page,
         damage_end,
-        damage_row,
         damage_owner,
         damage_version,
     ],
@@ -3530,6 +3524,17 @@ def test_a_store_that_is_damaged_foreign_or_newer_is_left_alone(witnessed, damag
         assert expected in said
         assert str(site.state / "jobs.db") in said
         assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_job_whose_words_are_damaged_is_no_reason_to_forget_the_others(witnessed):
+    site = witnessed
+    past_jobs(site, *[(["load-batch", "batch_oru_alpha_ver01"], "successful", 1, 1)] * 80)
+    change_store(site, "UPDATE jobs SET words = '[\"load-bat' WHERE id = 60")
+    for _ in range(2):
+        assert f"{site.state / 'jobs.db'} is damaged" in failed_start(site)
+    change_store(site, "UPDATE jobs SET words = '[\"load-batch\", \"x\"]' WHERE id = 60")
+    site.start()
+    assert len(site.call("list-jobs")["jobs"]) == 80
 
 
 def remove_log(site: Site, id: int) -> None:
