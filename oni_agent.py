@@ -123,9 +123,7 @@ MAX_CHANNELS = 10  # open at once on one connection, as OpenSSH's MaxSessions
 MAX_PACKET = 256 * 1024  # bytes of one SSH packet, as OpenSSH takes them
 MAX_COMMAND = 16 * 1024  # bytes of a command line
 MAX_PAYLOAD = 32 * 1024 * 1024  # bytes on standard input
-MAX_TAG = (
-    256 * 1024
-)  # bytes of one tag in MARC XML; expat begins a long one again and again
+MAX_TAG = 256 * 1024  # bytes of a tag in MARC XML; expat begins a long one again and again
 MAX_INSTRUCTIONS = 1024 * 1024  # of them, where they are a batch-patch's
 MAX_LINE = 64 * 1024  # bytes of one line in a job's log; a longer line is cut into pieces
 MAX_ATTEMPTS = 3  # starts of a job that never ended
@@ -1181,10 +1179,8 @@ class MarcReader:
         if len(self._open) >= 100:
             raise Problem("it is nested too deeply")
         name = name.rpartition(" ")[2]
-        place = name + attributes.get(
-            {"datafield": "tag", "subfield": "code"}.get(name, ""), ""
-        )
-        self._open.append(place)
+        attribute = {"datafield": "tag", "subfield": "code"}.get(name, "")
+        self._open.append(name + attributes.get(attribute, ""))
         self._text = ""
         if name == "record":
             self._records.append({})
@@ -2465,10 +2461,8 @@ class LoadBatch(BatchKind):
         try:
             in_time(lambda: check_listing(folder))
         except Problem as problem:
-            there = in_time(folder.exists)
-            raise Problem(
-                f"{problem}{'' if there else self.site.similar(self.name)}"
-            ) from None
+            hint = "" if in_time(folder.exists) else self.site.similar(self.name)
+            raise Problem(f"{problem}{hint}") from None
         self.site.check_place(self.name)
 
     def reached(self, within: float) -> bool:
@@ -2756,11 +2750,9 @@ class JobQueue:
         """
         kind = self.kind(words)
         kind.check(Path(given.name) if given else None)
-        if (
-            not self._last_on(kind)
-            and kind.reached(ANSWER_SECONDS)
-            and not self._last_on(kind)
-        ):
+        idle = not self._last_on(kind)
+        reached = idle and kind.reached(ANSWER_SECONDS)
+        if reached and not self._last_on(kind):  # another may have come meanwhile
             return None, False
         with self._changed:
             if self._closed:
@@ -3079,9 +3071,9 @@ def answer(
         except TypeError:
             raise Refused(function.wrong, error=f"usage: {function.usage}") from None
         reply = function(request, *words[1:])
-        return (
-            reply if isinstance(reply, Answer) else Answer({"status": "success", **reply})
-        )
+        if isinstance(reply, Answer):
+            return reply
+        return Answer({"status": "success", **reply})
     except Refused as refusal:
         return Answer(refusal.keys)
     except (Problem, OSError) as problem:
@@ -3470,14 +3462,11 @@ def plain(text: object) -> str:
 
 def display_width(text: str) -> int:
     """How many columns of a terminal a text takes: wide characters two, marks none."""
-    return sum(
-        (
-            0
-            if unicodedata.combining(each)
-            else 1 + (unicodedata.east_asian_width(each) in "WF")
-        )
-        for each in text
-    )
+    width = 0
+    for each in text:
+        if not unicodedata.combining(each):
+            width += 2 if unicodedata.east_asian_width(each) in "WF" else 1
+    return width
 
 
 def fits(text: str, width: int) -> bool:
