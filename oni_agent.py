@@ -74,7 +74,7 @@ import unicodedata
 import urllib.parse
 import warnings
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -83,7 +83,7 @@ from typing import BinaryIO
 from xml.parsers.expat import ExpatError, ParserCreate
 
 
-def stderr_is_journal() -> bool:
+def stderr_is_journal():
     """Whether JOURNAL_STREAM (systemd.exec(5)) names the device and inode of stderr."""
     with contextlib.suppress(OSError):
         found = os.fstat(2)
@@ -91,7 +91,7 @@ def stderr_is_journal() -> bool:
     return False
 
 
-def complain(*problems: str) -> None:
+def complain(*problems):
     """Says why the agent cannot start; to the journal, as errors."""
     priority = "<3>" if stderr_is_journal() else ""
     for problem in problems:
@@ -169,22 +169,15 @@ class Stopping(Exception):
     """The agent is stopping: what has just ended was maybe ended by that, and does not count."""
 
 
-SCARCE = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EMFILE,
-    errno.ENFILE,
-    errno.EAGAIN,
-    errno.ENOMEM,
-)
+SCARCE = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)
 
 
-def is_scarce(error: OSError) -> bool:
+def is_scarce(error):
     """Whether the machine lacks something for now, and what it refused is to be tried again."""
     return isinstance(error, Scarce) or error.errno in SCARCE
 
 
-def patiently(action: Callable[[], object]) -> object:
+def patiently(action):
     """What `action` returns, which is tried every second until the disk, say, lets it be done."""
     warned = False
     while True:
@@ -197,13 +190,13 @@ def patiently(action: Callable[[], object]) -> object:
             time.sleep(1)
 
 
-def while_scarce(action: Callable[[], object]) -> object:
+def while_scarce(action):
     """What `action` returns, which is begun again while the machine lacks something for it.
 
     Raises Problem for what else the system may refuse.
     """
 
-    def begin() -> object:
+    def begin():
         try:
             return action()
         except OSError as error:
@@ -236,10 +229,10 @@ class Settings:
     Raises Problem with one sentence for each thing that is wrong, all of them at once.
     """
 
-    def __init__(self, environ: dict[str, str]):
+    def __init__(self, environ):
         problems = []
 
-        def read(name: str, reader: Callable, default: str = ""):
+        def read(name, reader, default=""):
             try:
                 return reader(environ.get(name) or default)
             except ValueError as error:
@@ -249,21 +242,19 @@ class Settings:
 
         home = environ.get("HOME") or "~"
         states = environ.get("XDG_STATE_HOME") or os.path.join(home, ".local", "state")
-        self.oni_location: Path = read("ONI_LOCATION", oni_folder)
-        self.batch_source: Path = read("BATCH_SOURCE", existing_folder)
-        self.ba_bind: tuple[str, int] = read("BA_BIND", bind_address, "127.0.0.1:2222")
-        self.state_directory: Path = read(
+        self.oni_location = read("ONI_LOCATION", oni_folder)
+        self.batch_source = read("BATCH_SOURCE", existing_folder)
+        self.ba_bind = read("BA_BIND", bind_address, "127.0.0.1:2222")
+        self.state_directory = read(
             "STATE_DIRECTORY", state_folder, os.path.join(states, "oni-agent")
         )
-        self.host_key_file: Path = read(
+        self.host_key_file = read(
             "HOST_KEY_FILE", lambda value: key_path(value, self.state_directory)
         )
-        self.allow_from: tuple = read("ALLOW_FROM", networks)
-        self.authorized_keys: Path | None = read("AUTHORIZED_KEYS", readable_file)
-        self.on_finish: Path | None = read(
-            "ON_FINISH", lambda value: readable_file(value, os.X_OK)
-        )
-        self.log_level: str = read("LOG_LEVEL", known_log_level, "info")
+        self.allow_from = read("ALLOW_FROM", networks)
+        self.authorized_keys = read("AUTHORIZED_KEYS", readable_file)
+        self.on_finish = read("ON_FINISH", lambda value: readable_file(value, os.X_OK))
+        self.log_level = read("LOG_LEVEL", known_log_level, "info")
         self.db_connection = bool(environ.get("DB_CONNECTION"))
         if problems:
             raise Problem(*problems)
@@ -272,7 +263,7 @@ class Settings:
 # Readers of one setting each; they raise ValueError, or an OSError.
 
 
-def existing_folder(value: str, content: str = "the batches") -> Path:
+def existing_folder(value, content="the batches"):
     """`value` as the absolute path of a folder."""
     if not value:
         raise ValueError(f"is not set; it names the folder that holds {content}")
@@ -282,7 +273,7 @@ def existing_folder(value: str, content: str = "the batches") -> Path:
     return path
 
 
-def oni_folder(value: str) -> Path:
+def oni_folder(value):
     """`value` as the absolute path of the folder of an Open ONI."""
     path = existing_folder(value, "manage.py")
     if not (path / "manage.py").is_file():
@@ -290,7 +281,7 @@ def oni_folder(value: str) -> Path:
     return path
 
 
-def state_folder(value: str) -> Path:
+def state_folder(value):
     """`value` as the path of a folder that the agent can write to, or make."""
     # systemd may name several, separated by colons.
     path = Path(value.split(":")[0]).expanduser().resolve()
@@ -298,18 +289,16 @@ def state_folder(value: str) -> Path:
     if not os.access(place, os.W_OK | os.X_OK):
         raise ValueError(f"is {value!r}, and the agent's user cannot write to {place}")
     if path == place and path.stat().st_mode & stat.S_IWOTH and not is_an_agents(path):
-        raise ValueError(
-            f"is {value!r}, a folder that others use; name one of the agent's own"
-        )
+        raise ValueError(f"is {value!r}, a folder that others use; name one of the agent's own")
     return path
 
 
-def is_an_agents(folder: Path) -> bool:
+def is_an_agents(folder):
     """Whether a folder is an agent's state folder, or may become one since it is empty."""
     return (folder / "agent.lock").exists() or not any(folder.iterdir())
 
 
-def nearest_folder(path: Path) -> Path:
+def nearest_folder(path):
     """`path`, or the folder that is there and in which it could be made."""
     place = next(each for each in (path, *path.parents) if os.path.lexists(each))
     if not place.is_dir():
@@ -317,7 +306,7 @@ def nearest_folder(path: Path) -> Path:
     return place
 
 
-def bind_address(value: str) -> tuple[str, int]:
+def bind_address(value):
     """`host:port`, `[v6 address]:port` or `:port` as a pair; host "" means every address."""
     match = re.fullmatch(r"(?:\[([^\[\]]+)\]|([^:\[\]]*)):(\d{1,5})", value, re.ASCII)
     if not match or int(match[3]) > 65535:
@@ -325,12 +314,10 @@ def bind_address(value: str) -> tuple[str, int]:
     return match[1] or match[2], int(match[3])
 
 
-def networks(value: str) -> tuple:
+def networks(value):
     """The addresses and networks, separated by commas or blanks, in `value`."""
     try:
-        found = tuple(
-            ipaddress.ip_network(word) for word in value.replace(",", " ").split()
-        )
+        found = tuple(ipaddress.ip_network(word) for word in value.replace(",", " ").split())
     except ValueError as error:
         raise ValueError(f"is {value!r}: {error}") from error
     mapped = any(getattr(each.network_address, "ipv4_mapped", None) for each in found)
@@ -342,7 +329,7 @@ def networks(value: str) -> tuple:
     return found
 
 
-def readable_file(value: str, access: int = os.R_OK) -> Path | None:
+def readable_file(value, access=os.R_OK):
     """The absolute path of a file that allows this access, if one is named."""
     path = Path(value).resolve()
     if value and not (path.is_file() and os.access(path, access)):
@@ -351,7 +338,7 @@ def readable_file(value: str, access: int = os.R_OK) -> Path | None:
     return path if value else None
 
 
-def key_path(value: str, state: Path | None) -> Path | None:
+def key_path(value, state):
     """`value` as an absolute path, in a folder that exists; else `host_key` in the state folder."""
     if not value:
         return state and state / "host_key"
@@ -361,7 +348,7 @@ def key_path(value: str, state: Path | None) -> Path | None:
     return path
 
 
-def known_log_level(value: str) -> str:
+def known_log_level(value):
     """`value` as logging writes it."""
     if value.lower() not in ("debug", "info", "warning", "error"):
         raise ValueError(f"is {value!r}; write debug, info, warning or error")
@@ -588,7 +575,7 @@ globals()[TASK](*WORDS)
 class OpenONI:
     """How ONI's manage.py is called, and how ONI's database and index are asked through it."""
 
-    def __init__(self, location: Path, environ: dict[str, str]):
+    def __init__(self, location, environ):
         self.location = location
         own = (*OWN_VARIABLES, "PYTHONHOME", "NOTIFY_SOCKET")
         self.environment = {
@@ -598,10 +585,10 @@ class OpenONI:
             "PYTHONUNBUFFERED": "1",  # else it prints in lumps of 8 KB
         }
         self._asking = threading.Lock()
-        self._child: subprocess.Popen | None = None  # the manage.py shell that answers
+        self._child = None  # the manage.py shell that answers
         self._number = 0  # of the newest question
 
-    def start(self, *words: str, **options) -> subprocess.Popen:
+    def start(self, *words, **options):
         """manage.py with `words`, in a session of its own, so that it outlives the agent.
 
         Raises CouldNotStart, and Scarce where it can be tried again.
@@ -623,7 +610,7 @@ class OpenONI:
             kind = Scarce if error.errno in SCARCE else CouldNotStart
             raise kind(f"couldn't run {manage}: {error}") from error
 
-    def start_task(self, task: str, *words: object, **options) -> subprocess.Popen:
+    def start_task(self, task, *words, **options):
         """A manage.py shell that runs one function of INSIDE_ONI, which it reads from its stdin."""
         code = f"import sys; exec(sys.stdin.read(), {dict(TASK=task, WORDS=words)!r})"
         with open(os.memfd_create("inside_oni"), "w+", encoding="utf-8") as program:
@@ -633,29 +620,23 @@ class OpenONI:
             program.seek(0)
             return self.start("shell", "-c", code, stdin=program, **options)
 
-    def check(self) -> str:
+    def check(self):
         """What `manage.py check` says of ONI's settings. Raises Problem.
 
         It asks neither database nor Solr.
         """
-        with self.start(
-            "check", stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        ) as process:
+        with self.start("check", stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
             try:
                 printed = process.communicate(timeout=PATIENT_SECONDS)[0]
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
-                raise Problem(
-                    f"manage.py check did not end within {PATIENT_SECONDS} s"
-                ) from None
+                raise Problem(f"manage.py check did not end within {PATIENT_SECONDS} s") from None
         last = last_line(printed)
         if process.returncode:
-            raise Problem(
-                f"manage.py check ended with exit status {process.returncode}: {last}"
-            )
+            raise Problem(f"manage.py check ended with exit status {process.returncode}: {last}")
         return last
 
-    def ask(self, question: str, *words: object, within: float = ANSWER_SECONDS):
+    def ask(self, question, *words, within=ANSWER_SECONDS):
         """What a function of INSIDE_ONI answers. Raises Problem, after `within` seconds at most.
 
         A manage.py shell is kept warm for it: its first answer takes half a second, later ones
@@ -680,7 +661,7 @@ class OpenONI:
             raise Problem(f"Open ONI cannot answer: {reply['error']}")
         return reply["answer"]
 
-    def _reply(self, until: float, *question: object) -> dict:
+    def _reply(self, until, *question):
         if self._child and self._child.poll() is None:
             with contextlib.suppress(ConnectionError):  # it has died since its last answer
                 return self._exchange(until, *question)
@@ -693,7 +674,7 @@ class OpenONI:
             said = last_line(self._stderr.read()) or "manage.py shell ended"
             raise Problem(f"Open ONI cannot be asked: {said}") from None
 
-    def _exchange(self, until: float, *question: object) -> dict:
+    def _exchange(self, until, *question):
         """Sends a question and waits for its answer; one to an earlier question came too late."""
         self._number += 1
         self._stderr.seek(0)
@@ -712,7 +693,7 @@ class OpenONI:
             if reply["number"] == self._number:
                 return reply
 
-    def _begin_child(self) -> None:
+    def _begin_child(self):
         self._born = time.monotonic()
         self._heard = b""
         self._channel, theirs = socket.socketpair()
@@ -727,12 +708,12 @@ class OpenONI:
                 pass_fds=[theirs.fileno()],
             )
 
-    def close(self) -> None:
+    def close(self):
         """Ends the warm shell; the next question starts another."""
         with self._asking:
             self._end_child()
 
-    def _end_child(self) -> None:
+    def _end_child(self):
         if self._child:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._child.pid, signal.SIGKILL)  # it is never amid a change
@@ -744,7 +725,7 @@ class OpenONI:
             self._child = None
 
 
-def last_line(printed: bytes) -> str:
+def last_line(printed):
     """The last line of what a program has printed."""
     return printed.decode("utf-8", "replace").strip().rpartition("\n")[2]
 
@@ -767,10 +748,10 @@ MIX = "{http://www.loc.gov/mix/}"
 HREF = "{http://www.w3.org/1999/xlink}href"
 
 
-def read_regular(path: Path, size: int = -1) -> bytes:
+def read_regular(path, size=-1):
     """The first bytes of a regular file, or all. Raises Problem, in the Go agent's words."""
 
-    def without_waiting(name: str, flags: int) -> int:
+    def without_waiting(name, flags):
         return os.open(name, flags | os.O_NONBLOCK)  # it may be a FIFO
 
     try:
@@ -786,7 +767,7 @@ def read_regular(path: Path, size: int = -1) -> bytes:
         raise Problem(f"reading file: {path}: {error}") from error
 
 
-def parse_xml(path: Path, builder: ET.TreeBuilder | None = None) -> ET.Element:
+def parse_xml(path, builder=None):
     """The root of an XML file. Raises Problem."""
     content = read_regular(path)
     try:
@@ -799,14 +780,14 @@ def parse_xml(path: Path, builder: ET.TreeBuilder | None = None) -> ET.Element:
         raise Problem(f"reading file: {path}: {error}") from error
 
 
-def batch_file(folder: Path) -> Path:
+def batch_file(folder):
     """The file of a batch that names its issues: the one that load_batch reads."""
     data = folder / "data"
     there = (data / name for name in BATCH_FILES if os.access(data / name, os.R_OK))
     return next((path for path in there if not path.is_dir()), data / "batch.xml")
 
 
-def issue_files(folder: Path) -> list[Path]:
+def issue_files(folder):
     """The METS files that a batch's file names, as load_batch takes them. Raises Problem."""
     path = batch_file(folder)
     root = parse_xml(path)
@@ -822,13 +803,13 @@ def issue_files(folder: Path) -> list[Path]:
     return found
 
 
-def beside(path: Path, href: str) -> Path:
+def beside(path, href):
     """The file that a reference in the XML file `path` points to, as ONI's urljoin takes it."""
     target = re.sub("^file:(//)?(?=/)", "", re.sub(r"[\n\r\t]", "", href).lstrip())
     return Path(os.path.normpath(path.parent / target)) if target else path
 
 
-def check_listed(folder: Path, path: Path) -> None:
+def check_listed(folder, path):
     """Raises Problem unless a METS file that a batch names is there, and inside its folder."""
     if "\0" in str(path):
         raise Problem(f"reading file: {path!r} cannot be a file's name")
@@ -840,7 +821,7 @@ def check_listed(folder: Path, path: Path) -> None:
     read_regular(path, 0)
 
 
-def check_listing(folder: Path) -> None:
+def check_listing(folder):
     """The quick look at a batch: its file, and that the METS files it names are there.
 
     Raises Problem.
@@ -852,7 +833,7 @@ def check_listing(folder: Path) -> None:
 class IssueFile:
     """An issue's METS file, read as ONI's BatchLoader reads it. Raises Problem if it cannot be."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path):
         self.path = path
         root = parse_xml(path)
         self._files = by_id(root.iter(f"{METS}file"))
@@ -866,32 +847,26 @@ class IssueFile:
         self.edition = self._text("detail[@type='edition']", "number").strip()
         self.date = self._text("dateIssued")
         self.lccn = self._text("identifier[@type='lccn']").strip()
-        self.pages = [
-            each for each in divisions(division, "np:page") if each is not division
-        ]
+        self.pages = [each for each in divisions(division, "np:page") if each is not division]
 
-    def _description(self, division: ET.Element) -> ET.Element:
+    def _description(self, division):
         section = self._descriptions.get(division.get("DMDID"))
         if section is None:
-            raise Problem(
-                f"{division.get('TYPE')} has no description (DMDID) in {self.path}"
-            )
+            raise Problem(f"{division.get('TYPE')} has no description (DMDID) in {self.path}")
         return mods_of(section)
 
-    def _text(self, name: str, child: str = "", mods: ET.Element | None = None) -> str:
+    def _text(self, name, child="", mods=None):
         """All text of the first such element of the issue's description, or of another's."""
         path = f".//{MODS}{name}" + (f"/{MODS}{child}" if child else "")
         found = (self._mods if mods is None else mods).find(path)
         return "" if found is None else "".join(found.itertext())
 
-    def _page_files(self, page: ET.Element) -> Iterator[tuple[str, ET.Element, Path]]:
+    def _page_files(self, page):
         """Use, element and path of each file of a page."""
         for pointer in page.findall(f"{METS}fptr"):
             file = self._files.get(pointer.get("FILEID"))
             if file is None or file.get("USE") is None:
-                raise Problem(
-                    f"a page of {self.path} points to a file that is not described"
-                )
+                raise Problem(f"a page of {self.path} points to a file that is not described")
             location = file.find(f"{METS}FLocat")
             href = "" if location is None else location.get(HREF, "")
             if file.get("USE") == "ocr":  # opened as a URL; the others by their names
@@ -899,17 +874,17 @@ class IssueFile:
             yield file.get("USE"), file, beside(self.path, href)
 
     @property
-    def key(self) -> list:
+    def key(self):
         """What names the issue, as ONI has it: LCCN, date, edition. Raises ValueError."""
         day = datetime.strptime(self.date, "%Y-%m-%d").date()
         return [self.lccn, day.isoformat(), int(self.edition)]
 
-    def pages_with_ocr(self) -> int:
+    def pages_with_ocr(self):
         """How many pages name an OCR file, which makes ONI index them."""
         uses = ([use for use, _, _ in self._page_files(page)] for page in self.pages)
         return sum("ocr" in each for each in uses)
 
-    def faults(self) -> Iterator[tuple[Path, str]]:
+    def faults(self):
         """What makes ONI refuse the batch, or drop something of it without a word.
 
         A ValueError skips the issue, a BatchLoaderException the page; anything else ends the load.
@@ -930,7 +905,7 @@ class IssueFile:
             except Problem as problem:
                 yield self.path, str(problem)
 
-    def _page_faults(self, page: ET.Element, name: str) -> Iterator[tuple[Path, str]]:
+    def _page_faults(self, page, name):
         sequence = self._text("extent", "start", self._description(page))
         try:
             plain_number(sequence)
@@ -949,7 +924,7 @@ class IssueFile:
             elif use == "service" and not self._has_dimensions(file):
                 yield self.path, f"{name} has no dimensions of its image: ONI would drop it"
 
-    def _has_dimensions(self, file: ET.Element) -> bool:
+    def _has_dimensions(self, file):
         """Whether ONI finds width and length of an image, as numbers, in its MIX."""
         place = f"{METS}mdWrap/{METS}xmlData/{MIX}mix/{MIX}ImagingPerformanceAssessment"
         for identifier in file.get("ADMID", "").split(" "):
@@ -964,7 +939,7 @@ class IssueFile:
                     return False
         return False
 
-    def warnings(self) -> Iterator[tuple[Path, str]]:
+    def warnings(self):
         """What ONI loads all the same, but should be known."""
         folder = self.path.parent.name
         with contextlib.suppress(ValueError):
@@ -973,17 +948,13 @@ class IssueFile:
         with contextlib.suppress(Problem):  # a fault, and told as one
             for page in self.pages:
                 for use, file, path in self._page_files(page):
-                    if (
-                        use == "service"
-                        and file.get("ADMID") is not None
-                        and not path.is_file()
-                    ):
+                    if use == "service" and file.get("ADMID") is not None and not path.is_file():
                         yield path, "there is no such image: the page will have no picture"
                     elif use == "derivative" and not path.is_file():
                         yield path, "there is no such PDF"
 
 
-def plain_number(text: str) -> int:
+def plain_number(text):
     """A number that ONI's database and addresses can hold. Raises ValueError."""
     number = int(text)
     if not 0 <= number < 2**31:
@@ -991,25 +962,25 @@ def plain_number(text: str) -> int:
     return number
 
 
-def mods_of(section: ET.Element) -> ET.Element | None:
+def mods_of(section):
     """The description in a METS section, if there is one."""
     return section.find(f".//{MODS}mods")
 
 
-def by_id(elements: Iterable[ET.Element]) -> dict[str | None, ET.Element]:
+def by_id(elements):
     """Elements by their ID; of several with one ID, the first."""
-    found: dict[str | None, ET.Element] = {}
+    found = {}
     for element in elements:
         found.setdefault(element.get("ID"), element)
     return found
 
 
-def divisions(element: ET.Element, kind: str) -> Iterator[ET.Element]:
+def divisions(element, kind):
     """The METS divisions of a kind, at any depth."""
     return (each for each in element.iter(f"{METS}div") if each.get("TYPE") == kind)
 
 
-def looks_like_an_image(path: Path) -> bool:
+def looks_like_an_image(path):
     """Whether ONI may be able to measure a file: a JPEG 2000, or another of the usual kinds."""
     start = read_regular(path, 1024)
     if start.startswith(b"\0\0\0\x0cjP  "):
@@ -1019,18 +990,16 @@ def looks_like_an_image(path: Path) -> bool:
     )
 
 
-def ocr_fault(path: Path) -> str:
+def ocr_fault(path):
     """Why ONI's OCRHandler would fail on an ALTO file; empty if it would not."""
     measured = False  # whether a Page with a size has begun: ONI asserts that none has
 
-    def start(tag: str, attributes: dict[str, str]) -> None:
+    def start(tag, attributes):
         nonlocal measured
         if tag == "String" and "CONTENT" not in attributes:
             raise Problem(f"line {parser.CurrentLineNumber}: a String without CONTENT")
         if tag == "TextBlock" and len(attributes.get("language", "eng")) < 2:
-            raise Problem(
-                f"line {parser.CurrentLineNumber}: a language of less than two letters"
-            )
+            raise Problem(f"line {parser.CurrentLineNumber}: a language of less than two letters")
         if tag == "Page":
             if measured:
                 raise Problem(f"line {parser.CurrentLineNumber}: a second Page")
@@ -1057,7 +1026,7 @@ class Counts:
     problem: str = ""  # with that METS file
 
 
-def count_files(folder: Path) -> Counts:
+def count_files(folder):
     """Counts a batch's issues, and its pages in all of its METS files.
 
     Raises Problem where the file that names the issues cannot be read.
@@ -1085,11 +1054,11 @@ class Findings:
     titles: dict[str, str] = field(default_factory=dict)  # to be fetched: LCCN and URL
 
 
-def check_files(folder: Path, progress: Callable[[int, int], None]) -> Findings:
+def check_files(folder, progress):
     """Reads every file of a batch that ONI would read; tells `progress` of each issue done."""
     found = Findings()
 
-    def enter(list_: list, path: Path, key: str, text: str) -> None:
+    def enter(list_, path, key, text):
         text = text.replace(f"reading file: open {path}: ", "")
         list_.append({"file": os.path.relpath(path, folder), key: text})
 
@@ -1115,7 +1084,7 @@ def check_files(folder: Path, progress: Callable[[int, int], None]) -> Findings:
     return found
 
 
-def marc_lccns(file: BinaryIO) -> list[str]:
+def marc_lccns(file):
     """The LCCNs (010 $a, blanks removed) of the MARC records anywhere in an XML file.
 
     As ONI finds them. Raises Problem.
@@ -1142,21 +1111,19 @@ class MarcReader:
     """
 
     def __init__(self):
-        self.lccns: list[str] = []
-        self._open: list[str] = []  # the elements around this place: name, and tag or code
-        self._records: list[dict] = []  # of them, the records: what is known of each
-        self._names: set[str] = set()  # all that have come; expat keeps them for ever
+        self.lccns = []
+        self._open = []  # the elements around this place: name, and tag or code
+        self._records = []  # of them, the records: what is known of each
+        self._names = set()  # all that have come; expat keeps them for ever
         self._text = ""
         self._parser = ParserCreate(namespace_separator=" ")
         self._parser.StartDoctypeDeclHandler = self._doctype
-        self._parser.StartNamespaceDeclHandler = lambda prefix, _: self._learn(
-            [prefix or ""]
-        )
+        self._parser.StartNamespaceDeclHandler = lambda prefix, _: self._learn([prefix or ""])
         self._parser.StartElementHandler = self._start
         self._parser.EndElementHandler = self._end
         self._parser.CharacterDataHandler = self._read_text
 
-    def read(self, file: BinaryIO) -> None:
+    def read(self, file):
         """Reads a file. Raises Problem, ExpatError, LookupError, ValueError."""
         size = 0
         for data in iter(lambda: file.read(CHUNK), b""):
@@ -1166,15 +1133,15 @@ class MarcReader:
                 raise Problem(f"it has a tag of more than {MAX_TAG >> 10} KiB")
         self._parser.Parse(b"", True)
 
-    def _doctype(self, *_) -> None:
+    def _doctype(self, *_):
         raise Problem("a DOCTYPE is not allowed")  # a few entities make gigabytes of text
 
-    def _learn(self, names: Iterable[str]) -> None:
+    def _learn(self, names):
         self._names.update(names)
         if len(self._names) > 1000:
             raise Problem("it has more than 1,000 different names")
 
-    def _start(self, name: str, attributes: dict[str, str]) -> None:
+    def _start(self, name, attributes):
         self._learn([name, *attributes])
         if len(self._open) >= 100:
             raise Problem("it is nested too deeply")
@@ -1187,11 +1154,11 @@ class MarcReader:
         elif name == "datafield" and self._open[-2:-1] == ["record"]:
             self._records[-1]["fields"] = True
 
-    def _read_text(self, text: str) -> None:
+    def _read_text(self, text):
         if self._open[-1] == "subfielda":
             self._text = (self._text + text)[:100]
 
-    def _end(self, name: str) -> None:
+    def _end(self, name):
         if self._open[-3:] == ["record", "datafield010", "subfielda"]:
             lccn = re.sub(r"\s", "", self._text).rstrip("/:,")  # as ONI cleans it
             self._records[-1].setdefault("lccn", lccn)
@@ -1209,36 +1176,32 @@ class Patch:
 
     LISTING = os.path.join("data", "batch.xml")
 
-    def __init__(self, old: Path, instructions: bytes):
+    def __init__(self, old, instructions):
         self.old = old
         listing = old / self.LISTING
         root = parse_xml(listing, ET.TreeBuilder(insert_comments=True, insert_pis=True))
         issues = root.findall(f"{NDNP}issue")
-        self._gone: set[Path] = set()  # folders of issues
+        self._gone = set()  # folders of issues
         for issue in self._named(issues, instructions.decode("utf-8", "replace")):
             self._gone.add(beside(listing, issue.text or "").parent)
             root.remove(issue)
         kept = {beside(listing, issue.text or "") for issue in root.findall(f"{NDNP}issue")}
         for path in kept:
             if self._gone.intersection(path.parents):
-                raise Problem(
-                    f"{path}, which is to stay, lies in the folder of one that is to go"
-                )
+                raise Problem(f"{path}, which is to stay, lies in the folder of one that is to go")
         if self._gone.intersection([old, old / "data"]):
             raise Problem(f"an issue of {old} that is to go has no folder of its own")
         ET.register_namespace("", NDNP.strip("{}"))
         self.listing = ET.tostring(root, encoding="utf-8", xml_declaration=True)
 
-    def _named(self, issues: list[ET.Element], instructions: str) -> list[ET.Element]:
+    def _named(self, issues, instructions):
         """The issues that the instructions name, each by its key or by its folder's name."""
-        keys: dict[str, list[ET.Element]] = {}
+        keys = {}
         for issue in issues:
             edition = issue.get("issueDate", "") + issue.get("editionOrder", "").zfill(2)
             folder = os.path.basename(os.path.dirname((issue.text or "").strip()))
             for name in {plain_key(edition), plain_key(folder)}:
-                keys.setdefault(f"{plain_key(issue.get('lccn', ''))}/{name}", []).append(
-                    issue
-                )
+                keys.setdefault(f"{plain_key(issue.get('lccn', ''))}/{name}", []).append(issue)
         named = []
         for number, line in enumerate(instructions.splitlines(), 1):
             if not line.strip():
@@ -1265,7 +1228,7 @@ class Patch:
             raise Problem("there is no instruction to remove an issue")
         return named
 
-    def ignore(self, folder: str, names: list[str]) -> set[str]:
+    def ignore(self, folder, names):
         """Which of the names in a folder of the old batch are not copied; for shutil.copytree."""
         data = Path(folder) == self.old / "data"
         return {
@@ -1276,24 +1239,20 @@ class Patch:
             or (data and name in BATCH_FILES)
         }
 
-    def sizes(self) -> dict[str, int]:
+    def sizes(self):
         """The files of the new batch, and how many bytes each has."""
         return {**file_sizes(self.old, self.ignore), self.LISTING: len(self.listing)}
 
-    def is_made(self, new: Path) -> bool:
+    def is_made(self, new):
         """Whether `new` is there and is what this patch makes. Raises Problem if it is another."""
         if not os.path.lexists(new):
             return False
         same = read_regular(new / self.LISTING) == self.listing
         if not same or file_sizes(new, lambda *_: set()) != self.sizes():
-            raise Problem(
-                f"{new} is there already, and is not what this patch makes; move it away"
-            )
+            raise Problem(f"{new} is there already, and is not what this patch makes; move it away")
         return True
 
-    def make(
-        self, new: Path, tell: Callable[[str], None], go_on: Callable[[], None]
-    ) -> None:
+    def make(self, new, tell, go_on):
         """Makes `new`, which has its name only when it is whole. Raises Problem, OSError."""
         unready = new.with_name(f"WIP-UNREADY-{new.name}")
         if unready.exists():
@@ -1308,7 +1267,7 @@ class Patch:
             )
         done = 0
 
-        def copy(source: str, target: str) -> None:
+        def copy(source, target):
             nonlocal done
             go_on()
             try:
@@ -1336,12 +1295,12 @@ class Patch:
             raise
 
 
-def plain_key(key: str) -> str:
+def plain_key(key):
     """An issue's key without the dashes and underscores that do not count."""
     return re.sub("[-_]", "", key)
 
 
-def file_sizes(batch: Path, ignore: Callable[[str, list[str]], set[str]]) -> dict[str, int]:
+def file_sizes(batch, ignore):
     """The files and links below a folder, and their sizes in bytes. Raises Problem."""
     sizes = {}
     for folder, folders, files in os.walk(batch):
@@ -1357,7 +1316,7 @@ def file_sizes(batch: Path, ignore: Callable[[str, list[str]], set[str]]) -> dic
     return sizes
 
 
-def sync_folder(folder: Path) -> None:
+def sync_folder(folder):
     """Puts what has been made or renamed in a folder safely on disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -1372,12 +1331,7 @@ FILES = futures.ThreadPoolExecutor(16, "files")  # for what may wait for a hung 
 CHECKS = futures.ThreadPoolExecutor(2, "checks")  # the same, for reading whole batches
 
 
-def in_time(
-    look: Callable[[], object],
-    within: float = ANSWER_SECONDS,
-    pool: futures.Executor = FILES,
-    meanwhile: Callable[[], None] = lambda: None,
-):
+def in_time(look, within=ANSWER_SECONDS, pool=FILES, meanwhile=lambda: None):
     """What `look` returns, which reads batches. Raises Problem when their file system refuses, or
     does not answer within so many seconds: only a thread of the pool then hangs, not the caller.
 
@@ -1392,9 +1346,7 @@ def in_time(
         while not futures.wait([future], min(1, within)).done:
             meanwhile()
             if time.monotonic() > until:
-                raise Problem(
-                    f"the file system of the batches did not answer within {within:g} s"
-                )
+                raise Problem(f"the file system of the batches did not answer within {within:g} s")
         return future.result()
     except OSError as error:
         if is_scarce(error):
@@ -1407,16 +1359,16 @@ def in_time(
 class Glance:
     """Makes an answer in the background, every PROGRESS_SECONDS at most, however many ask."""
 
-    def __init__(self, make: Callable[..., dict]):
+    def __init__(self, make):
         self._make = make
         self._pool = futures.ThreadPoolExecutor(1, "glance")  # which nothing else can fill
         self._lock = threading.Lock()
         self._begun = 0.0
-        self._words: tuple = ()  # that the newest question was about
+        self._words = ()  # that the newest question was about
         # The newest question, after the last that was answered.
-        self._asked: list[futures.Future] = []
+        self._asked = []
 
-    def __call__(self, *words: str) -> dict:
+    def __call__(self, *words):
         """What `make` has last answered; {} if it has not yet, or could not."""
         with self._lock:
             if words != self._words:
@@ -1438,21 +1390,21 @@ class RememberedCounts:
     In counts.json, so that a restart does not lose them; they may be lost at any time.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path):
         self._path = path
         self._lock = threading.Lock()
-        self._known: dict[str, list] = {}
+        self._known = {}
         with contextlib.suppress(OSError, TypeError, ValueError):
             version, known = json.loads(path.read_text())
             if version == VERSION:
                 self._known = dict(known)
 
-    def get(self, what: str, key: list) -> list | None:
+    def get(self, what, key):
         """The counts that were put under this key, if it is the newest."""
         known, counts = self._known.get(what, (None, None))
         return counts if known == key else None
 
-    def put(self, found: dict[str, list]) -> None:
+    def put(self, found):
         """Keeps counts, [key, counts] each."""
         with self._lock, contextlib.suppress(OSError):
             if any(self._known.get(what) != kept for what, kept in found.items()):
@@ -1487,12 +1439,12 @@ class BatchState:
     storage: str = ""  # where ONI has links to the batches that it has loaded
 
     @property
-    def event(self) -> str | None:
+    def event(self):
         """What the newest event says; None where the site has pruned its history."""
         return self.events[-1][1] if self.events else None
 
     @property
-    def rows_whole(self) -> bool | None:
+    def rows_whole(self):
         """Whether the database holds all that the files name; None if that is not known."""
         if self.files is None or self.files.pages is None or self.pages is None:
             return None
@@ -1504,16 +1456,16 @@ class BatchState:
         )
 
     @property
-    def rows_key(self) -> list:
+    def rows_key(self):
         """What changes when the rows of the batch's pages may have."""
         return [self.loaded, self.issues, self.events]
 
     @property
-    def ended_well(self) -> bool:
+    def ended_well(self):
         return self.event is None or self.event.startswith("processed")
 
     @property
-    def verdict(self) -> str:
+    def verdict(self):
         """absent, partial, complete or unknown."""
         if not self.row:
             return "absent"
@@ -1525,18 +1477,16 @@ class BatchState:
         return "complete" if self.rows_whole and index_known else "unknown"
 
     @property
-    def nothing_left(self) -> bool:
+    def nothing_left(self):
         """Whether neither database nor index holds anything; False if Solr cannot be asked."""
         return not self.row and self.documents == 0
 
-    def __str__(self) -> str:
+    def __str__(self):
         parts = [self._of_database()]
         if self.index_problem:
             parts.append(f"Solr cannot be asked ({self.index_problem})")
         elif self.documents and not self.row:
-            parts.append(
-                f"Solr still has {self.documents} of its pages, which lead nowhere"
-            )
+            parts.append(f"Solr still has {self.documents} of its pages, which lead nowhere")
         if self.lost and self.rows_whole:
             parts.append(f"Solr lacks {self.lost} of {self.indexed} pages")
         if self.stray and self.rows_whole:
@@ -1549,7 +1499,7 @@ class BatchState:
             )
         return "; ".join(parts)
 
-    def _of_database(self) -> str:
+    def _of_database(self):
         if not self.row:
             return "ONI holds nothing of the batch"
         if not self.files:
@@ -1559,9 +1509,7 @@ class BatchState:
             )
         sentence = f"ONI holds {self.issues} of the {self.files.issues} issues"
         if self.files.pages is None:
-            sentence += (
-                f", and how many pages it should hold is not known: {self.files.problem}"
-            )
+            sentence += f", and how many pages it should hold is not known: {self.files.problem}"
         elif self.pages is not None:
             sentence += f" and {self.pages} of the {self.files.pages} pages"
         if self.verdict == "complete":
@@ -1576,23 +1524,21 @@ class BatchState:
 class Site:
     """An Open ONI and its batches: answers what ONI holds of one, from all three places."""
 
-    def __init__(self, settings: Settings, oni: OpenONI, counts: RememberedCounts):
+    def __init__(self, settings, oni, counts):
         self.source = settings.batch_source
         self.oni = oni
         self._remembered_counts = counts
         self.progress = Glance(self._ask_progress)  # of the batch that is being loaded
         self.health = Glance(self._ask_health)  # whether ONI answers
-        self._to_count: queue.SimpleQueue[Callable] = queue.SimpleQueue()
+        self._to_count = queue.SimpleQueue()
 
-    def folder(self, name: str) -> Path:
+    def folder(self, name):
         """Where the batch `name` lies, or would. Raises Problem unless it is a batch's name."""
         if not BATCH_NAME.fullmatch(name):
-            raise Problem(
-                f'"{name}" is not a batch name: Open ONI takes batch_AWARDEE_NAME_verNN'
-            )
+            raise Problem(f'"{name}" is not a batch name: Open ONI takes batch_AWARDEE_NAME_verNN')
         return self.source / name
 
-    def batch(self, name: str, within: float = ANSWER_SECONDS) -> BatchState:
+    def batch(self, name, within=ANSWER_SECONDS):
         """What ONI holds of a batch now. Raises Problem if the database cannot be asked."""
         state = BatchState(**self.oni.ask("batch", name, True, within=within))
         if state.row and state.name != name:
@@ -1607,15 +1553,15 @@ class Site:
             state.files_problem = str(problem)
         return state
 
-    def _look_at_files(self, state: BatchState) -> None:
+    def _look_at_files(self, state):
         state.on_disk = (self.source / state.name).is_dir()
         state.files = self._count(self._files_of(state))
 
-    def _files_of(self, state: BatchState) -> Path:
+    def _files_of(self, state):
         """A batch's folder in BATCH_SOURCE, or else the one from which ONI has loaded it."""
         return (self.source if state.on_disk else Path(state.storage)) / state.name
 
-    def _count(self, folder: Path) -> Counts:
+    def _count(self, folder):
         """Counts the files of a batch, and remembers it for list-batches. Raises Problem."""
         key = listing_key(folder)
         counts = count_files(folder)
@@ -1625,13 +1571,13 @@ class Site:
             )
         return counts
 
-    def _ask_health(self) -> dict:
+    def _ask_health(self):
         try:
             return {"answers": True, "batches": self.oni.ask("batch_count")}
         except Problem as problem:
             return {"answers": False, "problem": str(problem)}
 
-    def _ask_progress(self, name: str) -> dict:
+    def _ask_progress(self, name):
         held = self.oni.ask("batch", name, False, within=PATIENT_SECONDS)
         folder = self.source / name
         counts = self._remembered(folder) or self._count(folder)
@@ -1642,12 +1588,12 @@ class Site:
             "pages": counts.pages,
         }
 
-    def _remembered(self, folder: Path) -> Counts | None:
+    def _remembered(self, folder):
         """What was counted of a batch's files, unless the file of its issues has changed."""
         counts = self._remembered_counts.get(f"files of {folder.name}", listing_key(folder))
         return Counts(*counts) if counts else None
 
-    def batches(self) -> list[BatchState]:
+    def batches(self):
         """What is quickly told of every batch, in BATCH_SOURCE or ONI; the rest is None.
 
         What could not be counted in time is counted by and by, for the next time. Raises Problem.
@@ -1673,7 +1619,7 @@ class Site:
                 state.lost = 0 if state.documents == state.indexed else None
         return listed
 
-    def _recall_files(self, states: Iterable[BatchState]) -> list[Callable]:
+    def _recall_files(self, states):
         """Adds what each batch's files name, from memory; returns what counts the others."""
         to_count = []
         until = time.monotonic() + LIST_SECONDS
@@ -1686,7 +1632,7 @@ class Site:
                 to_count.append(functools.partial(self._count, folder))
         return to_count
 
-    def _recall_pages(self, states: list[BatchState]) -> bool:
+    def _recall_pages(self, states):
         """Adds the pages of batches in ONI, from memory or counted; whether there was time."""
         unknown = {}
         for state in states:
@@ -1705,7 +1651,7 @@ class Site:
         self._remembered_counts.put(found)
         return len(counted) == len(unknown)
 
-    def count_by_and_by(self) -> None:
+    def count_by_and_by(self):
         """Counts what list-batches had no time for; for a thread of its own."""
         while True:
             count = self._to_count.get()
@@ -1713,14 +1659,12 @@ class Site:
                 count()
             time.sleep(TICK)  # others have questions, too
 
-    def check(
-        self, name: str, progress: Callable[[int, int], None], go_on: Callable
-    ) -> Findings:
+    def check(self, name, progress, go_on):
         """What would go wrong with a load of a batch; ONI is only asked. Raises Problem."""
         folder = self.folder(name)
         abandoned = threading.Event()
 
-        def tell(done: int, issues: int) -> None:
+        def tell(done, issues):
             if abandoned.is_set():
                 raise Cancelled  # nobody waits for it any more
             progress(done, issues)
@@ -1747,7 +1691,7 @@ class Site:
             found.warnings.append({"file": batch_file(folder).name, "warning": text})
         return found
 
-    def check_place(self, name: str) -> None:
+    def check_place(self, name):
         """Raises Problem unless ONI has the awardee of a batch, and a place for its link."""
         has_awardee, storage = self.oni.ask("place", name)
         if not has_awardee:
@@ -1763,14 +1707,14 @@ class Site:
                 " move it away"
             )
 
-    def must_be_there(self, name: str) -> None:
+    def must_be_there(self, name):
         """Raises Problem unless the batch is in BATCH_SOURCE."""
         if not in_time(self.folder(name).exists):
             raise Problem(
                 f"there is no such batch, in BATCH_SOURCE or in Open ONI{self.similar(name)}"
             )
 
-    def similar(self, name: str) -> str:
+    def similar(self, name):
         """A question that suggests the batch which a wrong name may be meant to be."""
         there = set(in_time(lambda: os.listdir(self.source)))
         with contextlib.suppress(Problem):
@@ -1778,7 +1722,7 @@ class Site:
         return nearly(name, filter(BATCH_NAME.fullmatch, there))
 
 
-def listing_key(folder: Path) -> list | None:
+def listing_key(folder):
     """What changes when the file that names a batch's issues does; None: there is none."""
     path = batch_file(folder)
     with contextlib.suppress(OSError):
@@ -1787,13 +1731,13 @@ def listing_key(folder: Path) -> list | None:
     return None
 
 
-def nearly(word: str, words: Iterable[str]) -> str:
+def nearly(word, words):
     """A question that suggests what a wrong word may mean: a word that differs in two letters.
 
     A share of the whole would not do: names of batches begin and end alike.
     """
 
-    def difference(other: str) -> int:
+    def difference(other):
         steps = difflib.SequenceMatcher(None, word, other, autojunk=False).get_opcodes()
         return sum(max(b - a, d - c) for tag, a, b, c, d in steps if tag != "equal")
 
@@ -1832,7 +1776,7 @@ class Job:
     cancelled: int = 0  # whether somebody has asked for its end
 
     @property
-    def finished(self) -> bool:
+    def finished(self):
         return self.status not in (PENDING, STARTED)
 
 
@@ -1849,7 +1793,7 @@ class JobStore:
                 ended INTEGER, error TEXT NOT NULL DEFAULT '', attempts INTEGER NOT NULL DEFAULT 0,
                 cancelled INTEGER NOT NULL DEFAULT 0)"""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder):
         self.folder = folder
         self.run_lock = folder / "run.lock"  # held by the manage.py at work
         self._lock = threading.Lock()
@@ -1870,7 +1814,7 @@ class JobStore:
                 f"{folder / 'jobs.db'} cannot be used ({error}); nothing was changed"
             ) from error
 
-    def _keep_others_out(self) -> object:
+    def _keep_others_out(self):
         lock = open(self.folder / "agent.lock", "a")
         until = time.monotonic() + 1
         # A killed agent's last child may hold the lock until it has become manage.py.
@@ -1885,7 +1829,7 @@ class JobStore:
                 )
             time.sleep(TICK)
 
-    def _open(self, path: Path) -> sqlite3.Connection:
+    def _open(self, path):
         is_new = not path.exists() or not self._tables(path)
         # Without an isolation level each statement commits.
         database = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
@@ -1898,7 +1842,7 @@ class JobStore:
             )
         return database
 
-    def _tables(self, path: Path) -> int:
+    def _tables(self, path):
         """How many tables a database has. Raises Problem if it is not to be used.
 
         It is opened for reading alone: else even its closing would change it.
@@ -1906,39 +1850,33 @@ class JobStore:
         opened = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)
         with contextlib.closing(opened) as database:
 
-            def answer(question: str):
+            def answer(question):
                 return database.execute(question).fetchone()[0]
 
             tables = answer("SELECT count(*) FROM sqlite_master")
             if tables and answer("PRAGMA application_id") != self.APPLICATION:
                 raise Problem(f"{path} is not an ONI Agent's; nothing was changed")
             if answer("PRAGMA user_version") > self.VERSION:
-                raise Problem(
-                    f"{path} was written by a newer ONI Agent; nothing was changed"
-                )
+                raise Problem(f"{path} was written by a newer ONI Agent; nothing was changed")
             if answer("PRAGMA quick_check") != "ok":
                 raise Problem(
                     f"{path} is damaged; put a copy from a backup in its place, or move it away"
                 )
             return tables
 
-    def _take_out_payloads(self) -> None:
+    def _take_out_payloads(self):
         """Writes what version 1.0 kept of standard input in the database where it is kept now."""
-        rows = self._database.execute(
-            "SELECT id, payload FROM jobs WHERE payload IS NOT NULL"
-        )
+        rows = self._database.execute("SELECT id, payload FROM jobs WHERE payload IS NOT NULL")
         for id, payload in rows.fetchall():
             path = self.folder / "inputs" / str(id) / "input.xml"
             path.parent.mkdir(mode=0o700, exist_ok=True)
             path.write_bytes(payload)
             self._database.execute("UPDATE jobs SET payload = NULL WHERE id = ?", (id,))
 
-    def _spare_used_ids(self) -> None:
+    def _spare_used_ids(self):
         """Gives no id again of which there is a log: jobs.db may be new, or an older copy."""
         names = [path.stem for path in self.folder.glob("logs/*.log")]
-        used = max(
-            (int(name) for name in names if re.fullmatch(r"[0-9]{1,18}", name)), default=0
-        )
+        used = max((int(name) for name in names if re.fullmatch(r"[0-9]{1,18}", name)), default=0)
         with self._transaction() as database:
             row = database.execute("SELECT seq FROM sqlite_sequence").fetchone()
             if used > (row[0] if row else 0):
@@ -1946,7 +1884,7 @@ class JobStore:
                 database.execute("INSERT INTO sqlite_sequence VALUES ('jobs', ?)", (used,))
 
     @contextlib.contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def _transaction(self):
         """The database, for changes of which all are made or none. Raises Scarce."""
         try:
             with self._lock, self._database:
@@ -1955,7 +1893,7 @@ class JobStore:
         except (OSError, sqlite3.Error) as error:
             raise Scarce(f"{self.folder / 'jobs.db'} cannot be used: {error}") from error
 
-    def jobs(self) -> list[Job]:
+    def jobs(self):
         """Every job, oldest first."""
         columns = ", ".join(column.name for column in dataclasses.fields(Job))
         with self._transaction() as database:
@@ -1965,7 +1903,7 @@ class JobStore:
         except ValueError as error:
             raise Problem(f"{self.folder / 'jobs.db'} is damaged: {error}") from error
 
-    def new_input(self) -> BinaryIO:
+    def new_input(self):
         """A file for what comes on standard input, gone when it is closed."""
         try:
             return tempfile.NamedTemporaryFile(
@@ -1974,7 +1912,7 @@ class JobStore:
         except OSError as error:
             raise Scarce(f"{self.folder / 'inputs'} cannot be written: {error}") from error
 
-    def add(self, words: list[str], given: BinaryIO | None) -> Job:
+    def add(self, words, given):
         """A new pending job, and a name of its own for the file of what was `given` on stdin."""
         queued = time.time_ns()
         with self._transaction() as database:
@@ -1987,7 +1925,7 @@ class JobStore:
                 self._keep_input(job, given)
         return job
 
-    def _keep_input(self, job: Job, given: BinaryIO) -> None:
+    def _keep_input(self, job, given):
         os.fsync(given.fileno())
         path = self.input(job)
         # A crash before this id was given may have left something.
@@ -1997,22 +1935,20 @@ class JobStore:
         sync_folder(path.parent)
         sync_folder(path.parent.parent)
 
-    def input(self, job: Job) -> Path:
+    def input(self, job):
         """The file of what came on standard input with a request; its folder holds nothing else."""
         return self.folder / "inputs" / str(job.id) / "input.xml"
 
-    def update(self, job: Job, **changes) -> None:
+    def update(self, job, **changes):
         """Changes columns of a job."""
         columns = ", ".join(f"{name} = ?" for name in changes)
         with self._transaction() as database:
-            database.execute(
-                f"UPDATE jobs SET {columns} WHERE id = ?", (*changes.values(), job.id)
-            )
+            database.execute(f"UPDATE jobs SET {columns} WHERE id = ?", (*changes.values(), job.id))
 
-    def log(self, job: Job) -> JobLog:
+    def log(self, job):
         return JobLog(self.folder / "logs" / f"{job.id}.log")
 
-    def remove(self, job: Job) -> None:
+    def remove(self, job):
         """Forgets a job: its files first, so that a crash in between leaves none without a job."""
         for path in self.log(job).paths():
             path.unlink(missing_ok=True)
@@ -2028,7 +1964,7 @@ COMMAND = "$"
 SIZES = "="
 
 
-def timestamp(nanoseconds: int) -> str:
+def timestamp(nanoseconds):
     """A moment in UTC with nine digits: fixed width, because NCA sorts log lines as strings."""
     second, nanosecond = divmod(nanoseconds, 10**9)
     return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(second))}.{nanosecond:09d}Z"
@@ -2045,24 +1981,22 @@ class JobLog:
 
     ENTRY = re.compile(rb"\[(.{19})\.(\d{9})Z\] (.) (.*)\n")
 
-    def __init__(self, path: Path):
+    def __init__(self, path):
         self.path = path
         self.outputs = {STDOUT: path.with_suffix(".out"), STDERR: path.with_suffix(".err")}
         self._sizes = (0, 0)  # of the outputs, as last written down
         self._begun = (0, 0)  # their sizes when the newest command began
-        self.commands: list[str] = []  # all that have begun
-        self._waiting: list[bytes] = []  # entries that the disk has refused
+        self.commands = []  # all that have begun
+        self._waiting = []  # entries that the disk has refused
 
-    def paths(self) -> tuple[Path, ...]:
+    def paths(self):
         """All files of the log."""
         return (self.path, *self.outputs.values())
 
-    def open(self) -> None:
+    def open(self):
         """Makes the log ready to go on, after whatever an earlier agent has left."""
         self.path.parent.mkdir(mode=0o700, exist_ok=True)
-        self._file = open(
-            os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0
-        )
+        self._file = open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0)
         whole = 0
         for kind, entry, end in self.entries(0):
             whole = end
@@ -2074,7 +2008,7 @@ class JobLog:
         self._file.truncate(whole)  # a crash may have cut the last entry short
         self._file.seek(whole)
 
-    def entries(self, start: int) -> Iterator[tuple[str, re.Match, int]]:
+    def entries(self, start):
         """Kind, match of ENTRY, and end in bytes of each whole entry from a byte on.
 
         Raises OSError.
@@ -2087,30 +2021,30 @@ class JobLog:
                 if entry:
                     yield entry[3].decode("ascii", "replace"), entry, start
 
-    def close(self) -> None:
+    def close(self):
         """Puts the log safely on disk."""
         with contextlib.suppress(OSError), self._file:
             os.fsync(self._file.fileno())
 
-    def note(self, text: str) -> None:
+    def note(self, text):
         """Says what the agent does."""
         self.look()
         self._write(NOTE, text.replace("\n", " "))
 
-    def begin(self, command: str, sizes: tuple[int, int]) -> None:
+    def begin(self, command, sizes):
         """Says that what follows after these sizes is a command's output."""
         self._begun = self._sizes = sizes
         self.commands.append(command)
         self._write(COMMAND, f"{sizes[0]} {sizes[1]} {command}")
 
-    def look(self) -> None:
+    def look(self):
         """Writes down how much has been printed by now, if that has changed."""
         sizes = self.sizes()
         if sizes != self._sizes or self._waiting:
             self._write(SIZES, f"{sizes[0]} {sizes[1]}")
             self._sizes = sizes
 
-    def sizes(self) -> tuple[int, int]:
+    def sizes(self):
         """How many bytes the outputs have now."""
         sizes = []
         for path in self.outputs.values():
@@ -2120,7 +2054,7 @@ class JobLog:
                 sizes.append(0)
         return sizes[0], sizes[1]
 
-    def _write(self, kind: str, text: str) -> None:
+    def _write(self, kind, text):
         """Appends an entry. One that the disk refuses is tried again with the next."""
         entry = f"[{timestamp(time.time_ns())}] {kind} {text}\n"
         self._waiting.append(entry.encode("utf-8", "replace"))
@@ -2136,7 +2070,7 @@ class JobLog:
             self._file.truncate(end)
             self._file.seek(end)
 
-    def complaints(self) -> Iterator[str]:
+    def complaints(self):
         """The lines that the newest command has printed on stderr, but for empty ones."""
         with contextlib.suppress(OSError), open(self.outputs[STDERR], "rb") as file:
             file.seek(self._begun[1])
@@ -2146,7 +2080,7 @@ class JobLog:
                     yield text
 
 
-def stamp_of(entry: re.Match) -> int:
+def stamp_of(entry):
     """The moment of a log's entry, in nanoseconds; 0 if it is damaged."""
     with contextlib.suppress(ValueError):
         second = datetime.fromisoformat(entry[1].decode("ascii", "replace") + "+00:00")
@@ -2154,7 +2088,7 @@ def stamp_of(entry: re.Match) -> int:
     return 0
 
 
-def sizes_in(text: bytes) -> tuple[int, int]:
+def sizes_in(text):
     """The two sizes at the beginning of an entry's text."""
     match = re.match(rb"(\d{1,18}) (\d{1,18})", text)
     return (int(match[1]), int(match[2])) if match else (0, 0)
@@ -2167,7 +2101,7 @@ class LogReader:
         rb"(?s).{%d,%d}(?![\x80-\xbf])|.{1,%d}" % (MAX_LINE - 3, MAX_LINE, MAX_LINE)
     )
 
-    def __init__(self, job_log: JobLog, *kinds: str):
+    def __init__(self, job_log, *kinds):
         self._log = job_log
         self._kinds = kinds
         self._index = 0  # bytes of the log that have been read
@@ -2175,7 +2109,7 @@ class LogReader:
         self._stamp = 0  # of the next line at the earliest: stamps increase, clocks may not
         self._unfinished = {STDOUT: b"", STDERR: b""}  # of a line whose end has not come
 
-    def read(self, over: bool = True) -> Iterator[list[str]]:
+    def read(self, over=True):
         """Some lines at a time, `[stamp] text` each; if the job is `over`, unfinished ones too."""
         with contextlib.suppress(OSError):  # there is none yet, say
             for kind, entry, end in self._log.entries(self._index):
@@ -2189,18 +2123,16 @@ class LogReader:
             # The log may not know of all that was printed.
             yield from self._printed((sys.maxsize, sys.maxsize))
             for output in (STDOUT, STDERR):
-                yield from self._stamped(
-                    output, list(filter(None, [self._unfinished[output]]))
-                )
+                yield from self._stamped(output, list(filter(None, [self._unfinished[output]])))
                 self._unfinished[output] = b""
 
-    def _printed(self, sizes: tuple[int, int]) -> Iterator[list[str]]:
+    def _printed(self, sizes):
         """The lines of both outputs that end within these sizes."""
         for output, size in zip((STDOUT, STDERR), sizes):
             for lines in self._lines(output, size):
                 yield from self._stamped(output, lines)
 
-    def _lines(self, output: str, end: int) -> Iterator[list[bytes]]:
+    def _lines(self, output, end):
         """The lines of an output that end before this byte."""
         if self._at[output] >= end:
             return
@@ -2218,7 +2150,7 @@ class LogReader:
                 self._unfinished[output] = lines.pop()
                 yield lines
 
-    def _stamped(self, kind: str, lines: list[bytes]) -> Iterator[list[str]]:
+    def _stamped(self, kind, lines):
         """Lines with a stamp each, if they are wanted; the same ones whichever are wanted."""
         second, nanosecond = divmod(self._stamp, 10**9)
         if nanosecond + len(lines) > 10**9:  # all of them get the same second
@@ -2236,7 +2168,7 @@ class LogReader:
 # ---------------------------------------------------------------- manage.py at work
 
 
-def holders(path: Path) -> set[int]:
+def holders(path):
     """The process groups, the agent's own apart, of the processes that have a file open."""
     groups = set()
     for entry in Path("/proc").glob("[0-9]*/fd/*"):
@@ -2247,7 +2179,7 @@ def holders(path: Path) -> set[int]:
     return groups - {os.getpgrp()}
 
 
-def signal_name(number: int) -> str:
+def signal_name(number):
     """SIGKILL for 9; real-time signals have none."""
     return next((each.name for each in signal.Signals if each == number), "of no name")
 
@@ -2259,7 +2191,7 @@ class Work:
     outlives this agent, and the next one can tell that it is still at work, and wait for its end.
     """
 
-    def __init__(self, job: Job, store: JobStore, oni: OpenONI, stopping: threading.Event):
+    def __init__(self, job, store, oni, stopping):
         self.job = job
         self.log = store.log(job)
         self.input = store.input(job)
@@ -2268,16 +2200,16 @@ class Work:
         self._lock = store.run_lock
         self._stopping = stopping
 
-    def note(self, text: str) -> None:
+    def note(self, text):
         """Says in the job's log what the agent does."""
         self.log.note(text)
 
-    def go_on(self) -> None:
+    def go_on(self):
         """Raises Cancelled if the job is to end."""
         if self.job.cancelled and not self.undoing:
             raise Cancelled
 
-    def complaint(self) -> str:
+    def complaint(self):
         """The first line that the newest manage.py has logged as an error, else its last."""
         last = "nothing"
         for last in self.log.complaints():
@@ -2286,7 +2218,7 @@ class Work:
                 return last[error.end() :]
         return last
 
-    def manage(self, *words: str) -> None:
+    def manage(self, *words):
         """Runs manage.py with `words`. Raises Problem, Cancelled, Stopping.
 
         The text of a Problem says how manage.py ended, and of what it has complained.
@@ -2294,21 +2226,20 @@ class Work:
         command = shlex.join(["manage.py", *words])
         self._run(command, lambda **options: self._oni.start(*words, **options))
 
-    def task(self, name: str, *words: str) -> None:
+    def task(self, name, *words):
         """Runs a function of INSIDE_ONI in a manage.py of its own. Raises as manage does."""
         command = shlex.join(["manage.py shell:", name, *words])
         self._run(command, lambda **options: self._oni.start_task(name, *words, **options))
 
-    def _run(self, command: str, start: Callable[..., subprocess.Popen]) -> None:
-        def run() -> subprocess.Popen:
+    def _run(self, command, start):
+        def run():
             self.go_on()
             self.log.path.parent.mkdir(mode=0o700, exist_ok=True)
             with contextlib.ExitStack() as files:
                 lock = files.enter_context(open(self._lock, "a"))
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else EAGAIN
                 out, err = (
-                    files.enter_context(open_to_append(path))
-                    for path in self.log.outputs.values()
+                    files.enter_context(open_to_append(path)) for path in self.log.outputs.values()
                 )
                 sizes = self.log.sizes()
                 process = start(stdout=out, stderr=err, pass_fds=[lock.fileno()])
@@ -2326,19 +2257,17 @@ class Work:
         if status:
             raise Problem(f"exit status {status}: {self.complaint()}")
 
-    def take_over(self) -> bool:
+    def take_over(self):
         """Waits for the end of what an earlier agent has begun; whether it was still at work."""
         survivors = patiently(lambda: holders(self._lock))
         if survivors:
-            log.warning(
-                "job=%d adopted=%s: its manage.py is at work", self.job.id, survivors
-            )
+            log.warning("job=%d adopted=%s: its manage.py is at work", self.job.id, survivors)
             if not self.log.commands:  # somebody has deleted the log
                 self.log.begin("manage.py, begun by an earlier agent", self.log.sizes())
         self._follow(None)
         return bool(survivors)
 
-    def _follow(self, process: subprocess.Popen | None) -> None:
+    def _follow(self, process):
         """Waits until manage.py, and all that it left behind, have ended; ends it if cancelled."""
         full = False
         number = signal.SIGTERM
@@ -2356,14 +2285,14 @@ class Work:
                 "the state folder was full meanwhile: lines that manage.py printed may be missing"
             )
 
-    def _signal_all(self, number: signal.Signals) -> None:
+    def _signal_all(self, number):
         with contextlib.suppress(OSError):  # nobody can tell just now: the next time, then
             for group in holders(self._lock):
                 self.note(f"cancelled: {number.name} to process group {group}")
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(group, number)
 
-    def _over(self, process: subprocess.Popen | None) -> bool:
+    def _over(self, process):
         """Whether nothing holds the lock any more; looks for a moment."""
         try:
             if process:
@@ -2376,17 +2305,15 @@ class Work:
                 time.sleep(TICK)
             return False
 
-    def _disk_is_full(self) -> bool:
+    def _disk_is_full(self):
         with contextlib.suppress(OSError):
             return not os.statvfs(self.log.path.parent).f_bavail
         return False
 
 
-def open_to_append(path: Path) -> BinaryIO:
+def open_to_append(path):
     """An output of manage.py; what an earlier one has left there ends with a whole line."""
-    file = open(
-        os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "ab", buffering=0
-    )
+    file = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "ab", buffering=0)
     size = file.tell()
     if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
         file.write(b"\n")
@@ -2407,27 +2334,27 @@ class Kind:
     takes_input = False  # whether something comes on standard input
     on_a_batch = False  # whether it is a load or purge of the batch in its first word
 
-    def __init__(self, site: Site, *words: str):
+    def __init__(self, site, *words):
         self.site = site
         self.words = words
 
-    def check(self, given: Path | None = None) -> None:
+    def check(self, given=None):
         """Raises Problem unless it may be asked for, and all is there that it needs."""
 
-    def reached(self, within: float) -> bool:
+    def reached(self, within):
         """Whether there is nothing to do. Raises Problem if that is not known in time."""
         return False
 
-    def bring(self, work: Work) -> None:
+    def bring(self, work):
         """Brings about what is to be reached. Raises Problem, Cancelled, Stopping."""
 
-    def verify(self, work: Work) -> None:
+    def verify(self, work):
         """Raises Problem, which says what there is instead, unless it is reached now."""
 
-    def undo(self, work: Work) -> None:
+    def undo(self, work):
         """After a cancel: takes back what was half done. Raises Problem."""
 
-    def remains(self, work: Work) -> str:
+    def remains(self, work):
         """What there is now, in words, for the error of a job that has run and failed."""
         return ""
 
@@ -2437,14 +2364,14 @@ class BatchKind(Kind):
 
     on_a_batch = True
 
-    def __init__(self, site: Site, name: str):
+    def __init__(self, site, name):
         super().__init__(site, name)
         self.name = name
 
-    def state(self, within: float = PATIENT_SECONDS) -> BatchState:
+    def state(self, within=PATIENT_SECONDS):
         return self.site.batch(self.name, within)
 
-    def remains(self, work: Work) -> str:
+    def remains(self, work):
         try:
             return str(self.state())
         except (Problem, OSError) as problem:
@@ -2456,7 +2383,7 @@ class LoadBatch(BatchKind):
 
     title = "Load batch"
 
-    def check(self, given: Path | None = None) -> None:
+    def check(self, given=None):
         folder = self.site.folder(self.name)
         try:
             in_time(lambda: check_listing(folder))
@@ -2465,10 +2392,10 @@ class LoadBatch(BatchKind):
             raise Problem(f"{problem}{hint}") from None
         self.site.check_place(self.name)
 
-    def reached(self, within: float) -> bool:
+    def reached(self, within):
         return self.state(within).verdict == "complete"
 
-    def bring(self, work: Work) -> None:
+    def bring(self, work):
         state = self.state()
         if state.verdict == "complete":
             work.note(f"nothing to do: {state}")
@@ -2480,7 +2407,7 @@ class LoadBatch(BatchKind):
             work.note(f"{state}; mending the index")
             work.task("mend_index", self.name)
 
-    def _load(self, work: Work, state: BatchState) -> None:
+    def _load(self, work, state):
         """Loads from the start. load_batch would leave a part of a batch as it is."""
         self._check_files(work)
         if state.row:
@@ -2492,11 +2419,11 @@ class LoadBatch(BatchKind):
         self._remove_leftover_link(work, Path(state.storage) / self.name)
         work.manage("load_batch", str(self.site.folder(self.name)))
 
-    def _check_files(self, work: Work) -> None:
+    def _check_files(self, work):
         """Finds what would go wrong before hours of loading, and fetches titles that ONI lacks."""
         told = time.monotonic()
 
-        def progress(done: int, issues: int) -> None:
+        def progress(done, issues):
             nonlocal told
             if time.monotonic() - told > PROGRESS_SECONDS:
                 told = time.monotonic()
@@ -2514,18 +2441,16 @@ class LoadBatch(BatchKind):
             work.note(f"ONI lacks the title {lccn}; fetching it")
             work.manage("load_titles", url)
             if not self.site.oni.ask("title", lccn, within=PATIENT_SECONDS):
-                raise Problem(
-                    f"{url} did not give ONI the title {lccn}: {work.complaint()}"
-                )
+                raise Problem(f"{url} did not give ONI the title {lccn}: {work.complaint()}")
 
-    def _remove_leftover_link(self, work: Work, link: Path) -> None:
+    def _remove_leftover_link(self, work, link):
         """One that a killed load of another copy has left would make ONI load that copy again."""
         folder = self.site.folder(self.name)
         if link.is_symlink() and os.path.realpath(link) != os.path.realpath(folder):
             work.note(f"removing {link}, a leftover link to {os.readlink(link)}")
             link.unlink()
 
-    def verify(self, work: Work) -> None:
+    def verify(self, work):
         state = self.state()
         if state.index_problem:
             work.note(str(state))
@@ -2535,7 +2460,7 @@ class LoadBatch(BatchKind):
                 said = f"; manage.py ended well, but said: {work.complaint()}"
             raise Problem(f"{state}{said}")
 
-    def undo(self, work: Work) -> None:
+    def undo(self, work):
         changing = ("manage.py load_batch", "manage.py purge_batch", "manage.py, begun")
         changed = any(command.startswith(changing) for command in work.log.commands)
         if changed and self.state().row:
@@ -2543,14 +2468,14 @@ class LoadBatch(BatchKind):
             work.manage("purge_batch", self.name)
 
 
-def summary(found: Findings) -> str:
+def summary(found):
     """The first faults of a batch in a sentence."""
     first = "; ".join(f"{fault['file']}: {fault['fault']}" for fault in found.faults[:3])
     more = f"; and {len(found.faults) - 3} more" if len(found.faults) > 3 else ""
     return f"{faults_in(found)} in the batch's files: {first}{more}"
 
 
-def faults_in(found: Findings) -> str:
+def faults_in(found):
     """`1 fault` or `2 faults`."""
     return f"{len(found.faults)} fault{'' if len(found.faults) == 1 else 's'}"
 
@@ -2560,13 +2485,13 @@ class PurgeBatch(BatchKind):
 
     title = "Purge batch"
 
-    def check(self, given: Path | None = None) -> None:
+    def check(self, given=None):
         self.site.folder(self.name)
 
-    def reached(self, within: float) -> bool:
+    def reached(self, within):
         return self.state(within).nothing_left
 
-    def bring(self, work: Work) -> None:
+    def bring(self, work):
         state = self.state()
         failure = None
         if state.nothing_left:
@@ -2583,7 +2508,7 @@ class PurgeBatch(BatchKind):
         elif failure:
             raise failure
 
-    def verify(self, work: Work) -> None:
+    def verify(self, work):
         state = self.state()
         if not state.nothing_left:
             said = f"; purge_batch said: {work.complaint()}" if work.log.commands else ""
@@ -2596,14 +2521,14 @@ class LoadTitle(Kind):
     title = "load title"
     takes_input = True
 
-    def check(self, given: Path | None = None) -> None:
+    def check(self, given=None):
         with open(given, "rb") as file:
             marc_lccns(file)
 
-    def bring(self, work: Work) -> None:
+    def bring(self, work):
         work.manage("load_titles", str(work.input.parent))
 
-    def verify(self, work: Work) -> None:
+    def verify(self, work):
         with open(work.input, "rb") as file:
             lccns = marc_lccns(file)
         ask = self.site.oni.ask
@@ -2623,7 +2548,7 @@ class LoadTitle(Kind):
                 " or a newer one"
             )
 
-    def remains(self, work: Work) -> str:
+    def remains(self, work):
         return f"the MARC record is kept in {work.input.parent}"
 
 
@@ -2633,15 +2558,15 @@ class BatchPatch(Kind):
     title = "batch patch"
     takes_input = True
 
-    def __init__(self, site: Site, old: str, new: str):
+    def __init__(self, site, old, new):
         super().__init__(site, old, new)
         self.old = site.source / old
         self.new = site.source / new
 
-    def _patch(self, given: Path) -> Patch:
+    def _patch(self, given):
         return Patch(self.old, given.read_bytes())
 
-    def check(self, given: Path | None = None) -> None:
+    def check(self, given=None):
         for name in self.words:
             self.site.folder(name)
         if in_time(lambda: os.path.lexists(self.new)):
@@ -2650,28 +2575,26 @@ class BatchPatch(Kind):
             raise Problem(f'Open ONI holds a "{self.new.name}" already; purge that first')
         self._check_old(given)
 
-    def _check_old(self, given: Path) -> None:
+    def _check_old(self, given):
         if not self.site.oni.ask("batch", self.old.name, False)["row"]:
             raise Problem("batch does not exist")
         in_time(lambda: check_listing(self.old))
         in_time(lambda: self._patch(given))
 
-    def bring(self, work: Work) -> None:
+    def bring(self, work):
         self._check_old(work.input)
         patch = self._patch(work.input)
         if patch.is_made(self.new):
-            work.note(
-                f"nothing to do: {self.new} is there already, and is what this patch makes"
-            )
+            work.note(f"nothing to do: {self.new} is there already, and is what this patch makes")
             return
         patch.make(self.new, work.note, work.go_on)
         work.note(f"{self.new} is whole")
 
-    def verify(self, work: Work) -> None:
+    def verify(self, work):
         if not self._patch(work.input).is_made(self.new):
             raise Problem(f"{self.new} is not there")
 
-    def remains(self, work: Work) -> str:
+    def remains(self, work):
         return f"{self.new} is there" if os.path.lexists(self.new) else ""
 
 
@@ -2688,13 +2611,7 @@ KINDS: dict[str, type[Kind]] = {
 class JobQueue:
     """The jobs in order, and the one thread that works on them."""
 
-    def __init__(
-        self,
-        store: JobStore,
-        site: Site,
-        on_end: Callable[[Job], None],
-        tell: Callable[[str], None],
-    ):
+    def __init__(self, store, site, on_end, tell):
         self._store = store
         self._site = site
         self._on_end = on_end
@@ -2702,47 +2619,45 @@ class JobQueue:
         self._changed = threading.Condition()  # guards the jobs; re-entrant
         self._stopping = threading.Event()
         self._closed = False
-        self._at_work: Job | None = None
+        self._at_work = None
         self._jobs = {job.id: job for job in store.jobs()}
-        self._waiting: queue.Queue[Job] = queue.Queue()
+        self._waiting = queue.Queue()
         for job in self._jobs.values():
             if not job.finished:
                 self._waiting.put(job)
 
-    def start(self) -> None:
+    def start(self):
         with self._changed:
             self._announce()
         threading.Thread(target=self._run, name="worker", daemon=True).start()
 
-    def stop(self) -> None:
+    def stop(self):
         """From now on no end is recorded that the stop may have caused."""
         self._stopping.set()
 
-    def close(self) -> None:
+    def close(self):
         """From now on no job is accepted, since its answer might not be sent any more."""
         with self._changed:
             self._closed = True
 
-    def jobs(self) -> list[Job]:
+    def jobs(self):
         """Every job, oldest first."""
         with self._changed:
             return list(self._jobs.values())
 
-    def get(self, id: int) -> Job | None:
+    def get(self, id):
         return self._jobs.get(id)
 
-    def kind(self, words: list[str]) -> Kind:
+    def kind(self, words):
         """What a job of these words is to reach."""
         return KINDS[words[0]](self._site, *words[1:])
 
-    def wait(self, job: Job, seconds: float) -> bool:
+    def wait(self, job, seconds):
         """Waits for a job's end, so long at most; whether it has ended."""
         with self._changed:
             return self._changed.wait_for(lambda: job.finished, seconds)
 
-    def add(
-        self, words: list[str], given: BinaryIO | None = None
-    ) -> tuple[Job | None, bool]:
+    def add(self, words, given=None):
         """A job, on disk when this returns, and whether it is new; None if there is nothing to do.
 
         A batch's last unfinished job is returned if it is the same, else the new one comes after
@@ -2766,7 +2681,7 @@ class JobQueue:
             self._announce()
             return job, True
 
-    def _last_on(self, kind: Kind) -> Job | None:
+    def _last_on(self, kind):
         """The newest unfinished load or purge of the batch that a kind of job is on."""
         for job in reversed(self.jobs()):
             if not job.finished and kind.on_a_batch and KINDS[job.words[0]].on_a_batch:
@@ -2774,7 +2689,7 @@ class JobQueue:
                     return job
         return None
 
-    def cancel(self, job: Job) -> bool:
+    def cancel(self, job):
         """Sees to it that a job ends unsuccessful; False if it has ended already. Raises Scarce."""
         with self._changed:
             if job.finished:
@@ -2792,7 +2707,7 @@ class JobQueue:
         self._tell_of_end(job)
         return True
 
-    def _run(self) -> None:
+    def _run(self):
         """The worker thread. The agent ends with it: else it would only seem to be at work."""
         try:
             forgotten = -3600.0
@@ -2813,7 +2728,7 @@ class JobQueue:
             logging.shutdown()
             os._exit(70)
 
-    def _perform(self, job: Job) -> None:
+    def _perform(self, job):
         """Brings a job to its end, whatever happens, but for the agent's own end."""
         work = Work(job, self._store, self._site.oni, self._stopping)
         patiently(work.log.open)
@@ -2832,7 +2747,7 @@ class JobQueue:
             work.log.close()
         self._tell_of_end(job)
 
-    def _outcome(self, job: Job, kind: Kind, work: Work) -> tuple[str, str]:
+    def _outcome(self, job, kind, work):
         """Performs a job, or takes it over; the status it is to get, and its error."""
         try:
             if job.status != STARTED or not self._taken_over(job, kind, work):
@@ -2848,22 +2763,22 @@ class JobQueue:
             return status, self._with_remains(problem, kind, work)
 
     @staticmethod
-    def _unless_cancelled(step: Callable[[Work], None], work: Work) -> None:
+    def _unless_cancelled(step, work):
         """Takes a step of a job, again and again while the machine lacks something for it."""
 
-        def take() -> None:
+        def take():
             work.go_on()
             step(work)
 
         while_scarce(take)
 
     @staticmethod
-    def _with_remains(problem: Exception, kind: Kind, work: Work) -> str:
+    def _with_remains(problem, kind, work):
         """What went wrong and, where something has run, what there is now, if it does not say."""
         remains = kind.remains(work) if work.log.commands or not kind.on_a_batch else ""
         return str(problem) if remains in str(problem) else f"{problem}; {remains}"
 
-    def _taken_over(self, job: Job, kind: Kind, work: Work) -> bool:
+    def _taken_over(self, job, kind, work):
         """Whether a job that an earlier agent has begun has reached, without us, what it is to.
 
         If it was interrupted it is to begin again. Raises Problem at the last interruption.
@@ -2882,16 +2797,14 @@ class JobQueue:
             )
         return False
 
-    def _begin(self, job: Job) -> None:
+    def _begin(self, job):
         log.info("job=%d command=%r begins", job.id, shlex.join(job.words))
         started = job.started or time.time_ns()
         patiently(
-            lambda: self._change(
-                job, status=STARTED, started=started, attempts=job.attempts + 1
-            )
+            lambda: self._change(job, status=STARTED, started=started, attempts=job.attempts + 1)
         )
 
-    def _undo(self, kind: Kind, work: Work) -> str:
+    def _undo(self, kind, work):
         """Takes back what a cancelled job has half done; its error, which says what is there."""
         work.undoing = True
         try:
@@ -2901,13 +2814,13 @@ class JobQueue:
         remains = kind.remains(work)
         return f"cancelled; {remains}" if remains else "cancelled"
 
-    def _end(self, work: Work, status: str, error: str) -> bool:
+    def _end(self, work, status, error):
         """Records a job's end; False if it has been cancelled, and what it did is to be undone."""
         job = work.job
         # A file's name in it may be no text.
         error = error.encode("utf-8", "replace").decode()
 
-        def end() -> bool:
+        def end():
             with self._changed:
                 if self._stopping.is_set() and status != SUCCESSFUL:
                     raise Stopping
@@ -2918,20 +2831,13 @@ class JobQueue:
 
         return patiently(end)
 
-    def _tell_of_end(self, job: Job) -> None:
+    def _tell_of_end(self, job):
         level = logging.INFO if job.status == SUCCESSFUL else logging.WARNING
         words = shlex.join(job.words)
-        log.log(
-            level,
-            "job=%d command=%r status=%r error=%r",
-            job.id,
-            words,
-            job.status,
-            job.error,
-        )
+        log.log(level, "job=%d command=%r status=%r error=%r", job.id, words, job.status, job.error)
         self._on_end(job)
 
-    def _change(self, job: Job, **changes) -> None:
+    def _change(self, job, **changes):
         """Changes a job on disk, then for all to see. Raises Scarce."""
         self._store.update(job, **changes)
         with self._changed:
@@ -2940,7 +2846,7 @@ class JobQueue:
             self._changed.notify_all()
             self._announce()
 
-    def _announce(self) -> None:
+    def _announce(self):
         jobs = self._jobs.values()
         waiting = sum(job.status == PENDING for job in jobs)
         at_work = "nothing"
@@ -2949,11 +2855,9 @@ class JobQueue:
                 at_work = f"{shlex.join(job.words)} (job {job.id})"
         self._tell(f"at work: {at_work}; waiting: {waiting}")
 
-    def _forget_old(self) -> None:
+    def _forget_old(self):
         horizon = time.time_ns() - KEEP_DAYS * 86400 * 10**9
-        finished = sorted(
-            (job for job in self.jobs() if job.finished), key=lambda job: job.ended
-        )
+        finished = sorted((job for job in self.jobs() if job.finished), key=lambda job: job.ended)
         for job in finished[:-KEEP_JOBS]:
             if job.ended < horizon:
                 with contextlib.suppress(Problem, OSError):  # the next time, then
@@ -2968,7 +2872,7 @@ class JobQueue:
 class Refused(Exception):
     """A request is answered with an error: its message, and the answer's other keys."""
 
-    def __init__(self, message: str, **keys):
+    def __init__(self, message, **keys):
         super().__init__(message)
         self.keys = {"status": "error", "message": message, **keys}
 
@@ -2997,7 +2901,7 @@ class Request:
     read_input: Callable[[BinaryIO, int], None]  # copies stdin, at most so many bytes
     check_client: Callable[[], None]  # raises ClientGone
 
-    def job(self, id: str) -> Job:
+    def job(self, id):
         """The job that a command names. Raises Refused."""
         if not re.fullmatch(r"[+-]?\d{1,19}", id, re.ASCII) or not 0 < abs(int(id)) < 2**63:
             raise Refused(f'"{id}" is not a valid job id')
@@ -3008,7 +2912,7 @@ class Request:
             raise Refused("Job not found", job={"id": int(id)})
         return job
 
-    def submit(self, refusal: str, limit: int = MAX_PAYLOAD) -> dict:
+    def submit(self, refusal, limit=MAX_PAYLOAD):
         """Makes a job of the request, with its standard input. Raises Refused with `refusal`."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(refusing(refusal))
@@ -3032,7 +2936,7 @@ class Answer:
     faulty: bool = False  # whether it tells of a batch's faults
 
     @property
-    def exit_status(self) -> int:
+    def exit_status(self):
         failed = self.job is not None and self.job.status != SUCCESSFUL
         return int(failed or self.faulty)
 
@@ -3040,10 +2944,10 @@ class Answer:
 COMMANDS: dict[str, Callable] = {}
 
 
-def command(arguments: str = "", wrong: str = "", example: str = "") -> Callable:
+def command(arguments="", wrong="", example=""):
     """Enters a function cmd_… in COMMANDS; `wrong` answers a wrong number of arguments."""
 
-    def enter(function: Callable) -> Callable:
+    def enter(function):
         name = function.__name__[4:].replace("_", "-")
         function.usage = f"{name} {arguments}".rstrip()
         function.wrong = wrong or f'"{name}" takes no arguments'
@@ -3054,9 +2958,7 @@ def command(arguments: str = "", wrong: str = "", example: str = "") -> Callable
     return enter
 
 
-def answer(
-    agent: Agent, words: list[str], read_input: Callable, check_client: Callable
-) -> Answer:
+def answer(agent, words, read_input, check_client):
     """Answers one command. Raises ClientGone and nothing else."""
     try:
         if not words:
@@ -3082,9 +2984,7 @@ def answer(
         raise
     except Exception as fault:
         log.exception("a command stumbled over a fault of the agent")
-        return Answer(
-            Refused("A fault of the agent; its log says more", error=repr(fault)).keys
-        )
+        return Answer(Refused("A fault of the agent; its log says more", error=repr(fault)).keys)
 
 
 GO_WORD = (
@@ -3094,7 +2994,7 @@ GO_WORD = (
 GO_LINE = re.compile(rf"\s*{GO_WORD}(?:\s+{GO_WORD})*\s*", re.ASCII)
 
 
-def split_words(line: bytes) -> list[str]:
+def split_words(line):
     """The words of a command line. Raises Refused.
 
     A line all of whose words are in double quotes is Go's (NCA quotes with %q, whose escapes are
@@ -3115,13 +3015,11 @@ def split_words(line: bytes) -> list[str]:
     except UnicodeError:
         raise Refused("the command line is not valid UTF-8") from None
     except ValueError as error:
-        raise Refused(
-            "the quotes in the command line are unbalanced", error=str(error)
-        ) from None
+        raise Refused("the quotes in the command line are unbalanced", error=str(error)) from None
 
 
 @contextlib.contextmanager
-def refusing(message: str, **keys) -> Iterator[None]:
+def refusing(message, **keys):
     """What is wrong with a request, or with Open ONI just now, becomes an error answer."""
     try:
         yield
@@ -3129,18 +3027,15 @@ def refusing(message: str, **keys) -> Iterator[None]:
         raise Refused(message, error=str(problem), **keys) from problem
 
 
-def acceptance(job: Job | None, new: bool) -> dict:
+def acceptance(job, new):
     """The answer to a request that has become a job, was one already, or needs none."""
     if not job:
-        return {
-            "message": "No-op: job is redundant or already completed",
-            "job": {"id": -1},
-        }
+        return {"message": "No-op: job is redundant or already completed", "job": {"id": -1}}
     message = "Job added to queue" if new else "Job already in queue"
     return {"message": message, "job": {"id": job.id}}
 
 
-def job_object(job: Job) -> dict:
+def job_object(job):
     """A job as answers show it."""
     kind = KINDS.get(job.words[0])
     shown = {
@@ -3163,7 +3058,7 @@ def job_object(job: Job) -> dict:
     return shown
 
 
-def batch_object(state: BatchState) -> dict:
+def batch_object(state):
     """A batch as answers show it; null is what was not looked at, or could not be."""
     return {
         "name": state.name,
@@ -3179,18 +3074,16 @@ def batch_object(state: BatchState) -> dict:
 
 
 @command()
-def cmd_version(request: Request) -> dict:
+def cmd_version(request):
     """Says which version of the agent is running."""
     return {"version": VERSION}
 
 
 @command("[COMMAND]", '"help" takes at most one command', "help load-batch")
-def cmd_help(request: Request, name: str = "") -> dict:
+def cmd_help(request, name=""):
     """Lists the commands, or tells of one."""
     if name and name not in COMMANDS:
-        raise Refused(
-            f'"{name}" is not a valid command name', error=nearly(name, COMMANDS)[2:]
-        )
+        raise Refused(f'"{name}" is not a valid command name', error=nearly(name, COMMANDS)[2:])
     functions = [COMMANDS[name]] if name else COMMANDS.values()
     shown = []
     for function in functions:
@@ -3205,13 +3098,13 @@ EXAMPLE = "batch_oru_alpha_ver01"
 
 
 @command("BATCH", f'"load-batch" {ONE_BATCH}', f"load-batch {EXAMPLE}")
-def cmd_load_batch(request: Request, name: str) -> dict:
+def cmd_load_batch(request, name):
     """Loads a batch from BATCH_SOURCE into Open ONI, as a job."""
     return request.submit(f'"{name}" cannot be loaded')
 
 
 @command("BATCH", f'"purge-batch" {ONE_BATCH}', f"purge-batch {EXAMPLE}")
-def cmd_purge_batch(request: Request, name: str) -> dict:
+def cmd_purge_batch(request, name):
     """Removes a batch from Open ONI, as a job; its files stay."""
     return request.submit(f'"{name}" cannot be purged')
 
@@ -3221,7 +3114,7 @@ def cmd_purge_batch(request: Request, name: str) -> dict:
     '"load-title" takes no arguments; the MARC XML comes on standard input',
     "load-title < marc.xml",
 )
-def cmd_load_title(request: Request) -> dict:
+def cmd_load_title(request):
     """Loads or updates titles from MARC XML on standard input, as a job."""
     return request.submit("Invalid data")
 
@@ -3231,7 +3124,7 @@ def cmd_load_title(request: Request) -> dict:
     '"ensure-awardee" requires one or two arguments: an awardee code and, to create it, a name',
     "ensure-awardee oru \"'University of Oregon'\"",
 )
-def cmd_ensure_awardee(request: Request, code: str, name: str = "") -> dict:
+def cmd_ensure_awardee(request, code, name=""):
     """Makes sure that Open ONI has an awardee, at once and without a job."""
     with refusing("Unable to create awardee", org_code=code, name=name):
         if not 0 < len(code) <= 50 or len(name) > 100 or "\0" in code + name:
@@ -3253,13 +3146,13 @@ def cmd_ensure_awardee(request: Request, code: str, name: str = "") -> dict:
     '"batch-patch" requires exactly two batch names',
     "batch-patch batch_oru_alpha_ver01 batch_oru_alpha_ver02 < instructions.txt",
 )
-def cmd_batch_patch(request: Request, old: str, new: str) -> dict:
+def cmd_batch_patch(request, old, new):
     """Makes a batch NEW from OLD, without the issues of the lines `RemoveIssue LCCN/YYYYMMDDEE`."""
     return request.submit(f'"{old}" cannot be modified', MAX_INSTRUCTIONS)
 
 
 @command("[STATUS]", '"list-jobs" takes at most one argument, a status', "list-jobs failed")
-def cmd_list_jobs(request: Request, status: str = "") -> dict:
+def cmd_list_jobs(request, status=""):
     """Lists all jobs, oldest first; or those that are pending, started, successful, failed, …"""
     if status and status not in STATUS_MESSAGES:
         known = ", ".join(STATUS_MESSAGES)
@@ -3269,16 +3162,13 @@ def cmd_list_jobs(request: Request, status: str = "") -> dict:
 
 
 @command("ID", "You must supply a job ID", "job-status 7")
-def cmd_job_status(request: Request, id: str) -> dict:
+def cmd_job_status(request, id):
     """Says what has become of a job: its place in the queue, or how far a running load is."""
     job = request.job(id)
-    return {
-        "message": STATUS_MESSAGES[job.status],
-        "job": job_with_place(request.agent, job),
-    }
+    return {"message": STATUS_MESSAGES[job.status], "job": job_with_place(request.agent, job)}
 
 
-def job_with_place(agent: Agent, job: Job) -> dict:
+def job_with_place(agent, job):
     """A job as answers show it, with its place in the queue, or how far it is."""
     shown = job_object(job)
     if job.status == PENDING:
@@ -3290,7 +3180,7 @@ def job_with_place(agent: Agent, job: Job) -> dict:
 
 
 @command("ID", "You must supply a job ID", "job-wait 7")
-def cmd_job_wait(request: Request, id: str) -> Answer:
+def cmd_job_wait(request, id):
     """Answers as job-status when the job has ended; the exit status is 1 if it was unsuccessful."""
     job = request.job(id)
     while not job.finished:
@@ -3300,12 +3190,12 @@ def cmd_job_wait(request: Request, id: str) -> Answer:
 
 
 @command("ID", "You must supply a job ID", "job-follow 7")
-def cmd_job_follow(request: Request, id: str) -> Answer:
+def cmd_job_follow(request, id):
     """Shows a job's log as it comes, until the job ends; then the exit status is as job-wait's."""
     job = request.job(id)
     reader = LogReader(request.agent.store.log(job), STDOUT, STDERR, NOTE)
 
-    def lines() -> Iterator[list[str]]:
+    def lines():
         over = False
         while not over:
             over = request.agent.queue.wait(job, 0.2)
@@ -3316,11 +3206,11 @@ def cmd_job_follow(request: Request, id: str) -> Answer:
 
 
 @command("ID [LINES]", "You must supply a job ID", "job-logs 7 20")
-def cmd_job_logs(request: Request, id: str, count: str | None = None) -> dict:
+def cmd_job_logs(request, id, count=None):
     """Shows what a job has printed so far, or the last LINES of it, each line with its time."""
     job = request.job(id)
 
-    def read(*kinds: str) -> Iterator[list[str]]:
+    def read(*kinds):
         return LogReader(request.agent.store.log(job), *kinds).read(over)
 
     over = job.finished
@@ -3332,17 +3222,15 @@ def cmd_job_logs(request: Request, id: str, count: str | None = None) -> dict:
         lines = itertools.chain.from_iterable(read(STDOUT, STDERR, NOTE))
         since = next(itertools.islice(lines, max(0, surplus), None), "") or "~"
 
-    def last(*kinds: str) -> Iterator[list[str]]:
+    def last(*kinds):
         for lines in read(*kinds):  # their stamps increase, and sort as text
             yield [line for line in lines if line >= since] if since else lines
 
-    return {
-        "job": {**job_object(job), "stdout": last(STDOUT, NOTE), "stderr": last(STDERR)}
-    }
+    return {"job": {**job_object(job), "stdout": last(STDOUT, NOTE), "stderr": last(STDERR)}}
 
 
 @command("ID", "You must supply a job ID", "job-cancel 7")
-def cmd_job_cancel(request: Request, id: str) -> dict:
+def cmd_job_cancel(request, id):
     """Ends a job: a pending one never starts, one at work is terminated, and its load purged."""
     job = request.job(id)
     if not request.agent.queue.cancel(job):
@@ -3353,26 +3241,21 @@ def cmd_job_cancel(request: Request, id: str) -> dict:
 
 
 @command("ID", "You must supply a job ID", "job-retry 7")
-def cmd_job_retry(request: Request, id: str) -> dict:
+def cmd_job_retry(request, id):
     """Queues a job that was not successful again, as a new job."""
     job = request.job(id)
     if job.status not in (FAILED, COULD_NOT_START) or job.words[0] not in KINDS:
         message = STATUS_MESSAGES[job.status]
-        raise Refused(
-            "Only a failed job can be retried", error=message, job=job_object(job)
-        )
+        raise Refused("Only a failed job can be retried", error=message, job=job_object(job))
     given = None
     with contextlib.ExitStack() as stack, refusing("The job cannot be retried"):
         if KINDS[job.words[0]].takes_input:
             given = stack.enter_context(open(request.agent.store.input(job), "rb"))
-        return {
-            **acceptance(*request.agent.queue.add(job.words, given)),
-            "retry_of": job.id,
-        }
+        return {**acceptance(*request.agent.queue.add(job.words, given)), "retry_of": job.id}
 
 
 @command()
-def cmd_list_batches(request: Request) -> dict:
+def cmd_list_batches(request):
     """Lists every batch in BATCH_SOURCE or Open ONI: absent, partial, complete, or unknown."""
     with refusing("The batches cannot be listed"):
         states = request.agent.site.batches()
@@ -3380,7 +3263,7 @@ def cmd_list_batches(request: Request) -> dict:
 
 
 @command("BATCH", f'"batch-status" {ONE_BATCH}', f"batch-status {EXAMPLE}")
-def cmd_batch_status(request: Request, name: str) -> dict:
+def cmd_batch_status(request, name):
     """Says what Open ONI holds of a batch, and its newest events and jobs."""
     with refusing(f'"{name}" cannot be looked up'):
         request.agent.site.folder(name)
@@ -3388,9 +3271,7 @@ def cmd_batch_status(request: Request, name: str) -> dict:
         if not state.row and not state.documents:
             request.agent.site.must_be_there(name)
     jobs = [job_object(job) for job in request.agent.queue.jobs() if name in job.words]
-    at_work = [
-        f"job {job['id']} is at work on it; " for job in jobs if job["status"] == STARTED
-    ]
+    at_work = [f"job {job['id']} is at work on it; " for job in jobs if job["status"] == STARTED]
     return {
         "message": "".join(at_work) + str(state),
         "batch": batch_object(state),
@@ -3400,7 +3281,7 @@ def cmd_batch_status(request: Request, name: str) -> dict:
 
 
 @command("BATCH", f'"batch-check" {ONE_BATCH}', f"batch-check {EXAMPLE}")
-def cmd_batch_check(request: Request, name: str) -> Answer:
+def cmd_batch_check(request, name):
     """Reads all files of a batch and says what would go wrong with a load; ONI is left as it is."""
     with refusing(f'"{name}" cannot be checked'):
         request.agent.site.must_be_there(name)
@@ -3421,7 +3302,7 @@ def cmd_batch_check(request: Request, name: str) -> Answer:
 
 
 @command()
-def cmd_board(request: Request) -> dict:
+def cmd_board(request):
     """Shows what is at work, what waits and what has ended; on a terminal, anew each second."""
     agent = request.agent
     jobs = agent.queue.jobs()
@@ -3452,7 +3333,7 @@ COLOURS = {
 }
 
 
-def plain(text: object) -> str:
+def plain(text):
     """Text whose control characters are shown, and do nothing to a terminal."""
     return "".join(
         character if character.isprintable() else f"\\x{ord(character):02x}"
@@ -3460,7 +3341,7 @@ def plain(text: object) -> str:
     )
 
 
-def display_width(text: str) -> int:
+def display_width(text):
     """How many columns of a terminal a text takes: wide characters two, marks none."""
     width = 0
     for each in text:
@@ -3469,12 +3350,12 @@ def display_width(text: str) -> int:
     return width
 
 
-def fits(text: str, width: int) -> bool:
+def fits(text, width):
     """Whether a text takes no more columns; a very long one is not even measured."""
     return len(text) <= width and display_width(text) <= width
 
 
-def beginning(text: str, width: int) -> str:
+def beginning(text, width):
     """As much of a text as so many columns hold."""
     text = text[:width]
     while display_width(text) > width:
@@ -3482,18 +3363,18 @@ def beginning(text: str, width: int) -> str:
     return text
 
 
-def cut(text: str, width: int) -> str:
+def cut(text, width):
     """A text cut to so many columns, with a sign that it was."""
     return text if fits(text, width) else beginning(text, width - 1) + "…"
 
 
-def padded(text: str, width: int) -> str:
+def padded(text, width):
     """A text of exactly so many columns."""
     text = cut(text, width)
     return text + " " * (width - display_width(text))
 
 
-def wrapped(text: str, width: int, indent: str = "") -> list[str]:
+def wrapped(text, width, indent=""):
     """A sentence on as many lines as it takes; a path that is longer than a line is broken."""
     room = width - len(indent)
     lines = [""]
@@ -3508,7 +3389,7 @@ def wrapped(text: str, width: int, indent: str = "") -> list[str]:
     return [indent + line for line in lines]
 
 
-def ago(stamp: str) -> str:
+def ago(stamp):
     """How long ago, and when: `12 min ago, 14:05`."""
     then = datetime.fromisoformat(stamp[:19] + "+00:00")
     seconds = max(0, time.time() - then.timestamp())
@@ -3517,7 +3398,7 @@ def ago(stamp: str) -> str:
     return f"{span(seconds)} ago, {day}"
 
 
-def span(seconds: float) -> str:
+def span(seconds):
     """A length of time in words."""
     for size, name in ((86400, "days"), (3600, "h"), (60, "min")):
         if seconds >= 2 * size:
@@ -3528,13 +3409,13 @@ def span(seconds: float) -> str:
 class Screen:
     """Answers as text for the person at a terminal; it knows answers and widths, nothing else."""
 
-    def __init__(self, terminal: Terminal, ask: Callable, send: Callable[[str], None]):
+    def __init__(self, terminal, ask, send):
         self._terminal = terminal
         self._ask = ask
         self._send = send
-        self._sample: tuple[int, float, int] | None = None  # of a load: job, when, pages
+        self._sample = None  # of a load: job, when, pages
 
-    def run(self, words: list[str]) -> int:
+    def run(self, words):
         """Shows what a command answers; the exit status."""
         if not words or words == ["board"]:
             return self._board()
@@ -3547,7 +3428,7 @@ class Screen:
                 raise
         return self.show(self._ask(*words))
 
-    def show(self, reply: Answer) -> int:
+    def show(self, reply):
         """Shows an answer; the exit status."""
         if reply.lines:
             for lines in reply.lines:
@@ -3556,15 +3437,15 @@ class Screen:
             self._print(self._text(reply.keys))
         return reply.exit_status
 
-    def _print(self, lines: list[str]) -> None:
+    def _print(self, lines):
         self._send("".join(f"{line}\r\n" for line in lines))
 
-    def _colour(self, text: str, word: str) -> str:
+    def _colour(self, text, word):
         if self._terminal.colour and word in COLOURS:
             return f"\x1b[{COLOURS[word]}m{text}\x1b[0m"
         return text
 
-    def _log_line(self, line: str) -> str:
+    def _log_line(self, line):
         """A line of a job's log; a warning or an error stands out."""
         # Programs need the parts of a second, to sort by.
         line = re.sub(r"(?<=^\[.{19})\.\d{9}", "", line)
@@ -3572,15 +3453,14 @@ class Screen:
         word = found[0].lower().rstrip(":") if found else ""
         return self._colour(plain(line), word)
 
-    def _text(self, keys: dict) -> list[str]:
+    def _text(self, keys):
         """Any answer as lines."""
         width = self._terminal.width
         lines = []
         if keys["status"] == "error":
             error = f": {keys['error']}" if keys.get("error") else ""
             return [
-                self._colour(line, "error")
-                for line in wrapped(f"{keys['message']}{error}", width)
+                self._colour(line, "error") for line in wrapped(f"{keys['message']}{error}", width)
             ]
         if "message" in keys:
             lines += wrapped(keys["message"], width)
@@ -3602,19 +3482,17 @@ class Screen:
             lines += self._jobs(keys["jobs"])
         return lines
 
-    def _commands(self, commands: list[dict]) -> list[str]:
+    def _commands(self, commands):
         """One command in full, or a line for each."""
         width = self._terminal.width
         if len(commands) == 1:
             [each] = commands
             lines = [cut(each["usage"], width), *wrapped(each["help"], width, "    ")]
             return [*lines, "", cut(f"    {each['example']}", width)]
-        lines = [
-            cut(f"{padded(each['usage'], 30)}  {each['help']}", width) for each in commands
-        ]
+        lines = [cut(f"{padded(each['usage'], 30)}  {each['help']}", width) for each in commands]
         return [*lines, "", cut("help COMMAND tells more of one", width)]
 
-    def _job(self, job: dict) -> list[str]:
+    def _job(self, job):
         """One job in full."""
         lines = self._jobs([job]) if "words" in job else []
         if not lines and job["id"] > 0:
@@ -3634,7 +3512,7 @@ class Screen:
                 lines += [self._log_line(line) for line in some]
         return lines
 
-    def _jobs(self, jobs: list[dict]) -> list[str]:
+    def _jobs(self, jobs):
         """A table of jobs, and under each that failed, why."""
         width = self._terminal.width
         lines = []
@@ -3653,7 +3531,7 @@ class Screen:
                 lines += wrapped(job["error"], width, " " * 7)
         return lines or ["There are no such jobs."]
 
-    def _batches(self, batches: list[dict]) -> list[str]:
+    def _batches(self, batches):
         """A table of batches."""
         width = self._terminal.width
         lines = [padded("state", 10) + padded("issues", 12) + padded("pages", 14) + "batch"]
@@ -3670,7 +3548,7 @@ class Screen:
                 lines += wrapped(name, width, "  ")
         return [cut(lines[0], width), *lines[1:]]
 
-    def _bar(self, job: dict) -> str:
+    def _bar(self, job):
         """How far a load is: a bar, issues, pages a second and time left."""
         done, issues = job["issues_loaded"], job["issues"] or 0
         pages, all_pages = job["pages_loaded"] or 0, job["pages"] or 0
@@ -3686,7 +3564,7 @@ class Screen:
         full = int(share * room)
         return cut(f"[{'#' * full}{'.' * (room - full)}]{text}", self._terminal.width)
 
-    def _watch(self, id: str) -> None:
+    def _watch(self, id):
         """Draws the bar of a job until it ends."""
         while True:
             keys = self._ask("job-status", id).keys
@@ -3703,7 +3581,7 @@ class Screen:
                 self._send(f"\r{cut(line, self._terminal.width - 1)}\x1b[K")
             self._terminal.key(1)
 
-    def _board(self) -> int:
+    def _board(self):
         """Draws the board anew each second, until q."""
         self._send("\x1b[?1049h\x1b[?25l")  # another screen, and no cursor
         try:
@@ -3718,7 +3596,7 @@ class Screen:
             self._send("\x1b[?25h\x1b[?1049l")
         return 0
 
-    def _board_lines(self, keys: dict) -> list[str]:
+    def _board_lines(self, keys):
         width = self._terminal.width
         oni = keys["oni"]
         health = "has not answered yet"
@@ -3745,7 +3623,7 @@ class Screen:
         return [*lines, cut("q leaves; jobs go on", width)]
 
 
-def fraction(held: int | None, wanted: int | None) -> str:
+def fraction(held, wanted):
     """`3 of 4`; a question mark for what was not counted."""
     return f"{'?' if held is None else held} of {'?' if wanted is None else wanted}"
 
@@ -3768,14 +3646,12 @@ MACS = ("hmac-sha2-256-etm@openssh.com", "hmac-sha2-512-etm@openssh.com")
 TRAILER = b"\n\nEND\n"  # ends what comes on standard input; so does its end
 
 
-def load_host_key(path: Path) -> paramiko.PKey:
+def load_host_key(path):
     """The ed25519, ECDSA or RSA key in a file. Raises Problem."""
     try:
         read_regular(path)
     except Problem as problem:
-        raise Problem(
-            f"HOST_KEY_FILE is {path}, which cannot be used: {problem}"
-        ) from problem
+        raise Problem(f"HOST_KEY_FILE is {path}, which cannot be used: {problem}") from problem
     for kind in (paramiko.Ed25519Key, paramiko.ECDSAKey, paramiko.RSAKey):
         with contextlib.suppress(Exception):  # paramiko tells a foreign file in many ways
             return kind(filename=str(path))
@@ -3785,7 +3661,7 @@ def load_host_key(path: Path) -> paramiko.PKey:
     )
 
 
-def make_host_key(path: Path) -> None:
+def make_host_key(path):
     """Writes a new ed25519 key, and its public half beside it. Raises Problem."""
     key = Ed25519PrivateKey.generate()
     private = key.private_bytes(
@@ -3799,36 +3675,30 @@ def make_host_key(path: Path) -> None:
     unready = path.with_name(path.name + ".unready")  # under its name only when whole
     try:
         unready.unlink(missing_ok=True)
-        with open(
-            os.open(unready, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb"
-        ) as file:
+        with open(os.open(unready, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(private)
             file.flush()
             os.fsync(file.fileno())
         path.with_name(path.name + ".pub").write_bytes(public + b" oni-agent\n")
         unready.rename(path)
     except OSError as error:
-        raise Problem(
-            f"the HOST_KEY_FILE {path} cannot be made: {error.strerror}"
-        ) from error
+        raise Problem(f"the HOST_KEY_FILE {path} cannot be made: {error.strerror}") from error
 
 
 # Stands for the lines of a log while the rest of an answer is encoded.
 LINES_HERE = f"\0{os.urandom(8).hex()}"
 
 
-def encoded(keys: dict) -> Iterator[str]:
+def encoded(keys):
     """An answer as JSON, in pieces. The lines of a log, maybe many, are encoded when read."""
-    logs: list[Iterator[list[str]]] = []
+    logs = []
 
-    def later(lines: Iterator[list[str]]) -> str:
+    def later(lines):
         logs.append(lines)
         return LINES_HERE
 
     compact = {"ensure_ascii": False, "separators": (",", ":")}
-    first, *others = json.dumps(keys, default=later, **compact).split(
-        json.dumps(LINES_HERE)
-    )
+    first, *others = json.dumps(keys, default=later, **compact).split(json.dumps(LINES_HERE))
     yield first
     for lines, after in zip(logs, others):
         yield "["
@@ -3849,7 +3719,7 @@ class ClientSocket(socket.socket):
 
     before_read: Callable[[], None]
 
-    def recv(self, size: int, flags: int = 0) -> bytes:
+    def recv(self, size, flags=0):
         """Receives, and acknowledges at once: OpenSSH's next packet waits for that (Nagle)."""
         self.before_read()
         if size > MAX_PACKET:  # paramiko would believe, and hold, any length
@@ -3864,19 +3734,19 @@ class ClientSocket(socket.socket):
 class Connection(paramiko.ServerInterface):
     """One client's connection: whom paramiko asks what is allowed, and the sessions on it."""
 
-    def __init__(self, server: SSHServer, connected: socket.socket, address: tuple):
+    def __init__(self, server, connected, address):
         self.server = server
         self.address = show_address(address)
         self._host = plain_host(address)
         self.user = ""
         self.key = ""  # the fingerprint of the key that has admitted it
         self.born = self.idle_since = time.monotonic()
-        self.sessions: set[Session] = set()
+        self.sessions = set()
         self.dropped = False
         self._keys_file = server.agent.settings.authorized_keys
-        self._begun: list[Session] = []  # whose requests paramiko is about to answer
-        self._channels: list[paramiko.Channel] = []
-        self._terminals: dict[paramiko.Channel, Terminal] = {}
+        self._begun = []  # whose requests paramiko is about to answer
+        self._channels = []
+        self._terminals = {}
         self._socket = ClientSocket(fileno=connected.detach())
         self._socket.before_read = self._start_sessions
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -3885,9 +3755,7 @@ class Connection(paramiko.ServerInterface):
         patience = STALL_SECONDS * 1000
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
         sha1 = "ssh-rsa"
-        self.transport = paramiko.Transport(
-            self._socket, disabled_algorithms={"pubkeys": [sha1]}
-        )
+        self.transport = paramiko.Transport(self._socket, disabled_algorithms={"pubkeys": [sha1]})
         # paramiko would have a timer thread for each.
         self.transport.packetizer.start_handshake = lambda timeout: None
         self.transport.local_version = f"SSH-2.0-ONI_Agent_{VERSION}"
@@ -3914,9 +3782,7 @@ class Connection(paramiko.ServerInterface):
             return paramiko.AUTH_FAILED  # its client tries "none" next
         if not key_is_authorized(self._keys_file, key, self._host):
             shown = fingerprint(key)
-            log.warning(
-                "connection from=%s user=%r refused key=%s", self.address, username, shown
-            )
+            log.warning("connection from=%s user=%r refused key=%s", self.address, username, shown)
             return paramiko.AUTH_FAILED
         self.key = fingerprint(key)
         return paramiko.AUTH_SUCCESSFUL
@@ -3926,9 +3792,7 @@ class Connection(paramiko.ServerInterface):
             self._channels.append(channel)
         self._channels = [channel for channel in self._channels if not channel.closed]
         self._terminals = {
-            channel: terminal
-            for channel, terminal in self._terminals.items()
-            if not channel.closed
+            channel: terminal for channel, terminal in self._terminals.items() if not channel.closed
         }
         if kind != "session":
             return paramiko.OPEN_FAILED_ADMINISTRATIVELY_PROHIBITED
@@ -3958,16 +3822,16 @@ class Connection(paramiko.ServerInterface):
         self._begun.append(session)
         return True
 
-    def _start_sessions(self) -> None:
+    def _start_sessions(self):
         while self._begun:
             self._begun.pop(0).start()
 
-    def ended(self, session: Session) -> None:
+    def ended(self, session):
         """A session is over."""
         self.idle_since = time.monotonic()
         self.sessions.discard(session)
 
-    def overdue(self, now: float) -> str:
+    def overdue(self, now):
         """Why the connection must go by now; empty if it may stay."""
         if not self.transport.is_authenticated() and now - self.born > HANDSHAKE_SECONDS:
             return "no handshake in time"
@@ -3977,7 +3841,7 @@ class Connection(paramiko.ServerInterface):
             return "a session too long"
         return ""
 
-    def drop(self, why: str) -> None:
+    def drop(self, why):
         """Ends the connection at once; its threads see that and end by themselves."""
         log.debug("connection from=%s dropped=%r", self.address, why)
         self.dropped = True
@@ -3985,7 +3849,7 @@ class Connection(paramiko.ServerInterface):
             self._socket.shutdown(socket.SHUT_RDWR)
 
     @property
-    def gone(self) -> bool:
+    def gone(self):
         """Whether nothing of it is left; a session not begun before its client went never will."""
         alive = any(session.is_alive() for session in list(self.sessions))
         return not alive and not self.transport.is_alive()
@@ -3994,18 +3858,18 @@ class Connection(paramiko.ServerInterface):
 class Terminal:
     """The terminal at the other end of a channel, as the presentation uses it."""
 
-    def __init__(self, channel: paramiko.Channel, kind: str):
+    def __init__(self, channel, kind):
         self.channel = channel
         self.colour = kind not in ("", "dumb")
         self.width = 80
         self.height = 24
 
-    def resize(self, width: int, height: int) -> None:
+    def resize(self, width, height):
         """Takes a new size; 0 is said by a client whose own input is no terminal."""
         self.width = max(20, min(width or 80, 500))
         self.height = max(5, min(height or 24, 500))
 
-    def key(self, seconds: float) -> bytes:
+    def key(self, seconds):
         """What is typed in so many seconds; Ctrl-D at the end of input.
 
         Raises ClientGone, at Ctrl-C too.
@@ -4025,13 +3889,7 @@ class Terminal:
 class Session(threading.Thread):
     """One command on one channel, from its words to the last byte of its answer."""
 
-    def __init__(
-        self,
-        connection: Connection,
-        channel: paramiko.Channel,
-        line: bytes,
-        terminal: Terminal | None,
-    ):
+    def __init__(self, connection, channel, line, terminal):
         self.number = next(connection.server.numbers)
         super().__init__(name=f"session {self.number}", daemon=True)
         self.connection = connection
@@ -4041,7 +3899,7 @@ class Session(threading.Thread):
         self._terminal = terminal
         self._status = "client went away"
 
-    def run(self) -> None:
+    def run(self):
         """Answers, and closes the channel in the order that loses nothing."""
         try:
             self.channel.send_exit_status(self._answer())
@@ -4055,11 +3913,11 @@ class Session(threading.Thread):
             self.connection.ended(self)
             self._log()
 
-    def _answer(self) -> int:
+    def _answer(self):
         """Sends the answer, to a person or a program; the exit status."""
         agent = self.connection.server.agent
 
-        def ask(*words: str) -> Answer:
+        def ask(*words):
             return answer(agent, list(words), self._read_input, self._check_client)
 
         try:
@@ -4083,7 +3941,7 @@ class Session(threading.Thread):
         self._status = reply.keys.get("status", "followed")
         return reply.exit_status
 
-    def _log(self) -> None:
+    def _log(self):
         settings = self.connection.server.agent.settings
         admitted = "ALLOW_FROM" if settings.allow_from else "anyone"
         log.info(
@@ -4097,7 +3955,7 @@ class Session(threading.Thread):
             (time.monotonic() - self.begun) * 1000,
         )
 
-    def _send(self, text: str) -> None:
+    def _send(self, text):
         """Sends text to the client. Raises ClientGone, OSError."""
         data = memoryview(text.encode("utf-8", "replace"))
         self.channel.settimeout(STALL_SECONDS)
@@ -4107,14 +3965,14 @@ class Session(threading.Thread):
                 raise ClientGone
             data = data[sent:]
 
-    def _check_client(self) -> None:
+    def _check_client(self):
         """Raises ClientGone if the client has closed its channel, or a person typed Ctrl-C."""
         if self._terminal and self.channel.recv_ready():
             self._terminal.key(0)
         if self.channel.closed or not self.connection.transport.is_active():
             raise ClientGone
 
-    def _read_input(self, into: BinaryIO, limit: int) -> None:
+    def _read_input(self, into, limit):
         """Copies standard input to its trailer or its end. Raises ClientGone, Problem."""
         if self._terminal:
             raise Problem("this command reads a file: leave out -t, and give it < FILE")
@@ -4150,20 +4008,20 @@ class Session(threading.Thread):
 class SSHServer:
     """Takes connections, and sees to it that each goes when its time is up."""
 
-    def __init__(self, agent: Agent, host_key: paramiko.PKey):
+    def __init__(self, agent, host_key):
         self.agent = agent
         self.host_key = host_key
         self.numbers = itertools.count(1)
-        self._connections: set[Connection] = set()
+        self._connections = set()
         self._listener = listen(*agent.settings.ba_bind)
         bound = self._listener.getsockname()
         self.address = show_address(bound)
         self.loopback = ipaddress.ip_address(plain_host(bound)).is_loopback
 
-    def serve(self, stop: socket.socket) -> None:
+    def serve(self, stop):
         """Serves until `stop` can be read, then lets answers under way end, for a moment."""
         swept = 0.0
-        ready: list[socket.socket] = []
+        ready = []
         while stop not in ready:
             if self._listener in ready:
                 self._accept()
@@ -4175,7 +4033,7 @@ class SSHServer:
         self.agent.queue.stop()
         self._finish()
 
-    def _accept(self) -> None:
+    def _accept(self):
         try:
             connected, address = self._listener.accept()
         except OSError as error:
@@ -4185,14 +4043,12 @@ class SSHServer:
             return
         if self._is_welcome(plain_host(address)):
             # It may be gone already, or there is no thread to be had.
-            with contextlib.suppress(
-                OSError, RuntimeError, EOFError, paramiko.SSHException
-            ):
+            with contextlib.suppress(OSError, RuntimeError, EOFError, paramiko.SSHException):
                 self._connections.add(Connection(self, connected, address))
                 return
         connected.close()
 
-    def _is_welcome(self, host: str) -> bool:
+    def _is_welcome(self, host):
         """Whether a client at this address may connect; another may have to go for it."""
         allowed = self.agent.settings.allow_from
         if allowed and not is_in(host, allowed):
@@ -4206,19 +4062,17 @@ class SSHServer:
         log.warning("connection from=%s refused='too many, all at work'", host)
         return False
 
-    def _make_room(self) -> bool:
-        idle = [
-            each for each in self._connections if not each.sessions and not each.dropped
-        ]
+    def _make_room(self):
+        idle = [each for each in self._connections if not each.sessions and not each.dropped]
         if idle:
             min(idle, key=lambda each: each.idle_since).drop("others need its place")
         return bool(idle)
 
-    def sessions(self) -> int:
+    def sessions(self):
         """How many commands are at work."""
         return sum(len(each.sessions) for each in list(self._connections))
 
-    def _sweep(self, now: float) -> None:
+    def _sweep(self, now):
         left = {each for each in self._connections if not each.gone}
         if len(left) < len(self._connections):
             self._connections = left
@@ -4228,21 +4082,21 @@ class SSHServer:
             if why and not connection.dropped:
                 connection.drop(why)
 
-    def _finish(self) -> None:
+    def _finish(self):
         """Lets answers under way end, and then those to the last requests that were accepted."""
         self._listener.close()
         self._wait_for_answers(STOP_SECONDS)
         self.agent.queue.close()
         self._wait_for_answers(0.5)
 
-    def _wait_for_answers(self, seconds: float) -> None:
+    def _wait_for_answers(self, seconds):
         until = time.monotonic() + seconds
         busy = [each for each in self._connections if each.sessions]
         while not all(each.gone for each in busy) and time.monotonic() < until:
             time.sleep(0.01)
 
 
-def listen(host: str, port: int) -> socket.socket:
+def listen(host, port):
     """A listening socket; on every address, IPv6 too, if `host` is empty. Raises Problem."""
     both = host in ("", "::") and socket.has_dualstack_ipv6()
     family = socket.AF_INET6
@@ -4250,9 +4104,7 @@ def listen(host: str, port: int) -> socket.socket:
         if not both:
             found = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)
             family = found[0][0]
-        return socket.create_server(
-            (host, port), family=family, backlog=512, dualstack_ipv6=both
-        )
+        return socket.create_server((host, port), family=family, backlog=512, dualstack_ipv6=both)
     except OSError as error:
         why = error.strerror
         if not isinstance(error, socket.gaierror):
@@ -4260,25 +4112,25 @@ def listen(host: str, port: int) -> socket.socket:
         raise Problem(f"BA_BIND: nothing can listen on {host}:{port}: {why}") from error
 
 
-def plain_host(address: tuple) -> str:
+def plain_host(address):
     """The IP address in a socket's address; an IPv4 one as such, though it came over IPv6."""
     host = ipaddress.ip_address(address[0].partition("%")[0])
     return str(getattr(host, "ipv4_mapped", None) or host)
 
 
-def show_address(address: tuple) -> str:
+def show_address(address):
     """A socket's address as people write it."""
     host = plain_host(address)
     return f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
 
 
-def fingerprint(key: paramiko.PKey) -> str:
+def fingerprint(key):
     """A public key as ssh-keygen -l shows it."""
     digest = base64.b64encode(hashlib.sha256(key.asbytes()).digest())
     return "SHA256:" + digest.decode().rstrip("=")
 
 
-def key_is_authorized(path: Path, key: paramiko.PKey, host: str) -> bool:
+def key_is_authorized(path, key, host):
     """Whether an authorized_keys file (sshd(8)) admits a key from an address.
 
     Of the options before a key, from="…" with addresses and networks is honoured; a key with any
@@ -4290,9 +4142,7 @@ def key_is_authorized(path: Path, key: paramiko.PKey, host: str) -> bool:
         lines = path.read_text("utf-8-sig", "replace").split("\n")
     except OSError as error:
         reason = error.strerror
-        log.error(
-            "AUTHORIZED_KEYS: %s cannot be read, so nobody is admitted: %s", path, reason
-        )
+        log.error("AUTHORIZED_KEYS: %s cannot be read, so nobody is admitted: %s", path, reason)
         return False
     for line in lines:
         match = re.fullmatch(form, line)
@@ -4302,7 +4152,7 @@ def key_is_authorized(path: Path, key: paramiko.PKey, host: str) -> bool:
     return False
 
 
-def is_in(host: str, allowed: tuple) -> bool:
+def is_in(host, allowed):
     """Whether an address is in one of these networks."""
     return any(ipaddress.ip_address(host) in network for network in allowed)
 
@@ -4313,15 +4163,15 @@ def is_in(host: str, allowed: tuple) -> bool:
 Look = tuple[str, str, Callable[[], str]]
 
 
-def looks_at_oni(oni: OpenONI) -> Iterator[Look]:
+def looks_at_oni(oni):
     """What there is to look at in Open ONI: whether it answers, and where loads write."""
-    places: dict = {}
+    places = {}
 
-    def database() -> str:
+    def database():
         places.update(oni.ask("places", within=PATIENT_SECONDS))
         return f"{places['loaded']} batches"
 
-    def index() -> str:
+    def index():
         if "index_error" in places:
             raise Problem(places["index_error"])
         return f"{places['documents']} pages"
@@ -4336,21 +4186,19 @@ def looks_at_oni(oni: OpenONI) -> Iterator[Look]:
     yield "ONI's batch storage", advice, lambda: writable(Path(places["batches"]))
     shared = {f"ONI's cache {folder}": folder for folder in places["cache"]}
     shared["ONI's word coordinates"] = places["coordinates"]
-    advice = (
-        "run the agent as the site's user, and under systemd name it in ReadWritePaths="
-    )
+    advice = "run the agent as the site's user, and under systemd name it in ReadWritePaths="
     for name, folder in shared.items():
         if folder:
             yield name, advice, lambda folder=folder: ours(Path(folder))
 
 
-def writable(folder: Path) -> str:
+def writable(folder):
     """Tries to write to a folder, through links. Raises OSError."""
     tempfile.TemporaryFile(dir=folder.resolve()).close()
     return "can be written"
 
 
-def makeable(folder: Path) -> str:
+def makeable(folder):
     """As writable, of a folder that may be yet to be made. Raises Problem, OSError."""
     try:
         return writable(nearest_folder(folder.resolve()))
@@ -4358,7 +4206,7 @@ def makeable(folder: Path) -> str:
         raise Problem(str(error)) from error
 
 
-def ours(folder: Path) -> str:
+def ours(folder):
     """As makeable, of a folder that the website reads as its own user. Raises Problem, OSError."""
     place = folder.resolve()
     if place.exists() and place.stat().st_uid != os.geteuid():
@@ -4370,7 +4218,7 @@ def ours(folder: Path) -> str:
     return makeable(folder)
 
 
-def user_name(number: int) -> str:
+def user_name(number):
     """A user's name, or number if it has none."""
     try:
         return pwd.getpwuid(number).pw_name
@@ -4378,26 +4226,26 @@ def user_name(number: int) -> str:
         return str(number)
 
 
-def looks_at_own(settings: Settings) -> Iterator[Look]:
+def looks_at_own(settings):
     """What there is to look at beside Open ONI, before an agent runs; nothing is changed."""
 
-    def state() -> str:
+    def state():
         if (settings.state_directory / "jobs.db").exists():
             return f"{len(JobStore(settings.state_directory).jobs())} jobs"
         return makeable(settings.state_directory)
 
-    def host_key() -> str:
+    def host_key():
         if os.path.lexists(settings.host_key_file):
             return fingerprint(load_host_key(settings.host_key_file))
         if settings.host_key_file.parent == settings.state_directory:
             return "will be made"
         return writable(settings.host_key_file.parent)
 
-    def address() -> str:
+    def address():
         with listen(*settings.ba_bind) as listener:
             return show_address(listener.getsockname())
 
-    def source() -> str:
+    def source():
         return f"{len(in_time(lambda: os.listdir(settings.batch_source)))} entries"
 
     yield "state folder", "if an agent is at work there, ask that instead", state
@@ -4406,7 +4254,7 @@ def looks_at_own(settings: Settings) -> Iterator[Look]:
     yield "batch source", "let the agent's user read it", source
 
 
-def results(looks: Iterable[Look]) -> Iterator[tuple[bool, str]]:
+def results(looks):
     """Takes these looks: for each whether all is well, and what to say."""
     for name, advice, look in looks:
         try:
@@ -4415,14 +4263,14 @@ def results(looks: Iterable[Look]) -> Iterator[tuple[bool, str]]:
             yield False, f"{name}: {problem}; {advice}"
 
 
-def look_once(oni: OpenONI) -> None:
+def look_once(oni):
     """Says in the log how Open ONI is; one that does not answer is no reason not to serve."""
     for well, text in results(looks_at_oni(oni)):
         level = logging.INFO if well else logging.WARNING
         log.log(level, "Open ONI in %s: %s", oni.location, text)
 
 
-def check_all(environ: dict[str, str]) -> int:
+def check_all(environ):
     """Prints how all is that the agent needs, a line each; the exit status is 1 if not well."""
     sys.stdout.reconfigure(errors="replace")  # not every terminal has a check mark
     try:
@@ -4450,14 +4298,12 @@ class JournalFormatter(logging.Formatter):
 
     PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
 
-    def format(self, record: logging.LogRecord) -> str:
+    def format(self, record):
         priority = self.PRIORITIES[record.levelname]
-        return "\n".join(
-            f"<{priority}>{line}" for line in super().format(record).split("\n")
-        )
+        return "\n".join(f"<{priority}>{line}" for line in super().format(record).split("\n"))
 
 
-def set_up_logging(level: str) -> None:
+def set_up_logging(level):
     """The log goes to stderr, with priorities where that is systemd's journal."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -4468,7 +4314,7 @@ def set_up_logging(level: str) -> None:
     logging.getLogger("paramiko").setLevel(noisy)
 
 
-def tell_systemd(state: str) -> None:
+def tell_systemd(state):
     """Says how the service is (sd_notify(3)), where systemd wants to know."""
     address = os.environ.get("NOTIFY_SOCKET")
     if address:
@@ -4481,7 +4327,7 @@ def tell_systemd(state: str) -> None:
 HOOKS = futures.ThreadPoolExecutor(8, "hooks")  # for ON_FINISH
 
 
-def run_on_finish(program: Path, job: Job, job_log: Path, environ: dict[str, str]) -> None:
+def run_on_finish(program, job, job_log, environ):
     """Runs ON_FINISH for a job that has ended; what becomes of it is only logged."""
     about = {
         "ONI_JOB_ID": str(job.id),
@@ -4499,7 +4345,7 @@ def run_on_finish(program: Path, job: Job, job_log: Path, environ: dict[str, str
             stdout=subprocess.DEVNULL,
             start_new_session=True,
         )
-        status: object = process.wait()
+        status = process.wait()
         if status == -signal.SIGKILL:
             status = f"none within {HOOK_SECONDS} s, and was killed"
         if status:
@@ -4508,11 +4354,11 @@ def run_on_finish(program: Path, job: Job, job_log: Path, environ: dict[str, str
         log.error("job=%d ON_FINISH failed: %s", job.id, error)
 
 
-def stop_on_signals() -> socket.socket:
+def stop_on_signals():
     """A socket that can be read once SIGTERM or SIGINT has come; a second one ends the agent."""
     reader, writer = socket.socketpair()
 
-    def stop(number: int, _) -> None:
+    def stop(number, _):
         for each in (signal.SIGTERM, signal.SIGINT):
             signal.signal(each, signal.SIG_DFL)  # such an end is a clean one for systemd
         # No more than that: the signal may have come amid a line of the log.
@@ -4523,7 +4369,7 @@ def stop_on_signals() -> socket.socket:
     return reader
 
 
-def be_init() -> None:
+def be_init():
     """As PID 1 of a container: goes on as a child, for which this process buries the orphans."""
     if os.getpid() != 1:
         return
@@ -4538,14 +4384,14 @@ def be_init() -> None:
             os._exit(os.WEXITSTATUS(status) if os.WIFEXITED(status) else 1)
 
 
-def raise_limits() -> None:
+def raise_limits():
     """Lets the agent open as many files as it may: each connection and command needs some."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65536), hard))
 
 
-def main() -> int:
+def main():
     """Runs the agent until it is told to stop; returns its exit status."""
     parser = argparse.ArgumentParser(
         prog="oni_agent.py",
@@ -4553,9 +4399,7 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"ONI Agent {VERSION}")
-    parser.add_argument(
-        "--check", action="store_true", help="look at all that the agent needs"
-    )
+    parser.add_argument("--check", action="store_true", help="look at all that the agent needs")
     environ = dict(os.environ)
     if parser.parse_args().check:
         return check_all(environ)
@@ -4588,9 +4432,7 @@ def main() -> int:
     return 0
 
 
-def build(
-    settings: Settings, environ: dict[str, str], host_key: paramiko.PKey | None
-) -> SSHServer:
+def build(settings, environ, host_key):
     """Wires the agent together; it listens when this returns. Raises Problem, OSError."""
     store = JobStore(settings.state_directory)
     if not host_key:
@@ -4599,7 +4441,7 @@ def build(
     oni = OpenONI(settings.oni_location, environ)
     site = Site(settings, oni, RememberedCounts(settings.state_directory / "counts.json"))
 
-    def ended(job: Job) -> None:
+    def ended(job):
         if settings.on_finish:
             path = store.log(job).path
             with contextlib.suppress(RuntimeError):  # no thread to be had
@@ -4608,10 +4450,7 @@ def build(
     jobs = JobQueue(store, site, ended, lambda text: tell_systemd(f"STATUS={text}"))
     server = SSHServer(Agent(settings, site, store, jobs), host_key)
     log.info(
-        "listening on %s version=%s state=%s",
-        server.address,
-        VERSION,
-        settings.state_directory,
+        "listening on %s version=%s state=%s", server.address, VERSION, settings.state_directory
     )
     if settings.db_connection:
         log.info("DB_CONNECTION is set and not needed: Open ONI's own settings are used")
