@@ -45,7 +45,6 @@ import dataclasses
 import difflib
 import errno
 import fcntl
-import functools
 import gc
 import hashlib
 import inspect
@@ -123,7 +122,7 @@ MAX_CHANNELS = 10  # open at once on one connection, as OpenSSH's MaxSessions
 MAX_PACKET = 256 * 1024  # bytes of one SSH packet, as OpenSSH takes them
 MAX_COMMAND = 16 * 1024  # bytes of a command line
 MAX_PAYLOAD = 32 * 1024 * 1024  # bytes on standard input
-MAX_TAG = 256 * 1024  # bytes of a tag in MARC XML; expat begins a long one again and again
+MAX_MARC_MEMORY = 256 * 1024 * 1024  # bytes, for the process that reads MARC XML
 MAX_INSTRUCTIONS = 1024 * 1024  # of them, where they are a batch-patch's
 MAX_LINE = 64 * 1024  # bytes of one line in a job's log; a longer line is cut into pieces
 MAX_ATTEMPTS = 3  # starts of a job that never ended
@@ -136,7 +135,7 @@ ANSWER_SECONDS = 10  # for Open ONI, or the batches' file system, to answer a co
 PATIENT_SECONDS = 60  # the same, when a job at work asks
 SOLR_SECONDS = 4  # for Solr to answer a question about one batch
 CHECK_SECONDS = 3600  # for reading every file of a batch
-LIST_SECONDS = 0.5  # for each of the two counts that list-batches makes
+LIST_SECONDS = 0.7  # for list-batches to count what is not remembered
 TERM_SECONDS = 10  # between SIGTERM and SIGKILL for a cancelled manage.py
 HOOK_SECONDS = 60  # for ON_FINISH
 SHELL_SECONDS = 600  # without a question, after which the manage.py that answers them ends
@@ -357,33 +356,65 @@ def known_log_level(value):
 
 # ---------------------------------------------------------------- Open ONI
 
-# What runs inside a manage.py shell, with ONI's models. TASK says which function, WORDS its words.
-# It keeps to what Python 3.6 and Django 2.2 know, since ONI's may be old ones.
+# What runs inside a manage.py shell, with ONI's models. Its functions are questions,
+# or tasks of a job. It keeps to what Python 3.6 and Django 2.2 know, since ONI's may be old ones.
 INSIDE_ONI = '''
-import json, logging, re, signal, socket, time, urllib.request
+import io, json, logging, re, resource, signal, socket, time, urllib.request
 from django.conf import settings
+from django.core.management import call_command
 from django.db import close_old_connections
 from django.db.models import Count, Q
 from core import solr_index
 from core.models import Awardee, Batch, Issue, LoadBatchEvent, Page, Title
 
 def answer_questions(channel):
-    """Answers each JSON line [number, deadline, question, word, ...] on a socket by a JSON line."""
+    """Answers each JSON line [question, word, ...] on a socket by a JSON line."""
     logging.getLogger("pysolr").setLevel(logging.WARNING)  # ONI has a log file a process
     channel = socket.socket(fileno=channel)
+    channel.sendall(b"!")  # ready
+    signal.alarm(SHELL_SECONDS)
     for line in channel.makefile(encoding="utf-8"):  # one file for both ways would lose lines
-        number, deadline, question, *words = json.loads(line)
-        left = deadline - time.monotonic()
-        if left <= 0:
-            continue  # it was asked while this was starting, and has been given up
-        signal.setitimer(signal.ITIMER_REAL, left)  # a question that takes longer ends this
+        signal.alarm(SHELL_SECONDS)
+        question, *words = json.loads(line)
         try:
             close_old_connections()
-            reply = {"number": number, "answer": globals()[question](*words)}
+            reply = {"answer": globals()[question](*words)}
         except Exception as error:
-            reply = {"number": number, "error": "%s: %s" % (type(error).__name__, error)}
+            reply = {"error": "%s: %s" % (type(error).__name__, error)}
         channel.sendall(json.dumps(reply, default=str).encode() + b"\\n")
-        signal.setitimer(signal.ITIMER_REAL, SHELL_SECONDS)
+
+def check():
+    """The last line of what `manage.py check` prints."""
+    printed = io.StringIO()
+    call_command("check", stdout=printed, stderr=printed)
+    return printed.getvalue().strip().rpartition("\\n")[2]
+
+def lccns(path, most):
+    """The LCCNs of the MARC records in a file as load_titles finds them ("" if there is none).
+
+    The second of the two answers is what is wrong with the file. It may be hostile: this is for
+    a process of its own, which may have so many bytes of memory and no more.
+    """
+    import pymarc, xml.sax
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    found = []
+
+    def enter(record):
+        if record and record.get_fields():  # an answer of OCLC's has other records around them
+            try:
+                found.append(re.sub(r"\\s", "", record["010"]["a"] or "").rstrip("/:,"))
+            except (KeyError, TypeError):
+                found.append("")
+
+    with open(path, "rb") as file:
+        if b"<!DOCTYPE" in file.read().replace(b"\\0", b""):  # of entities that grow, or point away
+            return [], "a DOCTYPE is not allowed"
+        file.seek(0)
+        try:
+            pymarc.map_xml(enter, file)
+        except xml.sax.SAXParseException as error:
+            return [], "%s: line %d" % (error.getMessage(), error.getLineNumber())
+    return found, ""
 
 def batch(name, with_index):
     """What database and, if asked for, index hold of one batch, in the words of BatchState."""
@@ -397,7 +428,7 @@ def batch(name, with_index):
         "events": [[event.created.isoformat(), event.message or ""] for event in events][::-1],
         "storage": settings.BATCH_STORAGE,
     }
-    held["pages"], held["indexed"] = pages_and_indexed(name)
+    held["indexed"], held["pages"] = indexed_and_pages(name)
     if with_index:
         held.update(index(name, held["indexed"]))
     return held
@@ -466,20 +497,10 @@ def overview():
         })
     return {"batches": batches, "documents": documents}
 
-def page_counts(names, seconds):
-    """Pages, and pages indexed, of as many of these batches as can be counted in time."""
-    until = time.monotonic() + seconds
-    counts = {}
-    for name in names:
-        if time.monotonic() > until:
-            break
-        counts[name] = pages_and_indexed(name)
-    return counts
-
-def pages_and_indexed(name):
+def indexed_and_pages(name):
     pages = Page.objects.filter(issue__batch_id=name)
     found = pages.aggregate(pages=Count("pk"), indexed=Count("pk", filter=Q(indexed=True)))
-    return found["pages"], found["indexed"]
+    return found["indexed"], found["pages"]
 
 def place(name):
     """What a load of a batch needs: its awardee, and the folder for a link to its files."""
@@ -567,8 +588,6 @@ def forget_documents(name):
     solr.delete(q='batch:"%s"' % name)
     solr.commit()
     print("deleted the documents of", name, flush=True)
-
-globals()[TASK](*WORDS)
 '''
 
 
@@ -586,7 +605,6 @@ class OpenONI:
         }
         self._asking = threading.Lock()
         self._child = None  # the manage.py shell that answers
-        self._number = 0  # of the newest question
 
     def start(self, *words, **options):
         """manage.py with `words`, in a session of its own, so that it outlives the agent.
@@ -602,56 +620,38 @@ class OpenONI:
             return subprocess.Popen(
                 [*program, *words],
                 cwd=self.location,
-                env=self.environment,
                 start_new_session=True,
-                **{"stdin": subprocess.DEVNULL, **options},
+                **{"stdin": subprocess.DEVNULL, "env": self.environment, **options},
             )
         except OSError as error:
             kind = Scarce if error.errno in SCARCE else CouldNotStart
             raise kind(f"couldn't run {manage}: {error}") from error
 
     def start_task(self, task, *words, **options):
-        """A manage.py shell that runs one function of INSIDE_ONI, which it reads from its stdin."""
-        code = f"import sys; exec(sys.stdin.read(), {dict(TASK=task, WORDS=words)!r})"
-        with open(os.memfd_create("inside_oni"), "w+", encoding="utf-8") as program:
-            program.write(
-                f"SHELL_SECONDS, SOLR_SECONDS = {SHELL_SECONDS}, {SOLR_SECONDS}\n{INSIDE_ONI}"
-            )
-            program.seek(0)
-            return self.start("shell", "-c", code, stdin=program, **options)
+        """A manage.py shell that runs one function of INSIDE_ONI."""
+        limits = f"SHELL_SECONDS, SOLR_SECONDS = {SHELL_SECONDS}, {SOLR_SECONDS}"
+        program = f"{limits}\n{INSIDE_ONI}\n{task}(*{words!r})"
+        environment = {**self.environment, "INSIDE_ONI": program}
+        code = "import os; exec(os.environ.pop('INSIDE_ONI'), {})"  # short, for ps
+        return self.start("shell", "-c", code, env=environment, **options)
 
     def check(self):
-        """What `manage.py check` says of ONI's settings. Raises Problem.
-
-        It asks neither database nor Solr.
-        """
-        with self.start("check", stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-            try:
-                printed = process.communicate(timeout=PATIENT_SECONDS)[0]
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                raise Problem(f"manage.py check did not end within {PATIENT_SECONDS} s") from None
-        last = last_line(printed)
-        if process.returncode:
-            raise Problem(f"manage.py check ended with exit status {process.returncode}: {last}")
-        return last
+        """What `manage.py check` says of ONI's settings. Raises Problem."""
+        return self.ask("check", within=PATIENT_SECONDS)
 
     def ask(self, question, *words, within=ANSWER_SECONDS):
         """What a function of INSIDE_ONI answers. Raises Problem, after `within` seconds at most.
 
         A manage.py shell is kept warm for it: its first answer takes half a second, later ones
-        milliseconds. It ends by itself at a question's deadline, and after SHELL_SECONDS idle.
+        milliseconds. It ends at a question that takes too long, and after SHELL_SECONDS idle.
         """
         until = time.monotonic() + within
         late = Problem(f"Open ONI did not answer within {within:g} s")
         if not self._asking.acquire(timeout=within):
             raise late
         try:
-            reply = self._reply(until, question, *words)
+            reply = self._reply([question, *words], until)
         except socket.timeout:
-            # A child that is not older may still be starting.
-            if time.monotonic() - self._born > PATIENT_SECONDS:
-                self._end_child()
             raise late from None
         except OSError as error:  # no descriptor to be had, say
             raise Scarce(f"Open ONI cannot be asked: {error}") from error
@@ -661,43 +661,50 @@ class OpenONI:
             raise Problem(f"Open ONI cannot answer: {reply['error']}")
         return reply["answer"]
 
-    def _reply(self, until, *question):
-        if self._child and self._child.poll() is None:
-            with contextlib.suppress(ConnectionError):  # it has died since its last answer
-                return self._exchange(until, *question)
+    def _reply(self, question, until):
+        if self._child:
+            with contextlib.suppress(ConnectionError):  # it has ended since its last answer
+                return self._exchange(question, until)
         self._end_child()
         self._begin_child()
         try:
-            return self._exchange(until, *question)
+            return self._exchange(question, until)
         except ConnectionError:
             self._stderr.seek(0)
             said = last_line(self._stderr.read()) or "manage.py shell ended"
             raise Problem(f"Open ONI cannot be asked: {said}") from None
 
-    def _exchange(self, until, *question):
-        """Sends a question and waits for its answer; one to an earlier question came too late."""
-        self._number += 1
-        self._stderr.seek(0)
-        self._stderr.truncate()
+    def _exchange(self, question, until):
+        """Sends a question and waits for its answer. Raises ConnectionError, socket.timeout."""
+        self._wait_until_ready(until)
+        self._stderr.truncate(0)
         self._channel.settimeout(max(0.01, until - time.monotonic()))
-        self._channel.sendall(json.dumps([self._number, until, *question]).encode() + b"\n")
-        while True:
-            while b"\n" not in self._heard:
-                self._channel.settimeout(max(0.01, until - time.monotonic()))
-                data = self._channel.recv(CHUNK)
-                if not data:
-                    raise ConnectionError
-                self._heard += data
-            line, _, self._heard = self._heard.partition(b"\n")
-            reply = json.loads(line)
-            if reply["number"] == self._number:
-                return reply
+        try:
+            self._channel.sendall(json.dumps(question).encode() + b"\n")
+            line = self._replies.readline()
+        except socket.timeout:
+            self._end_child()  # else its answer would be taken for the next one's
+            raise
+        if not line:
+            raise ConnectionError
+        return json.loads(line)
+
+    def _wait_until_ready(self, until):
+        if self._ready:
+            return
+        if time.monotonic() - self._born > PATIENT_SECONDS:
+            raise ConnectionError  # it hangs
+        self._channel.settimeout(max(0.01, until - time.monotonic()))
+        self._ready = self._channel.recv(1)
+        if not self._ready:
+            raise ConnectionError
 
     def _begin_child(self):
         self._born = time.monotonic()
-        self._heard = b""
+        self._ready = b""
         self._channel, theirs = socket.socketpair()
-        self._stderr = open(os.memfd_create("stderr"), "w+b", buffering=0)
+        self._replies = self._channel.makefile("rb")
+        self._stderr = open(os.memfd_create("stderr"), "a+b", buffering=0)
         # In a socket pair nothing that site code prints gets between question and answer.
         with theirs:
             self._child = self.start_task(
@@ -720,6 +727,7 @@ class OpenONI:
             # A hung file system may hold it for ever.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._child.wait(1)
+            self._replies.close()
             self._channel.close()
             self._stderr.close()
             self._child = None
@@ -1084,90 +1092,6 @@ def check_files(folder, progress):
     return found
 
 
-def marc_lccns(file):
-    """The LCCNs (010 $a, blanks removed) of the MARC records anywhere in an XML file.
-
-    As ONI finds them. Raises Problem.
-    """
-    reader = MarcReader()
-    try:
-        reader.read(file)
-    except (ExpatError, LookupError, ValueError) as error:
-        raise Problem(str(error)) from error
-    if not reader.lccns:
-        raise Problem("there is no MARC record in it")
-    if not all(reader.lccns):
-        raise Problem(
-            "there is a MARC record without an LCCN (010 $a) in it, which Open ONI would not store"
-        )
-    return reader.lccns
-
-
-class MarcReader:
-    """Finds the LCCNs in an XML file, and keeps nothing else of it.
-
-    A hostile file can make a gigabyte, or minutes, of anything that grows with it: a tree, the
-    elements that are open, names, entities, a tag without end. Each has a bound here.
-    """
-
-    def __init__(self):
-        self.lccns = []
-        self._open = []  # the elements around this place: name, and tag or code
-        self._records = []  # of them, the records: what is known of each
-        self._names = set()  # all that have come; expat keeps them for ever
-        self._text = ""
-        self._parser = ParserCreate(namespace_separator=" ")
-        self._parser.StartDoctypeDeclHandler = self._doctype
-        self._parser.StartNamespaceDeclHandler = lambda prefix, _: self._learn([prefix or ""])
-        self._parser.StartElementHandler = self._start
-        self._parser.EndElementHandler = self._end
-        self._parser.CharacterDataHandler = self._read_text
-
-    def read(self, file):
-        """Reads a file. Raises Problem, ExpatError, LookupError, ValueError."""
-        size = 0
-        for data in iter(lambda: file.read(CHUNK), b""):
-            size += len(data)
-            self._parser.Parse(data)
-            if size - self._parser.CurrentByteIndex > MAX_TAG:
-                raise Problem(f"it has a tag of more than {MAX_TAG >> 10} KiB")
-        self._parser.Parse(b"", True)
-
-    def _doctype(self, *_):
-        raise Problem("a DOCTYPE is not allowed")  # a few entities make gigabytes of text
-
-    def _learn(self, names):
-        self._names.update(names)
-        if len(self._names) > 1000:
-            raise Problem("it has more than 1,000 different names")
-
-    def _start(self, name, attributes):
-        self._learn([name, *attributes])
-        if len(self._open) >= 100:
-            raise Problem("it is nested too deeply")
-        name = name.rpartition(" ")[2]
-        attribute = {"datafield": "tag", "subfield": "code"}.get(name, "")
-        self._open.append(name + attributes.get(attribute, ""))
-        self._text = ""
-        if name == "record":
-            self._records.append({})
-        elif name == "datafield" and self._open[-2:-1] == ["record"]:
-            self._records[-1]["fields"] = True
-
-    def _read_text(self, text):
-        if self._open[-1] == "subfielda":
-            self._text = (self._text + text)[:100]
-
-    def _end(self, name):
-        if self._open[-3:] == ["record", "datafield010", "subfielda"]:
-            lccn = re.sub(r"\s", "", self._text).rstrip("/:,")  # as ONI cleans it
-            self._records[-1].setdefault("lccn", lccn)
-        if self._open.pop() == "record":
-            record = self._records.pop()
-            if "fields" in record:
-                self.lccns.append(record.get("lccn", ""))
-
-
 class Patch:
     """The batch that instructions make of the batch in `old`.
 
@@ -1332,8 +1256,8 @@ CHECKS = futures.ThreadPoolExecutor(2, "checks")  # the same, for reading whole 
 
 
 def in_time(look, within=ANSWER_SECONDS, pool=FILES, meanwhile=lambda: None):
-    """What `look` returns, which reads batches. Raises Problem when their file system refuses, or
-    does not answer within so many seconds: only a thread of the pool then hangs, not the caller.
+    """What the function `look` returns, which reads batches. Raises Problem when their file system
+    refuses, or does not answer within so many seconds: only a thread of the pool then hangs.
 
     `meanwhile` is called every second and may raise.
     """
@@ -1343,9 +1267,9 @@ def in_time(look, within=ANSWER_SECONDS, pool=FILES, meanwhile=lambda: None):
     except RuntimeError as error:
         raise Scarce(str(error)) from error  # no thread to be had
     try:
-        while not futures.wait([future], min(1, within)).done:
+        while not futures.wait([future], min(1, until - time.monotonic())).done:
             meanwhile()
-            if time.monotonic() > until:
+            if time.monotonic() >= until:
                 raise Problem(f"the file system of the batches did not answer within {within:g} s")
         return future.result()
     except OSError as error:
@@ -1360,28 +1284,36 @@ class Glance:
     """Makes an answer in the background, every PROGRESS_SECONDS at most, however many ask."""
 
     def __init__(self, make):
-        self._make = make
-        self._pool = futures.ThreadPoolExecutor(1, "glance")  # which nothing else can fill
+        self._make = make  # a function that returns a dict
+        self._pool = futures.ThreadPoolExecutor(1, "glance")
         self._lock = threading.Lock()
-        self._begun = 0.0
         self._words = ()  # that the newest question was about
-        # The newest question, after the last that was answered.
-        self._asked = []
+        self._answer = {}
+        self._due = 0.0  # when `make` may be called again
+        self._asked = futures.Future()
 
     def __call__(self, *words):
         """What `make` has last answered; {} if it has not yet, or could not."""
         with self._lock:
             if words != self._words:
-                self._asked = []
-            old = time.monotonic() - self._begun > PROGRESS_SECONDS
-            if not self._asked or (self._asked[-1].done() and old):
                 self._words = words
-                self._begun = time.monotonic()
-                self._asked = [*self._asked[-1:], self._pool.submit(self._make, *words)]
+                self._answer = {}
+                self._due = 0.0
+            if time.monotonic() >= self._due:
+                self._due = float("inf")
+                self._asked = self._pool.submit(self._look, words)
             asked = self._asked
-        futures.wait(asked[-1:], 1)
-        answered = [each for each in asked if each.done() and not each.exception()]
-        return answered[-1].result() if answered else {}
+        futures.wait([asked], 1)
+        return self._answer
+
+    def _look(self, words):
+        answer = {}
+        with contextlib.suppress(Problem, OSError):
+            answer = self._make(*words)
+        with self._lock:
+            if words == self._words:
+                self._answer = answer
+                self._due = time.monotonic() + PROGRESS_SECONDS
 
 
 class RememberedCounts:
@@ -1400,15 +1332,15 @@ class RememberedCounts:
                 self._known = dict(known)
 
     def get(self, what, key):
-        """The counts that were put under this key, if it is the newest."""
+        """The list of counts that was put under this key, if it is the newest; else None."""
         known, counts = self._known.get(what, (None, None))
         return counts if known == key else None
 
-    def put(self, found):
-        """Keeps counts, [key, counts] each."""
+    def put(self, what, key, counts):
+        """Keeps a list of counts."""
         with self._lock, contextlib.suppress(OSError):
-            if any(self._known.get(what) != kept for what, kept in found.items()):
-                self._known.update(found)
+            if self.get(what, key) != counts:
+                self._known[what] = [key, counts]
                 self._path.write_text(json.dumps([VERSION, self._known]))
 
 
@@ -1527,16 +1459,33 @@ class Site:
     def __init__(self, settings, oni, counts):
         self.source = settings.batch_source
         self.oni = oni
-        self._remembered_counts = counts
+        self._marc_reader = OpenONI(oni.location, oni.environment)
+        self._remembered = counts
+        self._counting = futures.ThreadPoolExecutor(1, "counting")
         self.progress = Glance(self._ask_progress)  # of the batch that is being loaded
         self.health = Glance(self._ask_health)  # whether ONI answers
-        self._to_count = queue.SimpleQueue()
 
     def folder(self, name):
         """Where the batch `name` lies, or would. Raises Problem unless it is a batch's name."""
         if not BATCH_NAME.fullmatch(name):
             raise Problem(f'"{name}" is not a batch name: Open ONI takes batch_AWARDEE_NAME_verNN')
         return self.source / name
+
+    def lccns(self, path):
+        """The LCCNs of the MARC records in a file. Raises Problem where ONI could not store one."""
+        ask = self._marc_reader.ask
+        try:
+            found, problem = ask("lccns", str(path), MAX_MARC_MEMORY, within=PATIENT_SECONDS)
+        finally:
+            self._marc_reader.close()
+        if not found:
+            raise Problem(problem or "there is no MARC record in it")
+        if not all(found):
+            raise Problem(
+                "there is a MARC record without an LCCN (010 $a) in it, which Open ONI would not"
+                " store"
+            )
+        return found
 
     def batch(self, name, within=ANSWER_SECONDS):
         """What ONI holds of a batch now. Raises Problem if the database cannot be asked."""
@@ -1555,21 +1504,24 @@ class Site:
 
     def _look_at_files(self, state):
         state.on_disk = (self.source / state.name).is_dir()
-        state.files = self._count(self._files_of(state))
+        state.files = self._count_files(self._files_of(state))
 
     def _files_of(self, state):
         """A batch's folder in BATCH_SOURCE, or else the one from which ONI has loaded it."""
         return (self.source if state.on_disk else Path(state.storage)) / state.name
 
-    def _count(self, folder):
+    def _count_files(self, folder):
         """Counts the files of a batch, and remembers it for list-batches. Raises Problem."""
         key = listing_key(folder)
         counts = count_files(folder)
         if key and counts.pages is not None:
-            self._remembered_counts.put(
-                {f"files of {folder.name}": [key, list(dataclasses.astuple(counts))]}
-            )
+            self._remembered.put(f"files of {folder.name}", key, [*dataclasses.astuple(counts)])
         return counts
+
+    def _remembered_files(self, folder):
+        """What was counted of a batch's files, unless the file of its issues has changed."""
+        counts = self._remembered.get(f"files of {folder.name}", listing_key(folder))
+        return Counts(*counts) if counts else None
 
     def _ask_health(self):
         try:
@@ -1580,7 +1532,7 @@ class Site:
     def _ask_progress(self, name):
         held = self.oni.ask("batch", name, False, within=PATIENT_SECONDS)
         folder = self.source / name
-        counts = self._remembered(folder) or self._count(folder)
+        counts = self._remembered_files(folder) or self._count_files(folder)
         return {
             "issues_loaded": held["issues"],
             "issues": counts.issues,
@@ -1588,30 +1540,23 @@ class Site:
             "pages": counts.pages,
         }
 
-    def _remembered(self, folder):
-        """What was counted of a batch's files, unless the file of its issues has changed."""
-        counts = self._remembered_counts.get(f"files of {folder.name}", listing_key(folder))
-        return Counts(*counts) if counts else None
-
     def batches(self):
         """What is quickly told of every batch, in BATCH_SOURCE or ONI; the rest is None.
 
-        What could not be counted in time is counted by and by, for the next time. Raises Problem.
+        What cannot be counted in LIST_SECONDS is there the next time. Raises Problem.
         """
         names = in_time(lambda: os.listdir(self.source))
         overview = self.oni.ask("overview")
         states = {row["name"]: BatchState(**row) for row in overview["batches"]}
         for name in filter(BATCH_NAME.fullmatch, names):
             states.setdefault(name, BatchState(name, pages=0)).on_disk = True
-        to_count = []
-        with contextlib.suppress(Problem):
-            to_count = in_time(lambda: self._recall_files(states.values()))
-        if not self._recall_pages([state for state in states.values() if state.row]):
-            to_count.append(self.batches)
-        if self._to_count.empty():
-            for count in to_count:
-                self._to_count.put(count)
         listed = sorted(states.values(), key=lambda state: state.name)
+        with contextlib.suppress(Problem):
+            in_time(lambda: self._recall(listed))
+        missing = [state for state in listed if state.files is None or state.pages is None]
+        if missing:
+            with contextlib.suppress(Problem):  # it goes on, and is remembered
+                in_time(lambda: self._count(missing), LIST_SECONDS, self._counting)
         for state in listed:
             if not state.row and overview["documents"] is not None:
                 state.documents = overview["documents"].get(state.name, 0)
@@ -1619,76 +1564,56 @@ class Site:
                 state.lost = 0 if state.documents == state.indexed else None
         return listed
 
-    def _recall_files(self, states):
-        """Adds what each batch's files name, from memory; returns what counts the others."""
-        to_count = []
-        until = time.monotonic() + LIST_SECONDS
+    def _recall(self, states):
+        """Adds what is remembered of the files and pages of batches."""
         for state in states:
-            if time.monotonic() > until:
-                break
-            folder = self._files_of(state)
-            state.files = self._remembered(folder)
-            if not state.files:
-                to_count.append(functools.partial(self._count, folder))
-        return to_count
-
-    def _recall_pages(self, states):
-        """Adds the pages of batches in ONI, from memory or counted; whether there was time."""
-        unknown = {}
-        for state in states:
-            counts = self._remembered_counts.get(f"pages of {state.name}", state.rows_key)
+            state.files = self._remembered_files(self._files_of(state))
+            counts = self._remembered.get(f"pages of {state.name}", state.rows_key)
             if counts:
-                state.pages, state.indexed = counts
-            else:
-                unknown[state.name] = state
-        counted = self.oni.ask("page_counts", list(unknown), LIST_SECONDS)
-        found = {}
-        for name, counts in counted.items():
-            state = unknown[name]
-            state.pages, state.indexed = counts
-            if state.ended_well:
-                found[f"pages of {name}"] = [state.rows_key, counts]
-        self._remembered_counts.put(found)
-        return len(counted) == len(unknown)
+                state.indexed, state.pages = counts
 
-    def count_by_and_by(self):
-        """Counts what list-batches had no time for; for a thread of its own."""
-        while True:
-            count = self._to_count.get()
+    def _count(self, states):
+        """Counts the files and pages of batches. Whoever asked may have left with what there is."""
+        for state in states:
             with contextlib.suppress(Problem, OSError):
-                count()
-            time.sleep(TICK)  # others have questions, too
+                self._recall([state])
+                if state.pages is None:
+                    counts = self.oni.ask("indexed_and_pages", state.name)
+                    if state.ended_well:
+                        self._remembered.put(f"pages of {state.name}", state.rows_key, counts)
+                    state.indexed, state.pages = counts  # in this order: see rows_whole
+                if state.files is None:
+                    state.files = self._count_files(self._files_of(state))
+            time.sleep(0.001)  # others have questions, too
 
     def check(self, name, progress, go_on):
-        """What would go wrong with a load of a batch; ONI is only asked. Raises Problem."""
+        """What would go wrong with a load of a batch, as Findings. Raises Problem.
+
+        ONI is only asked. `progress` is told of issues done and issues in all; `go_on` may raise.
+        """
         folder = self.folder(name)
-        abandoned = threading.Event()
 
         def tell(done, issues):
-            if abandoned.is_set():
-                raise Cancelled  # nobody waits for it any more
+            go_on()
             progress(done, issues)
 
-        try:
-            found = in_time(lambda: check_files(folder, tell), CHECK_SECONDS, CHECKS, go_on)
-        finally:
-            abandoned.set()
+        found = in_time(lambda: check_files(folder, tell), CHECK_SECONDS, CHECKS, go_on)
         try:
             self.check_place(name)
         except Problem as problem:
             found.faults.append({"file": name, "fault": str(problem)})
+        listing = batch_file(folder).name
         lccns = sorted(filter(None, found.lccns))
         titles = self.oni.ask("titles_to_fetch", lccns, within=PATIENT_SECONDS)
         for lccn, (url, wrong) in titles.items():
             found.titles[lccn] = url
             if wrong:
                 text = f"ONI does not have the title {lccn}, nor has {url}: {wrong}"
-                found.faults.append({"file": batch_file(folder).name, "fault": text})
-        for lccn, date, edition, other in self.oni.ask(
-            "other_holders", name, found.issues, within=PATIENT_SECONDS
-        ):
+                found.faults.append({"file": listing, "fault": text})
+        others = self.oni.ask("other_holders", name, found.issues, within=PATIENT_SECONDS)
+        for lccn, date, edition, other in others:
             text = f"{other} holds {lccn} {date} edition {edition}, too"
-            found.warnings.append({"file": batch_file(folder).name, "warning": text})
+            found.warnings.append({"file": listing, "warning": text})
         return found
 
     def check_place(self, name):
@@ -2522,15 +2447,13 @@ class LoadTitle(Kind):
     takes_input = True
 
     def check(self, given=None):
-        with open(given, "rb") as file:
-            marc_lccns(file)
+        self.site.lccns(given)
 
     def bring(self, work):
         work.manage("load_titles", str(work.input.parent))
 
     def verify(self, work):
-        with open(work.input, "rb") as file:
-            lccns = marc_lccns(file)
+        lccns = self.site.lccns(work.input)
         ask = self.site.oni.ask
         missing = [lccn for lccn in lccns if not ask("title", lccn, within=PATIENT_SECONDS)]
         stored = any(line.endswith("ERRORS: 0") for line in work.log.complaints())
@@ -4424,7 +4347,6 @@ def main():
     gc.freeze()  # what is there by now stays, and need not be looked at
     agent = server.agent
     agent.queue.start()
-    threading.Thread(target=agent.site.count_by_and_by, daemon=True).start()
     threading.Thread(target=look_once, args=(agent.site.oni,), daemon=True).start()
     tell_systemd("READY=1")
     server.serve(stop)

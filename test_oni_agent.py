@@ -2,7 +2,7 @@
 # /// script
 # requires-python = ">=3.9"
 # dependencies = [
-#     "paramiko>=2.12", "django>=3.2", "lxml", "pysolr",
+#     "paramiko>=2.12", "django>=3.2", "lxml", "pymarc", "pysolr",
 #     "pytest", "pytest-xdist", "hypothesis", "ssh-audit",
 # ]
 # ///
