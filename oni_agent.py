@@ -31,8 +31,8 @@ no command at all) the answers are text. Settings come from the environment:
   DB_CONNECTION    accepted for old units, not needed: ONI's own settings are used
 
 To add a command, write a function cmd_… under "commands". To add a kind of job, write a class under
-"kinds of job" and enter it in KINDS. To add a setting, add it to OWN_VARIABLES, to Settings and to
-the list above.
+"kinds of job" and enter it in KINDS. To add a setting, write its reader under "settings", and
+enter it in OWN_VARIABLES and in the list above.
 """
 
 from __future__ import annotations
@@ -208,57 +208,6 @@ def while_scarce(action):
 
 # ---------------------------------------------------------------- settings
 
-OWN_VARIABLES = (
-    "ONI_LOCATION",
-    "BATCH_SOURCE",
-    "BA_BIND",
-    "STATE_DIRECTORY",
-    "HOST_KEY_FILE",
-    "ALLOW_FROM",
-    "AUTHORIZED_KEYS",
-    "ON_FINISH",
-    "LOG_LEVEL",
-    "DB_CONNECTION",
-)
-
-
-class Settings:
-    """What an administrator tells the agent in `environ`, checked.
-
-    Raises Problem with one sentence for each thing that is wrong, all of them at once.
-    """
-
-    def __init__(self, environ):
-        problems = []
-
-        def read(name, reader, default=""):
-            try:
-                return reader(environ.get(name) or default)
-            except ValueError as error:
-                problems.append(f"{name} {error}")
-            except (OSError, RuntimeError) as error:  # RuntimeError: no home for ~
-                problems.append(f"{name} cannot be used: {error}")
-
-        home = environ.get("HOME") or "~"
-        states = environ.get("XDG_STATE_HOME") or os.path.join(home, ".local", "state")
-        self.oni_location = read("ONI_LOCATION", oni_folder)
-        self.batch_source = read("BATCH_SOURCE", existing_folder)
-        self.ba_bind = read("BA_BIND", bind_address, "127.0.0.1:2222")
-        self.state_directory = read(
-            "STATE_DIRECTORY", state_folder, os.path.join(states, "oni-agent")
-        )
-        self.host_key_file = read(
-            "HOST_KEY_FILE", lambda value: key_path(value, self.state_directory)
-        )
-        self.allow_from = read("ALLOW_FROM", networks)
-        self.authorized_keys = read("AUTHORIZED_KEYS", readable_file)
-        self.on_finish = read("ON_FINISH", lambda value: readable_file(value, os.X_OK))
-        self.log_level = read("LOG_LEVEL", known_log_level, "info")
-        self.db_connection = bool(environ.get("DB_CONNECTION"))
-        if problems:
-            raise Problem(*problems)
-
-
 # Readers of one setting each; they raise ValueError, or an OSError.
 
 
@@ -282,8 +231,9 @@ def oni_folder(value):
 
 def state_folder(value):
     """`value` as the path of a folder that the agent can write to, or make."""
-    # systemd may name several, separated by colons.
-    path = Path(value.split(":")[0]).expanduser().resolve()
+    states = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    first = value.split(":")[0]  # systemd may name several
+    path = Path(first or f"{states}/oni-agent").expanduser().resolve()
     place = nearest_folder(path)
     if not os.access(place, os.W_OK | os.X_OK):
         raise ValueError(f"is {value!r}, and the agent's user cannot write to {place}")
@@ -328,30 +278,69 @@ def networks(value):
     return found
 
 
-def readable_file(value, access=os.R_OK):
-    """The absolute path of a file that allows this access, if one is named."""
+def readable_file(value):
+    """The absolute path of a file that can be read, if one is named."""
     path = Path(value).resolve()
-    if value and not (path.is_file() and os.access(path, access)):
-        wanted = "read" if access == os.R_OK else "executed"
-        raise ValueError(f"is {value!r}, not a file that can be {wanted}")
+    if value and not (path.is_file() and os.access(path, os.R_OK)):
+        raise ValueError(f"is {value!r}, not a file that can be read")
     return path if value else None
 
 
-def key_path(value, state):
-    """`value` as an absolute path, in a folder that exists; else `host_key` in the state folder."""
-    if not value:
-        return state and state / "host_key"
-    path = Path(value).expanduser().resolve()
-    if not os.path.lexists(path) and path.parent != state and not path.parent.is_dir():
-        raise ValueError(f"is {value!r}, in a folder that does not exist")
+def program(value):
+    """The absolute path of a program, if one is named."""
+    path = readable_file(value)
+    if path and not os.access(path, os.X_OK):
+        raise ValueError(f"is {value!r}, not a file that can be executed")
     return path
 
 
-def known_log_level(value):
+def key_path(value):
+    """The absolute path of a file that is there or can be made, if one is named."""
+    path = Path(value).expanduser().resolve()
+    if not os.path.lexists(path) and not path.parent.is_dir():
+        raise ValueError(f"is {value!r}, in a folder that does not exist")
+    return path if value else None
+
+
+def log_level(value):
     """`value` as logging writes it."""
     if value.lower() not in ("debug", "info", "warning", "error"):
         raise ValueError(f"is {value!r}; write debug, info, warning or error")
     return value.upper()
+
+
+OWN_VARIABLES = {  # the name of each, its reader, and what stands for it where it is not set
+    "ONI_LOCATION": (oni_folder, ""),
+    "BATCH_SOURCE": (existing_folder, ""),
+    "BA_BIND": (bind_address, "127.0.0.1:2222"),
+    "STATE_DIRECTORY": (state_folder, ""),
+    "HOST_KEY_FILE": (key_path, ""),
+    "ALLOW_FROM": (networks, ""),
+    "AUTHORIZED_KEYS": (readable_file, ""),
+    "ON_FINISH": (program, ""),
+    "LOG_LEVEL": (log_level, "info"),
+    "DB_CONNECTION": (bool, ""),  # whether it is set: it is not needed, and secret
+}
+
+
+class Settings:
+    """What an administrator tells the agent in `environ`: `.ba_bind` for BA_BIND, and so on.
+
+    Raises Problem with one sentence for each thing that is wrong, all of them at once.
+    """
+
+    def __init__(self, environ):
+        problems = []
+        for name, (reader, default) in OWN_VARIABLES.items():
+            try:
+                setattr(self, name.lower(), reader(environ.get(name) or default))
+            except ValueError as error:
+                problems.append(f"{name} {error}")
+            except (OSError, RuntimeError) as error:  # RuntimeError: no home for ~
+                problems.append(f"{name} cannot be used: {error}")
+        if problems:
+            raise Problem(*problems)
+        self.host_key_file = self.host_key_file or self.state_directory / "host_key"
 
 
 # ---------------------------------------------------------------- Open ONI
@@ -1287,33 +1276,25 @@ class Glance:
         self._make = make  # a function that returns a dict
         self._pool = futures.ThreadPoolExecutor(1, "glance")
         self._lock = threading.Lock()
-        self._words = ()  # that the newest question was about
-        self._answer = {}
-        self._due = 0.0  # when `make` may be called again
-        self._asked = futures.Future()
+        self._asked = None  # the newest question, a future
+        self._words = ()  # that it is about
+        self._due = 0.0  # when the next may be asked
+        self._answers = {}  # the newest answer, by its words
 
     def __call__(self, *words):
         """What `make` has last answered; {} if it has not yet, or could not."""
         with self._lock:
-            if words != self._words:
+            due = words != self._words or time.monotonic() >= self._due
+            if due and (self._asked is None or self._asked.done()):
                 self._words = words
-                self._answer = {}
-                self._due = 0.0
-            if time.monotonic() >= self._due:
-                self._due = float("inf")
+                self._due = time.monotonic() + PROGRESS_SECONDS
                 self._asked = self._pool.submit(self._look, words)
-            asked = self._asked
-        futures.wait([asked], 1)
-        return self._answer
+        futures.wait([self._asked], 1)
+        return self._answers.get(words, {})
 
     def _look(self, words):
-        answer = {}
         with contextlib.suppress(Problem, OSError):
-            answer = self._make(*words)
-        with self._lock:
-            if words == self._words:
-                self._answer = answer
-                self._due = time.monotonic() + PROGRESS_SECONDS
+            self._answers = {words: self._make(*words)}
 
 
 class RememberedCounts:
@@ -1656,18 +1637,13 @@ def listing_key(folder):
     return None
 
 
-def nearly(word, words):
-    """A question that suggests what a wrong word may mean: a word that differs in two letters.
+def nearly(word, words, likeness=0.85):
+    """A question that suggests what a wrong word may mean: one that is so like it, if any.
 
-    A share of the whole would not do: names of batches begin and end alike.
+    Names of batches begin and end alike, and so must be more alike than other words.
     """
-
-    def difference(other):
-        steps = difflib.SequenceMatcher(None, word, other, autojunk=False).get_opcodes()
-        return sum(max(b - a, d - c) for tag, a, b, c, d in steps if tag != "equal")
-
-    closest = min(words, key=difference, default="")
-    return f'; did you mean "{closest}"?' if closest and difference(closest) <= 2 else ""
+    closest = difflib.get_close_matches(word, words, 1, likeness)
+    return f'; did you mean "{closest[0]}"?' if closest else ""
 
 
 # ---------------------------------------------------------------- jobs and their store
@@ -2888,7 +2864,7 @@ def answer(agent, words, read_input, check_client):
             raise Refused("no command specified")
         function = COMMANDS.get(words[0])
         if not function:
-            hint = f"see help{nearly(words[0], COMMANDS)}"
+            hint = f"see help{nearly(words[0], COMMANDS, 0.7)}"
             raise Refused(f'"{words[0]}" is not a valid command name', error=hint)
         request = Request(agent, words, read_input, check_client)
         try:
@@ -3006,7 +2982,9 @@ def cmd_version(request):
 def cmd_help(request, name=""):
     """Lists the commands, or tells of one."""
     if name and name not in COMMANDS:
-        raise Refused(f'"{name}" is not a valid command name', error=nearly(name, COMMANDS)[2:])
+        raise Refused(
+            f'"{name}" is not a valid command name', error=nearly(name, COMMANDS, 0.7)[2:]
+        )
     functions = [COMMANDS[name]] if name else COMMANDS.values()
     shown = []
     for function in functions:
