@@ -403,6 +403,8 @@ def lccns(path, most):
             pymarc.map_xml(enter, file)
         except xml.sax.SAXParseException as error:
             return [], "%s: line %d" % (error.getMessage(), error.getLineNumber())
+        except Exception as error:  # MemoryError, too
+            return [], "it cannot be read as MARC XML: %s %s" % (type(error).__name__, error)
     return found, ""
 
 def batch(name, with_index):
