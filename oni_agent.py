@@ -1506,6 +1506,10 @@ class Site:
         counts = self._remembered.get(f"files of {folder.name}", listing_key(folder))
         return Counts(*counts) if counts else None
 
+    def _known_files(self, folder):
+        """What was counted of a batch's files, or is counted now. Raises Problem."""
+        return self._remembered_files(folder) or self._count_files(folder)
+
     def _ask_health(self):
         try:
             return {"answers": True, "batches": self.oni.ask("batch_count")}
@@ -1514,8 +1518,7 @@ class Site:
 
     def _ask_progress(self, name):
         held = self.oni.ask("batch", name, False, within=PATIENT_SECONDS)
-        folder = self.source / name
-        counts = self._remembered_files(folder) or self._count_files(folder)
+        counts = self._known_files(self.source / name)
         return {
             "issues_loaded": held["issues"],
             "issues": counts.issues,
@@ -1559,14 +1562,12 @@ class Site:
         """Counts the files and pages of batches. Whoever asked may have left with what there is."""
         for state in states:
             with contextlib.suppress(Problem, OSError):
-                self._recall([state])
                 if state.pages is None:
                     counts = self.oni.ask("indexed_and_pages", state.name)
                     if state.ended_well:
                         self._remembered.put(f"pages of {state.name}", state.rows_key, counts)
                     state.indexed, state.pages = counts  # in this order: see rows_whole
-                if state.files is None:
-                    state.files = self._count_files(self._files_of(state))
+                state.files = self._known_files(self._files_of(state))
             time.sleep(0.001)  # others have questions, too
 
     def check(self, name, progress, go_on):

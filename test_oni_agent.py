@@ -6337,6 +6337,20 @@ def test_every_answer_about_a_batch_has_the_same_keys_and_says_the_same(agent):
     assert shown == in_list
 
 
+def test_what_list_batches_has_no_time_to_count_is_null_and_there_a_later_time(site):
+    for number in range(20):
+        site.batch(f"batch_oru_many{number}_ver01", issues=20)
+    hurry(site, LIST_SECONDS=0.001)
+    first = site.call("list-batches")["batches"]
+    assert len(first) == 20
+    assert None in [batch["pages_in_mets"] for batch in first]
+    assert {batch["state"] for batch in first} == {"absent"}
+    counted = lambda: [batch["pages_in_mets"] for batch in site.call("list-batches")["batches"]]
+    until(lambda: counted() == [40] * 20)
+    site.restart()
+    assert counted() == [40] * 20  # it is remembered
+
+
 @pytest.mark.parametrize("how", ["down", "failing", "hanging"])
 def test_without_solr_the_rest_is_told_within_the_deadline(site, how):
     hurry(site, SOLR_SECONDS=1)
