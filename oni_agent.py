@@ -3223,6 +3223,8 @@ def cmd_board(request):
 
 # ---------------------------------------------------------------- presentation
 
+# Answers become lines for a person: pairs of a text and a word, which may give it a colour.
+
 COLOURS = {
     SUCCESSFUL: 32,
     "complete": 32,
@@ -3241,7 +3243,7 @@ def plain(text):
     """Text whose control characters are shown, and do nothing to a terminal."""
     return "".join(
         character if character.isprintable() else f"\\x{ord(character):02x}"
-        for character in str(text).replace("\t", "    ")
+        for character in text.replace("\t", "    ")
     )
 
 
@@ -3254,11 +3256,6 @@ def display_width(text):
     return width
 
 
-def fits(text, width):
-    """Whether a text takes no more columns; a very long one is not even measured."""
-    return len(text) <= width and display_width(text) <= width
-
-
 def beginning(text, width):
     """As much of a text as so many columns hold."""
     text = text[:width]
@@ -3267,39 +3264,33 @@ def beginning(text, width):
     return text
 
 
-def cut(text, width):
-    """A text cut to so many columns, with a sign that it was."""
-    return text if fits(text, width) else beginning(text, width - 1) + "…"
+def wrapped(text, width):
+    """A text on as many lines as it takes, the later ones indented as the first is.
 
-
-def padded(text, width):
-    """A text of exactly so many columns."""
-    text = cut(text, width)
-    return text + " " * (width - display_width(text))
-
-
-def wrapped(text, width, indent=""):
-    """A sentence on as many lines as it takes; a path that is longer than a line is broken."""
-    room = width - len(indent)
-    lines = [""]
-    for word in plain(text).split(" "):
-        if lines[-1] and not fits(f"{lines[-1]} {word}", room):
-            lines.append("")
-        while not fits(word, room):
-            lines[-1] = beginning(word, room)
-            word = word[len(lines[-1]) :]
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    return [indent + line for line in lines]
+    A word, or a path, that is longer than a line is broken: nothing is cut off.
+    """
+    text = plain(text)
+    indent = text[: len(text) - len(text.lstrip(" "))][: width // 2]
+    lines = []
+    start = len(indent)
+    while start < len(text) or not lines:
+        end = start + len(beginning(text[start : start + width], width - len(indent)))
+        if end < len(text):
+            blank = text.rfind(" ", start + 1, end + 1)
+            end = blank if blank > 0 else end
+        lines.append(indent + text[start:end])
+        start = end
+        while text[start : start + 1] == " ":
+            start += 1
+    return lines
 
 
 def ago(stamp):
     """How long ago, and when: `12 min ago, 14:05`."""
     then = datetime.fromisoformat(stamp[:19] + "+00:00")
     seconds = max(0, time.time() - then.timestamp())
-    local = then.astimezone()
-    day = f"{local:%H:%M}" if seconds < 43200 else f"{local:%Y-%m-%d %H:%M}"
-    return f"{span(seconds)} ago, {day}"
+    form = "%H:%M" if seconds < 43200 else "%Y-%m-%d %H:%M"
+    return f"{span(seconds)} ago, {then.astimezone():{form}}"
 
 
 def span(seconds):
@@ -3310,14 +3301,145 @@ def span(seconds):
     return f"{int(seconds)} s"
 
 
+def answer_lines(keys):
+    """Any answer as lines."""
+    if keys["status"] == "error":
+        error = f": {keys['error']}" if keys.get("error") else ""
+        yield keys["message"] + error, "error"
+        return
+    if "message" in keys:
+        yield keys["message"], ""
+    if "version" in keys:
+        yield f"ONI Agent {keys['version']}", ""
+    if "commands" in keys:
+        yield from command_lines(keys["commands"])
+    if "job" in keys:
+        yield from job_lines(keys["job"])
+    for when, event in keys.get("events", []):
+        yield f"  {ago(when)}  {event}", ""
+    for word in ("fault", "warning"):
+        for each in keys.get(f"{word}s", []):
+            yield f"{word}: {each['file']}: {each[word]}", word
+    if "batches" in keys:
+        yield from batch_lines(keys["batches"])
+    if "jobs" in keys:
+        yield from table_lines(keys["jobs"], "There are no such jobs.")
+
+
+def command_lines(commands):
+    """One command in full, or a line for each."""
+    if len(commands) == 1:
+        [each] = commands
+        yield each["usage"], ""
+        yield f"    {each['help']}", ""
+        yield "", ""
+        yield f"    {each['example']}", ""
+        return
+    for each in commands:
+        yield f"{each['usage']:<30}  {each['help']}", ""
+    yield "", ""
+    yield "help COMMAND tells more of one", ""
+
+
+def job_lines(job):
+    """One job in full."""
+    if "words" in job:
+        yield from table_lines([job])
+    elif job["id"] > 0:
+        yield (
+            f"It is job {job['id']}: job-wait {job['id']} waits for its end, job-follow"
+            f" {job['id']} shows its log.",
+            "",
+        )
+    if job.get("ended"):
+        yield f"It took {span(job.get('seconds', 0))}.", ""
+    if "place" in job:
+        yield f"It is number {job['place']} in the queue.", ""
+    if "issues_loaded" in job:
+        yield progress_bar(job), ""
+    for stream in ("stdout", "stderr"):
+        for lines in job.get(stream, []):
+            yield from map(log_line, lines)
+
+
+def table_lines(jobs, if_none=""):
+    """A table of jobs, and under each that failed, why."""
+    for job in jobs:
+        when = ago(job.get("ended") or job.get("started") or job["queued"])
+        words = " ".join(job["words"])
+        yield f"{job['id']:>5}  {job['status']:<14}  {words:<38}  {when}", job["status"]
+        if job.get("error"):
+            yield f"       {job['error']}", ""
+    if not jobs:
+        yield if_none, ""
+
+
+def batch_lines(batches):
+    """A table of batches."""
+    yield f"{'state':<10}{'issues':<12}{'pages':<14}batch", ""
+    for batch in batches:
+        issues = fraction(batch["issues"], batch["issues_in_batch_xml"])
+        pages = fraction(batch["pages"], batch["pages_in_mets"])
+        yield f"{batch['state']:<10}{issues:<12}{pages:<14}{batch['name']}", batch["state"]
+
+
+def fraction(held, wanted):
+    """`3 of 4`; a question mark for what was not counted."""
+    return f"{'?' if held is None else held} of {'?' if wanted is None else wanted}"
+
+
+def log_line(line):
+    """A line of a job's log; a warning or an error stands out."""
+    # Programs need the parts of a second, to sort by.
+    line = re.sub(r"(?<=^\[.{19})\.\d{9}", "", line)
+    found = re.search(r"ERROR|WARNING|fault:|warning:", line)
+    return line, found[0].lower().rstrip(":") if found else ""
+
+
+def progress_bar(job):
+    """How far a load is: a bar, issues, pages a second and time left."""
+    pages = job["pages_loaded"] or 0
+    all_pages = job["pages"] or 0
+    full = int(30 * min(1, pages / all_pages)) if all_pages else 0
+    text = f"[{'#' * full:.<30}] {job['issues_loaded']} of {job['issues']} issues"
+    rate = pages / max(1, job["seconds"])
+    if rate and pages < all_pages and job["seconds"] > PROGRESS_SECONDS:
+        text += f", {rate:.1f} pages a second, {span((all_pages - pages) / rate)} left"
+    return text
+
+
+def board_lines(keys):
+    """What is at work, what waits, what has ended."""
+    oni = keys["oni"]
+    health = "has not answered yet"
+    if "answers" in oni:
+        health = "answers" if oni["answers"] else f"does not answer: {oni['problem']}"
+    yield f"ONI Agent {keys['version']}, up {span(keys['uptime'])}. Open ONI {health}", ""
+    yield "", ""
+    yield "At work", ""
+    for job in keys["at_work"]:
+        yield from job_lines(job)
+    if not keys["at_work"]:
+        yield "       nothing", ""
+    waiting = keys["waiting"]
+    yield "", ""
+    yield f"Waiting: {len(waiting)}", ""
+    if waiting:
+        yield from table_lines(waiting[:5])
+    if len(waiting) > 5:
+        yield f"       and {len(waiting) - 5} more", ""
+    yield "", ""
+    yield "Ended", ""
+    yield from table_lines(keys["ended"], "       nothing yet")
+
+
 class Screen:
-    """Answers as text for the person at a terminal; it knows answers and widths, nothing else."""
+    """A person's terminal: runs commands and shows what they answer."""
 
     def __init__(self, terminal, ask, send):
         self._terminal = terminal
-        self._ask = ask
-        self._send = send
-        self._sample = None  # of a load: job, when, pages
+        self._ask = ask  # takes a command's words, gives its Answer
+        self._send = send  # takes text
 
     def run(self, words):
         """Shows what a command answers; the exit status."""
@@ -3336,153 +3458,37 @@ class Screen:
         """Shows an answer; the exit status."""
         if reply.lines:
             for lines in reply.lines:
-                self._print([self._log_line(line) for line in lines])
+                self._print(map(log_line, lines))
         else:
-            self._print(self._text(reply.keys))
+            self._print(answer_lines(reply.keys))
         return reply.exit_status
 
     def _print(self, lines):
-        self._send("".join(f"{line}\r\n" for line in lines))
+        self._send("".join(f"{line}\r\n" for line in self._fitted(lines)))
 
-    def _colour(self, text, word):
-        if self._terminal.colour and word in COLOURS:
-            return f"\x1b[{COLOURS[word]}m{text}\x1b[0m"
-        return text
-
-    def _log_line(self, line):
-        """A line of a job's log; a warning or an error stands out."""
-        # Programs need the parts of a second, to sort by.
-        line = re.sub(r"(?<=^\[.{19})\.\d{9}", "", line)
-        found = re.search(r"ERROR|WARNING|fault:|warning:", line)
-        word = found[0].lower().rstrip(":") if found else ""
-        return self._colour(plain(line), word)
-
-    def _text(self, keys):
-        """Any answer as lines."""
-        width = self._terminal.width
-        lines = []
-        if keys["status"] == "error":
-            error = f": {keys['error']}" if keys.get("error") else ""
-            return [
-                self._colour(line, "error") for line in wrapped(f"{keys['message']}{error}", width)
-            ]
-        if "message" in keys:
-            lines += wrapped(keys["message"], width)
-        if "version" in keys:
-            lines.append(f"ONI Agent {keys['version']}")
-        if "commands" in keys:
-            lines += self._commands(keys["commands"])
-        if "job" in keys:
-            lines += self._job(keys["job"])
-        for event in keys.get("events", []):
-            lines.append(cut(f"  {ago(event[0])}  {plain(event[1])}", width))
-        for name in ("fault", "warning"):
-            for each in keys.get(f"{name}s", []):
-                text = f"{name}: {each['file']}: {each[name]}"
-                lines += [self._colour(line, name) for line in wrapped(text, width)]
-        if "batches" in keys:
-            lines += self._batches(keys["batches"])
-        if "jobs" in keys:
-            lines += self._jobs(keys["jobs"])
-        return lines
-
-    def _commands(self, commands):
-        """One command in full, or a line for each."""
-        width = self._terminal.width
-        if len(commands) == 1:
-            [each] = commands
-            lines = [cut(each["usage"], width), *wrapped(each["help"], width, "    ")]
-            return [*lines, "", cut(f"    {each['example']}", width)]
-        lines = [cut(f"{padded(each['usage'], 30)}  {each['help']}", width) for each in commands]
-        return [*lines, "", cut("help COMMAND tells more of one", width)]
-
-    def _job(self, job):
-        """One job in full."""
-        lines = self._jobs([job]) if "words" in job else []
-        if not lines and job["id"] > 0:
-            lines = wrapped(
-                f"It is job {job['id']}: job-wait {job['id']} waits for its end, job-follow"
-                f" {job['id']} shows its log.",
-                self._terminal.width,
-            )
-        if job.get("ended") and "seconds" in job:
-            lines.append(f"It took {span(job['seconds'])}.")
-        if "place" in job:
-            lines.append(f"It is number {job['place']} in the queue.")
-        if job.get("issues_loaded") is not None:
-            lines.append(self._bar(job))
-        for kind in ("stdout", "stderr"):
-            for some in job.get(kind, []):
-                lines += [self._log_line(line) for line in some]
-        return lines
-
-    def _jobs(self, jobs):
-        """A table of jobs, and under each that failed, why."""
-        width = self._terminal.width
-        lines = []
-        for job in jobs:
-            when = ago(job.get("ended") or job.get("started") or job["queued"])
-            words = plain(" ".join(job["words"]))
-            head = f"{job['id']:>5}  {padded(job['status'], 14)}  "
-            room = width - len(head) - len(when) - 2
-            if fits(words, room):
-                line = f"{head}{padded(words, room)}  {when}"
-                lines.append(self._colour(line, job["status"]))
-            else:
-                lines.append(self._colour(cut(head + when, width), job["status"]))
-                lines += wrapped(words, width, " " * 7)
-            if job.get("error"):
-                lines += wrapped(job["error"], width, " " * 7)
-        return lines or ["There are no such jobs."]
-
-    def _batches(self, batches):
-        """A table of batches."""
-        width = self._terminal.width
-        lines = [padded("state", 10) + padded("issues", 12) + padded("pages", 14) + "batch"]
-        for batch in batches:
-            issues = fraction(batch["issues"], batch["issues_in_batch_xml"])
-            pages = fraction(batch["pages"], batch["pages_in_mets"])
-            state = self._colour(padded(batch["state"], 10), batch["state"])
-            counts = padded(issues, 12) + padded(pages, 14)
-            name = plain(batch["name"])
-            if fits(counts + name, width - 10):
-                lines.append(state + counts + name)
-            else:
-                lines.append(state + cut(counts, width - 10))
-                lines += wrapped(name, width, "  ")
-        return [cut(lines[0], width), *lines[1:]]
-
-    def _bar(self, job):
-        """How far a load is: a bar, issues, pages a second and time left."""
-        done, issues = job["issues_loaded"], job["issues"] or 0
-        pages, all_pages = job["pages_loaded"] or 0, job["pages"] or 0
-        share = min(1, pages / all_pages) if all_pages else 0
-        text = f" {done} of {issues} issues"
-        now = time.monotonic()
-        if not self._sample or self._sample[0] != job["id"]:
-            self._sample = (job["id"], now - job["seconds"], 0)
-        rate = (pages - self._sample[2]) / max(1, now - self._sample[1])
-        if rate and pages < all_pages and now - self._sample[1] > PROGRESS_SECONDS:
-            text += f", {rate:.1f} pages a second, {span((all_pages - pages) / rate)} left"
-        room = max(5, min(30, self._terminal.width - display_width(text) - 2))
-        full = int(share * room)
-        return cut(f"[{'#' * full}{'.' * (room - full)}]{text}", self._terminal.width)
+    def _fitted(self, lines):
+        """Lines for the terminal, none wider than it is, in colour."""
+        for text, word in lines:
+            for line in wrapped(text, self._terminal.width):
+                if self._terminal.colour and word in COLOURS:
+                    line = f"\x1b[{COLOURS[word]}m{line}\x1b[0m"
+                yield line
 
     def _watch(self, id):
-        """Draws the bar of a job until it ends."""
+        """Draws the bar of a job until it ends, where the terminal can draw one."""
         while True:
             keys = self._ask("job-status", id).keys
             job = keys.get("job", {})
-            if keys["status"] == "error" or job["status"] not in (PENDING, STARTED):
-                self._send("\r\x1b[K" if self._terminal.colour else "")
-                return
-            line = keys["message"]
-            if job.get("issues_loaded") is not None:
-                line = self._bar(job)
+            ended = keys["status"] == "error" or job["status"] not in (PENDING, STARTED)
+            line = "" if ended else keys["message"]
+            if "issues_loaded" in job and not ended:
+                line = progress_bar(job)
             elif "place" in job:
                 line = f"number {job['place']} in the queue"
             if self._terminal.colour:
-                self._send(f"\r{cut(line, self._terminal.width - 1)}\x1b[K")
+                self._send(f"\r{beginning(line, self._terminal.width - 1)}\x1b[K")
+            if ended:
+                return
             self._terminal.key(1)
 
     def _board(self):
@@ -3491,7 +3497,9 @@ class Screen:
         try:
             typed = b""
             while b"q" not in typed and b"\x04" not in typed:
-                lines = self._board_lines(self._ask("board").keys)
+                room = self._terminal.height - 1
+                lines = [*self._fitted(board_lines(self._ask("board").keys)), *[""] * room]
+                lines[room:] = [beginning("q leaves; jobs go on", self._terminal.width)]
                 self._send("\x1b[H" + "\x1b[K\r\n".join(lines) + "\x1b[K\x1b[J")
                 typed = self._terminal.key(1)
         except ClientGone:
@@ -3499,37 +3507,6 @@ class Screen:
         with contextlib.suppress(ClientGone, OSError):
             self._send("\x1b[?25h\x1b[?1049l")
         return 0
-
-    def _board_lines(self, keys):
-        width = self._terminal.width
-        oni = keys["oni"]
-        health = "has not answered yet"
-        if "answers" in oni:
-            health = "answers" if oni["answers"] else f"does not answer: {oni['problem']}"
-        first = f"ONI Agent {keys['version']}, up {span(keys['uptime'])}. Open ONI {health}"
-        lines = [cut(plain(first), width)]
-        lines += ["", "At work"]
-        for job in keys["at_work"]:
-            lines += self._job(job)
-        if not keys["at_work"]:
-            lines.append("       nothing")
-        lines += ["", f"Waiting: {len(keys['waiting'])}"]
-        if keys["waiting"]:
-            lines += self._jobs(keys["waiting"][:5])
-        if len(keys["waiting"]) > 5:
-            lines.append(f"       and {len(keys['waiting']) - 5} more")
-        lines += ["", "Ended"]
-        lines += self._jobs(keys["ended"]) if keys["ended"] else ["       nothing yet"]
-        if len(lines) >= self._terminal.height:
-            del lines[self._terminal.height - 1 :]
-        else:
-            lines += [""] * (self._terminal.height - 1 - len(lines))
-        return [*lines, cut("q leaves; jobs go on", width)]
-
-
-def fraction(held, wanted):
-    """`3 of 4`; a question mark for what was not counted."""
-    return f"{'?' if held is None else held} of {'?' if wanted is None else wanted}"
 
 
 # ---------------------------------------------------------------- SSH server
