@@ -1616,6 +1616,22 @@ class Site:
                 " move it away"
             )
 
+    def ensure_awardee(self, code, name):
+        """Makes an awardee that ONI does not have; whether it is new. Raises Problem."""
+        if not 0 < len(code) <= 50 or len(name) > 100 or "\0" in code + name:
+            raise Problem(
+                "an awardee code has 1 to 50 characters, a name at most 100, none of them NUL"
+            )
+        found = self.oni.ask("awardee", code, name)
+        if not found:
+            raise Problem("awardee name must be given to auto-create awardees")
+        kept, new = found
+        if kept != code:
+            raise Problem(
+                f'Open ONI has the awardee "{kept}", and its database takes the two codes for one'
+            )
+        return new
+
     def must_be_there(self, name):
         """Raises Problem unless the batch is in BATCH_SOURCE."""
         if not in_time(self.folder(name).exists):
@@ -2814,14 +2830,12 @@ class Request:
             raise Refused("Job not found", job={"id": int(id)})
         return job
 
-    def submit(self, refusal, limit=MAX_PAYLOAD):
-        """Makes a job of the request, with its standard input. Raises Refused with `refusal`."""
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(refusing(refusal))
-            given = None
-            if KINDS[self.words[0]].takes_input:
-                given = stack.enter_context(self.agent.store.new_input())
-                self.read_input(given, limit)
+    def submit(self, limit=MAX_PAYLOAD):
+        """Makes a job of the request, with its standard input. Raises Problem."""
+        if not KINDS[self.words[0]].takes_input:
+            return acceptance(*self.agent.queue.add(self.words))
+        with self.agent.store.new_input() as given:
+            self.read_input(given, limit)
             return acceptance(*self.agent.queue.add(self.words, given))
 
 
@@ -2834,26 +2848,23 @@ class Answer:
 
     keys: dict
     lines: Iterator[list[str]] | None = None
-    job: Job | None = None  # whose success the exit status tells
-    faulty: bool = False  # whether it tells of a batch's faults
-
-    @property
-    def exit_status(self):
-        failed = self.job is not None and self.job.status != SUCCESSFUL
-        return int(failed or self.faulty)
+    exit_status: int = 0  # of the lines, once they have all been read
 
 
-COMMANDS: dict[str, Callable] = {}
+COMMANDS = {}
 
 
-def command(arguments="", wrong="", example=""):
-    """Enters a function cmd_… in COMMANDS; `wrong` answers a wrong number of arguments."""
+def command(wrong="", refusal="The agent cannot do this just now"):
+    """Enters a function cmd_… in COMMANDS. Its docstring says usage, help and an example.
+
+    `wrong` answers a wrong number of arguments, `refusal` what else is a Problem.
+    """
 
     def enter(function):
-        name = function.__name__[4:].replace("_", "-")
-        function.usage = f"{name} {arguments}".rstrip()
+        function.usage, function.help, function.example = inspect.getdoc(function).split("\n\n")
+        name = function.usage.split()[0]
         function.wrong = wrong or f'"{name}" takes no arguments'
-        function.example = f"ssh -p 2222 nobody@localhost {example or name}"
+        function.refusal = refusal
         COMMANDS[name] = function
         return function
 
@@ -2869,24 +2880,29 @@ def answer(agent, words, read_input, check_client):
         if not function:
             hint = f"see help{nearly(words[0], COMMANDS, 0.7)}"
             raise Refused(f'"{words[0]}" is not a valid command name', error=hint)
-        request = Request(agent, words, read_input, check_client)
-        try:
-            inspect.signature(function).bind(request, *words[1:])
-        except TypeError:
-            raise Refused(function.wrong, error=f"usage: {function.usage}") from None
-        reply = function(request, *words[1:])
-        if isinstance(reply, Answer):
-            return reply
-        return Answer({"status": "success", **reply})
+        return perform(function, Request(agent, words, read_input, check_client))
     except Refused as refusal:
         return Answer(refusal.keys)
-    except (Problem, OSError) as problem:
-        return Answer(Refused("The agent cannot do this just now", error=str(problem)).keys)
     except ClientGone:
         raise
     except Exception as fault:
         log.exception("a command stumbled over a fault of the agent")
         return Answer(Refused("A fault of the agent; its log says more", error=repr(fault)).keys)
+
+
+def perform(function, request):
+    """What a command's function answers. Raises Refused."""
+    arguments = request.words[1:]
+    try:
+        inspect.signature(function).bind(request, *arguments)
+    except TypeError:
+        raise Refused(function.wrong, error=f"usage: {function.usage}") from None
+    try:
+        reply = function(request, *arguments)
+    except (Problem, OSError) as problem:
+        message = function.refusal.format(*arguments)
+        raise Refused(message, error=str(problem)) from problem
+    return reply if isinstance(reply, Answer) else Answer({"status": "success", **reply})
 
 
 GO_WORD = (
@@ -2918,15 +2934,6 @@ def split_words(line):
         raise Refused("the command line is not valid UTF-8") from None
     except ValueError as error:
         raise Refused("the quotes in the command line are unbalanced", error=str(error)) from None
-
-
-@contextlib.contextmanager
-def refusing(message, **keys):
-    """What is wrong with a request, or with Open ONI just now, becomes an error answer."""
-    try:
-        yield
-    except (Problem, OSError) as problem:
-        raise Refused(message, error=str(problem), **keys) from problem
 
 
 def acceptance(job, new):
@@ -2977,87 +2984,104 @@ def batch_object(state):
 
 @command()
 def cmd_version(request):
-    """Says which version of the agent is running."""
+    """version
+
+    Says which version of the agent is running.
+
+    ssh -p 2222 nobody@localhost version
+    """
     return {"version": VERSION}
 
 
-@command("[COMMAND]", '"help" takes at most one command', "help load-batch")
+@command('"help" takes at most one command')
 def cmd_help(request, name=""):
-    """Lists the commands, or tells of one."""
+    """help [COMMAND]
+
+    Lists the commands, or tells of one.
+
+    ssh -p 2222 nobody@localhost help load-batch
+    """
     if name and name not in COMMANDS:
-        raise Refused(
-            f'"{name}" is not a valid command name', error=nearly(name, COMMANDS, 0.7)[2:]
-        )
-    functions = [COMMANDS[name]] if name else COMMANDS.values()
+        hint = nearly(name, COMMANDS, 0.7)[2:]
+        raise Refused(f'"{name}" is not a valid command name', error=hint)
     shown = []
-    for function in functions:
-        shown.append({"usage": function.usage, "help": inspect.getdoc(function)})
+    for function in [COMMANDS[name]] if name else COMMANDS.values():
+        shown.append({"usage": function.usage, "help": function.help})
         if name:
             shown[0]["example"] = function.example
     return {"commands": shown}
 
 
-ONE_BATCH = "requires exactly one batch name"
-EXAMPLE = "batch_oru_alpha_ver01"
-
-
-@command("BATCH", f'"load-batch" {ONE_BATCH}', f"load-batch {EXAMPLE}")
+@command('"load-batch" requires exactly one batch name', '"{}" cannot be loaded')
 def cmd_load_batch(request, name):
-    """Loads a batch from BATCH_SOURCE into Open ONI, as a job."""
-    return request.submit(f'"{name}" cannot be loaded')
+    """load-batch BATCH
+
+    Loads a batch from BATCH_SOURCE into Open ONI, as a job.
+
+    ssh -p 2222 nobody@localhost load-batch batch_oru_alpha_ver01
+    """
+    return request.submit()
 
 
-@command("BATCH", f'"purge-batch" {ONE_BATCH}', f"purge-batch {EXAMPLE}")
+@command('"purge-batch" requires exactly one batch name', '"{}" cannot be purged')
 def cmd_purge_batch(request, name):
-    """Removes a batch from Open ONI, as a job; its files stay."""
-    return request.submit(f'"{name}" cannot be purged')
+    """purge-batch BATCH
+
+    Removes a batch from Open ONI, as a job; its files stay.
+
+    ssh -p 2222 nobody@localhost purge-batch batch_oru_alpha_ver01
+    """
+    return request.submit()
 
 
-@command(
-    "< MARC.xml",
-    '"load-title" takes no arguments; the MARC XML comes on standard input',
-    "load-title < marc.xml",
-)
+@command('"load-title" takes no arguments; the MARC XML comes on standard input', "Invalid data")
 def cmd_load_title(request):
-    """Loads or updates titles from MARC XML on standard input, as a job."""
-    return request.submit("Invalid data")
+    """load-title < MARC.xml
+
+    Loads or updates titles from MARC XML on standard input, as a job.
+
+    ssh -p 2222 nobody@localhost load-title < marc.xml
+    """
+    return request.submit()
 
 
 @command(
-    "CODE [NAME]",
-    '"ensure-awardee" requires one or two arguments: an awardee code and, to create it, a name',
-    "ensure-awardee oru \"'University of Oregon'\"",
+    '"ensure-awardee" requires one or two arguments: an awardee code and, to create it, a name'
 )
 def cmd_ensure_awardee(request, code, name=""):
-    """Makes sure that Open ONI has an awardee, at once and without a job."""
-    with refusing("Unable to create awardee", org_code=code, name=name):
-        if not 0 < len(code) <= 50 or len(name) > 100 or "\0" in code + name:
-            raise Problem(
-                "an awardee code has 1 to 50 characters, a name at most 100, none of them NUL"
-            )
-        row = request.agent.site.oni.ask("awardee", code, name)
-        if not row:
-            raise Problem("awardee name must be given to auto-create awardees")
-        if row[0] != code:
-            raise Problem(
-                f'Open ONI has the awardee "{row[0]}", and its database takes the two codes for one'
-            )
-    return {"message": "Awardee created" if row[1] else "Awardee already exists"}
+    """ensure-awardee CODE [NAME]
+
+    Makes sure that Open ONI has an awardee, at once and without a job.
+
+    ssh -p 2222 nobody@localhost ensure-awardee oru "'University of Oregon'"
+    """
+    try:
+        new = request.agent.site.ensure_awardee(code, name)
+    except (Problem, OSError) as problem:
+        about = {"error": str(problem), "org_code": code, "name": name}
+        raise Refused("Unable to create awardee", **about) from problem
+    return {"message": "Awardee created" if new else "Awardee already exists"}
 
 
-@command(
-    "OLD NEW < INSTRUCTIONS",
-    '"batch-patch" requires exactly two batch names',
-    "batch-patch batch_oru_alpha_ver01 batch_oru_alpha_ver02 < instructions.txt",
-)
+@command('"batch-patch" requires exactly two batch names', '"{}" cannot be modified')
 def cmd_batch_patch(request, old, new):
-    """Makes a batch NEW from OLD, without the issues of the lines `RemoveIssue LCCN/YYYYMMDDEE`."""
-    return request.submit(f'"{old}" cannot be modified', MAX_INSTRUCTIONS)
+    """batch-patch OLD NEW < INSTRUCTIONS
+
+    Makes a batch NEW from OLD, without the issues of the lines `RemoveIssue LCCN/YYYYMMDDEE`.
+
+    ssh -p 2222 nobody@localhost batch-patch batch_oru_a_ver01 batch_oru_a_ver02 < instructions.txt
+    """
+    return request.submit(MAX_INSTRUCTIONS)
 
 
-@command("[STATUS]", '"list-jobs" takes at most one argument, a status', "list-jobs failed")
+@command('"list-jobs" takes at most one argument, a status')
 def cmd_list_jobs(request, status=""):
-    """Lists all jobs, oldest first; or those that are pending, started, successful, failed, …"""
+    """list-jobs [STATUS]
+
+    Lists all jobs, oldest first; or those that are pending, started, successful, failed, …
+
+    ssh -p 2222 nobody@localhost list-jobs failed
+    """
     if status and status not in STATUS_MESSAGES:
         known = ", ".join(STATUS_MESSAGES)
         raise Refused(f'"{status}" is not a job status', error=f"there are {known}")
@@ -3065,9 +3089,14 @@ def cmd_list_jobs(request, status=""):
     return {"jobs": [job_object(job) for job in jobs if status in ("", job.status)]}
 
 
-@command("ID", "You must supply a job ID", "job-status 7")
+@command("You must supply a job ID")
 def cmd_job_status(request, id):
-    """Says what has become of a job: its place in the queue, or how far a running load is."""
+    """job-status ID
+
+    Says what has become of a job: its place in the queue, or how far a running load is.
+
+    ssh -p 2222 nobody@localhost job-status 7
+    """
     job = request.job(id)
     return {"message": STATUS_MESSAGES[job.status], "job": job_with_place(request.agent, job)}
 
@@ -3083,21 +3112,33 @@ def job_with_place(agent, job):
     return shown
 
 
-@command("ID", "You must supply a job ID", "job-wait 7")
+@command("You must supply a job ID")
 def cmd_job_wait(request, id):
-    """Answers as job-status when the job has ended; the exit status is 1 if it was unsuccessful."""
+    """job-wait ID
+
+    Answers as job-status when the job has ended; the exit status is 1 if it was unsuccessful.
+
+    ssh -p 2222 nobody@localhost job-wait 7
+    """
     job = request.job(id)
     while not job.finished:
         request.agent.queue.wait(job, 1)
         request.check_client()
-    return Answer({"status": "success", **cmd_job_status(request, id)}, job=job)
+    keys = {"status": "success", **cmd_job_status(request, id)}
+    return Answer(keys, exit_status=int(job.status != SUCCESSFUL))
 
 
-@command("ID", "You must supply a job ID", "job-follow 7")
+@command("You must supply a job ID")
 def cmd_job_follow(request, id):
-    """Shows a job's log as it comes, until the job ends; then the exit status is as job-wait's."""
+    """job-follow ID
+
+    Shows a job's log as it comes, until the job ends; then the exit status is as job-wait's.
+
+    ssh -p 2222 nobody@localhost job-follow 7
+    """
     job = request.job(id)
     reader = LogReader(request.agent.store.log(job), STDOUT, STDERR, NOTE)
+    reply = Answer({})
 
     def lines():
         over = False
@@ -3105,13 +3146,20 @@ def cmd_job_follow(request, id):
             over = request.agent.queue.wait(job, 0.2)
             request.check_client()
             yield from reader.read(over)
+        reply.exit_status = int(job.status != SUCCESSFUL)
 
-    return Answer({}, lines(), job)
+    reply.lines = lines()
+    return reply
 
 
-@command("ID [LINES]", "You must supply a job ID", "job-logs 7 20")
+@command("You must supply a job ID")
 def cmd_job_logs(request, id, count=None):
-    """Shows what a job has printed so far, or the last LINES of it, each line with its time."""
+    """job-logs ID [LINES]
+
+    Shows what a job has printed so far, or the last LINES of it, each line with its time.
+
+    ssh -p 2222 nobody@localhost job-logs 7 20
+    """
     job = request.job(id)
 
     def read(*kinds):
@@ -3133,9 +3181,14 @@ def cmd_job_logs(request, id, count=None):
     return {"job": {**job_object(job), "stdout": last(STDOUT, NOTE), "stderr": last(STDERR)}}
 
 
-@command("ID", "You must supply a job ID", "job-cancel 7")
+@command("You must supply a job ID")
 def cmd_job_cancel(request, id):
-    """Ends a job: a pending one never starts, one at work is terminated, and its load purged."""
+    """job-cancel ID
+
+    Ends a job: a pending one never starts, one at work is terminated, and its load purged.
+
+    ssh -p 2222 nobody@localhost job-cancel 7
+    """
     job = request.job(id)
     if not request.agent.queue.cancel(job):
         message = STATUS_MESSAGES[job.status]
@@ -3144,70 +3197,91 @@ def cmd_job_cancel(request, id):
     return {"message": message, "job": job_object(job)}
 
 
-@command("ID", "You must supply a job ID", "job-retry 7")
+@command("You must supply a job ID", "The job cannot be retried")
 def cmd_job_retry(request, id):
-    """Queues a job that was not successful again, as a new job."""
+    """job-retry ID
+
+    Queues a job that was not successful again, as a new job.
+
+    ssh -p 2222 nobody@localhost job-retry 7
+    """
     job = request.job(id)
     if job.status not in (FAILED, COULD_NOT_START) or job.words[0] not in KINDS:
         message = STATUS_MESSAGES[job.status]
         raise Refused("Only a failed job can be retried", error=message, job=job_object(job))
-    given = None
-    with contextlib.ExitStack() as stack, refusing("The job cannot be retried"):
-        if KINDS[job.words[0]].takes_input:
-            given = stack.enter_context(open(request.agent.store.input(job), "rb"))
-        return {**acceptance(*request.agent.queue.add(job.words, given)), "retry_of": job.id}
+    given = contextlib.nullcontext()
+    if KINDS[job.words[0]].takes_input:
+        given = open(request.agent.store.input(job), "rb")
+    with given as file:
+        return {**acceptance(*request.agent.queue.add(job.words, file)), "retry_of": job.id}
 
 
-@command()
+@command(refusal="The batches cannot be listed")
 def cmd_list_batches(request):
-    """Lists every batch in BATCH_SOURCE or Open ONI: absent, partial, complete, or unknown."""
-    with refusing("The batches cannot be listed"):
-        states = request.agent.site.batches()
-    return {"batches": [batch_object(state) for state in states]}
+    """list-batches
+
+    Lists every batch in BATCH_SOURCE or Open ONI: absent, partial, complete, or unknown.
+
+    ssh -p 2222 nobody@localhost list-batches
+    """
+    return {"batches": [batch_object(state) for state in request.agent.site.batches()]}
 
 
-@command("BATCH", f'"batch-status" {ONE_BATCH}', f"batch-status {EXAMPLE}")
+@command('"batch-status" requires exactly one batch name', '"{}" cannot be looked up')
 def cmd_batch_status(request, name):
-    """Says what Open ONI holds of a batch, and its newest events and jobs."""
-    with refusing(f'"{name}" cannot be looked up'):
-        request.agent.site.folder(name)
-        state = request.agent.site.batch(name)
-        if not state.row and not state.documents:
-            request.agent.site.must_be_there(name)
-    jobs = [job_object(job) for job in request.agent.queue.jobs() if name in job.words]
-    at_work = [f"job {job['id']} is at work on it; " for job in jobs if job["status"] == STARTED]
+    """batch-status BATCH
+
+    Says what Open ONI holds of a batch, and its newest events and jobs.
+
+    ssh -p 2222 nobody@localhost batch-status batch_oru_alpha_ver01
+    """
+    site = request.agent.site
+    site.folder(name)
+    state = site.batch(name)
+    if not state.row and not state.documents:
+        site.must_be_there(name)
+    message = str(state)
+    jobs = [job for job in request.agent.queue.jobs() if name in job.words]
+    for job in jobs:
+        if job.status == STARTED:
+            message = f"job {job.id} is at work on it; {message}"
     return {
-        "message": "".join(at_work) + str(state),
+        "message": message,
         "batch": batch_object(state),
         "events": state.events,
-        "jobs": jobs[-10:],
+        "jobs": [job_object(job) for job in jobs[-10:]],
     }
 
 
-@command("BATCH", f'"batch-check" {ONE_BATCH}', f"batch-check {EXAMPLE}")
+@command('"batch-check" requires exactly one batch name', '"{}" cannot be checked')
 def cmd_batch_check(request, name):
-    """Reads all files of a batch and says what would go wrong with a load; ONI is left as it is."""
-    with refusing(f'"{name}" cannot be checked'):
-        request.agent.site.must_be_there(name)
-        found = request.agent.site.check(name, lambda *_: None, request.check_client)
-    message = "Nothing would keep Open ONI from loading all of this batch"
-    if found.faults:
-        message = f"{faults_in(found)} would keep Open ONI from loading all of this batch"
-    return Answer(
-        {
-            "status": "success",
-            "message": message,
-            "batch": {"name": name},
-            "faults": found.faults,
-            "warnings": found.warnings,
-        },
-        faulty=bool(found.faults),
-    )
+    """batch-check BATCH
+
+    Reads all files of a batch and says what would go wrong with a load; ONI is left as it is.
+
+    ssh -p 2222 nobody@localhost batch-check batch_oru_alpha_ver01
+    """
+    request.agent.site.must_be_there(name)
+    found = request.agent.site.check(name, lambda *_: None, request.check_client)
+    what = faults_in(found) if found.faults else "Nothing"
+    keys = {
+        "status": "success",
+        "message": f"{what} would keep Open ONI from loading all of this batch",
+        "batch": {"name": name},
+        "faults": found.faults,
+        "warnings": found.warnings,
+    }
+    return Answer(keys, exit_status=int(bool(found.faults)))
 
 
 @command()
 def cmd_board(request):
-    """Shows what is at work, what waits and what has ended; on a terminal, anew each second."""
+    """board
+
+    Shows what is at work, what waits and what has ended; on a terminal, anew each second.
+
+    ssh -p 2222 nobody@localhost
+    """
     agent = request.agent
     jobs = agent.queue.jobs()
     ended = sorted((job for job in jobs if job.finished), key=lambda job: -job.ended)
@@ -3357,9 +3431,6 @@ def job_lines(job):
         yield f"It is number {job['place']} in the queue.", ""
     if "issues_loaded" in job:
         yield progress_bar(job), ""
-    for stream in ("stdout", "stderr"):
-        for lines in job.get(stream, []):
-            yield from map(log_line, lines)
 
 
 def table_lines(jobs, if_none=""):
@@ -3456,23 +3527,28 @@ class Screen:
 
     def show(self, reply):
         """Shows an answer; the exit status."""
-        if reply.lines:
-            for lines in reply.lines:
-                self._print(map(log_line, lines))
-        else:
-            self._print(answer_lines(reply.keys))
+        logged = reply.lines
+        if not logged:
+            self._print(self._fitted(answer_lines(reply.keys)))
+            job = reply.keys.get("job", {})
+            logged = itertools.chain(job.get("stdout", []), job.get("stderr", []))
+        for lines in logged:  # which the terminal itself may wrap: they can be copied whole
+            self._print(self._coloured(plain(line), word) for line, word in map(log_line, lines))
         return reply.exit_status
 
     def _print(self, lines):
-        self._send("".join(f"{line}\r\n" for line in self._fitted(lines)))
+        self._send("".join(f"{line}\r\n" for line in lines))
 
     def _fitted(self, lines):
         """Lines for the terminal, none wider than it is, in colour."""
         for text, word in lines:
             for line in wrapped(text, self._terminal.width):
-                if self._terminal.colour and word in COLOURS:
-                    line = f"\x1b[{COLOURS[word]}m{line}\x1b[0m"
-                yield line
+                yield self._coloured(line, word)
+
+    def _coloured(self, line, word):
+        if self._terminal.colour and word in COLOURS:
+            return f"\x1b[{COLOURS[word]}m{line}\x1b[0m"
+        return line
 
     def _watch(self, id):
         """Draws the bar of a job until it ends, where the terminal can draw one."""
