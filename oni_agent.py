@@ -525,7 +525,7 @@ def titles_to_fetch(lccns):
 
 def other_holders(name, issues):
     """Which of these issues, [lccn, date, edition] each, are in other batches that ONI holds."""
-    wanted = set(map(tuple, issues))
+    wanted = set(tuple(issue) for issue in issues if None not in issue)
     if not wanted:
         return []
     dates = sorted(date for _, date, _ in wanted)
@@ -743,6 +743,7 @@ BATCH_FILES = (  # load_batch reads the first that is there
 NDNP = "{http://www.loc.gov/ndnp}"
 METS = "{http://www.loc.gov/METS/}"
 MODS = "{http://www.loc.gov/mods/v3}"
+IN_MODS = {"": "http://www.loc.gov/mods/v3"}  # for names without a prefix
 MIX = "{http://www.loc.gov/mix/}"
 HREF = "{http://www.w3.org/1999/xlink}href"
 
@@ -839,14 +840,16 @@ class IssueFile:
         self._technical = by_id(root.iter(f"{METS}techMD"))
         sections = root.iter(f"{METS}dmdSec")
         self._descriptions = by_id(each for each in sections if mods_of(each) is not None)
-        division = next(divisions(root, "np:issue"), None)
+        division = root.find(f".//{METS}div[@TYPE='np:issue']")
         if division is None:
             raise Problem(f"{path} has no np:issue, and ONI cannot load it")
-        self._mods = self._description(division)
-        self.edition = self._text("detail[@type='edition']", "number").strip()
-        self.date = self._text("dateIssued")
-        self.lccn = self._text("identifier[@type='lccn']").strip()
-        self.pages = [each for each in divisions(division, "np:page") if each is not division]
+        self.pages = division.findall(f".//{METS}div[@TYPE='np:page']")
+        mods = self._description(division)
+        self._edition = text_of(mods, "detail[@type='edition']/number").strip()
+        self._date = text_of(mods, "dateIssued")
+        self.lccn = text_of(mods, "identifier[@type='lccn']").strip()
+        self.edition = number_in(self._edition)
+        self.date = date_in(self._date)
 
     def _description(self, division):
         section = self._descriptions.get(division.get("DMDID"))
@@ -854,14 +857,8 @@ class IssueFile:
             raise Problem(f"{division.get('TYPE')} has no description (DMDID) in {self.path}")
         return mods_of(section)
 
-    def _text(self, name, child="", mods=None):
-        """All text of the first such element of the issue's description, or of another's."""
-        path = f".//{MODS}{name}" + (f"/{MODS}{child}" if child else "")
-        found = (self._mods if mods is None else mods).find(path)
-        return "" if found is None else "".join(found.itertext())
-
     def _page_files(self, page):
-        """Use, element and path of each file of a page."""
+        """Use, element and path of each file of a page. Raises Problem."""
         for pointer in page.findall(f"{METS}fptr"):
             file = self._files.get(pointer.get("FILEID"))
             if file is None or file.get("USE") is None:
@@ -872,64 +869,70 @@ class IssueFile:
                 href = urllib.parse.unquote(href.partition("#")[0].strip())
             yield file.get("USE"), file, beside(self.path, href)
 
-    @property
-    def key(self):
-        """What names the issue, as ONI has it: LCCN, date, edition. Raises ValueError."""
-        day = datetime.strptime(self.date, "%Y-%m-%d").date()
-        return [self.lccn, day.isoformat(), int(self.edition)]
-
     def pages_with_ocr(self):
-        """How many pages name an OCR file, which makes ONI index them."""
+        """How many pages name an OCR file, which makes ONI index them. Raises Problem."""
         uses = ([use for use, _, _ in self._page_files(page)] for page in self.pages)
         return sum("ocr" in each for each in uses)
 
-    def faults(self):
-        """What makes ONI refuse the batch, or drop something of it without a word.
+    def findings(self):
+        """What is wrong with the issue: "fault" or "warning", file and sentence each.
 
-        A ValueError skips the issue, a BatchLoaderException the page; anything else ends the load.
+        A fault makes ONI refuse the batch, or drop something of it without a word: a ValueError
+        skips the issue, a BatchLoaderException the page, anything else ends the load.
         """
-        for name, text, read in (
-            ("edition", self.edition, plain_number),
-            ("dateIssued", self.date, lambda text: datetime.strptime(text, "%Y-%m-%d")),
-        ):
-            try:
-                read(text)
-            except ValueError:
-                yield self.path, f"the {name} is {text!r}: ONI would leave this issue out"
+        folder = self.path.parent.name
+        if self.edition is None:
+            text = f"the edition is {self._edition!r}: ONI would leave this issue out"
+            yield "fault", self.path, text
+        elif re.fullmatch(r"\d{10}", folder) and int(folder[8:]) != self.edition:
+            text = f"the folder {folder} names another edition than {self._edition}"
+            yield "warning", self.path, text
+        if self.date is None:
+            text = f"the dateIssued is {self._date!r}: ONI would leave this issue out"
+            yield "fault", self.path, text
         if not self.lccn:
-            yield self.path, "there is no LCCN: ONI could not tell which title this is"
+            yield "fault", self.path, "there is no LCCN: ONI could not tell which title this is"
         for number, page in enumerate(self.pages, 1):
             try:
-                yield from self._page_faults(page, f"page {number}")
+                yield from self._page_findings(page, f"page {number}")
             except Problem as problem:
-                yield self.path, str(problem)
+                yield "fault", self.path, str(problem)
 
-    def _page_faults(self, page, name):
-        sequence = self._text("extent", "start", self._description(page))
-        try:
-            plain_number(sequence)
-        except ValueError:
-            yield self.path, f"{name} has the sequence {sequence!r}: ONI would leave it out"
+    def _page_findings(self, page, name):
+        sequence = text_of(self._description(page), "extent/start")
+        if number_in(sequence) is None:
+            text = f"{name} has the sequence {sequence!r}: ONI would leave it out"
+            yield "fault", self.path, text
         for use, file, path in self._page_files(page):
             if use == "ocr":
                 fault = ocr_fault(path)
                 if fault:
-                    yield path, f"{fault}: ONI could not index this page"
-            elif use == "service" and file.get("ADMID") is None:
-                if not path.is_file():
-                    yield path, "there is no such image, and the METS file has no dimensions"
-                elif not looks_like_an_image(path):
-                    yield path, "this is no image, and the METS file has no dimensions"
-            elif use == "service" and not self._has_dimensions(file):
-                yield self.path, f"{name} has no dimensions of its image: ONI would drop it"
+                    yield "fault", path, f"{fault}: ONI could not index this page"
+            elif use == "derivative" and not path.is_file():
+                yield "warning", path, "there is no such PDF"
+            elif use == "service":
+                yield from self._image_findings(file, path, name)
+
+    def _image_findings(self, file, path, name):
+        """ONI takes an image's dimensions from the METS file; else it opens the image."""
+        if file.get("ADMID") is not None:
+            if not self._has_dimensions(file):
+                text = f"{name} has no dimensions of its image: ONI would drop it"
+                yield "fault", self.path, text
+            if not path.is_file():
+                yield "warning", path, "there is no such image: the page will have no picture"
+        elif not path.is_file():
+            yield "fault", path, "there is no such image, and the METS file has no dimensions"
+        elif not looks_like_an_image(path):
+            yield "fault", path, "this is no image, and the METS file has no dimensions"
 
     def _has_dimensions(self, file):
         """Whether ONI finds width and length of an image, as numbers, in its MIX."""
         place = f"{METS}mdWrap/{METS}xmlData/{MIX}mix/{MIX}ImagingPerformanceAssessment"
-        for identifier in file.get("ADMID", "").split(" "):
+        metrics = f"{place}/{MIX}SpatialMetrics/{MIX}"
+        for identifier in file.get("ADMID").split(" "):
             technical = self._technical.get(identifier)
             if technical is not None:
-                metrics = f"{place}/{MIX}SpatialMetrics/{MIX}"
                 length = technical.findtext(f"{metrics}ImageLength")
                 width = technical.findtext(f"{metrics}ImageWidth")
                 if length and width:
@@ -938,32 +941,16 @@ class IssueFile:
                     return False
         return False
 
-    def warnings(self):
-        """What ONI loads all the same, but should be known."""
-        folder = self.path.parent.name
-        with contextlib.suppress(ValueError):
-            if re.fullmatch(r"\d{10}", folder) and int(folder[8:]) != int(self.edition):
-                yield self.path, f"the folder {folder} names another edition than {self.edition}"
-        with contextlib.suppress(Problem):  # a fault, and told as one
-            for page in self.pages:
-                for use, file, path in self._page_files(page):
-                    if use == "service" and file.get("ADMID") is not None and not path.is_file():
-                        yield path, "there is no such image: the page will have no picture"
-                    elif use == "derivative" and not path.is_file():
-                        yield path, "there is no such PDF"
-
-
-def plain_number(text):
-    """A number that ONI's database and addresses can hold. Raises ValueError."""
-    number = int(text)
-    if not 0 <= number < 2**31:
-        raise ValueError(text)
-    return number
-
 
 def mods_of(section):
     """The description in a METS section, if there is one."""
     return section.find(f".//{MODS}mods")
+
+
+def text_of(mods, path):
+    """All text of the first element at a path of a description; "" if there is none."""
+    found = mods.find(f".//{path}", IN_MODS)
+    return "" if found is None else "".join(found.itertext())
 
 
 def by_id(elements):
@@ -974,9 +961,19 @@ def by_id(elements):
     return found
 
 
-def divisions(element, kind):
-    """The METS divisions of a kind, at any depth."""
-    return (each for each in element.iter(f"{METS}div") if each.get("TYPE") == kind)
+def number_in(text):
+    """The number in a text if ONI's database and addresses can hold it, else None."""
+    with contextlib.suppress(ValueError):
+        if 0 <= int(text) < 2**31:
+            return int(text)
+    return None
+
+
+def date_in(text):
+    """A date as text, if ONI can read it, else None."""
+    with contextlib.suppress(ValueError):
+        return datetime.strptime(text, "%Y-%m-%d").date().isoformat()
+    return None
 
 
 def looks_like_an_image(path):
@@ -1042,43 +1039,43 @@ def count_files(folder):
     return counts
 
 
-@dataclass
 class Findings:
     """What a look at every file of a batch has found."""
 
-    faults: list[dict[str, str]] = field(default_factory=list)
-    warnings: list[dict[str, str]] = field(default_factory=list)
-    issues: list[list] = field(default_factory=list)  # LCCN, date, edition
-    lccns: set[str] = field(default_factory=set)
-    titles: dict[str, str] = field(default_factory=dict)  # to be fetched: LCCN and URL
+    def __init__(self, folder):
+        self.listing = batch_file(folder)
+        self.faults = []  # dicts, as answers show them
+        self.warnings = []
+        self.issues = []  # LCCN, date, edition
+        self.lccns = set()
+        self.titles = {}  # to be fetched: LCCN and URL
+        self._folder = folder
+
+    def add(self, kind, path, text):
+        """Enters a "fault" or a "warning" of a file."""
+        text = text.replace(f"reading file: open {path}: ", "")
+        entries = self.faults if kind == "fault" else self.warnings
+        entries.append({"file": os.path.relpath(path, self._folder), kind: text})
 
 
 def check_files(folder, progress):
-    """Reads every file of a batch that ONI would read; tells `progress` of each issue done."""
-    found = Findings()
-
-    def enter(list_, path, key, text):
-        text = text.replace(f"reading file: open {path}: ", "")
-        list_.append({"file": os.path.relpath(path, folder), key: text})
-
+    """Findings in every file of a batch that ONI would read; tells `progress` of each issue."""
+    found = Findings(folder)
     try:
         paths = issue_files(folder)
     except Problem as problem:
-        enter(found.faults, batch_file(folder), "fault", str(problem))
+        found.add("fault", found.listing, str(problem))
         return found
     for done, path in enumerate(paths, 1):
         try:
             check_listed(folder, path)
             issue = IssueFile(path)
-            for place, fault in issue.faults():
-                enter(found.faults, place, "fault", fault)
-            for place, warning in issue.warnings():
-                enter(found.warnings, place, "warning", warning)
             found.lccns.add(issue.lccn)
-            with contextlib.suppress(ValueError):
-                found.issues.append(issue.key)
+            found.issues.append([issue.lccn, issue.date, issue.edition])
+            for finding in issue.findings():
+                found.add(*finding)
         except Problem as problem:
-            enter(found.faults, path, "fault", str(problem))
+            found.add("fault", path, str(problem))
         progress(done, len(paths))
     return found
 
@@ -1585,19 +1582,18 @@ class Site:
         try:
             self.check_place(name)
         except Problem as problem:
-            found.faults.append({"file": name, "fault": str(problem)})
-        listing = batch_file(folder).name
+            found.add("fault", found.listing, str(problem))
         lccns = sorted(filter(None, found.lccns))
         titles = self.oni.ask("titles_to_fetch", lccns, within=PATIENT_SECONDS)
         for lccn, (url, wrong) in titles.items():
             found.titles[lccn] = url
             if wrong:
                 text = f"ONI does not have the title {lccn}, nor has {url}: {wrong}"
-                found.faults.append({"file": listing, "fault": text})
+                found.add("fault", found.listing, text)
         others = self.oni.ask("other_holders", name, found.issues, within=PATIENT_SECONDS)
         for lccn, date, edition, other in others:
             text = f"{other} holds {lccn} {date} edition {edition}, too"
-            found.warnings.append({"file": listing, "warning": text})
+            found.add("warning", found.listing, text)
         return found
 
     def check_place(self, name):

@@ -1858,7 +1858,7 @@ FOUND_FAULTS = {  # what the agent finds in a batch's files, before it lets ONI 
         IN_ISSUE + "0002.jp2: this is no image, and the METS file has no dimensions"
     ),
     "LCCN unknown": (
-        "batch.xml: ONI does not have the title sn00000000, nor has"
+        "data/batch.xml: ONI does not have the title sn00000000, nor has"
         " http://.*/lccn/sn00000000/marc.xml: HTTP Error 404: Not Found"
     ),
     "file not in the METS": (
