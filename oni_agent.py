@@ -2011,19 +2011,18 @@ def sizes_in(text):
 
 
 class LogReader:
-    """Reads a job's log, as stamped lines, in order. Can be read again for what has come since."""
+    """Reads a job's log, as stamped lines, in order. Can be read again for what has come since.
 
-    PIECE = re.compile(  # of a long line, not cut within a character
-        rb"(?s).{%d,%d}(?![\x80-\xbf])|.{1,%d}" % (MAX_LINE - 3, MAX_LINE, MAX_LINE)
-    )
+    Lines of these kinds are given out, but for the first `skip` of all.
+    """
 
-    def __init__(self, job_log, *kinds):
+    def __init__(self, job_log, *kinds, skip=0):
         self._log = job_log
         self._kinds = kinds
+        self._skip = skip
         self._index = 0  # bytes of the log that have been read
         self._at = {STDOUT: 0, STDERR: 0}  # bytes of the outputs
         self._stamp = 0  # of the next line at the earliest: stamps increase, clocks may not
-        self._unfinished = {STDOUT: b"", STDERR: b""}  # of a line whose end has not come
 
     def read(self, over=True):
         """Some lines at a time, `[stamp] text` each; if the job is `over`, unfinished ones too."""
@@ -2032,53 +2031,56 @@ class LogReader:
                 self._index = end
                 self._stamp = max(self._stamp, stamp_of(entry))
                 if kind in (SIZES, COMMAND):
-                    yield from self._printed(sizes_in(entry[4]))
+                    yield from self._printed(sizes_in(entry[4]), False)
                 else:  # a note; or a line in a log of version 1.0
-                    yield from self._stamped(kind, [entry[4]])
+                    yield from self._stamped(kind, entry[4])
         if over:
             # The log may not know of all that was printed.
-            yield from self._printed((sys.maxsize, sys.maxsize))
-            for output in (STDOUT, STDERR):
-                yield from self._stamped(output, list(filter(None, [self._unfinished[output]])))
-                self._unfinished[output] = b""
+            yield from self._printed((sys.maxsize, sys.maxsize), True)
 
-    def _printed(self, sizes):
+    def _printed(self, sizes, over):
         """The lines of both outputs that end within these sizes."""
         for output, size in zip((STDOUT, STDERR), sizes):
-            for lines in self._lines(output, size):
-                yield from self._stamped(output, lines)
+            if self._at[output] < size:
+                with contextlib.suppress(OSError), open(self._log.outputs[output], "rb") as file:
+                    yield from self._lines(file, output, size, over)
 
-    def _lines(self, output, end):
-        """The lines of an output that end before this byte."""
-        if self._at[output] >= end:
-            return
-        with contextlib.suppress(OSError), open(self._log.outputs[output], "rb") as file:
+    def _lines(self, file, output, end, over):
+        while self._at[output] < end:
             file.seek(self._at[output])
-            while self._at[output] < end:
-                data = file.read(min(CHUNK, end - self._at[output]))
-                if not data:
-                    return
-                self._at[output] += len(data)
-                lines = (self._unfinished[output] + data).split(b"\n")
-                if max(map(len, lines)) > MAX_LINE:
-                    pieces = (self.PIECE.findall(line) or [b""] for line in lines)
-                    lines = list(itertools.chain.from_iterable(pieces))
-                self._unfinished[output] = lines.pop()
-                yield lines
+            data = whole_lines(file.read(min(MAX_LINE + 1, end - self._at[output])), over)
+            if not data:
+                return
+            self._at[output] += len(data)
+            yield from self._stamped(output, data[:-1] if data.endswith(b"\n") else data)
 
-    def _stamped(self, kind, lines):
+    def _stamped(self, kind, text):
         """Lines with a stamp each, if they are wanted; the same ones whichever are wanted."""
+        count = text.count(b"\n") + 1
         second, nanosecond = divmod(self._stamp, 10**9)
-        if nanosecond + len(lines) > 10**9:  # all of them get the same second
+        if nanosecond + count > 10**9:  # all of them get the same second
             second, nanosecond = second + 1, 0
-        self._stamp = second * 10**9 + nanosecond + len(lines)
-        if lines and kind in self._kinds:
-            text = b"\n".join(lines).decode("utf-8", "replace")
+        self._stamp = second * 10**9 + nanosecond + count
+        skipped = min(self._skip, count)
+        self._skip -= skipped
+        if kind in self._kinds and skipped < count:
             start = timestamp(second * 10**9)[:20]
-            yield [
-                f"[{start}{number:09d}Z] {line}"
-                for number, line in enumerate(text.split("\n"), nanosecond)
+            lines = text.decode("utf-8", "replace").split("\n")
+            stamped = [
+                f"[{start}{number:09d}Z] {line}" for number, line in enumerate(lines, nanosecond)
             ]
+            yield stamped[skipped:]
+
+
+def whole_lines(data, over):
+    """The lines that end in some output, or a piece of one that is too long or, if `over`, all."""
+    end = data.rfind(b"\n") + 1
+    if not end and len(data) > MAX_LINE:
+        character = re.compile(rb"[\xc0-\xff][\x80-\xbf]{0,3}\Z").search(
+            data, MAX_LINE - 4, MAX_LINE
+        )
+        return data[: character.start() if character else MAX_LINE]
+    return data[:end] or (data if over else b"")
 
 
 # ---------------------------------------------------------------- manage.py at work
@@ -3157,24 +3159,18 @@ def cmd_job_logs(request, id, count=None):
     ssh -p 2222 nobody@localhost job-logs 7 20
     """
     job = request.job(id)
+    over = job.finished
+    skip = 0
 
     def read(*kinds):
-        return LogReader(request.agent.store.log(job), *kinds).read(over)
+        return LogReader(request.agent.store.log(job), *kinds, skip=skip).read(over)
 
-    over = job.finished
-    since = ""
     if count is not None:
         if not re.fullmatch(r"\d{1,9}", count, re.ASCII):
             raise Refused(f'"{count}" is not a number of lines')
-        surplus = sum(map(len, read(STDOUT, STDERR, NOTE))) - int(count)
-        lines = itertools.chain.from_iterable(read(STDOUT, STDERR, NOTE))
-        since = next(itertools.islice(lines, max(0, surplus), None), "") or "~"
-
-    def last(*kinds):
-        for lines in read(*kinds):  # their stamps increase, and sort as text
-            yield [line for line in lines if line >= since] if since else lines
-
-    return {"job": {**job_object(job), "stdout": last(STDOUT, NOTE), "stderr": last(STDERR)}}
+        skip = max(0, sum(map(len, read(STDOUT, STDERR, NOTE))) - int(count))
+    shown = job_object(job)
+    return {"job": {**shown, "stdout": read(STDOUT, NOTE), "stderr": read(STDERR)}}
 
 
 @command("You must supply a job ID")
