@@ -3621,15 +3621,13 @@ def make_host_key(path):
     public = key.public_key().public_bytes(
         serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
     )
-    unready = path.with_name(path.name + ".unready")  # under its name only when whole
     try:
-        unready.unlink(missing_ok=True)
-        with open(os.open(unready, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        path.with_name(f"{path.name}.pub").write_bytes(public + b" oni-agent\n")
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:  # mode 0600
             file.write(private)
             file.flush()
             os.fsync(file.fileno())
-        path.with_name(path.name + ".pub").write_bytes(public + b" oni-agent\n")
-        unready.rename(path)
+        os.rename(file.name, path)  # under its name only when whole
     except OSError as error:
         raise Problem(f"the HOST_KEY_FILE {path} cannot be made: {error.strerror}") from error
 
@@ -3695,7 +3693,6 @@ class Connection(paramiko.ServerInterface):
         self._keys_file = server.agent.settings.authorized_keys
         self._begun = []  # whose requests paramiko is about to answer
         self._channels = []
-        self._terminals = {}
         self._socket = ClientSocket(fileno=connected.detach())
         self._socket.before_read = self._start_sessions
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -3740,9 +3737,6 @@ class Connection(paramiko.ServerInterface):
         while channel := self.transport.accept(0):  # else paramiko keeps each for ever
             self._channels.append(channel)
         self._channels = [channel for channel in self._channels if not channel.closed]
-        self._terminals = {
-            channel: terminal for channel, terminal in self._terminals.items() if not channel.closed
-        }
         if kind != "session":
             return paramiko.OPEN_FAILED_ADMINISTRATIVELY_PROHIBITED
         mine = max(len(self._channels), len(self.sessions))  # one may outlive its channel
@@ -3751,13 +3745,13 @@ class Connection(paramiko.ServerInterface):
         return paramiko.OPEN_SUCCEEDED
 
     def check_channel_pty_request(self, channel, term, width, height, *_):
-        self._terminals[channel] = Terminal(channel, term.decode("ascii", "replace"))
-        self._terminals[channel].resize(width, height)
+        channel.terminal = Terminal(channel, term.decode("ascii", "replace"))
+        channel.terminal.resize(width, height)
         return True
 
     def check_channel_window_change_request(self, channel, width, height, *_):
-        if channel in self._terminals:
-            self._terminals[channel].resize(width, height)
+        if hasattr(channel, "terminal"):
+            channel.terminal.resize(width, height)
         return True
 
     def check_channel_shell_request(self, channel):
@@ -3766,7 +3760,7 @@ class Connection(paramiko.ServerInterface):
     def check_channel_exec_request(self, channel, command):
         if any(session.channel is channel for session in list(self.sessions)):
             return False  # RFC 4254, 6.5: one to a channel
-        session = Session(self, channel, command, self._terminals.get(channel))
+        session = Session(self, channel, command)
         self.sessions.add(session)
         self._begun.append(session)
         return True
@@ -3838,14 +3832,14 @@ class Terminal:
 class Session(threading.Thread):
     """One command on one channel, from its words to the last byte of its answer."""
 
-    def __init__(self, connection, channel, line, terminal):
+    def __init__(self, connection, channel, line):
         self.number = next(connection.server.numbers)
         super().__init__(name=f"session {self.number}", daemon=True)
         self.connection = connection
         self.channel = channel
         self.begun = time.monotonic()
         self._line = line
-        self._terminal = terminal
+        self._terminal = getattr(channel, "terminal", None)
         self._status = "client went away"
 
     def run(self):
@@ -4285,22 +4279,13 @@ def run_on_finish(program, job, job_log, environ):
         "ONI_JOB_ERROR": job.error.replace("\0", ""),
         "ONI_JOB_LOG": str(job_log),
     }
+    # timeout(1) ends it even if the agent goes.
+    command = ["timeout", "-s", "KILL", str(HOOK_SECONDS), str(program)]
+    options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "check": True}
     try:
-        process = subprocess.Popen(
-            # timeout(1) ends it even if the agent goes.
-            ["timeout", "-s", "KILL", str(HOOK_SECONDS), str(program)],
-            env={**environ, **about},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        status = process.wait()
-        if status == -signal.SIGKILL:
-            status = f"none within {HOOK_SECONDS} s, and was killed"
-        if status:
-            log.error("job=%d ON_FINISH failed: exit status %s", job.id, status)
-    except OSError as error:
-        log.error("job=%d ON_FINISH failed: %s", job.id, error)
+        subprocess.run(command, env={**environ, **about}, start_new_session=True, **options)
+    except (OSError, subprocess.CalledProcessError) as problem:
+        log.error("job=%d ON_FINISH failed: %s", job.id, problem)
 
 
 def stop_on_signals():
