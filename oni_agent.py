@@ -1093,13 +1093,13 @@ class Patch:
         listing = old / self.LISTING
         root = parse_xml(listing, ET.TreeBuilder(insert_comments=True, insert_pis=True))
         issues = root.findall(f"{NDNP}issue")
-        self._gone = set()  # folders of issues
-        for issue in self._named(issues, instructions.decode("utf-8", "replace")):
-            self._gone.add(beside(listing, issue.text or "").parent)
-            root.remove(issue)
-        kept = {beside(listing, issue.text or "") for issue in root.findall(f"{NDNP}issue")}
-        for path in kept:
-            if self._gone.intersection(path.parents):
+        named = self._named(issues, instructions.decode("utf-8", "replace"))
+        self._gone = {beside(listing, issue.text or "").parent for issue in named}  # folders
+        for issue in issues:
+            path = beside(listing, issue.text or "")
+            if issue in named:
+                root.remove(issue)
+            elif self._gone.intersection(path.parents):
                 raise Problem(f"{path}, which is to stay, lies in the folder of one that is to go")
         if self._gone.intersection([old, old / "data"]):
             raise Problem(f"an issue of {old} that is to go has no folder of its own")
@@ -1108,12 +1108,7 @@ class Patch:
 
     def _named(self, issues, instructions):
         """The issues that the instructions name, each by its key or by its folder's name."""
-        keys = {}
-        for issue in issues:
-            edition = issue.get("issueDate", "") + issue.get("editionOrder", "").zfill(2)
-            folder = os.path.basename(os.path.dirname((issue.text or "").strip()))
-            for name in {plain_key(edition), plain_key(folder)}:
-                keys.setdefault(f"{plain_key(issue.get('lccn', ''))}/{name}", []).append(issue)
+        keys = [issue_keys(issue) for issue in issues]
         named = []
         for number, line in enumerate(instructions.splitlines(), 1):
             if not line.strip():
@@ -1123,7 +1118,8 @@ class Patch:
                 raise Problem(
                     f"line {number}: {word!r} is not an instruction; RemoveIssue is the only one"
                 )
-            found = keys.get(plain_key(operands[0]), []) if len(operands) == 1 else []
+            key = plain_key(" ".join(operands))
+            found = [issue for issue, its_keys in zip(issues, keys) if key in its_keys]
             if not found:
                 raise Problem(
                     f"line {number}: {line.strip()!r} names no issue of {self.old.name};"
@@ -1134,8 +1130,7 @@ class Patch:
                     f"line {number}: {line.strip()!r} may mean any of {len(found)} issues, since"
                     " folders and editions disagree; mend batch.xml or the folders first"
                 )
-            if found[0] not in named:
-                named.append(found[0])
+            named += found
         if not named:
             raise Problem("there is no instruction to remove an issue")
         return named
@@ -1160,7 +1155,7 @@ class Patch:
         if not os.path.lexists(new):
             return False
         same = read_regular(new / self.LISTING) == self.listing
-        if not same or file_sizes(new, lambda *_: set()) != self.sizes():
+        if not same or file_sizes(new) != self.sizes():
             raise Problem(f"{new} is there already, and is not what this patch makes; move it away")
         return True
 
@@ -1196,7 +1191,7 @@ class Patch:
                 self.old, unready, symlinks=True, ignore=self.ignore, copy_function=copy
             )
             (unready / self.LISTING).write_bytes(self.listing)
-            if file_sizes(unready, lambda *_: set()) != sizes:
+            if file_sizes(unready) != sizes:
                 raise Problem(f"{self.old} has changed meanwhile, or the copy is not whole")
             check_listing(unready)
             os.sync()  # whole on disk before it is seen
@@ -1207,12 +1202,19 @@ class Patch:
             raise
 
 
+def issue_keys(issue):
+    """The keys that may name an issue in batch.xml: by its edition, and by its folder."""
+    edition = issue.get("issueDate", "") + issue.get("editionOrder", "").zfill(2)
+    folder = os.path.basename(os.path.dirname((issue.text or "").strip()))
+    return {plain_key(f"{issue.get('lccn', '')}/{name}") for name in (edition, folder)}
+
+
 def plain_key(key):
     """An issue's key without the dashes and underscores that do not count."""
     return re.sub("[-_]", "", key)
 
 
-def file_sizes(batch, ignore):
+def file_sizes(batch, ignore=lambda *_: set()):
     """The files and links below a folder, and their sizes in bytes. Raises Problem."""
     sizes = {}
     for folder, folders, files in os.walk(batch):
@@ -1794,10 +1796,12 @@ class JobStore:
         names = [path.stem for path in self.folder.glob("logs/*.log")]
         used = max((int(name) for name in names if re.fullmatch(r"[0-9]{1,18}", name)), default=0)
         with self._transaction() as database:
-            row = database.execute("SELECT seq FROM sqlite_sequence").fetchone()
-            if used > (row[0] if row else 0):
-                database.execute("DELETE FROM sqlite_sequence")
-                database.execute("INSERT INTO sqlite_sequence VALUES ('jobs', ?)", (used,))
+            database.execute("DELETE FROM sqlite_sequence WHERE seq < ?", (used,))
+            database.execute(
+                "INSERT INTO sqlite_sequence SELECT 'jobs', ?"
+                " WHERE NOT EXISTS (SELECT * FROM sqlite_sequence)",
+                (used,),
+            )
 
     @contextlib.contextmanager
     def _transaction(self):
@@ -1916,10 +1920,8 @@ class JobLog:
         whole = 0
         for kind, entry, end in self.entries(0):
             whole = end
-            if kind in (SIZES, COMMAND):
-                self._sizes = sizes_in(entry[4])
             if kind == COMMAND:
-                self._begun = self._sizes
+                self._begun = sizes_in(entry[4])
                 self.commands.append(entry[4].decode("utf-8", "replace").split(" ", 2)[-1])
         self._file.truncate(whole)  # a crash may have cut the last entry short
         self._file.seek(whole)
@@ -2141,15 +2143,14 @@ class Work:
 
         The text of a Problem says how manage.py ended, and of what it has complained.
         """
-        command = shlex.join(["manage.py", *words])
-        self._run(command, lambda **options: self._oni.start(*words, **options))
+        self._run(shlex.join(["manage.py", *words]), self._oni.start, words)
 
     def task(self, name, *words):
         """Runs a function of INSIDE_ONI in a manage.py of its own. Raises as manage does."""
         command = shlex.join(["manage.py shell:", name, *words])
-        self._run(command, lambda **options: self._oni.start_task(name, *words, **options))
+        self._run(command, self._oni.start_task, [name, *words])
 
-    def _run(self, command, start):
+    def _run(self, command, start, words):
         def run():
             self.go_on()
             self.log.path.parent.mkdir(mode=0o700, exist_ok=True)
@@ -2160,7 +2161,7 @@ class Work:
                     files.enter_context(open_to_append(path)) for path in self.log.outputs.values()
                 )
                 sizes = self.log.sizes()
-                process = start(stdout=out, stderr=err, pass_fds=[lock.fileno()])
+                process = start(*words, stdout=out, stderr=err, pass_fds=[lock.fileno()])
                 self.log.begin(command, sizes)
                 return process
 
@@ -2869,9 +2870,10 @@ def command(wrong="", refusal="The agent cannot do this just now"):
     return enter
 
 
-def answer(agent, words, read_input, check_client):
-    """Answers one command. Raises ClientGone and nothing else."""
+def answer(agent, line, read_input, check_client):
+    """The Answer to one command line, in bytes. Raises ClientGone and nothing else."""
     try:
+        words = split_words(line)
         if not words:
             raise Refused("no command specified")
         function = COMMANDS.get(words[0])
@@ -3501,24 +3503,24 @@ class Screen:
 
     def __init__(self, terminal, ask, send):
         self._terminal = terminal
-        self._ask = ask  # takes a command's words, gives its Answer
+        self._ask = ask  # takes a command line, gives its Answer
         self._send = send  # takes text
 
-    def run(self, words):
-        """Shows what a command answers; the exit status."""
-        if not words or words == ["board"]:
+    def run(self, line):
+        """Shows what a command line is answered; the exit status."""
+        words = line.split()
+        if not words or words == [b"board"]:
             return self._board()
-        if words[0] == "job-wait" and len(words) == 2:
+        if words[0] == b"job-wait" and len(words) == 2:
             try:
-                self._watch(words[1])
+                self._watch(b"job-status " + words[1])
             except ClientGone:  # by Ctrl-C, maybe: what ssh says then is to begin a line
                 with contextlib.suppress(ClientGone, OSError):
                     self._send("\r\n")
                 raise
-        return self.show(self._ask(*words))
+        return self._show(self._ask(line))
 
-    def show(self, reply):
-        """Shows an answer; the exit status."""
+    def _show(self, reply):
         logged = reply.lines
         if not logged:
             self._print(self._fitted(answer_lines(reply.keys)))
@@ -3542,10 +3544,10 @@ class Screen:
             return f"\x1b[{COLOURS[word]}m{line}\x1b[0m"
         return line
 
-    def _watch(self, id):
+    def _watch(self, job_status):
         """Draws the bar of a job until it ends, where the terminal can draw one."""
         while True:
-            keys = self._ask("job-status", id).keys
+            keys = self._ask(job_status).keys
             job = keys.get("job", {})
             ended = keys["status"] == "error" or job["status"] not in (PENDING, STARTED)
             line = "" if ended else keys["message"]
@@ -3566,7 +3568,7 @@ class Screen:
             typed = b""
             while b"q" not in typed and b"\x04" not in typed:
                 room = self._terminal.height - 1
-                lines = [*self._fitted(board_lines(self._ask("board").keys)), *[""] * room]
+                lines = [*self._fitted(board_lines(self._ask(b"board").keys)), *[""] * room]
                 lines[room:] = [beginning("q leaves; jobs go on", self._terminal.width)]
                 self._send("\x1b[H" + "\x1b[K\r\n".join(lines) + "\x1b[K\x1b[J")
                 typed = self._terminal.key(1)
@@ -3858,23 +3860,11 @@ class Session(threading.Thread):
 
     def _answer(self):
         """Sends the answer, to a person or a program; the exit status."""
-        agent = self.connection.server.agent
-
-        def ask(*words):
-            return answer(agent, list(words), self._read_input, self._check_client)
-
-        try:
-            words = split_words(self._line)
-            reply = None
-        except Refused as refusal:
-            words = []
-            reply = Answer(refusal.keys)
         if self._terminal:
-            screen = Screen(self._terminal, ask, self._send)
-            status = screen.show(reply) if reply else screen.run(words)
+            status = Screen(self._terminal, self._ask, self._send).run(self._line)
             self._status = "shown"
             return status
-        reply = reply or ask(*words)
+        reply = self._ask(self._line)
         if reply.lines:
             for lines in reply.lines:
                 self._send("".join(f"{line}\n" for line in lines))
@@ -3883,6 +3873,10 @@ class Session(threading.Thread):
                 self._send(piece)
         self._status = reply.keys.get("status", "followed")
         return reply.exit_status
+
+    def _ask(self, line):
+        agent = self.connection.server.agent
+        return answer(agent, line, self._read_input, self._check_client)
 
     def _log(self):
         settings = self.connection.server.agent.settings
@@ -4102,8 +4096,13 @@ def is_in(host, allowed):
 
 # ---------------------------------------------------------------- is all well?
 
-# A name, advice, and a function that says how it is, or raises.
-Look = tuple[str, str, Callable[[], str]]
+
+def look(name, advice, action):
+    """Whether all is well by a function that says how it is or raises; and what to say of it."""
+    try:
+        return True, f"{name}: {action()}"
+    except (Problem, OSError) as problem:
+        return False, f"{name}: {problem}; {advice}"
 
 
 def looks_at_oni(oni):
@@ -4119,20 +4118,20 @@ def looks_at_oni(oni):
             raise Problem(places["index_error"])
         return f"{places['documents']} pages"
 
-    yield "manage.py check", "run it by hand, as the agent's user", oni.check
-    yield "database", "see ONI's database settings", database
-    if not places:  # who takes the looks has taken that one by now
+    yield look("manage.py check", "run it by hand, as the agent's user", oni.check)
+    yield look("database", "see ONI's database settings", database)
+    if not places:
         return
     advice = "let the agent's user write there; under systemd, name it in ReadWritePaths="
-    yield "ONI's log/", advice, lambda: writable(oni.location / places["log"])
-    yield "Solr", "see ONI's SOLR_BASE_URL; loads and purges will fail", index
-    yield "ONI's batch storage", advice, lambda: writable(Path(places["batches"]))
+    yield look("ONI's log/", advice, lambda: writable(oni.location / places["log"]))
+    yield look("Solr", "see ONI's SOLR_BASE_URL; loads and purges will fail", index)
+    yield look("ONI's batch storage", advice, lambda: writable(Path(places["batches"])))
     shared = {f"ONI's cache {folder}": folder for folder in places["cache"]}
     shared["ONI's word coordinates"] = places["coordinates"]
     advice = "run the agent as the site's user, and under systemd name it in ReadWritePaths="
     for name, folder in shared.items():
         if folder:
-            yield name, advice, lambda folder=folder: ours(Path(folder))
+            yield look(name, advice, lambda folder=folder: ours(Path(folder)))
 
 
 def writable(folder):
@@ -4191,24 +4190,15 @@ def looks_at_own(settings):
     def source():
         return f"{len(in_time(lambda: os.listdir(settings.batch_source)))} entries"
 
-    yield "state folder", "if an agent is at work there, ask that instead", state
-    yield "host key", "see HOST_KEY_FILE", host_key
-    yield "address", "set BA_BIND to a free port", address
-    yield "batch source", "let the agent's user read it", source
-
-
-def results(looks):
-    """Takes these looks: for each whether all is well, and what to say."""
-    for name, advice, look in looks:
-        try:
-            yield True, f"{name}: {look()}"
-        except (Problem, OSError) as problem:
-            yield False, f"{name}: {problem}; {advice}"
+    yield look("state folder", "if an agent is at work there, ask that instead", state)
+    yield look("host key", "see HOST_KEY_FILE", host_key)
+    yield look("address", "set BA_BIND to a free port", address)
+    yield look("batch source", "let the agent's user read it", source)
 
 
 def look_once(oni):
     """Says in the log how Open ONI is; one that does not answer is no reason not to serve."""
-    for well, text in results(looks_at_oni(oni)):
+    for well, text in looks_at_oni(oni):
         level = logging.INFO if well else logging.WARNING
         log.log(level, "Open ONI in %s: %s", oni.location, text)
 
@@ -4225,7 +4215,7 @@ def check_all(environ):
     print("✓ settings")
     oni = OpenONI(settings.oni_location, environ)
     exit_status = 0
-    for well, text in results(itertools.chain(looks_at_own(settings), looks_at_oni(oni))):
+    for well, text in itertools.chain(looks_at_own(settings), looks_at_oni(oni)):
         print("✓" if well else "✗", text)
         if not well:
             exit_status = 1
