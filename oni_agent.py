@@ -1831,7 +1831,8 @@ class JobStore:
     def _keep_others_out(self):
         self._agent_lock = open(self.folder / "agent.lock", "a")
         try:
-            # Not flock: a child that has yet to become manage.py would hold that, too.
+            # Not flock, which a killed agent's child would hold until it has become manage.py.
+            # Nothing else opens this file: closing it would let go of the lock.
             fcntl.lockf(self._agent_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise Problem(
@@ -2094,13 +2095,6 @@ class LogReader:
         self._index = 0  # bytes of the log that have been read
         self._at = {STDOUT: 0, STDERR: 0}  # bytes of the outputs, each to the end of a line
         self._stamp = 0  # of the next line at the earliest: stamps increase, clocks may not
-        self._number = 0  # of the next line, of all kinds
-
-    def count(self, over):
-        """How many lines there are, of all kinds; the reader is to give out none."""
-        for _ in self.read(over):
-            pass
-        return self._number
 
     def read(self, over=True):
         """Some lines at a time, `[stamp] text` each; if the job is `over`, unfinished ones too."""
@@ -2137,19 +2131,19 @@ class LogReader:
 
     def _stamped(self, kind, data):
         count = data.count(b"\n") + 1
-        unwanted = self._skip - self._number
-        self._number += count
+        skipped = min(self._skip, count)
+        self._skip -= skipped
         if self._stamp % 10**9 + count > 10**9:  # all of them get the same second
             self._stamp += 10**9 - self._stamp % 10**9
         first = self._stamp
         self._stamp += count
-        if kind in self._kinds and unwanted < count:
+        if kind in self._kinds and skipped < count:
             lines = data.decode("utf-8", "replace").split("\n")
             start = timestamp(first)[:20]
             stamped = [
                 f"[{start}{number:09d}Z] {line}" for number, line in enumerate(lines, first % 10**9)
             ]
-            yield stamped[max(0, unwanted) :]
+            yield stamped[skipped:]
 
 
 # ---------------------------------------------------------------- manage.py at work
@@ -2235,11 +2229,12 @@ class Work:
 
     def _begin(self, program, start, *words):
         self.go_on()
-        outputs = map(open_to_append, self.log.outputs.values())
-        with open(self._lock, "a") as lock, next(outputs) as out, next(outputs) as err:
+        out_path, err_path = self.log.outputs.values()
+        with open(self._lock, "a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else EAGAIN
-            self.log.look()
-            process = start(*words, stdout=out, stderr=err, pass_fds=[lock.fileno()])
+            with open_to_append(out_path) as out, open_to_append(err_path) as err:
+                self.log.look()
+                process = start(*words, stdout=out, stderr=err, pass_fds=[lock.fileno()])
         self.log.begin(f"{program} {shlex.join(words)}")
         return process
 
@@ -3179,18 +3174,18 @@ def cmd_job_follow(request, id):
 def cmd_job_logs(request, id, count=None):
     """Shows what a job has printed so far, or the last LINES of it, each line with its time."""
     job = request.job(id)
-    job_log = request.agent.store.log(job)
     over = job.finished
-    surplus = 0
+    skip = 0
+
+    def read(*kinds):
+        return LogReader(request.agent.store.log(job), *kinds, skip=skip).read(over)
+
     if count is not None:
         if not re.fullmatch(r"\d{1,9}", count, re.ASCII):
             raise Refused(f'"{count}" is not a number of lines')
-        surplus = LogReader(job_log).count(over) - int(count)
-
-    def lines(*kinds):
-        return LogReader(job_log, *kinds, skip=surplus).read(over)
-
-    return {"job": {**job_object(job), "stdout": lines(STDOUT, NOTE), "stderr": lines(STDERR)}}
+        skip = max(0, sum(map(len, read(STDOUT, STDERR, NOTE))) - int(count))
+    shown = job_object(job)
+    return {"job": {**shown, "stdout": read(STDOUT, NOTE), "stderr": read(STDERR)}}
 
 
 @command("ID", "You must supply a job ID", "job-cancel 7")
