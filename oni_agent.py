@@ -31,8 +31,8 @@ no command at all) the answers are text. Settings come from the environment:
   DB_CONNECTION    accepted for old units, not needed: ONI's own settings are used
 
 To add a command, write a function cmd_… under "commands". To add a kind of job, write a class under
-"kinds of job" and enter it in KINDS. To add a setting, add it to OWN_VARIABLES, to Settings and to
-the list above.
+"kinds of job" and enter it in KINDS. To add a setting, write its reader under "settings", and
+enter it in OWN_VARIABLES and in the list above.
 """
 
 from __future__ import annotations
@@ -46,7 +46,6 @@ import dataclasses
 import difflib
 import errno
 import fcntl
-import functools
 import gc
 import hashlib
 import inspect
@@ -124,7 +123,7 @@ MAX_CHANNELS = 10  # open at once on one connection, as OpenSSH's MaxSessions
 MAX_PACKET = 256 * 1024  # bytes of one SSH packet, as OpenSSH takes them
 MAX_COMMAND = 16 * 1024  # bytes of a command line
 MAX_PAYLOAD = 32 * 1024 * 1024  # bytes on standard input
-MAX_TAG = 256 * 1024  # bytes of a tag in MARC XML; expat begins a long one again and again
+MAX_MARC_MEMORY = 256 * 1024 * 1024  # bytes, for the process that reads MARC XML
 MAX_INSTRUCTIONS = 1024 * 1024  # of them, where they are a batch-patch's
 MAX_LINE = 64 * 1024  # bytes of one line in a job's log; a longer line is cut into pieces
 MAX_ATTEMPTS = 3  # starts of a job that never ended
@@ -137,7 +136,7 @@ ANSWER_SECONDS = 10  # for Open ONI, or the batches' file system, to answer a co
 PATIENT_SECONDS = 60  # the same, when a job at work asks
 SOLR_SECONDS = 4  # for Solr to answer a question about one batch
 CHECK_SECONDS = 3600  # for reading every file of a batch
-LIST_SECONDS = 0.5  # for each of the two counts that list-batches makes
+LIST_SECONDS = 0.7  # for list-batches to count what is not remembered
 TERM_SECONDS = 10  # between SIGTERM and SIGKILL for a cancelled manage.py
 HOOK_SECONDS = 60  # for ON_FINISH
 SHELL_SECONDS = 600  # without a question, after which the manage.py that answers them ends
@@ -210,57 +209,6 @@ def while_scarce(action):
 
 # ---------------------------------------------------------------- settings
 
-OWN_VARIABLES = (
-    "ONI_LOCATION",
-    "BATCH_SOURCE",
-    "BA_BIND",
-    "STATE_DIRECTORY",
-    "HOST_KEY_FILE",
-    "ALLOW_FROM",
-    "AUTHORIZED_KEYS",
-    "ON_FINISH",
-    "LOG_LEVEL",
-    "DB_CONNECTION",
-)
-
-
-class Settings:
-    """What an administrator tells the agent in `environ`, checked.
-
-    Raises Problem with one sentence for each thing that is wrong, all of them at once.
-    """
-
-    def __init__(self, environ):
-        problems = []
-
-        def read(name, reader, default=""):
-            try:
-                return reader(environ.get(name) or default)
-            except ValueError as error:
-                problems.append(f"{name} {error}")
-            except (OSError, RuntimeError) as error:  # RuntimeError: no home for ~
-                problems.append(f"{name} cannot be used: {error}")
-
-        home = environ.get("HOME") or "~"
-        states = environ.get("XDG_STATE_HOME") or os.path.join(home, ".local", "state")
-        self.oni_location = read("ONI_LOCATION", oni_folder)
-        self.batch_source = read("BATCH_SOURCE", existing_folder)
-        self.ba_bind = read("BA_BIND", bind_address, "127.0.0.1:2222")
-        self.state_directory = read(
-            "STATE_DIRECTORY", state_folder, os.path.join(states, "oni-agent")
-        )
-        self.host_key_file = read(
-            "HOST_KEY_FILE", lambda value: key_path(value, self.state_directory)
-        )
-        self.allow_from = read("ALLOW_FROM", networks)
-        self.authorized_keys = read("AUTHORIZED_KEYS", readable_file)
-        self.on_finish = read("ON_FINISH", lambda value: readable_file(value, os.X_OK))
-        self.log_level = read("LOG_LEVEL", known_log_level, "info")
-        self.db_connection = bool(environ.get("DB_CONNECTION"))
-        if problems:
-            raise Problem(*problems)
-
-
 # Readers of one setting each; they raise ValueError, or an OSError.
 
 
@@ -284,8 +232,9 @@ def oni_folder(value):
 
 def state_folder(value):
     """`value` as the path of a folder that the agent can write to, or make."""
-    # systemd may name several, separated by colons.
-    path = Path(value.split(":")[0]).expanduser().resolve()
+    states = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    first = value.split(":")[0]  # systemd may name several
+    path = Path(first or f"{states}/oni-agent").expanduser().resolve()
     place = nearest_folder(path)
     if not os.access(place, os.W_OK | os.X_OK):
         raise ValueError(f"is {value!r}, and the agent's user cannot write to {place}")
@@ -330,61 +279,134 @@ def networks(value):
     return found
 
 
-def readable_file(value, access=os.R_OK):
-    """The absolute path of a file that allows this access, if one is named."""
+def readable_file(value):
+    """The absolute path of a file that can be read, if one is named."""
     path = Path(value).resolve()
-    if value and not (path.is_file() and os.access(path, access)):
-        wanted = "read" if access == os.R_OK else "executed"
-        raise ValueError(f"is {value!r}, not a file that can be {wanted}")
+    if value and not (path.is_file() and os.access(path, os.R_OK)):
+        raise ValueError(f"is {value!r}, not a file that can be read")
     return path if value else None
 
 
-def key_path(value, state):
-    """`value` as an absolute path, in a folder that exists; else `host_key` in the state folder."""
-    if not value:
-        return state and state / "host_key"
-    path = Path(value).expanduser().resolve()
-    if not os.path.lexists(path) and path.parent != state and not path.parent.is_dir():
-        raise ValueError(f"is {value!r}, in a folder that does not exist")
+def program(value):
+    """The absolute path of a program, if one is named."""
+    path = readable_file(value)
+    if path and not os.access(path, os.X_OK):
+        raise ValueError(f"is {value!r}, not a file that can be executed")
     return path
 
 
-def known_log_level(value):
+def key_path(value):
+    """The absolute path of a file that is there or can be made, if one is named."""
+    path = Path(value).expanduser().resolve()
+    if not os.path.lexists(path) and not path.parent.is_dir():
+        raise ValueError(f"is {value!r}, in a folder that does not exist")
+    return path if value else None
+
+
+def log_level(value):
     """`value` as logging writes it."""
     if value.lower() not in ("debug", "info", "warning", "error"):
         raise ValueError(f"is {value!r}; write debug, info, warning or error")
     return value.upper()
 
 
+OWN_VARIABLES = {  # the name of each, its reader, and what stands for it where it is not set
+    "ONI_LOCATION": (oni_folder, ""),
+    "BATCH_SOURCE": (existing_folder, ""),
+    "BA_BIND": (bind_address, "127.0.0.1:2222"),
+    "STATE_DIRECTORY": (state_folder, ""),
+    "HOST_KEY_FILE": (key_path, ""),
+    "ALLOW_FROM": (networks, ""),
+    "AUTHORIZED_KEYS": (readable_file, ""),
+    "ON_FINISH": (program, ""),
+    "LOG_LEVEL": (log_level, "info"),
+    "DB_CONNECTION": (bool, ""),  # whether it is set: it is not needed, and secret
+}
+
+
+class Settings:
+    """What an administrator tells the agent in `environ`: `.ba_bind` for BA_BIND, and so on.
+
+    Raises Problem with one sentence for each thing that is wrong, all of them at once.
+    """
+
+    def __init__(self, environ):
+        problems = []
+        for name, (reader, default) in OWN_VARIABLES.items():
+            try:
+                setattr(self, name.lower(), reader(environ.get(name) or default))
+            except ValueError as error:
+                problems.append(f"{name} {error}")
+            except (OSError, RuntimeError) as error:  # RuntimeError: no home for ~
+                problems.append(f"{name} cannot be used: {error}")
+        if problems:
+            raise Problem(*problems)
+        self.host_key_file = self.host_key_file or self.state_directory / "host_key"
+
+
 # ---------------------------------------------------------------- Open ONI
 
-# What runs inside a manage.py shell, with ONI's models. TASK says which function, WORDS its words.
-# It keeps to what Python 3.6 and Django 2.2 know, since ONI's may be old ones.
+# What runs inside a manage.py shell, with ONI's models. Its functions are questions,
+# or tasks of a job. It keeps to what Python 3.6 and Django 2.2 know, since ONI's may be old ones.
 INSIDE_ONI = '''
-import json, logging, re, signal, socket, time, urllib.request
+import io, json, logging, re, resource, signal, socket, time, urllib.request
 from django.conf import settings
+from django.core.management import call_command
 from django.db import close_old_connections
 from django.db.models import Count, Q
 from core import solr_index
 from core.models import Awardee, Batch, Issue, LoadBatchEvent, Page, Title
 
 def answer_questions(channel):
-    """Answers each JSON line [number, deadline, question, word, ...] on a socket by a JSON line."""
+    """Answers each JSON line [question, word, ...] on a socket by a JSON line."""
     logging.getLogger("pysolr").setLevel(logging.WARNING)  # ONI has a log file a process
     channel = socket.socket(fileno=channel)
+    channel.sendall(b"!")  # ready
+    signal.alarm(SHELL_SECONDS)
     for line in channel.makefile(encoding="utf-8"):  # one file for both ways would lose lines
-        number, deadline, question, *words = json.loads(line)
-        left = deadline - time.monotonic()
-        if left <= 0:
-            continue  # it was asked while this was starting, and has been given up
-        signal.setitimer(signal.ITIMER_REAL, left)  # a question that takes longer ends this
+        signal.alarm(SHELL_SECONDS)
+        question, *words = json.loads(line)
         try:
             close_old_connections()
-            reply = {"number": number, "answer": globals()[question](*words)}
+            reply = {"answer": globals()[question](*words)}
         except Exception as error:
-            reply = {"number": number, "error": "%s: %s" % (type(error).__name__, error)}
+            reply = {"error": "%s: %s" % (type(error).__name__, error)}
         channel.sendall(json.dumps(reply, default=str).encode() + b"\\n")
-        signal.setitimer(signal.ITIMER_REAL, SHELL_SECONDS)
+
+def check():
+    """The last line of what `manage.py check` prints."""
+    printed = io.StringIO()
+    call_command("check", stdout=printed, stderr=printed)
+    return printed.getvalue().strip().rpartition("\\n")[2]
+
+def lccns(path, most):
+    """The LCCNs of the MARC records in a file as load_titles finds them ("" if there is none).
+
+    The second of the two answers is what is wrong with the file. It may be hostile: this is for
+    a process of its own, which may have so many bytes of memory and no more.
+    """
+    import pymarc, xml.sax
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    found = []
+
+    def enter(record):
+        if record and record.get_fields():  # an answer of OCLC's has other records around them
+            try:
+                found.append(re.sub(r"\\s", "", record["010"]["a"] or "").rstrip("/:,"))
+            except (KeyError, TypeError):
+                found.append("")
+
+    with open(path, "rb") as file:
+        if b"<!DOCTYPE" in file.read().replace(b"\\0", b""):  # of entities that grow, or point away
+            return [], "a DOCTYPE is not allowed"
+        file.seek(0)
+        try:
+            pymarc.map_xml(enter, file)
+        except xml.sax.SAXParseException as error:
+            return [], "%s: line %d" % (error.getMessage(), error.getLineNumber())
+        except Exception as error:  # MemoryError, too
+            return [], "it cannot be read as MARC XML: %s %s" % (type(error).__name__, error)
+    return found, ""
 
 def batch(name, with_index):
     """What database and, if asked for, index hold of one batch, in the words of BatchState."""
@@ -398,7 +420,7 @@ def batch(name, with_index):
         "events": [[event.created.isoformat(), event.message or ""] for event in events][::-1],
         "storage": settings.BATCH_STORAGE,
     }
-    held["pages"], held["indexed"] = pages_and_indexed(name)
+    held["indexed"], held["pages"] = indexed_and_pages(name)
     if with_index:
         held.update(index(name, held["indexed"]))
     return held
@@ -467,20 +489,10 @@ def overview():
         })
     return {"batches": batches, "documents": documents}
 
-def page_counts(names, seconds):
-    """Pages, and pages indexed, of as many of these batches as can be counted in time."""
-    until = time.monotonic() + seconds
-    counts = {}
-    for name in names:
-        if time.monotonic() > until:
-            break
-        counts[name] = pages_and_indexed(name)
-    return counts
-
-def pages_and_indexed(name):
+def indexed_and_pages(name):
     pages = Page.objects.filter(issue__batch_id=name)
     found = pages.aggregate(pages=Count("pk"), indexed=Count("pk", filter=Q(indexed=True)))
-    return found["pages"], found["indexed"]
+    return found["indexed"], found["pages"]
 
 def place(name):
     """What a load of a batch needs: its awardee, and the folder for a link to its files."""
@@ -514,7 +526,7 @@ def titles_to_fetch(lccns):
 
 def other_holders(name, issues):
     """Which of these issues, [lccn, date, edition] each, are in other batches that ONI holds."""
-    wanted = set(map(tuple, issues))
+    wanted = set(tuple(issue) for issue in issues if None not in issue)
     if not wanted:
         return []
     dates = sorted(date for _, date, _ in wanted)
@@ -568,8 +580,6 @@ def forget_documents(name):
     solr.delete(q='batch:"%s"' % name)
     solr.commit()
     print("deleted the documents of", name, flush=True)
-
-globals()[TASK](*WORDS)
 '''
 
 
@@ -587,7 +597,6 @@ class OpenONI:
         }
         self._asking = threading.Lock()
         self._child = None  # the manage.py shell that answers
-        self._number = 0  # of the newest question
 
     def start(self, *words, **options):
         """manage.py with `words`, in a session of its own, so that it outlives the agent.
@@ -603,56 +612,38 @@ class OpenONI:
             return subprocess.Popen(
                 [*program, *words],
                 cwd=self.location,
-                env=self.environment,
                 start_new_session=True,
-                **{"stdin": subprocess.DEVNULL, **options},
+                **{"stdin": subprocess.DEVNULL, "env": self.environment, **options},
             )
         except OSError as error:
             kind = Scarce if error.errno in SCARCE else CouldNotStart
             raise kind(f"couldn't run {manage}: {error}") from error
 
     def start_task(self, task, *words, **options):
-        """A manage.py shell that runs one function of INSIDE_ONI, which it reads from its stdin."""
-        code = f"import sys; exec(sys.stdin.read(), {dict(TASK=task, WORDS=words)!r})"
-        with open(os.memfd_create("inside_oni"), "w+", encoding="utf-8") as program:
-            program.write(
-                f"SHELL_SECONDS, SOLR_SECONDS = {SHELL_SECONDS}, {SOLR_SECONDS}\n{INSIDE_ONI}"
-            )
-            program.seek(0)
-            return self.start("shell", "-c", code, stdin=program, **options)
+        """A manage.py shell that runs one function of INSIDE_ONI."""
+        limits = f"SHELL_SECONDS, SOLR_SECONDS = {SHELL_SECONDS}, {SOLR_SECONDS}"
+        program = f"{limits}\n{INSIDE_ONI}\n{task}(*{words!r})"
+        environment = {**self.environment, "INSIDE_ONI": program}
+        code = "import os; exec(os.environ.pop('INSIDE_ONI'), {})"  # short, for ps
+        return self.start("shell", "-c", code, env=environment, **options)
 
     def check(self):
-        """What `manage.py check` says of ONI's settings. Raises Problem.
-
-        It asks neither database nor Solr.
-        """
-        with self.start("check", stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-            try:
-                printed = process.communicate(timeout=PATIENT_SECONDS)[0]
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                raise Problem(f"manage.py check did not end within {PATIENT_SECONDS} s") from None
-        last = last_line(printed)
-        if process.returncode:
-            raise Problem(f"manage.py check ended with exit status {process.returncode}: {last}")
-        return last
+        """What `manage.py check` says of ONI's settings. Raises Problem."""
+        return self.ask("check", within=PATIENT_SECONDS)
 
     def ask(self, question, *words, within=ANSWER_SECONDS):
         """What a function of INSIDE_ONI answers. Raises Problem, after `within` seconds at most.
 
         A manage.py shell is kept warm for it: its first answer takes half a second, later ones
-        milliseconds. It ends by itself at a question's deadline, and after SHELL_SECONDS idle.
+        milliseconds. It ends at a question that takes too long, and after SHELL_SECONDS idle.
         """
         until = time.monotonic() + within
         late = Problem(f"Open ONI did not answer within {within:g} s")
         if not self._asking.acquire(timeout=within):
             raise late
         try:
-            reply = self._reply(until, question, *words)
+            reply = self._reply([question, *words], until)
         except socket.timeout:
-            # A child that is not older may still be starting.
-            if time.monotonic() - self._born > PATIENT_SECONDS:
-                self._end_child()
             raise late from None
         except OSError as error:  # no descriptor to be had, say
             raise Scarce(f"Open ONI cannot be asked: {error}") from error
@@ -662,43 +653,50 @@ class OpenONI:
             raise Problem(f"Open ONI cannot answer: {reply['error']}")
         return reply["answer"]
 
-    def _reply(self, until, *question):
-        if self._child and self._child.poll() is None:
-            with contextlib.suppress(ConnectionError):  # it has died since its last answer
-                return self._exchange(until, *question)
+    def _reply(self, question, until):
+        if self._child:
+            with contextlib.suppress(ConnectionError):  # it has ended since its last answer
+                return self._exchange(question, until)
         self._end_child()
         self._begin_child()
         try:
-            return self._exchange(until, *question)
+            return self._exchange(question, until)
         except ConnectionError:
             self._stderr.seek(0)
             said = last_line(self._stderr.read()) or "manage.py shell ended"
             raise Problem(f"Open ONI cannot be asked: {said}") from None
 
-    def _exchange(self, until, *question):
-        """Sends a question and waits for its answer; one to an earlier question came too late."""
-        self._number += 1
-        self._stderr.seek(0)
-        self._stderr.truncate()
+    def _exchange(self, question, until):
+        """Sends a question and waits for its answer. Raises ConnectionError, socket.timeout."""
+        self._wait_until_ready(until)
+        self._stderr.truncate(0)
         self._channel.settimeout(max(0.01, until - time.monotonic()))
-        self._channel.sendall(json.dumps([self._number, until, *question]).encode() + b"\n")
-        while True:
-            while b"\n" not in self._heard:
-                self._channel.settimeout(max(0.01, until - time.monotonic()))
-                data = self._channel.recv(CHUNK)
-                if not data:
-                    raise ConnectionError
-                self._heard += data
-            line, _, self._heard = self._heard.partition(b"\n")
-            reply = json.loads(line)
-            if reply["number"] == self._number:
-                return reply
+        try:
+            self._channel.sendall(json.dumps(question).encode() + b"\n")
+            line = self._replies.readline()
+        except socket.timeout:
+            self._end_child()  # else its answer would be taken for the next one's
+            raise
+        if not line:
+            raise ConnectionError
+        return json.loads(line)
+
+    def _wait_until_ready(self, until):
+        if self._ready:
+            return
+        if time.monotonic() - self._born > PATIENT_SECONDS:
+            raise ConnectionError  # it hangs
+        self._channel.settimeout(max(0.01, until - time.monotonic()))
+        self._ready = self._channel.recv(1)
+        if not self._ready:
+            raise ConnectionError
 
     def _begin_child(self):
         self._born = time.monotonic()
-        self._heard = b""
+        self._ready = b""
         self._channel, theirs = socket.socketpair()
-        self._stderr = open(os.memfd_create("stderr"), "w+b", buffering=0)
+        self._replies = self._channel.makefile("rb")
+        self._stderr = open(os.memfd_create("stderr"), "a+b", buffering=0)
         # In a socket pair nothing that site code prints gets between question and answer.
         with theirs:
             self._child = self.start_task(
@@ -721,6 +719,7 @@ class OpenONI:
             # A hung file system may hold it for ever.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._child.wait(1)
+            self._replies.close()
             self._channel.close()
             self._stderr.close()
             self._child = None
@@ -745,6 +744,7 @@ BATCH_FILES = (  # load_batch reads the first that is there
 NDNP = "{http://www.loc.gov/ndnp}"
 METS = "{http://www.loc.gov/METS/}"
 MODS = "{http://www.loc.gov/mods/v3}"
+IN_MODS = {"": "http://www.loc.gov/mods/v3"}  # for names without a prefix
 MIX = "{http://www.loc.gov/mix/}"
 HREF = "{http://www.w3.org/1999/xlink}href"
 
@@ -841,14 +841,16 @@ class IssueFile:
         self._technical = by_id(root.iter(f"{METS}techMD"))
         sections = root.iter(f"{METS}dmdSec")
         self._descriptions = by_id(each for each in sections if mods_of(each) is not None)
-        division = next(divisions(root, "np:issue"), None)
+        division = root.find(f".//{METS}div[@TYPE='np:issue']")
         if division is None:
             raise Problem(f"{path} has no np:issue, and ONI cannot load it")
-        self._mods = self._description(division)
-        self.edition = self._text("detail[@type='edition']", "number").strip()
-        self.date = self._text("dateIssued")
-        self.lccn = self._text("identifier[@type='lccn']").strip()
-        self.pages = [each for each in divisions(division, "np:page") if each is not division]
+        self.pages = division.findall(f".//{METS}div[@TYPE='np:page']")
+        mods = self._description(division)
+        self._edition = text_of(mods, "detail[@type='edition']/number").strip()
+        self._date = text_of(mods, "dateIssued")
+        self.lccn = text_of(mods, "identifier[@type='lccn']").strip()
+        self.edition = number_in(self._edition)
+        self.date = date_in(self._date)
 
     def _description(self, division):
         section = self._descriptions.get(division.get("DMDID"))
@@ -856,14 +858,8 @@ class IssueFile:
             raise Problem(f"{division.get('TYPE')} has no description (DMDID) in {self.path}")
         return mods_of(section)
 
-    def _text(self, name, child="", mods=None):
-        """All text of the first such element of the issue's description, or of another's."""
-        path = f".//{MODS}{name}" + (f"/{MODS}{child}" if child else "")
-        found = (self._mods if mods is None else mods).find(path)
-        return "" if found is None else "".join(found.itertext())
-
     def _page_files(self, page):
-        """Use, element and path of each file of a page."""
+        """Use, element and path of each file of a page. Raises Problem."""
         for pointer in page.findall(f"{METS}fptr"):
             file = self._files.get(pointer.get("FILEID"))
             if file is None or file.get("USE") is None:
@@ -874,64 +870,70 @@ class IssueFile:
                 href = urllib.parse.unquote(href.partition("#")[0].strip())
             yield file.get("USE"), file, beside(self.path, href)
 
-    @property
-    def key(self):
-        """What names the issue, as ONI has it: LCCN, date, edition. Raises ValueError."""
-        day = datetime.strptime(self.date, "%Y-%m-%d").date()
-        return [self.lccn, day.isoformat(), int(self.edition)]
-
     def pages_with_ocr(self):
-        """How many pages name an OCR file, which makes ONI index them."""
+        """How many pages name an OCR file, which makes ONI index them. Raises Problem."""
         uses = ([use for use, _, _ in self._page_files(page)] for page in self.pages)
         return sum("ocr" in each for each in uses)
 
-    def faults(self):
-        """What makes ONI refuse the batch, or drop something of it without a word.
+    def findings(self):
+        """What is wrong with the issue: "fault" or "warning", file and sentence each.
 
-        A ValueError skips the issue, a BatchLoaderException the page; anything else ends the load.
+        A fault makes ONI refuse the batch, or drop something of it without a word: a ValueError
+        skips the issue, a BatchLoaderException the page, anything else ends the load.
         """
-        for name, text, read in (
-            ("edition", self.edition, plain_number),
-            ("dateIssued", self.date, lambda text: datetime.strptime(text, "%Y-%m-%d")),
-        ):
-            try:
-                read(text)
-            except ValueError:
-                yield self.path, f"the {name} is {text!r}: ONI would leave this issue out"
+        folder = self.path.parent.name
+        if self.edition is None:
+            text = f"the edition is {self._edition!r}: ONI would leave this issue out"
+            yield "fault", self.path, text
+        elif re.fullmatch(r"\d{10}", folder) and int(folder[8:]) != self.edition:
+            text = f"the folder {folder} names another edition than {self._edition}"
+            yield "warning", self.path, text
+        if self.date is None:
+            text = f"the dateIssued is {self._date!r}: ONI would leave this issue out"
+            yield "fault", self.path, text
         if not self.lccn:
-            yield self.path, "there is no LCCN: ONI could not tell which title this is"
+            yield "fault", self.path, "there is no LCCN: ONI could not tell which title this is"
         for number, page in enumerate(self.pages, 1):
             try:
-                yield from self._page_faults(page, f"page {number}")
+                yield from self._page_findings(page, f"page {number}")
             except Problem as problem:
-                yield self.path, str(problem)
+                yield "fault", self.path, str(problem)
 
-    def _page_faults(self, page, name):
-        sequence = self._text("extent", "start", self._description(page))
-        try:
-            plain_number(sequence)
-        except ValueError:
-            yield self.path, f"{name} has the sequence {sequence!r}: ONI would leave it out"
+    def _page_findings(self, page, name):
+        sequence = text_of(self._description(page), "extent/start")
+        if number_in(sequence) is None:
+            text = f"{name} has the sequence {sequence!r}: ONI would leave it out"
+            yield "fault", self.path, text
         for use, file, path in self._page_files(page):
             if use == "ocr":
                 fault = ocr_fault(path)
                 if fault:
-                    yield path, f"{fault}: ONI could not index this page"
-            elif use == "service" and file.get("ADMID") is None:
-                if not path.is_file():
-                    yield path, "there is no such image, and the METS file has no dimensions"
-                elif not looks_like_an_image(path):
-                    yield path, "this is no image, and the METS file has no dimensions"
-            elif use == "service" and not self._has_dimensions(file):
-                yield self.path, f"{name} has no dimensions of its image: ONI would drop it"
+                    yield "fault", path, f"{fault}: ONI could not index this page"
+            elif use == "derivative" and not path.is_file():
+                yield "warning", path, "there is no such PDF"
+            elif use == "service":
+                yield from self._image_findings(file, path, name)
+
+    def _image_findings(self, file, path, name):
+        """ONI takes an image's dimensions from the METS file; else it opens the image."""
+        if file.get("ADMID") is not None:
+            if not self._has_dimensions(file):
+                text = f"{name} has no dimensions of its image: ONI would drop it"
+                yield "fault", self.path, text
+            if not path.is_file():
+                yield "warning", path, "there is no such image: the page will have no picture"
+        elif not path.is_file():
+            yield "fault", path, "there is no such image, and the METS file has no dimensions"
+        elif not looks_like_an_image(path):
+            yield "fault", path, "this is no image, and the METS file has no dimensions"
 
     def _has_dimensions(self, file):
         """Whether ONI finds width and length of an image, as numbers, in its MIX."""
         place = f"{METS}mdWrap/{METS}xmlData/{MIX}mix/{MIX}ImagingPerformanceAssessment"
-        for identifier in file.get("ADMID", "").split(" "):
+        metrics = f"{place}/{MIX}SpatialMetrics/{MIX}"
+        for identifier in file.get("ADMID").split(" "):
             technical = self._technical.get(identifier)
             if technical is not None:
-                metrics = f"{place}/{MIX}SpatialMetrics/{MIX}"
                 length = technical.findtext(f"{metrics}ImageLength")
                 width = technical.findtext(f"{metrics}ImageWidth")
                 if length and width:
@@ -940,32 +942,16 @@ class IssueFile:
                     return False
         return False
 
-    def warnings(self):
-        """What ONI loads all the same, but should be known."""
-        folder = self.path.parent.name
-        with contextlib.suppress(ValueError):
-            if re.fullmatch(r"\d{10}", folder) and int(folder[8:]) != int(self.edition):
-                yield self.path, f"the folder {folder} names another edition than {self.edition}"
-        with contextlib.suppress(Problem):  # a fault, and told as one
-            for page in self.pages:
-                for use, file, path in self._page_files(page):
-                    if use == "service" and file.get("ADMID") is not None and not path.is_file():
-                        yield path, "there is no such image: the page will have no picture"
-                    elif use == "derivative" and not path.is_file():
-                        yield path, "there is no such PDF"
-
-
-def plain_number(text):
-    """A number that ONI's database and addresses can hold. Raises ValueError."""
-    number = int(text)
-    if not 0 <= number < 2**31:
-        raise ValueError(text)
-    return number
-
 
 def mods_of(section):
     """The description in a METS section, if there is one."""
     return section.find(f".//{MODS}mods")
+
+
+def text_of(mods, path):
+    """All text of the first element at a path of a description; "" if there is none."""
+    found = mods.find(f".//{path}", IN_MODS)
+    return "" if found is None else "".join(found.itertext())
 
 
 def by_id(elements):
@@ -976,9 +962,19 @@ def by_id(elements):
     return found
 
 
-def divisions(element, kind):
-    """The METS divisions of a kind, at any depth."""
-    return (each for each in element.iter(f"{METS}div") if each.get("TYPE") == kind)
+def number_in(text):
+    """The number in a text if ONI's database and addresses can hold it, else None."""
+    with contextlib.suppress(ValueError):
+        if 0 <= int(text) < 2**31:
+            return int(text)
+    return None
+
+
+def date_in(text):
+    """A date as text, if ONI can read it, else None."""
+    with contextlib.suppress(ValueError):
+        return datetime.strptime(text, "%Y-%m-%d").date().isoformat()
+    return None
 
 
 def looks_like_an_image(path):
@@ -1044,129 +1040,45 @@ def count_files(folder):
     return counts
 
 
-@dataclass
 class Findings:
     """What a look at every file of a batch has found."""
 
-    faults: list[dict[str, str]] = field(default_factory=list)
-    warnings: list[dict[str, str]] = field(default_factory=list)
-    issues: list[list] = field(default_factory=list)  # LCCN, date, edition
-    lccns: set[str] = field(default_factory=set)
-    titles: dict[str, str] = field(default_factory=dict)  # to be fetched: LCCN and URL
+    def __init__(self, folder):
+        self.listing = batch_file(folder)
+        self.faults = []  # dicts, as answers show them
+        self.warnings = []
+        self.issues = []  # LCCN, date, edition
+        self.lccns = set()
+        self.titles = {}  # to be fetched: LCCN and URL
+        self._folder = folder
+
+    def add(self, kind, path, text):
+        """Enters a "fault" or a "warning" of a file."""
+        text = text.replace(f"reading file: open {path}: ", "")
+        entries = self.faults if kind == "fault" else self.warnings
+        entries.append({"file": os.path.relpath(path, self._folder), kind: text})
 
 
 def check_files(folder, progress):
-    """Reads every file of a batch that ONI would read; tells `progress` of each issue done."""
-    found = Findings()
-
-    def enter(list_, path, key, text):
-        text = text.replace(f"reading file: open {path}: ", "")
-        list_.append({"file": os.path.relpath(path, folder), key: text})
-
+    """Findings in every file of a batch that ONI would read; tells `progress` of each issue."""
+    found = Findings(folder)
     try:
         paths = issue_files(folder)
     except Problem as problem:
-        enter(found.faults, batch_file(folder), "fault", str(problem))
+        found.add("fault", found.listing, str(problem))
         return found
     for done, path in enumerate(paths, 1):
         try:
             check_listed(folder, path)
             issue = IssueFile(path)
-            for place, fault in issue.faults():
-                enter(found.faults, place, "fault", fault)
-            for place, warning in issue.warnings():
-                enter(found.warnings, place, "warning", warning)
             found.lccns.add(issue.lccn)
-            with contextlib.suppress(ValueError):
-                found.issues.append(issue.key)
+            found.issues.append([issue.lccn, issue.date, issue.edition])
+            for finding in issue.findings():
+                found.add(*finding)
         except Problem as problem:
-            enter(found.faults, path, "fault", str(problem))
+            found.add("fault", path, str(problem))
         progress(done, len(paths))
     return found
-
-
-def marc_lccns(file):
-    """The LCCNs (010 $a, blanks removed) of the MARC records anywhere in an XML file.
-
-    As ONI finds them. Raises Problem.
-    """
-    reader = MarcReader()
-    try:
-        reader.read(file)
-    except (ExpatError, LookupError, ValueError) as error:
-        raise Problem(str(error)) from error
-    if not reader.lccns:
-        raise Problem("there is no MARC record in it")
-    if not all(reader.lccns):
-        raise Problem(
-            "there is a MARC record without an LCCN (010 $a) in it, which Open ONI would not store"
-        )
-    return reader.lccns
-
-
-class MarcReader:
-    """Finds the LCCNs in an XML file, and keeps nothing else of it.
-
-    A hostile file can make a gigabyte, or minutes, of anything that grows with it: a tree, the
-    elements that are open, names, entities, a tag without end. Each has a bound here.
-    """
-
-    def __init__(self):
-        self.lccns = []
-        self._open = []  # the elements around this place: name, and tag or code
-        self._records = []  # of them, the records: what is known of each
-        self._names = set()  # all that have come; expat keeps them for ever
-        self._text = ""
-        self._parser = ParserCreate(namespace_separator=" ")
-        self._parser.StartDoctypeDeclHandler = self._doctype
-        self._parser.StartNamespaceDeclHandler = lambda prefix, _: self._learn([prefix or ""])
-        self._parser.StartElementHandler = self._start
-        self._parser.EndElementHandler = self._end
-        self._parser.CharacterDataHandler = self._read_text
-
-    def read(self, file):
-        """Reads a file. Raises Problem, ExpatError, LookupError, ValueError."""
-        size = 0
-        for data in iter(lambda: file.read(CHUNK), b""):
-            size += len(data)
-            self._parser.Parse(data)
-            if size - self._parser.CurrentByteIndex > MAX_TAG:
-                raise Problem(f"it has a tag of more than {MAX_TAG >> 10} KiB")
-        self._parser.Parse(b"", True)
-
-    def _doctype(self, *_):
-        raise Problem("a DOCTYPE is not allowed")  # a few entities make gigabytes of text
-
-    def _learn(self, names):
-        self._names.update(names)
-        if len(self._names) > 1000:
-            raise Problem("it has more than 1,000 different names")
-
-    def _start(self, name, attributes):
-        self._learn([name, *attributes])
-        if len(self._open) >= 100:
-            raise Problem("it is nested too deeply")
-        name = name.rpartition(" ")[2]
-        attribute = {"datafield": "tag", "subfield": "code"}.get(name, "")
-        self._open.append(name + attributes.get(attribute, ""))
-        self._text = ""
-        if name == "record":
-            self._records.append({})
-        elif name == "datafield" and self._open[-2:-1] == ["record"]:
-            self._records[-1]["fields"] = True
-
-    def _read_text(self, text):
-        if self._open[-1] == "subfielda":
-            self._text = (self._text + text)[:100]
-
-    def _end(self, name):
-        if self._open[-3:] == ["record", "datafield010", "subfielda"]:
-            lccn = re.sub(r"\s", "", self._text).rstrip("/:,")  # as ONI cleans it
-            self._records[-1].setdefault("lccn", lccn)
-        if self._open.pop() == "record":
-            record = self._records.pop()
-            if "fields" in record:
-                self.lccns.append(record.get("lccn", ""))
 
 
 class Patch:
@@ -1182,13 +1094,13 @@ class Patch:
         listing = old / self.LISTING
         root = parse_xml(listing, ET.TreeBuilder(insert_comments=True, insert_pis=True))
         issues = root.findall(f"{NDNP}issue")
-        self._gone = set()  # folders of issues
-        for issue in self._named(issues, instructions.decode("utf-8", "replace")):
-            self._gone.add(beside(listing, issue.text or "").parent)
-            root.remove(issue)
-        kept = {beside(listing, issue.text or "") for issue in root.findall(f"{NDNP}issue")}
-        for path in kept:
-            if self._gone.intersection(path.parents):
+        named = self._named(issues, instructions.decode("utf-8", "replace"))
+        self._gone = {beside(listing, issue.text or "").parent for issue in named}  # folders
+        for issue in issues:
+            path = beside(listing, issue.text or "")
+            if issue in named:
+                root.remove(issue)
+            elif self._gone.intersection(path.parents):
                 raise Problem(f"{path}, which is to stay, lies in the folder of one that is to go")
         if self._gone.intersection([old, old / "data"]):
             raise Problem(f"an issue of {old} that is to go has no folder of its own")
@@ -1197,12 +1109,7 @@ class Patch:
 
     def _named(self, issues, instructions):
         """The issues that the instructions name, each by its key or by its folder's name."""
-        keys = {}
-        for issue in issues:
-            edition = issue.get("issueDate", "") + issue.get("editionOrder", "").zfill(2)
-            folder = os.path.basename(os.path.dirname((issue.text or "").strip()))
-            for name in {plain_key(edition), plain_key(folder)}:
-                keys.setdefault(f"{plain_key(issue.get('lccn', ''))}/{name}", []).append(issue)
+        keys = [issue_keys(issue) for issue in issues]
         named = []
         for number, line in enumerate(instructions.splitlines(), 1):
             if not line.strip():
@@ -1212,7 +1119,8 @@ class Patch:
                 raise Problem(
                     f"line {number}: {word!r} is not an instruction; RemoveIssue is the only one"
                 )
-            found = keys.get(plain_key(operands[0]), []) if len(operands) == 1 else []
+            key = plain_key(" ".join(operands))
+            found = [issue for issue, its_keys in zip(issues, keys) if key in its_keys]
             if not found:
                 raise Problem(
                     f"line {number}: {line.strip()!r} names no issue of {self.old.name};"
@@ -1223,8 +1131,7 @@ class Patch:
                     f"line {number}: {line.strip()!r} may mean any of {len(found)} issues, since"
                     " folders and editions disagree; mend batch.xml or the folders first"
                 )
-            if found[0] not in named:
-                named.append(found[0])
+            named += found
         if not named:
             raise Problem("there is no instruction to remove an issue")
         return named
@@ -1249,7 +1156,7 @@ class Patch:
         if not os.path.lexists(new):
             return False
         same = read_regular(new / self.LISTING) == self.listing
-        if not same or file_sizes(new, lambda *_: set()) != self.sizes():
+        if not same or file_sizes(new) != self.sizes():
             raise Problem(f"{new} is there already, and is not what this patch makes; move it away")
         return True
 
@@ -1285,7 +1192,7 @@ class Patch:
                 self.old, unready, symlinks=True, ignore=self.ignore, copy_function=copy
             )
             (unready / self.LISTING).write_bytes(self.listing)
-            if file_sizes(unready, lambda *_: set()) != sizes:
+            if file_sizes(unready) != sizes:
                 raise Problem(f"{self.old} has changed meanwhile, or the copy is not whole")
             check_listing(unready)
             os.sync()  # whole on disk before it is seen
@@ -1296,12 +1203,19 @@ class Patch:
             raise
 
 
+def issue_keys(issue):
+    """The keys that may name an issue in batch.xml: by its edition, and by its folder."""
+    edition = issue.get("issueDate", "") + issue.get("editionOrder", "").zfill(2)
+    folder = os.path.basename(os.path.dirname((issue.text or "").strip()))
+    return {plain_key(f"{issue.get('lccn', '')}/{name}") for name in (edition, folder)}
+
+
 def plain_key(key):
     """An issue's key without the dashes and underscores that do not count."""
     return re.sub("[-_]", "", key)
 
 
-def file_sizes(batch, ignore):
+def file_sizes(batch, ignore=lambda *_: set()):
     """The files and links below a folder, and their sizes in bytes. Raises Problem."""
     sizes = {}
     for folder, folders, files in os.walk(batch):
@@ -1333,8 +1247,8 @@ CHECKS = futures.ThreadPoolExecutor(2, "checks")  # the same, for reading whole 
 
 
 def in_time(look, within=ANSWER_SECONDS, pool=FILES, meanwhile=lambda: None):
-    """What `look` returns, which reads batches. Raises Problem when their file system refuses, or
-    does not answer within so many seconds: only a thread of the pool then hangs, not the caller.
+    """What the function `look` returns, which reads batches. Raises Problem when their file system
+    refuses, or does not answer within so many seconds: only a thread of the pool then hangs.
 
     `meanwhile` is called every second and may raise.
     """
@@ -1344,9 +1258,9 @@ def in_time(look, within=ANSWER_SECONDS, pool=FILES, meanwhile=lambda: None):
     except RuntimeError as error:
         raise Scarce(str(error)) from error  # no thread to be had
     try:
-        while not futures.wait([future], min(1, within)).done:
+        while not futures.wait([future], min(1, until - time.monotonic())).done:
             meanwhile()
-            if time.monotonic() > until:
+            if time.monotonic() >= until:
                 raise Problem(f"the file system of the batches did not answer within {within:g} s")
         return future.result()
     except OSError as error:
@@ -1361,28 +1275,28 @@ class Glance:
     """Makes an answer in the background, every PROGRESS_SECONDS at most, however many ask."""
 
     def __init__(self, make):
-        self._make = make
-        self._pool = futures.ThreadPoolExecutor(1, "glance")  # which nothing else can fill
+        self._make = make  # a function that returns a dict
+        self._pool = futures.ThreadPoolExecutor(1, "glance")
         self._lock = threading.Lock()
-        self._begun = 0.0
-        self._words = ()  # that the newest question was about
-        # The newest question, after the last that was answered.
-        self._asked = []
+        self._asked = None  # the newest question, a future
+        self._words = ()  # that it is about
+        self._due = 0.0  # when the next may be asked
+        self._answers = {}  # the newest answer, by its words
 
     def __call__(self, *words):
         """What `make` has last answered; {} if it has not yet, or could not."""
         with self._lock:
-            if words != self._words:
-                self._asked = []
-            old = time.monotonic() - self._begun > PROGRESS_SECONDS
-            if not self._asked or (self._asked[-1].done() and old):
+            due = words != self._words or time.monotonic() >= self._due
+            if due and (self._asked is None or self._asked.done()):
                 self._words = words
-                self._begun = time.monotonic()
-                self._asked = [*self._asked[-1:], self._pool.submit(self._make, *words)]
-            asked = self._asked
-        futures.wait(asked[-1:], 1)
-        answered = [each for each in asked if each.done() and not each.exception()]
-        return answered[-1].result() if answered else {}
+                self._due = time.monotonic() + PROGRESS_SECONDS
+                self._asked = self._pool.submit(self._look, words)
+        futures.wait([self._asked], 1)
+        return self._answers.get(words, {})
+
+    def _look(self, words):
+        with contextlib.suppress(Problem, OSError):
+            self._answers = {words: self._make(*words)}
 
 
 class RememberedCounts:
@@ -1401,15 +1315,15 @@ class RememberedCounts:
                 self._known = dict(known)
 
     def get(self, what, key):
-        """The counts that were put under this key, if it is the newest."""
+        """The list of counts that was put under this key, if it is the newest; else None."""
         known, counts = self._known.get(what, (None, None))
         return counts if known == key else None
 
-    def put(self, found):
-        """Keeps counts, [key, counts] each."""
+    def put(self, what, key, counts):
+        """Keeps a list of counts."""
         with self._lock, contextlib.suppress(OSError):
-            if any(self._known.get(what) != kept for what, kept in found.items()):
-                self._known.update(found)
+            if self.get(what, key) != counts:
+                self._known[what] = [key, counts]
                 self._path.write_text(json.dumps([VERSION, self._known]))
 
 
@@ -1528,16 +1442,33 @@ class Site:
     def __init__(self, settings, oni, counts):
         self.source = settings.batch_source
         self.oni = oni
-        self._remembered_counts = counts
+        self._marc_reader = OpenONI(oni.location, oni.environment)
+        self._remembered = counts
+        self._counting = futures.ThreadPoolExecutor(1, "counting")
         self.progress = Glance(self._ask_progress)  # of the batch that is being loaded
         self.health = Glance(self._ask_health)  # whether ONI answers
-        self._to_count = queue.SimpleQueue()
 
     def folder(self, name):
         """Where the batch `name` lies, or would. Raises Problem unless it is a batch's name."""
         if not BATCH_NAME.fullmatch(name):
             raise Problem(f'"{name}" is not a batch name: Open ONI takes batch_AWARDEE_NAME_verNN')
         return self.source / name
+
+    def lccns(self, path):
+        """The LCCNs of the MARC records in a file. Raises Problem where ONI could not store one."""
+        ask = self._marc_reader.ask
+        try:
+            found, problem = ask("lccns", str(path), MAX_MARC_MEMORY, within=PATIENT_SECONDS)
+        finally:
+            self._marc_reader.close()
+        if not found:
+            raise Problem(problem or "there is no MARC record in it")
+        if not all(found):
+            raise Problem(
+                "there is a MARC record without an LCCN (010 $a) in it, which Open ONI would not"
+                " store"
+            )
+        return found
 
     def batch(self, name, within=ANSWER_SECONDS):
         """What ONI holds of a batch now. Raises Problem if the database cannot be asked."""
@@ -1556,21 +1487,28 @@ class Site:
 
     def _look_at_files(self, state):
         state.on_disk = (self.source / state.name).is_dir()
-        state.files = self._count(self._files_of(state))
+        state.files = self._count_files(self._files_of(state))
 
     def _files_of(self, state):
         """A batch's folder in BATCH_SOURCE, or else the one from which ONI has loaded it."""
         return (self.source if state.on_disk else Path(state.storage)) / state.name
 
-    def _count(self, folder):
+    def _count_files(self, folder):
         """Counts the files of a batch, and remembers it for list-batches. Raises Problem."""
         key = listing_key(folder)
         counts = count_files(folder)
         if key and counts.pages is not None:
-            self._remembered_counts.put(
-                {f"files of {folder.name}": [key, list(dataclasses.astuple(counts))]}
-            )
+            self._remembered.put(f"files of {folder.name}", key, [*dataclasses.astuple(counts)])
         return counts
+
+    def _remembered_files(self, folder):
+        """What was counted of a batch's files, unless the file of its issues has changed."""
+        counts = self._remembered.get(f"files of {folder.name}", listing_key(folder))
+        return Counts(*counts) if counts else None
+
+    def _known_files(self, folder):
+        """What was counted of a batch's files, or is counted now. Raises Problem."""
+        return self._remembered_files(folder) or self._count_files(folder)
 
     def _ask_health(self):
         try:
@@ -1580,8 +1518,7 @@ class Site:
 
     def _ask_progress(self, name):
         held = self.oni.ask("batch", name, False, within=PATIENT_SECONDS)
-        folder = self.source / name
-        counts = self._remembered(folder) or self._count(folder)
+        counts = self._known_files(self.source / name)
         return {
             "issues_loaded": held["issues"],
             "issues": counts.issues,
@@ -1589,30 +1526,23 @@ class Site:
             "pages": counts.pages,
         }
 
-    def _remembered(self, folder):
-        """What was counted of a batch's files, unless the file of its issues has changed."""
-        counts = self._remembered_counts.get(f"files of {folder.name}", listing_key(folder))
-        return Counts(*counts) if counts else None
-
     def batches(self):
         """What is quickly told of every batch, in BATCH_SOURCE or ONI; the rest is None.
 
-        What could not be counted in time is counted by and by, for the next time. Raises Problem.
+        What cannot be counted in LIST_SECONDS is there the next time. Raises Problem.
         """
         names = in_time(lambda: os.listdir(self.source))
         overview = self.oni.ask("overview")
         states = {row["name"]: BatchState(**row) for row in overview["batches"]}
         for name in filter(BATCH_NAME.fullmatch, names):
             states.setdefault(name, BatchState(name, pages=0)).on_disk = True
-        to_count = []
-        with contextlib.suppress(Problem):
-            to_count = in_time(lambda: self._recall_files(states.values()))
-        if not self._recall_pages([state for state in states.values() if state.row]):
-            to_count.append(self.batches)
-        if self._to_count.empty():
-            for count in to_count:
-                self._to_count.put(count)
         listed = sorted(states.values(), key=lambda state: state.name)
+        with contextlib.suppress(Problem):
+            in_time(lambda: self._recall(listed))
+        missing = [state for state in listed if state.files is None or state.pages is None]
+        if missing:
+            with contextlib.suppress(Problem):  # it goes on, and is remembered
+                in_time(lambda: self._count(missing), LIST_SECONDS, self._counting)
         for state in listed:
             if not state.row and overview["documents"] is not None:
                 state.documents = overview["documents"].get(state.name, 0)
@@ -1620,76 +1550,53 @@ class Site:
                 state.lost = 0 if state.documents == state.indexed else None
         return listed
 
-    def _recall_files(self, states):
-        """Adds what each batch's files name, from memory; returns what counts the others."""
-        to_count = []
-        until = time.monotonic() + LIST_SECONDS
+    def _recall(self, states):
+        """Adds what is remembered of the files and pages of batches."""
         for state in states:
-            if time.monotonic() > until:
-                break
-            folder = self._files_of(state)
-            state.files = self._remembered(folder)
-            if not state.files:
-                to_count.append(functools.partial(self._count, folder))
-        return to_count
-
-    def _recall_pages(self, states):
-        """Adds the pages of batches in ONI, from memory or counted; whether there was time."""
-        unknown = {}
-        for state in states:
-            counts = self._remembered_counts.get(f"pages of {state.name}", state.rows_key)
+            state.files = self._remembered_files(self._files_of(state))
+            counts = self._remembered.get(f"pages of {state.name}", state.rows_key)
             if counts:
-                state.pages, state.indexed = counts
-            else:
-                unknown[state.name] = state
-        counted = self.oni.ask("page_counts", list(unknown), LIST_SECONDS)
-        found = {}
-        for name, counts in counted.items():
-            state = unknown[name]
-            state.pages, state.indexed = counts
-            if state.ended_well:
-                found[f"pages of {name}"] = [state.rows_key, counts]
-        self._remembered_counts.put(found)
-        return len(counted) == len(unknown)
+                state.indexed, state.pages = counts
 
-    def count_by_and_by(self):
-        """Counts what list-batches had no time for; for a thread of its own."""
-        while True:
-            count = self._to_count.get()
+    def _count(self, states):
+        """Counts the files and pages of batches. Whoever asked may have left with what there is."""
+        for state in states:
             with contextlib.suppress(Problem, OSError):
-                count()
-            time.sleep(TICK)  # others have questions, too
+                if state.pages is None:
+                    counts = self.oni.ask("indexed_and_pages", state.name)
+                    if state.ended_well:
+                        self._remembered.put(f"pages of {state.name}", state.rows_key, counts)
+                    state.indexed, state.pages = counts  # in this order: see rows_whole
+                state.files = self._known_files(self._files_of(state))
+            time.sleep(0.001)  # others have questions, too
 
     def check(self, name, progress, go_on):
-        """What would go wrong with a load of a batch; ONI is only asked. Raises Problem."""
+        """What would go wrong with a load of a batch, as Findings. Raises Problem.
+
+        ONI is only asked. `progress` is told of issues done and issues in all; `go_on` may raise.
+        """
         folder = self.folder(name)
-        abandoned = threading.Event()
 
         def tell(done, issues):
-            if abandoned.is_set():
-                raise Cancelled  # nobody waits for it any more
+            go_on()
             progress(done, issues)
 
-        try:
-            found = in_time(lambda: check_files(folder, tell), CHECK_SECONDS, CHECKS, go_on)
-        finally:
-            abandoned.set()
+        found = in_time(lambda: check_files(folder, tell), CHECK_SECONDS, CHECKS, go_on)
         try:
             self.check_place(name)
         except Problem as problem:
-            found.faults.append({"file": name, "fault": str(problem)})
+            found.add("fault", found.listing, str(problem))
         lccns = sorted(filter(None, found.lccns))
         titles = self.oni.ask("titles_to_fetch", lccns, within=PATIENT_SECONDS)
         for lccn, (url, wrong) in titles.items():
             found.titles[lccn] = url
             if wrong:
                 text = f"ONI does not have the title {lccn}, nor has {url}: {wrong}"
-                found.faults.append({"file": batch_file(folder).name, "fault": text})
-        for lccn, date, edition, other in self.oni.ask(
-            "other_holders", name, found.issues, within=PATIENT_SECONDS
-        ):
+                found.add("fault", found.listing, text)
+        others = self.oni.ask("other_holders", name, found.issues, within=PATIENT_SECONDS)
+        for lccn, date, edition, other in others:
             text = f"{other} holds {lccn} {date} edition {edition}, too"
-            found.warnings.append({"file": batch_file(folder).name, "warning": text})
+            found.add("warning", found.listing, text)
         return found
 
     def check_place(self, name):
@@ -1707,6 +1614,22 @@ class Site:
                 f"{link} is a real folder or file, not a link, and load_batch cannot replace it:"
                 " move it away"
             )
+
+    def ensure_awardee(self, code, name):
+        """Makes an awardee that ONI does not have; whether it is new. Raises Problem."""
+        if not 0 < len(code) <= 50 or len(name) > 100 or "\0" in code + name:
+            raise Problem(
+                "an awardee code has 1 to 50 characters, a name at most 100, none of them NUL"
+            )
+        found = self.oni.ask("awardee", code, name)
+        if not found:
+            raise Problem("awardee name must be given to auto-create awardees")
+        kept, new = found
+        if kept != code:
+            raise Problem(
+                f'Open ONI has the awardee "{kept}", and its database takes the two codes for one'
+            )
+        return new
 
     def must_be_there(self, name):
         """Raises Problem unless the batch is in BATCH_SOURCE."""
@@ -1732,18 +1655,13 @@ def listing_key(folder):
     return None
 
 
-def nearly(word, words):
-    """A question that suggests what a wrong word may mean: a word that differs in two letters.
+def nearly(word, words, likeness=0.85):
+    """A question that suggests what a wrong word may mean: one that is so like it, if any.
 
-    A share of the whole would not do: names of batches begin and end alike.
+    Names of batches begin and end alike, and so must be more alike than other words.
     """
-
-    def difference(other):
-        steps = difflib.SequenceMatcher(None, word, other, autojunk=False).get_opcodes()
-        return sum(max(b - a, d - c) for tag, a, b, c, d in steps if tag != "equal")
-
-    closest = min(words, key=difference, default="")
-    return f'; did you mean "{closest}"?' if closest and difference(closest) <= 2 else ""
+    closest = difflib.get_close_matches(word, words, 1, likeness)
+    return f'; did you mean "{closest[0]}"?' if closest else ""
 
 
 # ---------------------------------------------------------------- jobs and their store
@@ -2487,15 +2405,13 @@ class LoadTitle(Kind):
     takes_input = True
 
     def check(self, given=None):
-        with open(given, "rb") as file:
-            marc_lccns(file)
+        self.site.lccns(given)
 
     def bring(self, work):
         work.manage("load_titles", str(work.input.parent))
 
     def verify(self, work):
-        with open(work.input, "rb") as file:
-            lccns = marc_lccns(file)
+        lccns = self.site.lccns(work.input)
         ask = self.site.oni.ask
         missing = [lccn for lccn in lccns if not ask("title", lccn, within=PATIENT_SECONDS)]
         stored = any(line.endswith("ERRORS: 0") for line in work.log.complaints())
@@ -2877,14 +2793,12 @@ class Request:
             raise Refused("Job not found", job={"id": int(id)})
         return job
 
-    def submit(self, refusal, limit=MAX_PAYLOAD):
-        """Makes a job of the request, with its standard input. Raises Refused with `refusal`."""
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(refusing(refusal))
-            given = None
-            if KINDS[self.words[0]].takes_input:
-                given = stack.enter_context(self.agent.store.new_input())
-                self.read_input(given, limit)
+    def submit(self, limit=MAX_PAYLOAD):
+        """Makes a job of the request, with its standard input. Raises Problem."""
+        if not KINDS[self.words[0]].takes_input:
+            return acceptance(*self.agent.queue.add(self.words))
+        with self.agent.store.new_input() as given:
+            self.read_input(given, limit)
             return acceptance(*self.agent.queue.add(self.words, given))
 
 
@@ -2897,59 +2811,62 @@ class Answer:
 
     keys: dict
     lines: Iterator[list[str]] | None = None
-    job: Job | None = None  # whose success the exit status tells
-    faulty: bool = False  # whether it tells of a batch's faults
-
-    @property
-    def exit_status(self):
-        failed = self.job is not None and self.job.status != SUCCESSFUL
-        return int(failed or self.faulty)
+    exit_status: int = 0  # of the lines, once they have all been read
 
 
-COMMANDS: dict[str, Callable] = {}
+COMMANDS = {}
 
 
-def command(arguments="", wrong="", example=""):
-    """Enters a function cmd_… in COMMANDS; `wrong` answers a wrong number of arguments."""
+def command(wrong="", refusal="The agent cannot do this just now"):
+    """Enters a function cmd_… in COMMANDS. Its docstring says usage, help and an example.
+
+    `wrong` answers a wrong number of arguments, `refusal` what else is a Problem.
+    """
 
     def enter(function):
-        name = function.__name__[4:].replace("_", "-")
-        function.usage = f"{name} {arguments}".rstrip()
+        function.usage, function.help, function.example = inspect.getdoc(function).split("\n\n")
+        name = function.usage.split()[0]
         function.wrong = wrong or f'"{name}" takes no arguments'
-        function.example = f"ssh -p 2222 nobody@localhost {example or name}"
+        function.refusal = refusal
         COMMANDS[name] = function
         return function
 
     return enter
 
 
-def answer(agent, words, read_input, check_client):
-    """Answers one command. Raises ClientGone and nothing else."""
+def answer(agent, line, read_input, check_client):
+    """The Answer to one command line, in bytes. Raises ClientGone and nothing else."""
     try:
+        words = split_words(line)
         if not words:
             raise Refused("no command specified")
         function = COMMANDS.get(words[0])
         if not function:
-            hint = f"see help{nearly(words[0], COMMANDS)}"
+            hint = f"see help{nearly(words[0], COMMANDS, 0.7)}"
             raise Refused(f'"{words[0]}" is not a valid command name', error=hint)
-        request = Request(agent, words, read_input, check_client)
-        try:
-            inspect.signature(function).bind(request, *words[1:])
-        except TypeError:
-            raise Refused(function.wrong, error=f"usage: {function.usage}") from None
-        reply = function(request, *words[1:])
-        if isinstance(reply, Answer):
-            return reply
-        return Answer({"status": "success", **reply})
+        return perform(function, Request(agent, words, read_input, check_client))
     except Refused as refusal:
         return Answer(refusal.keys)
-    except (Problem, OSError) as problem:
-        return Answer(Refused("The agent cannot do this just now", error=str(problem)).keys)
     except ClientGone:
         raise
     except Exception as fault:
         log.exception("a command stumbled over a fault of the agent")
         return Answer(Refused("A fault of the agent; its log says more", error=repr(fault)).keys)
+
+
+def perform(function, request):
+    """What a command's function answers. Raises Refused."""
+    arguments = request.words[1:]
+    try:
+        inspect.signature(function).bind(request, *arguments)
+    except TypeError:
+        raise Refused(function.wrong, error=f"usage: {function.usage}") from None
+    try:
+        reply = function(request, *arguments)
+    except (Problem, OSError) as problem:
+        message = function.refusal.format(*arguments)
+        raise Refused(message, error=str(problem)) from problem
+    return reply if isinstance(reply, Answer) else Answer({"status": "success", **reply})
 
 
 GO_WORD = (
@@ -2981,15 +2898,6 @@ def split_words(line):
         raise Refused("the command line is not valid UTF-8") from None
     except ValueError as error:
         raise Refused("the quotes in the command line are unbalanced", error=str(error)) from None
-
-
-@contextlib.contextmanager
-def refusing(message, **keys):
-    """What is wrong with a request, or with Open ONI just now, becomes an error answer."""
-    try:
-        yield
-    except (Problem, OSError) as problem:
-        raise Refused(message, error=str(problem), **keys) from problem
 
 
 def acceptance(job, new):
@@ -3040,85 +2948,104 @@ def batch_object(state):
 
 @command()
 def cmd_version(request):
-    """Says which version of the agent is running."""
+    """version
+
+    Says which version of the agent is running.
+
+    ssh -p 2222 nobody@localhost version
+    """
     return {"version": VERSION}
 
 
-@command("[COMMAND]", '"help" takes at most one command', "help load-batch")
+@command('"help" takes at most one command')
 def cmd_help(request, name=""):
-    """Lists the commands, or tells of one."""
+    """help [COMMAND]
+
+    Lists the commands, or tells of one.
+
+    ssh -p 2222 nobody@localhost help load-batch
+    """
     if name and name not in COMMANDS:
-        raise Refused(f'"{name}" is not a valid command name', error=nearly(name, COMMANDS)[2:])
-    functions = [COMMANDS[name]] if name else COMMANDS.values()
+        hint = nearly(name, COMMANDS, 0.7)[2:]
+        raise Refused(f'"{name}" is not a valid command name', error=hint)
     shown = []
-    for function in functions:
-        shown.append({"usage": function.usage, "help": inspect.getdoc(function)})
+    for function in [COMMANDS[name]] if name else COMMANDS.values():
+        shown.append({"usage": function.usage, "help": function.help})
         if name:
             shown[0]["example"] = function.example
     return {"commands": shown}
 
 
-ONE_BATCH = "requires exactly one batch name"
-EXAMPLE = "batch_oru_alpha_ver01"
-
-
-@command("BATCH", f'"load-batch" {ONE_BATCH}', f"load-batch {EXAMPLE}")
+@command('"load-batch" requires exactly one batch name', '"{}" cannot be loaded')
 def cmd_load_batch(request, name):
-    """Loads a batch from BATCH_SOURCE into Open ONI, as a job."""
-    return request.submit(f'"{name}" cannot be loaded')
+    """load-batch BATCH
+
+    Loads a batch from BATCH_SOURCE into Open ONI, as a job.
+
+    ssh -p 2222 nobody@localhost load-batch batch_oru_alpha_ver01
+    """
+    return request.submit()
 
 
-@command("BATCH", f'"purge-batch" {ONE_BATCH}', f"purge-batch {EXAMPLE}")
+@command('"purge-batch" requires exactly one batch name', '"{}" cannot be purged')
 def cmd_purge_batch(request, name):
-    """Removes a batch from Open ONI, as a job; its files stay."""
-    return request.submit(f'"{name}" cannot be purged')
+    """purge-batch BATCH
+
+    Removes a batch from Open ONI, as a job; its files stay.
+
+    ssh -p 2222 nobody@localhost purge-batch batch_oru_alpha_ver01
+    """
+    return request.submit()
 
 
-@command(
-    "< MARC.xml",
-    '"load-title" takes no arguments; the MARC XML comes on standard input',
-    "load-title < marc.xml",
-)
+@command('"load-title" takes no arguments; the MARC XML comes on standard input', "Invalid data")
 def cmd_load_title(request):
-    """Loads or updates titles from MARC XML on standard input, as a job."""
-    return request.submit("Invalid data")
+    """load-title < MARC.xml
+
+    Loads or updates titles from MARC XML on standard input, as a job.
+
+    ssh -p 2222 nobody@localhost load-title < marc.xml
+    """
+    return request.submit()
 
 
 @command(
-    "CODE [NAME]",
-    '"ensure-awardee" requires one or two arguments: an awardee code and, to create it, a name',
-    "ensure-awardee oru \"'University of Oregon'\"",
+    '"ensure-awardee" requires one or two arguments: an awardee code and, to create it, a name'
 )
 def cmd_ensure_awardee(request, code, name=""):
-    """Makes sure that Open ONI has an awardee, at once and without a job."""
-    with refusing("Unable to create awardee", org_code=code, name=name):
-        if not 0 < len(code) <= 50 or len(name) > 100 or "\0" in code + name:
-            raise Problem(
-                "an awardee code has 1 to 50 characters, a name at most 100, none of them NUL"
-            )
-        row = request.agent.site.oni.ask("awardee", code, name)
-        if not row:
-            raise Problem("awardee name must be given to auto-create awardees")
-        if row[0] != code:
-            raise Problem(
-                f'Open ONI has the awardee "{row[0]}", and its database takes the two codes for one'
-            )
-    return {"message": "Awardee created" if row[1] else "Awardee already exists"}
+    """ensure-awardee CODE [NAME]
+
+    Makes sure that Open ONI has an awardee, at once and without a job.
+
+    ssh -p 2222 nobody@localhost ensure-awardee oru "'University of Oregon'"
+    """
+    try:
+        new = request.agent.site.ensure_awardee(code, name)
+    except (Problem, OSError) as problem:
+        about = {"error": str(problem), "org_code": code, "name": name}
+        raise Refused("Unable to create awardee", **about) from problem
+    return {"message": "Awardee created" if new else "Awardee already exists"}
 
 
-@command(
-    "OLD NEW < INSTRUCTIONS",
-    '"batch-patch" requires exactly two batch names',
-    "batch-patch batch_oru_alpha_ver01 batch_oru_alpha_ver02 < instructions.txt",
-)
+@command('"batch-patch" requires exactly two batch names', '"{}" cannot be modified')
 def cmd_batch_patch(request, old, new):
-    """Makes a batch NEW from OLD, without the issues of the lines `RemoveIssue LCCN/YYYYMMDDEE`."""
-    return request.submit(f'"{old}" cannot be modified', MAX_INSTRUCTIONS)
+    """batch-patch OLD NEW < INSTRUCTIONS
+
+    Makes a batch NEW from OLD, without the issues of the lines `RemoveIssue LCCN/YYYYMMDDEE`.
+
+    ssh -p 2222 nobody@localhost batch-patch batch_oru_a_ver01 batch_oru_a_ver02 < instructions.txt
+    """
+    return request.submit(MAX_INSTRUCTIONS)
 
 
-@command("[STATUS]", '"list-jobs" takes at most one argument, a status', "list-jobs failed")
+@command('"list-jobs" takes at most one argument, a status')
 def cmd_list_jobs(request, status=""):
-    """Lists all jobs, oldest first; or those that are pending, started, successful, failed, …"""
+    """list-jobs [STATUS]
+
+    Lists all jobs, oldest first; or those that are pending, started, successful, failed, …
+
+    ssh -p 2222 nobody@localhost list-jobs failed
+    """
     if status and status not in STATUS_MESSAGES:
         known = ", ".join(STATUS_MESSAGES)
         raise Refused(f'"{status}" is not a job status', error=f"there are {known}")
@@ -3126,9 +3053,14 @@ def cmd_list_jobs(request, status=""):
     return {"jobs": [job_object(job) for job in jobs if status in ("", job.status)]}
 
 
-@command("ID", "You must supply a job ID", "job-status 7")
+@command("You must supply a job ID")
 def cmd_job_status(request, id):
-    """Says what has become of a job: its place in the queue, or how far a running load is."""
+    """job-status ID
+
+    Says what has become of a job: its place in the queue, or how far a running load is.
+
+    ssh -p 2222 nobody@localhost job-status 7
+    """
     job = request.job(id)
     return {"message": STATUS_MESSAGES[job.status], "job": job_with_place(request.agent, job)}
 
@@ -3144,21 +3076,33 @@ def job_with_place(agent, job):
     return shown
 
 
-@command("ID", "You must supply a job ID", "job-wait 7")
+@command("You must supply a job ID")
 def cmd_job_wait(request, id):
-    """Answers as job-status when the job has ended; the exit status is 1 if it was unsuccessful."""
+    """job-wait ID
+
+    Answers as job-status when the job has ended; the exit status is 1 if it was unsuccessful.
+
+    ssh -p 2222 nobody@localhost job-wait 7
+    """
     job = request.job(id)
     while not job.finished:
         request.agent.queue.wait(job, 1)
         request.check_client()
-    return Answer({"status": "success", **cmd_job_status(request, id)}, job=job)
+    keys = {"status": "success", **cmd_job_status(request, id)}
+    return Answer(keys, exit_status=int(job.status != SUCCESSFUL))
 
 
-@command("ID", "You must supply a job ID", "job-follow 7")
+@command("You must supply a job ID")
 def cmd_job_follow(request, id):
-    """Shows a job's log as it comes, until the job ends; then the exit status is as job-wait's."""
+    """job-follow ID
+
+    Shows a job's log as it comes, until the job ends; then the exit status is as job-wait's.
+
+    ssh -p 2222 nobody@localhost job-follow 7
+    """
     job = request.job(id)
     reader = LogReader(request.agent.store.log(job), STDOUT, STDERR, NOTE)
+    reply = Answer({})
 
     def lines():
         over = False
@@ -3166,13 +3110,20 @@ def cmd_job_follow(request, id):
             over = request.agent.queue.wait(job, 0.2)
             request.check_client()
             yield from reader.read(over)
+        reply.exit_status = int(job.status != SUCCESSFUL)
 
-    return Answer({}, lines(), job)
+    reply.lines = lines()
+    return reply
 
 
-@command("ID [LINES]", "You must supply a job ID", "job-logs 7 20")
+@command("You must supply a job ID")
 def cmd_job_logs(request, id, count=None):
-    """Shows what a job has printed so far, or the last LINES of it, each line with its time."""
+    """job-logs ID [LINES]
+
+    Shows what a job has printed so far, or the last LINES of it, each line with its time.
+
+    ssh -p 2222 nobody@localhost job-logs 7 20
+    """
     job = request.job(id)
     over = job.finished
     skip = 0
@@ -3188,9 +3139,14 @@ def cmd_job_logs(request, id, count=None):
     return {"job": {**shown, "stdout": read(STDOUT, NOTE), "stderr": read(STDERR)}}
 
 
-@command("ID", "You must supply a job ID", "job-cancel 7")
+@command("You must supply a job ID")
 def cmd_job_cancel(request, id):
-    """Ends a job: a pending one never starts, one at work is terminated, and its load purged."""
+    """job-cancel ID
+
+    Ends a job: a pending one never starts, one at work is terminated, and its load purged.
+
+    ssh -p 2222 nobody@localhost job-cancel 7
+    """
     job = request.job(id)
     if not request.agent.queue.cancel(job):
         message = STATUS_MESSAGES[job.status]
@@ -3199,70 +3155,91 @@ def cmd_job_cancel(request, id):
     return {"message": message, "job": job_object(job)}
 
 
-@command("ID", "You must supply a job ID", "job-retry 7")
+@command("You must supply a job ID", "The job cannot be retried")
 def cmd_job_retry(request, id):
-    """Queues a job that was not successful again, as a new job."""
+    """job-retry ID
+
+    Queues a job that was not successful again, as a new job.
+
+    ssh -p 2222 nobody@localhost job-retry 7
+    """
     job = request.job(id)
     if job.status not in (FAILED, COULD_NOT_START) or job.words[0] not in KINDS:
         message = STATUS_MESSAGES[job.status]
         raise Refused("Only a failed job can be retried", error=message, job=job_object(job))
-    given = None
-    with contextlib.ExitStack() as stack, refusing("The job cannot be retried"):
-        if KINDS[job.words[0]].takes_input:
-            given = stack.enter_context(open(request.agent.store.input(job), "rb"))
-        return {**acceptance(*request.agent.queue.add(job.words, given)), "retry_of": job.id}
+    given = contextlib.nullcontext()
+    if KINDS[job.words[0]].takes_input:
+        given = open(request.agent.store.input(job), "rb")
+    with given as file:
+        return {**acceptance(*request.agent.queue.add(job.words, file)), "retry_of": job.id}
 
 
-@command()
+@command(refusal="The batches cannot be listed")
 def cmd_list_batches(request):
-    """Lists every batch in BATCH_SOURCE or Open ONI: absent, partial, complete, or unknown."""
-    with refusing("The batches cannot be listed"):
-        states = request.agent.site.batches()
-    return {"batches": [batch_object(state) for state in states]}
+    """list-batches
+
+    Lists every batch in BATCH_SOURCE or Open ONI: absent, partial, complete, or unknown.
+
+    ssh -p 2222 nobody@localhost list-batches
+    """
+    return {"batches": [batch_object(state) for state in request.agent.site.batches()]}
 
 
-@command("BATCH", f'"batch-status" {ONE_BATCH}', f"batch-status {EXAMPLE}")
+@command('"batch-status" requires exactly one batch name', '"{}" cannot be looked up')
 def cmd_batch_status(request, name):
-    """Says what Open ONI holds of a batch, and its newest events and jobs."""
-    with refusing(f'"{name}" cannot be looked up'):
-        request.agent.site.folder(name)
-        state = request.agent.site.batch(name)
-        if not state.row and not state.documents:
-            request.agent.site.must_be_there(name)
-    jobs = [job_object(job) for job in request.agent.queue.jobs() if name in job.words]
-    at_work = [f"job {job['id']} is at work on it; " for job in jobs if job["status"] == STARTED]
+    """batch-status BATCH
+
+    Says what Open ONI holds of a batch, and its newest events and jobs.
+
+    ssh -p 2222 nobody@localhost batch-status batch_oru_alpha_ver01
+    """
+    site = request.agent.site
+    site.folder(name)
+    state = site.batch(name)
+    if not state.row and not state.documents:
+        site.must_be_there(name)
+    message = str(state)
+    jobs = [job for job in request.agent.queue.jobs() if name in job.words]
+    for job in jobs:
+        if job.status == STARTED:
+            message = f"job {job.id} is at work on it; {message}"
     return {
-        "message": "".join(at_work) + str(state),
+        "message": message,
         "batch": batch_object(state),
         "events": state.events,
-        "jobs": jobs[-10:],
+        "jobs": [job_object(job) for job in jobs[-10:]],
     }
 
 
-@command("BATCH", f'"batch-check" {ONE_BATCH}', f"batch-check {EXAMPLE}")
+@command('"batch-check" requires exactly one batch name', '"{}" cannot be checked')
 def cmd_batch_check(request, name):
-    """Reads all files of a batch and says what would go wrong with a load; ONI is left as it is."""
-    with refusing(f'"{name}" cannot be checked'):
-        request.agent.site.must_be_there(name)
-        found = request.agent.site.check(name, lambda *_: None, request.check_client)
-    message = "Nothing would keep Open ONI from loading all of this batch"
-    if found.faults:
-        message = f"{faults_in(found)} would keep Open ONI from loading all of this batch"
-    return Answer(
-        {
-            "status": "success",
-            "message": message,
-            "batch": {"name": name},
-            "faults": found.faults,
-            "warnings": found.warnings,
-        },
-        faulty=bool(found.faults),
-    )
+    """batch-check BATCH
+
+    Reads all files of a batch and says what would go wrong with a load; ONI is left as it is.
+
+    ssh -p 2222 nobody@localhost batch-check batch_oru_alpha_ver01
+    """
+    request.agent.site.must_be_there(name)
+    found = request.agent.site.check(name, lambda *_: None, request.check_client)
+    what = faults_in(found) if found.faults else "Nothing"
+    keys = {
+        "status": "success",
+        "message": f"{what} would keep Open ONI from loading all of this batch",
+        "batch": {"name": name},
+        "faults": found.faults,
+        "warnings": found.warnings,
+    }
+    return Answer(keys, exit_status=int(bool(found.faults)))
 
 
 @command()
 def cmd_board(request):
-    """Shows what is at work, what waits and what has ended; on a terminal, anew each second."""
+    """board
+
+    Shows what is at work, what waits and what has ended; on a terminal, anew each second.
+
+    ssh -p 2222 nobody@localhost
+    """
     agent = request.agent
     jobs = agent.queue.jobs()
     ended = sorted((job for job in jobs if job.finished), key=lambda job: -job.ended)
@@ -3277,6 +3254,8 @@ def cmd_board(request):
 
 
 # ---------------------------------------------------------------- presentation
+
+# Answers become lines for a person: pairs of a text and a word, which may give it a colour.
 
 COLOURS = {
     SUCCESSFUL: 32,
@@ -3296,7 +3275,7 @@ def plain(text):
     """Text whose control characters are shown, and do nothing to a terminal."""
     return "".join(
         character if character.isprintable() else f"\\x{ord(character):02x}"
-        for character in str(text).replace("\t", "    ")
+        for character in text.replace("\t", "    ")
     )
 
 
@@ -3309,11 +3288,6 @@ def display_width(text):
     return width
 
 
-def fits(text, width):
-    """Whether a text takes no more columns; a very long one is not even measured."""
-    return len(text) <= width and display_width(text) <= width
-
-
 def beginning(text, width):
     """As much of a text as so many columns hold."""
     text = text[:width]
@@ -3322,39 +3296,33 @@ def beginning(text, width):
     return text
 
 
-def cut(text, width):
-    """A text cut to so many columns, with a sign that it was."""
-    return text if fits(text, width) else beginning(text, width - 1) + "…"
+def wrapped(text, width):
+    """A text on as many lines as it takes, the later ones indented as the first is.
 
-
-def padded(text, width):
-    """A text of exactly so many columns."""
-    text = cut(text, width)
-    return text + " " * (width - display_width(text))
-
-
-def wrapped(text, width, indent=""):
-    """A sentence on as many lines as it takes; a path that is longer than a line is broken."""
-    room = width - len(indent)
-    lines = [""]
-    for word in plain(text).split(" "):
-        if lines[-1] and not fits(f"{lines[-1]} {word}", room):
-            lines.append("")
-        while not fits(word, room):
-            lines[-1] = beginning(word, room)
-            word = word[len(lines[-1]) :]
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    return [indent + line for line in lines]
+    A word, or a path, that is longer than a line is broken: nothing is cut off.
+    """
+    text = plain(text)
+    indent = text[: len(text) - len(text.lstrip(" "))][: width // 2]
+    lines = []
+    start = len(indent)
+    while start < len(text) or not lines:
+        end = start + len(beginning(text[start : start + width], width - len(indent)))
+        if end < len(text):
+            blank = text.rfind(" ", start + 1, end + 1)
+            end = blank if blank > 0 else end
+        lines.append(indent + text[start:end])
+        start = end
+        while text[start : start + 1] == " ":
+            start += 1
+    return lines
 
 
 def ago(stamp):
     """How long ago, and when: `12 min ago, 14:05`."""
     then = datetime.fromisoformat(stamp[:19] + "+00:00")
     seconds = max(0, time.time() - then.timestamp())
-    local = then.astimezone()
-    day = f"{local:%H:%M}" if seconds < 43200 else f"{local:%Y-%m-%d %H:%M}"
-    return f"{span(seconds)} ago, {day}"
+    form = "%H:%M" if seconds < 43200 else "%Y-%m-%d %H:%M"
+    return f"{span(seconds)} ago, {then.astimezone():{form}}"
 
 
 def span(seconds):
@@ -3365,179 +3333,196 @@ def span(seconds):
     return f"{int(seconds)} s"
 
 
+def answer_lines(keys):
+    """Any answer as lines."""
+    if keys["status"] == "error":
+        error = f": {keys['error']}" if keys.get("error") else ""
+        yield keys["message"] + error, "error"
+        return
+    if "message" in keys:
+        yield keys["message"], ""
+    if "version" in keys:
+        yield f"ONI Agent {keys['version']}", ""
+    if "commands" in keys:
+        yield from command_lines(keys["commands"])
+    if "job" in keys:
+        yield from job_lines(keys["job"])
+    for when, event in keys.get("events", []):
+        yield f"  {ago(when)}  {event}", ""
+    for word in ("fault", "warning"):
+        for each in keys.get(f"{word}s", []):
+            yield f"{word}: {each['file']}: {each[word]}", word
+    if "batches" in keys:
+        yield from batch_lines(keys["batches"])
+    if "jobs" in keys:
+        yield from table_lines(keys["jobs"], "There are no such jobs.")
+
+
+def command_lines(commands):
+    """One command in full, or a line for each."""
+    if len(commands) == 1:
+        [each] = commands
+        yield each["usage"], ""
+        yield f"    {each['help']}", ""
+        yield "", ""
+        yield f"    {each['example']}", ""
+        return
+    for each in commands:
+        yield f"{each['usage']:<30}  {each['help']}", ""
+    yield "", ""
+    yield "help COMMAND tells more of one", ""
+
+
+def job_lines(job):
+    """One job in full."""
+    if "words" in job:
+        yield from table_lines([job])
+    elif job["id"] > 0:
+        yield (
+            f"It is job {job['id']}: job-wait {job['id']} waits for its end, job-follow"
+            f" {job['id']} shows its log.",
+            "",
+        )
+    if job.get("ended"):
+        yield f"It took {span(job.get('seconds', 0))}.", ""
+    if "place" in job:
+        yield f"It is number {job['place']} in the queue.", ""
+    if "issues_loaded" in job:
+        yield progress_bar(job), ""
+
+
+def table_lines(jobs, if_none=""):
+    """A table of jobs, and under each that failed, why."""
+    for job in jobs:
+        when = ago(job.get("ended") or job.get("started") or job["queued"])
+        words = " ".join(job["words"])
+        yield f"{job['id']:>5}  {job['status']:<14}  {words:<38}  {when}", job["status"]
+        if job.get("error"):
+            yield f"       {job['error']}", ""
+    if not jobs:
+        yield if_none, ""
+
+
+def batch_lines(batches):
+    """A table of batches."""
+    yield f"{'state':<10}{'issues':<12}{'pages':<14}batch", ""
+    for batch in batches:
+        issues = fraction(batch["issues"], batch["issues_in_batch_xml"])
+        pages = fraction(batch["pages"], batch["pages_in_mets"])
+        yield f"{batch['state']:<10}{issues:<12}{pages:<14}{batch['name']}", batch["state"]
+
+
+def fraction(held, wanted):
+    """`3 of 4`; a question mark for what was not counted."""
+    return f"{'?' if held is None else held} of {'?' if wanted is None else wanted}"
+
+
+def log_line(line):
+    """A line of a job's log; a warning or an error stands out."""
+    # Programs need the parts of a second, to sort by.
+    line = re.sub(r"(?<=^\[.{19})\.\d{9}", "", line)
+    found = re.search(r"ERROR|WARNING|fault:|warning:", line)
+    return line, found[0].lower().rstrip(":") if found else ""
+
+
+def progress_bar(job):
+    """How far a load is: a bar, issues, pages a second and time left."""
+    pages = job["pages_loaded"] or 0
+    all_pages = job["pages"] or 0
+    full = int(30 * min(1, pages / all_pages)) if all_pages else 0
+    text = f"[{'#' * full:.<30}] {job['issues_loaded']} of {job['issues']} issues"
+    rate = pages / max(1, job["seconds"])
+    if rate and pages < all_pages and job["seconds"] > PROGRESS_SECONDS:
+        text += f", {rate:.1f} pages a second, {span((all_pages - pages) / rate)} left"
+    return text
+
+
+def board_lines(keys):
+    """What is at work, what waits, what has ended."""
+    oni = keys["oni"]
+    health = "has not answered yet"
+    if "answers" in oni:
+        health = "answers" if oni["answers"] else f"does not answer: {oni['problem']}"
+    yield f"ONI Agent {keys['version']}, up {span(keys['uptime'])}. Open ONI {health}", ""
+    yield "", ""
+    yield "At work", ""
+    for job in keys["at_work"]:
+        yield from job_lines(job)
+    if not keys["at_work"]:
+        yield "       nothing", ""
+    waiting = keys["waiting"]
+    yield "", ""
+    yield f"Waiting: {len(waiting)}", ""
+    if waiting:
+        yield from table_lines(waiting[:5])
+    if len(waiting) > 5:
+        yield f"       and {len(waiting) - 5} more", ""
+    yield "", ""
+    yield "Ended", ""
+    yield from table_lines(keys["ended"], "       nothing yet")
+
+
 class Screen:
-    """Answers as text for the person at a terminal; it knows answers and widths, nothing else."""
+    """A person's terminal: runs commands and shows what they answer."""
 
     def __init__(self, terminal, ask, send):
         self._terminal = terminal
-        self._ask = ask
-        self._send = send
-        self._sample = None  # of a load: job, when, pages
+        self._ask = ask  # takes a command line, gives its Answer
+        self._send = send  # takes text
 
-    def run(self, words):
-        """Shows what a command answers; the exit status."""
-        if not words or words == ["board"]:
+    def run(self, line):
+        """Shows what a command line is answered; the exit status."""
+        words = line.split()
+        if not words or words == [b"board"]:
             return self._board()
-        if words[0] == "job-wait" and len(words) == 2:
+        if words[0] == b"job-wait" and len(words) == 2:
             try:
-                self._watch(words[1])
+                self._watch(b"job-status " + words[1])
             except ClientGone:  # by Ctrl-C, maybe: what ssh says then is to begin a line
                 with contextlib.suppress(ClientGone, OSError):
                     self._send("\r\n")
                 raise
-        return self.show(self._ask(*words))
+        return self._show(self._ask(line))
 
-    def show(self, reply):
-        """Shows an answer; the exit status."""
-        if reply.lines:
-            for lines in reply.lines:
-                self._print([self._log_line(line) for line in lines])
-        else:
-            self._print(self._text(reply.keys))
+    def _show(self, reply):
+        logged = reply.lines
+        if not logged:
+            self._print(self._fitted(answer_lines(reply.keys)))
+            job = reply.keys.get("job", {})
+            logged = itertools.chain(job.get("stdout", []), job.get("stderr", []))
+        for lines in logged:  # which the terminal itself may wrap: they can be copied whole
+            self._print(self._coloured(plain(line), word) for line, word in map(log_line, lines))
         return reply.exit_status
 
     def _print(self, lines):
         self._send("".join(f"{line}\r\n" for line in lines))
 
-    def _colour(self, text, word):
+    def _fitted(self, lines):
+        """Lines for the terminal, none wider than it is, in colour."""
+        for text, word in lines:
+            for line in wrapped(text, self._terminal.width):
+                yield self._coloured(line, word)
+
+    def _coloured(self, line, word):
         if self._terminal.colour and word in COLOURS:
-            return f"\x1b[{COLOURS[word]}m{text}\x1b[0m"
-        return text
+            return f"\x1b[{COLOURS[word]}m{line}\x1b[0m"
+        return line
 
-    def _log_line(self, line):
-        """A line of a job's log; a warning or an error stands out."""
-        # Programs need the parts of a second, to sort by.
-        line = re.sub(r"(?<=^\[.{19})\.\d{9}", "", line)
-        found = re.search(r"ERROR|WARNING|fault:|warning:", line)
-        word = found[0].lower().rstrip(":") if found else ""
-        return self._colour(plain(line), word)
-
-    def _text(self, keys):
-        """Any answer as lines."""
-        width = self._terminal.width
-        lines = []
-        if keys["status"] == "error":
-            error = f": {keys['error']}" if keys.get("error") else ""
-            return [
-                self._colour(line, "error") for line in wrapped(f"{keys['message']}{error}", width)
-            ]
-        if "message" in keys:
-            lines += wrapped(keys["message"], width)
-        if "version" in keys:
-            lines.append(f"ONI Agent {keys['version']}")
-        if "commands" in keys:
-            lines += self._commands(keys["commands"])
-        if "job" in keys:
-            lines += self._job(keys["job"])
-        for event in keys.get("events", []):
-            lines.append(cut(f"  {ago(event[0])}  {plain(event[1])}", width))
-        for name in ("fault", "warning"):
-            for each in keys.get(f"{name}s", []):
-                text = f"{name}: {each['file']}: {each[name]}"
-                lines += [self._colour(line, name) for line in wrapped(text, width)]
-        if "batches" in keys:
-            lines += self._batches(keys["batches"])
-        if "jobs" in keys:
-            lines += self._jobs(keys["jobs"])
-        return lines
-
-    def _commands(self, commands):
-        """One command in full, or a line for each."""
-        width = self._terminal.width
-        if len(commands) == 1:
-            [each] = commands
-            lines = [cut(each["usage"], width), *wrapped(each["help"], width, "    ")]
-            return [*lines, "", cut(f"    {each['example']}", width)]
-        lines = [cut(f"{padded(each['usage'], 30)}  {each['help']}", width) for each in commands]
-        return [*lines, "", cut("help COMMAND tells more of one", width)]
-
-    def _job(self, job):
-        """One job in full."""
-        lines = self._jobs([job]) if "words" in job else []
-        if not lines and job["id"] > 0:
-            lines = wrapped(
-                f"It is job {job['id']}: job-wait {job['id']} waits for its end, job-follow"
-                f" {job['id']} shows its log.",
-                self._terminal.width,
-            )
-        if job.get("ended") and "seconds" in job:
-            lines.append(f"It took {span(job['seconds'])}.")
-        if "place" in job:
-            lines.append(f"It is number {job['place']} in the queue.")
-        if job.get("issues_loaded") is not None:
-            lines.append(self._bar(job))
-        for kind in ("stdout", "stderr"):
-            for some in job.get(kind, []):
-                lines += [self._log_line(line) for line in some]
-        return lines
-
-    def _jobs(self, jobs):
-        """A table of jobs, and under each that failed, why."""
-        width = self._terminal.width
-        lines = []
-        for job in jobs:
-            when = ago(job.get("ended") or job.get("started") or job["queued"])
-            words = plain(" ".join(job["words"]))
-            head = f"{job['id']:>5}  {padded(job['status'], 14)}  "
-            room = width - len(head) - len(when) - 2
-            if fits(words, room):
-                line = f"{head}{padded(words, room)}  {when}"
-                lines.append(self._colour(line, job["status"]))
-            else:
-                lines.append(self._colour(cut(head + when, width), job["status"]))
-                lines += wrapped(words, width, " " * 7)
-            if job.get("error"):
-                lines += wrapped(job["error"], width, " " * 7)
-        return lines or ["There are no such jobs."]
-
-    def _batches(self, batches):
-        """A table of batches."""
-        width = self._terminal.width
-        lines = [padded("state", 10) + padded("issues", 12) + padded("pages", 14) + "batch"]
-        for batch in batches:
-            issues = fraction(batch["issues"], batch["issues_in_batch_xml"])
-            pages = fraction(batch["pages"], batch["pages_in_mets"])
-            state = self._colour(padded(batch["state"], 10), batch["state"])
-            counts = padded(issues, 12) + padded(pages, 14)
-            name = plain(batch["name"])
-            if fits(counts + name, width - 10):
-                lines.append(state + counts + name)
-            else:
-                lines.append(state + cut(counts, width - 10))
-                lines += wrapped(name, width, "  ")
-        return [cut(lines[0], width), *lines[1:]]
-
-    def _bar(self, job):
-        """How far a load is: a bar, issues, pages a second and time left."""
-        done, issues = job["issues_loaded"], job["issues"] or 0
-        pages, all_pages = job["pages_loaded"] or 0, job["pages"] or 0
-        share = min(1, pages / all_pages) if all_pages else 0
-        text = f" {done} of {issues} issues"
-        now = time.monotonic()
-        if not self._sample or self._sample[0] != job["id"]:
-            self._sample = (job["id"], now - job["seconds"], 0)
-        rate = (pages - self._sample[2]) / max(1, now - self._sample[1])
-        if rate and pages < all_pages and now - self._sample[1] > PROGRESS_SECONDS:
-            text += f", {rate:.1f} pages a second, {span((all_pages - pages) / rate)} left"
-        room = max(5, min(30, self._terminal.width - display_width(text) - 2))
-        full = int(share * room)
-        return cut(f"[{'#' * full}{'.' * (room - full)}]{text}", self._terminal.width)
-
-    def _watch(self, id):
-        """Draws the bar of a job until it ends."""
+    def _watch(self, job_status):
+        """Draws the bar of a job until it ends, where the terminal can draw one."""
         while True:
-            keys = self._ask("job-status", id).keys
+            keys = self._ask(job_status).keys
             job = keys.get("job", {})
-            if keys["status"] == "error" or job["status"] not in (PENDING, STARTED):
-                self._send("\r\x1b[K" if self._terminal.colour else "")
-                return
-            line = keys["message"]
-            if job.get("issues_loaded") is not None:
-                line = self._bar(job)
+            ended = keys["status"] == "error" or job["status"] not in (PENDING, STARTED)
+            line = "" if ended else keys["message"]
+            if "issues_loaded" in job and not ended:
+                line = progress_bar(job)
             elif "place" in job:
                 line = f"number {job['place']} in the queue"
             if self._terminal.colour:
-                self._send(f"\r{cut(line, self._terminal.width - 1)}\x1b[K")
+                self._send(f"\r{beginning(line, self._terminal.width - 1)}\x1b[K")
+            if ended:
+                return
             self._terminal.key(1)
 
     def _board(self):
@@ -3546,7 +3531,9 @@ class Screen:
         try:
             typed = b""
             while b"q" not in typed and b"\x04" not in typed:
-                lines = self._board_lines(self._ask("board").keys)
+                room = self._terminal.height - 1
+                lines = [*self._fitted(board_lines(self._ask(b"board").keys)), *[""] * room]
+                lines[room:] = [beginning("q leaves; jobs go on", self._terminal.width)]
                 self._send("\x1b[H" + "\x1b[K\r\n".join(lines) + "\x1b[K\x1b[J")
                 typed = self._terminal.key(1)
         except ClientGone:
@@ -3554,37 +3541,6 @@ class Screen:
         with contextlib.suppress(ClientGone, OSError):
             self._send("\x1b[?25h\x1b[?1049l")
         return 0
-
-    def _board_lines(self, keys):
-        width = self._terminal.width
-        oni = keys["oni"]
-        health = "has not answered yet"
-        if "answers" in oni:
-            health = "answers" if oni["answers"] else f"does not answer: {oni['problem']}"
-        first = f"ONI Agent {keys['version']}, up {span(keys['uptime'])}. Open ONI {health}"
-        lines = [cut(plain(first), width)]
-        lines += ["", "At work"]
-        for job in keys["at_work"]:
-            lines += self._job(job)
-        if not keys["at_work"]:
-            lines.append("       nothing")
-        lines += ["", f"Waiting: {len(keys['waiting'])}"]
-        if keys["waiting"]:
-            lines += self._jobs(keys["waiting"][:5])
-        if len(keys["waiting"]) > 5:
-            lines.append(f"       and {len(keys['waiting']) - 5} more")
-        lines += ["", "Ended"]
-        lines += self._jobs(keys["ended"]) if keys["ended"] else ["       nothing yet"]
-        if len(lines) >= self._terminal.height:
-            del lines[self._terminal.height - 1 :]
-        else:
-            lines += [""] * (self._terminal.height - 1 - len(lines))
-        return [*lines, cut("q leaves; jobs go on", width)]
-
-
-def fraction(held, wanted):
-    """`3 of 4`; a question mark for what was not counted."""
-    return f"{'?' if held is None else held} of {'?' if wanted is None else wanted}"
 
 
 # ---------------------------------------------------------------- SSH server
@@ -3631,15 +3587,13 @@ def make_host_key(path):
     public = key.public_key().public_bytes(
         serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
     )
-    unready = path.with_name(path.name + ".unready")  # under its name only when whole
     try:
-        unready.unlink(missing_ok=True)
-        with open(os.open(unready, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        path.with_name(f"{path.name}.pub").write_bytes(public + b" oni-agent\n")
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:  # mode 0600
             file.write(private)
             file.flush()
             os.fsync(file.fileno())
-        path.with_name(path.name + ".pub").write_bytes(public + b" oni-agent\n")
-        unready.rename(path)
+        os.rename(file.name, path)  # under its name only when whole
     except OSError as error:
         raise Problem(f"the HOST_KEY_FILE {path} cannot be made: {error.strerror}") from error
 
@@ -3705,7 +3659,6 @@ class Connection(paramiko.ServerInterface):
         self._keys_file = server.agent.settings.authorized_keys
         self._begun = []  # whose requests paramiko is about to answer
         self._channels = []
-        self._terminals = {}
         self._socket = ClientSocket(fileno=connected.detach())
         self._socket.before_read = self._start_sessions
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -3750,9 +3703,6 @@ class Connection(paramiko.ServerInterface):
         while channel := self.transport.accept(0):  # else paramiko keeps each for ever
             self._channels.append(channel)
         self._channels = [channel for channel in self._channels if not channel.closed]
-        self._terminals = {
-            channel: terminal for channel, terminal in self._terminals.items() if not channel.closed
-        }
         if kind != "session":
             return paramiko.OPEN_FAILED_ADMINISTRATIVELY_PROHIBITED
         mine = max(len(self._channels), len(self.sessions))  # one may outlive its channel
@@ -3761,13 +3711,13 @@ class Connection(paramiko.ServerInterface):
         return paramiko.OPEN_SUCCEEDED
 
     def check_channel_pty_request(self, channel, term, width, height, *_):
-        self._terminals[channel] = Terminal(channel, term.decode("ascii", "replace"))
-        self._terminals[channel].resize(width, height)
+        channel.terminal = Terminal(channel, term.decode("ascii", "replace"))
+        channel.terminal.resize(width, height)
         return True
 
     def check_channel_window_change_request(self, channel, width, height, *_):
-        if channel in self._terminals:
-            self._terminals[channel].resize(width, height)
+        if hasattr(channel, "terminal"):
+            channel.terminal.resize(width, height)
         return True
 
     def check_channel_shell_request(self, channel):
@@ -3776,7 +3726,7 @@ class Connection(paramiko.ServerInterface):
     def check_channel_exec_request(self, channel, command):
         if any(session.channel is channel for session in list(self.sessions)):
             return False  # RFC 4254, 6.5: one to a channel
-        session = Session(self, channel, command, self._terminals.get(channel))
+        session = Session(self, channel, command)
         self.sessions.add(session)
         self._begun.append(session)
         return True
@@ -3848,14 +3798,14 @@ class Terminal:
 class Session(threading.Thread):
     """One command on one channel, from its words to the last byte of its answer."""
 
-    def __init__(self, connection, channel, line, terminal):
+    def __init__(self, connection, channel, line):
         self.number = next(connection.server.numbers)
         super().__init__(name=f"session {self.number}", daemon=True)
         self.connection = connection
         self.channel = channel
         self.begun = time.monotonic()
         self._line = line
-        self._terminal = terminal
+        self._terminal = getattr(channel, "terminal", None)
         self._status = "client went away"
 
     def run(self):
@@ -3874,23 +3824,11 @@ class Session(threading.Thread):
 
     def _answer(self):
         """Sends the answer, to a person or a program; the exit status."""
-        agent = self.connection.server.agent
-
-        def ask(*words):
-            return answer(agent, list(words), self._read_input, self._check_client)
-
-        try:
-            words = split_words(self._line)
-            reply = None
-        except Refused as refusal:
-            words = []
-            reply = Answer(refusal.keys)
         if self._terminal:
-            screen = Screen(self._terminal, ask, self._send)
-            status = screen.show(reply) if reply else screen.run(words)
+            status = Screen(self._terminal, self._ask, self._send).run(self._line)
             self._status = "shown"
             return status
-        reply = reply or ask(*words)
+        reply = self._ask(self._line)
         if reply.lines:
             for lines in reply.lines:
                 self._send("".join(f"{line}\n" for line in lines))
@@ -3899,6 +3837,10 @@ class Session(threading.Thread):
                 self._send(piece)
         self._status = reply.keys.get("status", "followed")
         return reply.exit_status
+
+    def _ask(self, line):
+        agent = self.connection.server.agent
+        return answer(agent, line, self._read_input, self._check_client)
 
     def _log(self):
         settings = self.connection.server.agent.settings
@@ -4118,8 +4060,13 @@ def is_in(host, allowed):
 
 # ---------------------------------------------------------------- is all well?
 
-# A name, advice, and a function that says how it is, or raises.
-Look = tuple[str, str, Callable[[], str]]
+
+def look(name, advice, action):
+    """Whether all is well by a function that says how it is or raises; and what to say of it."""
+    try:
+        return True, f"{name}: {action()}"
+    except (Problem, OSError) as problem:
+        return False, f"{name}: {problem}; {advice}"
 
 
 def looks_at_oni(oni):
@@ -4135,20 +4082,20 @@ def looks_at_oni(oni):
             raise Problem(places["index_error"])
         return f"{places['documents']} pages"
 
-    yield "manage.py check", "run it by hand, as the agent's user", oni.check
-    yield "database", "see ONI's database settings", database
-    if not places:  # who takes the looks has taken that one by now
+    yield look("manage.py check", "run it by hand, as the agent's user", oni.check)
+    yield look("database", "see ONI's database settings", database)
+    if not places:
         return
     advice = "let the agent's user write there; under systemd, name it in ReadWritePaths="
-    yield "ONI's log/", advice, lambda: writable(oni.location / places["log"])
-    yield "Solr", "see ONI's SOLR_BASE_URL; loads and purges will fail", index
-    yield "ONI's batch storage", advice, lambda: writable(Path(places["batches"]))
+    yield look("ONI's log/", advice, lambda: writable(oni.location / places["log"]))
+    yield look("Solr", "see ONI's SOLR_BASE_URL; loads and purges will fail", index)
+    yield look("ONI's batch storage", advice, lambda: writable(Path(places["batches"])))
     shared = {f"ONI's cache {folder}": folder for folder in places["cache"]}
     shared["ONI's word coordinates"] = places["coordinates"]
     advice = "run the agent as the site's user, and under systemd name it in ReadWritePaths="
     for name, folder in shared.items():
         if folder:
-            yield name, advice, lambda folder=folder: ours(Path(folder))
+            yield look(name, advice, lambda folder=folder: ours(Path(folder)))
 
 
 def writable(folder):
@@ -4207,24 +4154,15 @@ def looks_at_own(settings):
     def source():
         return f"{len(in_time(lambda: os.listdir(settings.batch_source)))} entries"
 
-    yield "state folder", "if an agent is at work there, ask that instead", state
-    yield "host key", "see HOST_KEY_FILE", host_key
-    yield "address", "set BA_BIND to a free port", address
-    yield "batch source", "let the agent's user read it", source
-
-
-def results(looks):
-    """Takes these looks: for each whether all is well, and what to say."""
-    for name, advice, look in looks:
-        try:
-            yield True, f"{name}: {look()}"
-        except (Problem, OSError) as problem:
-            yield False, f"{name}: {problem}; {advice}"
+    yield look("state folder", "if an agent is at work there, ask that instead", state)
+    yield look("host key", "see HOST_KEY_FILE", host_key)
+    yield look("address", "set BA_BIND to a free port", address)
+    yield look("batch source", "let the agent's user read it", source)
 
 
 def look_once(oni):
     """Says in the log how Open ONI is; one that does not answer is no reason not to serve."""
-    for well, text in results(looks_at_oni(oni)):
+    for well, text in looks_at_oni(oni):
         level = logging.INFO if well else logging.WARNING
         log.log(level, "Open ONI in %s: %s", oni.location, text)
 
@@ -4241,7 +4179,7 @@ def check_all(environ):
     print("✓ settings")
     oni = OpenONI(settings.oni_location, environ)
     exit_status = 0
-    for well, text in results(itertools.chain(looks_at_own(settings), looks_at_oni(oni))):
+    for well, text in itertools.chain(looks_at_own(settings), looks_at_oni(oni)):
         print("✓" if well else "✗", text)
         if not well:
             exit_status = 1
@@ -4295,22 +4233,13 @@ def run_on_finish(program, job, job_log, environ):
         "ONI_JOB_ERROR": job.error.replace("\0", ""),
         "ONI_JOB_LOG": str(job_log),
     }
+    # timeout(1) ends it even if the agent goes.
+    command = ["timeout", "-s", "KILL", str(HOOK_SECONDS), str(program)]
+    options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "check": True}
     try:
-        process = subprocess.Popen(
-            # timeout(1) ends it even if the agent goes.
-            ["timeout", "-s", "KILL", str(HOOK_SECONDS), str(program)],
-            env={**environ, **about},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        status = process.wait()
-        if status == -signal.SIGKILL:
-            status = f"none within {HOOK_SECONDS} s, and was killed"
-        if status:
-            log.error("job=%d ON_FINISH failed: exit status %s", job.id, status)
-    except OSError as error:
-        log.error("job=%d ON_FINISH failed: %s", job.id, error)
+        subprocess.run(command, env={**environ, **about}, start_new_session=True, **options)
+    except (OSError, subprocess.CalledProcessError) as problem:
+        log.error("job=%d ON_FINISH failed: %s", job.id, problem)
 
 
 def stop_on_signals():
@@ -4383,7 +4312,6 @@ def main():
     gc.freeze()  # what is there by now stays, and need not be looked at
     agent = server.agent
     agent.queue.start()
-    threading.Thread(target=agent.site.count_by_and_by, daemon=True).start()
     threading.Thread(target=look_once, args=(agent.site.oni,), daemon=True).start()
     tell_systemd("READY=1")
     server.serve(stop)
