@@ -1903,10 +1903,8 @@ class JobLog:
         with contextlib.suppress(FileNotFoundError):
             for entry, end in self.entries(0):
                 whole = end
-                if entry[3] in (SIZES, COMMAND):
-                    self._sizes = sizes_in(entry)
                 if entry[3] == COMMAND:
-                    self._begun = self._sizes[1]
+                    self._begun = sizes_in(entry)[1]
                     self.commands.append(entry[4].split(" ", 2)[-1])
         self._file = open_to_append(self.path)
         self._file.truncate(whole)  # a crash may have cut the last entry short
