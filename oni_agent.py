@@ -40,6 +40,7 @@ from __future__ import annotations
 import argparse
 import ast
 import base64
+import codecs
 import contextlib
 import dataclasses
 import difflib
@@ -1701,107 +1702,100 @@ class Job:
 class JobStore:
     """The jobs on disk: `jobs.db`, `logs/` and `inputs/` in the state folder, one agent's alone.
 
-    Its methods raise Problem, or Scarce; `add` and `update` return when all is safely on disk.
+    Its methods raise Problem, or an OSError; `add` and `update` return when all is safely on disk.
     """
 
     APPLICATION = 0x4F4E4941  # SQLite's application_id: "ONIA"
     VERSION = 1  # SQLite's user_version
-    SCHEMA = """CREATE TABLE jobs (id INTEGER PRIMARY KEY AUTOINCREMENT, words TEXT NOT NULL,
-                payload BLOB, queued INTEGER NOT NULL, status TEXT NOT NULL, started INTEGER,
-                ended INTEGER, error TEXT NOT NULL DEFAULT '', attempts INTEGER NOT NULL DEFAULT 0,
-                cancelled INTEGER NOT NULL DEFAULT 0)"""
+    SCHEMA = f"""
+        BEGIN;
+        CREATE TABLE jobs (id INTEGER PRIMARY KEY AUTOINCREMENT, words TEXT NOT NULL,
+            payload BLOB, queued INTEGER NOT NULL, status TEXT NOT NULL, started INTEGER,
+            ended INTEGER, error TEXT NOT NULL DEFAULT '', attempts INTEGER NOT NULL DEFAULT 0,
+            cancelled INTEGER NOT NULL DEFAULT 0);
+        PRAGMA application_id = {APPLICATION};
+        PRAGMA user_version = {VERSION};
+        COMMIT;
+    """
 
     def __init__(self, folder):
         self.folder = folder
         self.run_lock = folder / "run.lock"  # held by the manage.py at work
+        self._path = folder / "jobs.db"
         self._lock = threading.Lock()
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if is_an_agents(folder):
                 folder.chmod(0o700)
-            self._agent_lock = self._keep_others_out()
+            self._keep_others_out()
             for name in ("logs", "inputs"):
                 (folder / name).mkdir(mode=0o700, exist_ok=True)
-            for unready in (folder / "inputs").glob("unready-*"):
+            for unready in folder.glob("inputs/unready-*"):
                 unready.unlink()
-            self._database = self._open(folder / "jobs.db")
+            is_new = not self._path.exists() or self._is_empty()
+            # Without an isolation level each statement commits.
+            self._database = sqlite3.connect(
+                self._path, check_same_thread=False, isolation_level=None
+            )
+            self._database.execute("PRAGMA journal_mode = WAL")
+            self._database.execute("PRAGMA synchronous = FULL")  # what is answered is on disk
+            if is_new:
+                self._database.executescript(self.SCHEMA)
+            self._newest = self._newest_id()
             self._take_out_payloads()
-            self._spare_used_ids()
         except (OSError, sqlite3.Error) as error:
-            raise Problem(
-                f"{folder / 'jobs.db'} cannot be used ({error}); nothing was changed"
-            ) from error
+            raise Problem(f"{self._path} cannot be used ({error}); nothing was changed") from error
 
     def _keep_others_out(self):
-        lock = open(self.folder / "agent.lock", "a")
+        self._agent_lock = open(self.folder / "agent.lock", "a")
         until = time.monotonic() + 1
         # A killed agent's last child may hold the lock until it has become manage.py.
-        while True:
+        while time.monotonic() < until:
             with contextlib.suppress(BlockingIOError):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return lock
-            if time.monotonic() > until:
-                raise Problem(
-                    f"another ONI Agent is at work on {self.folder}; give this one a"
-                    " STATE_DIRECTORY of its own"
-                )
+                fcntl.flock(self._agent_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
             time.sleep(TICK)
+        raise Problem(
+            f"another ONI Agent is at work on {self.folder}; give this one a STATE_DIRECTORY of"
+            " its own"
+        )
 
-    def _open(self, path):
-        is_new = not path.exists() or not self._tables(path)
-        # Without an isolation level each statement commits.
-        database = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-        database.execute("PRAGMA journal_mode = WAL")
-        database.execute("PRAGMA synchronous = FULL")  # what is answered is on disk
-        if is_new:
-            database.executescript(
-                f"BEGIN; {self.SCHEMA}; PRAGMA application_id = {self.APPLICATION};"
-                f" PRAGMA user_version = {self.VERSION}; COMMIT;"
-            )
-        return database
-
-    def _tables(self, path):
-        """How many tables a database has. Raises Problem if it is not to be used.
+    def _is_empty(self):
+        """Whether a database has no tables yet. Raises Problem if it is not to be used.
 
         It is opened for reading alone: else even its closing would change it.
         """
-        opened = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)
+        opened = sqlite3.connect(f"{self._path.as_uri()}?mode=ro", uri=True)
         with contextlib.closing(opened) as database:
+            tables, application, version, state = database.execute(
+                "SELECT (SELECT count(*) FROM sqlite_master), application_id, user_version,"
+                " quick_check FROM pragma_application_id, pragma_user_version, pragma_quick_check"
+            ).fetchone()
+        if tables and application != self.APPLICATION:
+            raise Problem(f"{self._path} is not an ONI Agent's; nothing was changed")
+        if version > self.VERSION:
+            raise Problem(f"{self._path} was written by a newer ONI Agent; nothing was changed")
+        if state != "ok":
+            raise Problem(
+                f"{self._path} is damaged; put a copy from a backup in its place, or move it away"
+            )
+        return not tables
 
-            def answer(question):
-                return database.execute(question).fetchone()[0]
-
-            tables = answer("SELECT count(*) FROM sqlite_master")
-            if tables and answer("PRAGMA application_id") != self.APPLICATION:
-                raise Problem(f"{path} is not an ONI Agent's; nothing was changed")
-            if answer("PRAGMA user_version") > self.VERSION:
-                raise Problem(f"{path} was written by a newer ONI Agent; nothing was changed")
-            if answer("PRAGMA quick_check") != "ok":
-                raise Problem(
-                    f"{path} is damaged; put a copy from a backup in its place, or move it away"
-                )
-            return tables
+    def _newest_id(self):
+        """The highest id given so far: jobs.db may be new, or an older copy, but logs remain."""
+        names = [path.stem for path in self.folder.glob("logs/*.log")]
+        ids = [int(name) for name in names if re.fullmatch("[0-9]{1,18}", name)]
+        recorded = self._database.execute("SELECT max(seq) FROM sqlite_sequence").fetchone()[0]
+        return max(recorded or 0, *ids, 0)
 
     def _take_out_payloads(self):
         """Writes what version 1.0 kept of standard input in the database where it is kept now."""
         rows = self._database.execute("SELECT id, payload FROM jobs WHERE payload IS NOT NULL")
         for id, payload in rows.fetchall():
-            path = self.folder / "inputs" / str(id) / "input.xml"
-            path.parent.mkdir(mode=0o700, exist_ok=True)
-            path.write_bytes(payload)
+            with self.new_input() as given:
+                given.write(payload)
+                self._keep_input(self.folder / "inputs" / str(id), given)
             self._database.execute("UPDATE jobs SET payload = NULL WHERE id = ?", (id,))
-
-    def _spare_used_ids(self):
-        """Gives no id again of which there is a log: jobs.db may be new, or an older copy."""
-        names = [path.stem for path in self.folder.glob("logs/*.log")]
-        used = max((int(name) for name in names if re.fullmatch(r"[0-9]{1,18}", name)), default=0)
-        with self._transaction() as database:
-            database.execute("DELETE FROM sqlite_sequence WHERE seq < ?", (used,))
-            database.execute(
-                "INSERT INTO sqlite_sequence SELECT 'jobs', ?"
-                " WHERE NOT EXISTS (SELECT * FROM sqlite_sequence)",
-                (used,),
-            )
 
     @contextlib.contextmanager
     def _transaction(self):
@@ -1811,7 +1805,7 @@ class JobStore:
                 self._database.execute("BEGIN")
                 yield self._database
         except (OSError, sqlite3.Error) as error:
-            raise Scarce(f"{self.folder / 'jobs.db'} cannot be used: {error}") from error
+            raise Scarce(f"{self._path} cannot be used: {error}") from error
 
     def jobs(self):
         """Every job, oldest first."""
@@ -1821,39 +1815,35 @@ class JobStore:
         try:
             return [Job(id, json.loads(words), *others) for id, words, *others in rows]
         except ValueError as error:
-            raise Problem(f"{self.folder / 'jobs.db'} is damaged: {error}") from error
+            raise Problem(f"{self._path} is damaged: {error}") from error
 
     def new_input(self):
         """A file for what comes on standard input, gone when it is closed."""
-        try:
-            return tempfile.NamedTemporaryFile(
-                prefix="unready-", dir=self.folder / "inputs", buffering=0
-            )
-        except OSError as error:
-            raise Scarce(f"{self.folder / 'inputs'} cannot be written: {error}") from error
+        return tempfile.NamedTemporaryFile(
+            prefix="unready-", dir=self.folder / "inputs", buffering=0
+        )
 
     def add(self, words, given):
         """A new pending job, and a name of its own for the file of what was `given` on stdin."""
-        queued = time.time_ns()
+        job = Job(self._newest + 1, words, time.time_ns())
         with self._transaction() as database:
-            id = database.execute(
-                "INSERT INTO jobs (words, queued, status) VALUES (?, ?, ?)",
-                (json.dumps(words), queued, PENDING),
-            ).lastrowid
-            job = Job(id, words, queued)
+            database.execute(
+                "INSERT INTO jobs (id, words, queued, status) VALUES (?, ?, ?, ?)",
+                (job.id, json.dumps(words), job.queued, job.status),
+            )
             if given:
-                self._keep_input(job, given)
+                self._keep_input(self.input(job).parent, given)
+        self._newest = job.id
         return job
 
-    def _keep_input(self, job, given):
+    def _keep_input(self, folder, given):
         os.fsync(given.fileno())
-        path = self.input(job)
         # A crash before this id was given may have left something.
-        shutil.rmtree(path.parent, ignore_errors=True)
-        path.parent.mkdir(mode=0o700)
-        os.link(given.name, path)
-        sync_folder(path.parent)
-        sync_folder(path.parent.parent)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(mode=0o700)
+        os.link(given.name, folder / "input.xml")
+        sync_folder(folder)
+        sync_folder(folder.parent)
 
     def input(self, job):
         """The file of what came on standard input with a request; its folder holds nothing else."""
@@ -1870,8 +1860,8 @@ class JobStore:
 
     def remove(self, job):
         """Forgets a job: its files first, so that a crash in between leaves none without a job."""
-        for path in self.log(job).paths():
-            path.unlink(missing_ok=True)
+        for path in self.folder.glob(f"logs/{job.id}.*"):
+            path.unlink()
         shutil.rmtree(self.input(job).parent, ignore_errors=True)
         with self._transaction() as database:
             database.execute("DELETE FROM jobs WHERE id = ?", (job.id,))
@@ -1899,123 +1889,123 @@ class JobLog:
     with the next byte). From these the stamped lines of the protocol are made when they are read.
     """
 
-    ENTRY = re.compile(rb"\[(.{19})\.(\d{9})Z\] (.) (.*)\n")
+    ENTRY = re.compile(r"\[(.{19})\.(\d{9})Z\] (.) (.*)\n")
 
     def __init__(self, path):
         self.path = path
         self.outputs = {STDOUT: path.with_suffix(".out"), STDERR: path.with_suffix(".err")}
-        self._sizes = (0, 0)  # of the outputs, as last written down
-        self._begun = (0, 0)  # their sizes when the newest command began
         self.commands = []  # all that have begun
-        self._waiting = []  # entries that the disk has refused
-
-    def paths(self):
-        """All files of the log."""
-        return (self.path, *self.outputs.values())
+        self._sizes = [0, 0]  # bytes of the outputs, as last written down
+        self._begun = 0  # bytes of stderr when the newest command began
+        self._unwritten = b""  # entries, or a part of one, that the disk has refused
 
     def open(self):
         """Makes the log ready to go on, after whatever an earlier agent has left."""
-        self.path.parent.mkdir(mode=0o700, exist_ok=True)
-        self._file = open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0)
         whole = 0
-        for kind, entry, end in self.entries(0):
-            whole = end
-            if kind == COMMAND:
-                self._begun = sizes_in(entry[4])
-                self.commands.append(entry[4].decode("utf-8", "replace").split(" ", 2)[-1])
+        with contextlib.suppress(FileNotFoundError):
+            for entry, end in self.entries(0):
+                whole = end
+                if entry[3] == COMMAND:
+                    self._begun = sizes_in(entry)[1]
+                    self.commands.append(entry[4].split(" ", 2)[-1])
+        self._file = open_to_append(self.path)
         self._file.truncate(whole)  # a crash may have cut the last entry short
-        self._file.seek(whole)
 
     def entries(self, start):
-        """Kind, match of ENTRY, and end in bytes of each whole entry from a byte on.
-
-        Raises OSError.
-        """
+        """Match of ENTRY, and end in bytes, of each whole entry from a byte on. Raises OSError."""
         with open(self.path, "rb") as file:
             file.seek(start)
             for line in file:
                 start += len(line)
-                entry = self.ENTRY.fullmatch(line)
+                entry = self.ENTRY.fullmatch(line.decode("utf-8", "replace"))
                 if entry:
-                    yield entry[3].decode("ascii", "replace"), entry, start
+                    yield entry, start
 
     def close(self):
         """Puts the log safely on disk."""
         with contextlib.suppress(OSError), self._file:
+            self._write(b"")
             os.fsync(self._file.fileno())
 
     def note(self, text):
         """Says what the agent does."""
         self.look()
-        self._write(NOTE, text.replace("\n", " "))
+        self._enter(NOTE, text.replace("\n", " "))
 
-    def begin(self, command, sizes):
-        """Says that what follows after these sizes is a command's output."""
-        self._begun = self._sizes = sizes
+    def begin(self, command):
+        """Says that what follows after the last look is a command's output."""
+        self._begun = self._sizes[1]
         self.commands.append(command)
-        self._write(COMMAND, f"{sizes[0]} {sizes[1]} {command}")
+        self._enter(COMMAND, f"{self._sizes[0]} {self._sizes[1]} {command}")
 
     def look(self):
         """Writes down how much has been printed by now, if that has changed."""
-        sizes = self.sizes()
-        if sizes != self._sizes or self._waiting:
-            self._write(SIZES, f"{sizes[0]} {sizes[1]}")
+        sizes = [size_of(path) for path in self.outputs.values()]
+        if sizes != self._sizes:
             self._sizes = sizes
+            self._enter(SIZES, f"{sizes[0]} {sizes[1]}")
 
-    def sizes(self):
-        """How many bytes the outputs have now."""
-        sizes = []
-        for path in self.outputs.values():
-            try:
-                sizes.append(path.stat().st_size)
-            except OSError:  # somebody has removed it
-                sizes.append(0)
-        return sizes[0], sizes[1]
-
-    def _write(self, kind, text):
-        """Appends an entry. One that the disk refuses is tried again with the next."""
+    def _enter(self, kind, text):
         entry = f"[{timestamp(time.time_ns())}] {kind} {text}\n"
-        self._waiting.append(entry.encode("utf-8", "replace"))
-        end = self._file.tell()
+        self._write(entry.encode("utf-8", "replace"))
+
+    def _write(self, data):
+        """Appends to the log; what the disk refuses is kept for the next time."""
+        refused_before = self._unwritten
+        self._unwritten += data
         try:
-            data = b"".join(self._waiting)
-            if self._file.write(data) < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self._waiting = []
+            written = self._file.write(self._unwritten)
+            self._unwritten = self._unwritten[written:]
         except OSError as error:
-            if len(self._waiting) == 1:
-                log.error("%s cannot be written: %s", self.path, error)
-            self._file.truncate(end)
-            self._file.seek(end)
+            if not refused_before:
+                log.error("%s cannot be written for now: %s", self.path, error)
 
     def complaints(self):
         """The lines that the newest command has printed on stderr, but for empty ones."""
         with contextlib.suppress(OSError), open(self.outputs[STDERR], "rb") as file:
-            file.seek(self._begun[1])
+            file.seek(self._begun)
             for line in iter(lambda: file.readline(MAX_LINE), b""):
                 text = line.decode("utf-8", "replace").rstrip()
                 if text:
                     yield text
 
 
+def open_to_append(path):
+    """A file that is made if missing; what is there already ends with a whole line."""
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    file = open(path, "a+b", buffering=0)
+    size = file.tell()
+    if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
+        file.write(b"\n")
+    return file
+
+
+def size_of(path):
+    """The bytes of a file; 0 if somebody has removed it."""
+    with contextlib.suppress(OSError):
+        return path.stat().st_size
+    return 0
+
+
 def stamp_of(entry):
     """The moment of a log's entry, in nanoseconds; 0 if it is damaged."""
     with contextlib.suppress(ValueError):
-        second = datetime.fromisoformat(entry[1].decode("ascii", "replace") + "+00:00")
+        second = datetime.fromisoformat(f"{entry[1]}+00:00")
         return int(second.timestamp()) * 10**9 + int(entry[2])
     return 0
 
 
-def sizes_in(text):
-    """The two sizes at the beginning of an entry's text."""
-    match = re.match(rb"(\d{1,18}) (\d{1,18})", text)
-    return (int(match[1]), int(match[2])) if match else (0, 0)
+def sizes_in(entry):
+    """The sizes of both outputs at the beginning of an entry's text."""
+    match = re.match(r"(\d{1,18}) (\d{1,18})", entry[4])
+    return [int(match[1]), int(match[2])] if match else [0, 0]
 
 
 class LogReader:
     """Reads a job's log, as stamped lines, in order. Can be read again for what has come since.
 
-    Lines of these kinds are given out, but for the first `skip` of all.
+    Only lines of these kinds are given out, without the first `skip` lines of all kinds; each
+    has the same stamp whichever are wanted.
     """
 
     def __init__(self, job_log, *kinds, skip=0):
@@ -2023,66 +2013,57 @@ class LogReader:
         self._kinds = kinds
         self._skip = skip
         self._index = 0  # bytes of the log that have been read
-        self._at = {STDOUT: 0, STDERR: 0}  # bytes of the outputs
+        self._at = {STDOUT: 0, STDERR: 0}  # bytes of the outputs, each to the end of a line
         self._stamp = 0  # of the next line at the earliest: stamps increase, clocks may not
 
     def read(self, over=True):
         """Some lines at a time, `[stamp] text` each; if the job is `over`, unfinished ones too."""
         with contextlib.suppress(OSError):  # there is none yet, say
-            for kind, entry, end in self._log.entries(self._index):
+            for entry, end in self._log.entries(self._index):
                 self._index = end
                 self._stamp = max(self._stamp, stamp_of(entry))
-                if kind in (SIZES, COMMAND):
-                    yield from self._printed(sizes_in(entry[4]), False)
+                if entry[3] in (SIZES, COMMAND):
+                    yield from self._printed(sizes_in(entry))
                 else:  # a note; or a line in a log of version 1.0
-                    yield from self._stamped(kind, entry[4])
+                    yield from self._stamped(entry[3], entry[4].encode())
         if over:
             # The log may not know of all that was printed.
-            yield from self._printed((sys.maxsize, sys.maxsize), True)
+            yield from self._printed([sys.maxsize, sys.maxsize], over=True)
 
-    def _printed(self, sizes, over):
-        """The lines of both outputs that end within these sizes."""
-        for output, size in zip((STDOUT, STDERR), sizes):
-            if self._at[output] < size:
-                with contextlib.suppress(OSError), open(self._log.outputs[output], "rb") as file:
-                    yield from self._lines(file, output, size, over)
+    def _printed(self, sizes, over=False):
+        """The whole lines of both outputs within these sizes, and pieces of very long ones."""
+        for output, end in zip(self._at, sizes):
+            if self._at[output] >= end:
+                continue
+            with contextlib.suppress(OSError), open(self._log.outputs[output], "rb") as file:
+                while True:
+                    file.seek(self._at[output])
+                    data = file.read(min(MAX_LINE + 1, end - self._at[output]))
+                    size = data.rfind(b"\n") + 1
+                    if not size and len(data) > MAX_LINE:  # a piece that cuts no character
+                        size = codecs.utf_8_decode(data[:MAX_LINE], "replace")[1]
+                    elif not size and over:
+                        size = len(data)
+                    if not size:
+                        break
+                    self._at[output] += size
+                    yield from self._stamped(output, data[:size].removesuffix(b"\n"))
 
-    def _lines(self, file, output, end, over):
-        while self._at[output] < end:
-            file.seek(self._at[output])
-            data = whole_lines(file.read(min(MAX_LINE + 1, end - self._at[output])), over)
-            if not data:
-                return
-            self._at[output] += len(data)
-            yield from self._stamped(output, data[:-1] if data.endswith(b"\n") else data)
-
-    def _stamped(self, kind, text):
-        """Lines with a stamp each, if they are wanted; the same ones whichever are wanted."""
-        count = text.count(b"\n") + 1
-        second, nanosecond = divmod(self._stamp, 10**9)
-        if nanosecond + count > 10**9:  # all of them get the same second
-            second, nanosecond = second + 1, 0
-        self._stamp = second * 10**9 + nanosecond + count
+    def _stamped(self, kind, data):
+        count = data.count(b"\n") + 1
         skipped = min(self._skip, count)
         self._skip -= skipped
+        if self._stamp % 10**9 + count > 10**9:  # all of them get the same second
+            self._stamp += 10**9 - self._stamp % 10**9
+        first = self._stamp
+        self._stamp += count
         if kind in self._kinds and skipped < count:
-            start = timestamp(second * 10**9)[:20]
-            lines = text.decode("utf-8", "replace").split("\n")
+            lines = data.decode("utf-8", "replace").split("\n")
+            start = timestamp(first)[:20]
             stamped = [
-                f"[{start}{number:09d}Z] {line}" for number, line in enumerate(lines, nanosecond)
+                f"[{start}{number:09d}Z] {line}" for number, line in enumerate(lines, first % 10**9)
             ]
             yield stamped[skipped:]
-
-
-def whole_lines(data, over):
-    """The lines that end in some output, or a piece of one that is too long or, if `over`, all."""
-    end = data.rfind(b"\n") + 1
-    if not end and len(data) > MAX_LINE:
-        character = re.compile(rb"[\xc0-\xff][\x80-\xbf]{0,3}\Z").search(
-            data, MAX_LINE - 4, MAX_LINE
-        )
-        return data[: character.start() if character else MAX_LINE]
-    return data[:end] or (data if over else b"")
 
 
 # ---------------------------------------------------------------- manage.py at work
@@ -2124,9 +2105,14 @@ class Work:
         """Says in the job's log what the agent does."""
         self.log.note(text)
 
+    @property
+    def cancelled(self):
+        """Whether the job is to end."""
+        return self.job.cancelled and not self.undoing
+
     def go_on(self):
         """Raises Cancelled if the job is to end."""
-        if self.job.cancelled and not self.undoing:
+        if self.cancelled:
             raise Cancelled
 
     def complaint(self):
@@ -2143,32 +2129,17 @@ class Work:
 
         The text of a Problem says how manage.py ended, and of what it has complained.
         """
-        self._run(shlex.join(["manage.py", *words]), self._oni.start, words)
+        self._run("manage.py", self._oni.start, *words)
 
     def task(self, name, *words):
         """Runs a function of INSIDE_ONI in a manage.py of its own. Raises as manage does."""
-        command = shlex.join(["manage.py shell:", name, *words])
-        self._run(command, self._oni.start_task, [name, *words])
+        self._run("manage.py shell:", self._oni.start_task, name, *words)
 
-    def _run(self, command, start, words):
-        def run():
-            self.go_on()
-            self.log.path.parent.mkdir(mode=0o700, exist_ok=True)
-            with contextlib.ExitStack() as files:
-                lock = files.enter_context(open(self._lock, "a"))
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else EAGAIN
-                out, err = (
-                    files.enter_context(open_to_append(path)) for path in self.log.outputs.values()
-                )
-                sizes = self.log.sizes()
-                process = start(*words, stdout=out, stderr=err, pass_fds=[lock.fileno()])
-                self.log.begin(command, sizes)
-                return process
-
-        process = patiently(run)
+    def _run(self, program, start, *words):
+        process = patiently(lambda: self._begin(program, start, *words))
         self._follow(process)
+        status = process.wait()
         self.go_on()
-        status = process.returncode
         if status < 0:
             if self._stopping.wait(1):  # the signal may have come to the agent as well
                 raise Stopping
@@ -2176,25 +2147,51 @@ class Work:
         if status:
             raise Problem(f"exit status {status}: {self.complaint()}")
 
+    def _begin(self, program, start, *words):
+        self.go_on()
+        out_path, err_path = self.log.outputs.values()
+        with open(self._lock, "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else EAGAIN
+            with open_to_append(out_path) as out, open_to_append(err_path) as err:
+                self.log.look()
+                process = start(*words, stdout=out, stderr=err, pass_fds=[lock.fileno()])
+        self.log.begin(f"{program} {shlex.join(words)}")
+        return process
+
     def take_over(self):
         """Waits for the end of what an earlier agent has begun; whether it was still at work."""
-        survivors = patiently(lambda: holders(self._lock))
-        if survivors:
-            log.warning("job=%d adopted=%s: its manage.py is at work", self.job.id, survivors)
+        survived = patiently(self._is_at_work)
+        if survived:
+            log.warning("job=%d adopted=yes: its manage.py is at work", self.job.id)
             if not self.log.commands:  # somebody has deleted the log
-                self.log.begin("manage.py, begun by an earlier agent", self.log.sizes())
+                self.log.begin("manage.py, begun by an earlier agent")
         self._follow(None)
-        return bool(survivors)
+        return survived
+
+    def _is_at_work(self):
+        """Whether manage.py, or what it has left behind, holds the lock. Raises OSError."""
+        with open(self._lock, "a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
 
     def _follow(self, process):
         """Waits until manage.py, and all that it left behind, have ended; ends it if cancelled."""
         full = False
         number = signal.SIGTERM
         next_signal = 0.0
-        while not self._over(process):
+        while patiently(self._is_at_work):
+            if process and process.poll() is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(TICK)
+            else:
+                time.sleep(TICK)
             self.log.look()
-            full = full or self._disk_is_full()
-            if self.job.cancelled and not self.undoing and time.monotonic() > next_signal:
+            with contextlib.suppress(OSError):  # somebody has removed the folder
+                full = full or not shutil.disk_usage(self.log.path.parent).free
+            if self.cancelled and time.monotonic() > next_signal:
                 self._signal_all(number)
                 number = signal.SIGKILL
                 next_signal = time.monotonic() + TERM_SECONDS
@@ -2210,33 +2207,6 @@ class Work:
                 self.note(f"cancelled: {number.name} to process group {group}")
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(group, number)
-
-    def _over(self, process):
-        """Whether nothing holds the lock any more; looks for a moment."""
-        try:
-            if process:
-                process.wait(TICK)
-            with open(self._lock, "a") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except (subprocess.TimeoutExpired, OSError):  # held, or nobody can tell just now
-            if not process or process.returncode is not None:
-                time.sleep(TICK)
-            return False
-
-    def _disk_is_full(self):
-        with contextlib.suppress(OSError):
-            return not os.statvfs(self.log.path.parent).f_bavail
-        return False
-
-
-def open_to_append(path):
-    """An output of manage.py; what an earlier one has left there ends with a whole line."""
-    file = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "ab", buffering=0)
-    size = file.tell()
-    if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
-        file.write(b"\n")
-    return file
 
 
 # ---------------------------------------------------------------- kinds of job
