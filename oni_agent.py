@@ -3555,24 +3555,25 @@ class Screen:
 
 # ---------------------------------------------------------------- SSH server
 
-KEX = (  # every client of today has one of them
-    "mlkem768x25519-sha256",
-    "curve25519-sha256",
-    "curve25519-sha256@libssh.org",
-)
-CIPHERS = (
-    "aes128-gcm@openssh.com",
-    "aes256-gcm@openssh.com",
-    "aes128-ctr",
-    "aes192-ctr",
-    "aes256-ctr",
-)
-MACS = ("hmac-sha2-256-etm@openssh.com", "hmac-sha2-512-etm@openssh.com")
+ALGORITHMS = {  # to be used, where paramiko has them; every client of today has one of each
+    "kex": ("mlkem768x25519-sha256", "curve25519-sha256", "curve25519-sha256@libssh.org"),
+    "ciphers": (
+        "aes128-gcm@openssh.com",
+        "aes256-gcm@openssh.com",
+        "aes128-ctr",
+        "aes192-ctr",
+        "aes256-ctr",
+    ),
+    "digests": ("hmac-sha2-256-etm@openssh.com", "hmac-sha2-512-etm@openssh.com"),
+}
+SHA1 = "ssh-rsa"  # of a host's or a client's RSA key
 TRAILER = b"\n\nEND\n"  # ends what comes on standard input; so does its end
 
 
 def load_host_key(path):
-    """The ed25519, ECDSA or RSA key in a file. Raises Problem."""
+    """The ed25519, ECDSA or RSA key in a file; None if there is no file. Raises Problem."""
+    if not os.path.lexists(path):
+        return None
     try:
         read_regular(path)
     except Problem as problem:
@@ -3587,23 +3588,22 @@ def load_host_key(path):
 
 
 def make_host_key(path):
-    """Writes a new ed25519 key, and its public half beside it. Raises Problem."""
-    key = Ed25519PrivateKey.generate()
-    private = key.private_bytes(
+    """A new ed25519 key, written to a file, and its public half beside it. Raises Problem."""
+    private = Ed25519PrivateKey.generate().private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.OpenSSH,
         serialization.NoEncryption(),
     )
-    public = key.public_key().public_bytes(
-        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
-    )
     try:
-        path.with_name(f"{path.name}.pub").write_bytes(public + b" oni-agent\n")
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:  # mode 0600
             file.write(private)
             file.flush()
             os.fsync(file.fileno())
+        key = paramiko.Ed25519Key(filename=file.name)
+        public = f"{key.get_name()} {key.get_base64()} oni-agent\n"
+        path.with_name(f"{path.name}.pub").write_text(public)
         os.rename(file.name, path)  # under its name only when whole
+        return key
     except OSError as error:
         raise Problem(f"the HOST_KEY_FILE {path} cannot be made: {error.strerror}") from error
 
@@ -3640,11 +3640,18 @@ class ClientSocket(socket.socket):
     to begin a command, whose answer must not overtake the reply to its request.
     """
 
-    before_read: Callable[[], None]
+    def __init__(self, accepted):
+        super().__init__(fileno=accepted.detach())
+        self.requested = []  # sessions whose requests paramiko is about to answer
+        self.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        # paramiko would wait for ever for a client that has vanished.
+        self.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_SECONDS * 1000)
 
     def recv(self, size, flags=0):
         """Receives, and acknowledges at once: OpenSSH's next packet waits for that (Nagle)."""
-        self.before_read()
+        while self.requested:
+            self.requested.pop(0).start()
         if size > MAX_PACKET:  # paramiko would believe, and hold, any length
             raise EOFError
         data = super().recv(size, flags)
@@ -3657,36 +3664,28 @@ class ClientSocket(socket.socket):
 class Connection(paramiko.ServerInterface):
     """One client's connection: whom paramiko asks what is allowed, and the sessions on it."""
 
-    def __init__(self, server, connected, address):
+    def __init__(self, server, accepted, address):
         self.server = server
         self.address = show_address(address)
-        self._host = plain_host(address)
         self.user = ""
-        self.key = ""  # the fingerprint of the key that has admitted it
-        self.born = self.idle_since = time.monotonic()
+        self.admitted = "ALLOW_FROM" if server.agent.settings.allow_from else "anyone"
+        self.idle_since = time.monotonic()
         self.sessions = set()
-        self.dropped = False
+        self._host = plain_host(address)
         self._keys_file = server.agent.settings.authorized_keys
-        self._begun = []  # whose requests paramiko is about to answer
         self._channels = []
-        self._socket = ClientSocket(fileno=connected.detach())
-        self._socket.before_read = self._start_sessions
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        # paramiko would wait for ever for a client that has vanished.
-        patience = STALL_SECONDS * 1000
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
-        sha1 = "ssh-rsa"
-        self.transport = paramiko.Transport(self._socket, disabled_algorithms={"pubkeys": [sha1]})
+        self._socket = ClientSocket(accepted)
+        self.transport = paramiko.Transport(
+            self._socket, disabled_algorithms={"keys": [SHA1], "pubkeys": [SHA1]}
+        )
         # paramiko would have a timer thread for each.
         self.transport.packetizer.start_handshake = lambda timeout: None
         self.transport.local_version = f"SSH-2.0-ONI_Agent_{VERSION}"
         self.transport.add_server_key(server.host_key)
         options = self.transport.get_security_options()
-        options.kex = [name for name in KEX if name in options.kex]
-        options.key_types = [name for name in options.key_types if name != sha1]
-        options.ciphers = [name for name in CIPHERS if name in options.ciphers]
-        options.digests = [name for name in MACS if name in options.digests]
+        for kind, names in ALGORITHMS.items():
+            offered = getattr(options, kind)
+            setattr(options, kind, [name for name in names if name in offered])
         self.transport.start_server(event=threading.Event(), server=self)
 
     # What paramiko asks, on the transport's thread: no work here.
@@ -3702,11 +3701,11 @@ class Connection(paramiko.ServerInterface):
         self.user = username
         if not self._keys_file:
             return paramiko.AUTH_FAILED  # its client tries "none" next
+        shown = fingerprint(key)
         if not key_is_authorized(self._keys_file, key, self._host):
-            shown = fingerprint(key)
             log.warning("connection from=%s user=%r refused key=%s", self.address, username, shown)
             return paramiko.AUTH_FAILED
-        self.key = fingerprint(key)
+        self.admitted = shown
         return paramiko.AUTH_SUCCESSFUL
 
     def check_channel_request(self, kind, chanid):
@@ -3734,41 +3733,27 @@ class Connection(paramiko.ServerInterface):
         return self.check_channel_exec_request(channel, b"")  # no shell, but an answer
 
     def check_channel_exec_request(self, channel, command):
-        if any(session.channel is channel for session in list(self.sessions)):
+        if hasattr(channel, "session"):
             return False  # RFC 4254, 6.5: one to a channel
-        session = Session(self, channel, command)
-        self.sessions.add(session)
-        self._begun.append(session)
+        channel.session = Session(self, channel, command)
+        self.sessions.add(channel.session)
+        self._socket.requested.append(channel.session)
         return True
 
-    def _start_sessions(self):
-        while self._begun:
-            self._begun.pop(0).start()
+    def is_overdue(self, now):
+        """Whether its time is up."""
+        if self.sessions:
+            return any(now - each.begun > SESSION_SECONDS for each in list(self.sessions))
+        limit = IDLE_SECONDS if self.transport.is_authenticated() else HANDSHAKE_SECONDS
+        return now - self.idle_since > limit
 
-    def ended(self, session):
-        """A session is over."""
-        self.idle_since = time.monotonic()
-        self.sessions.discard(session)
-
-    def overdue(self, now):
-        """Why the connection must go by now; empty if it may stay."""
-        if not self.transport.is_authenticated() and now - self.born > HANDSHAKE_SECONDS:
-            return "no handshake in time"
-        if not self.sessions and now - self.idle_since > IDLE_SECONDS:
-            return "idle"
-        if any(now - session.begun > SESSION_SECONDS for session in list(self.sessions)):
-            return "a session too long"
-        return ""
-
-    def drop(self, why):
+    def drop(self):
         """Ends the connection at once; its threads see that and end by themselves."""
-        log.debug("connection from=%s dropped=%r", self.address, why)
-        self.dropped = True
+        log.debug("connection from=%s dropped", self.address)
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
-    @property
-    def gone(self):
+    def is_gone(self):
         """Whether nothing of it is left; a session not begun before its client went never will."""
         alive = any(session.is_alive() for session in list(self.sessions))
         return not alive and not self.transport.is_alive()
@@ -3829,7 +3814,8 @@ class Session(threading.Thread):
         finally:
             with contextlib.suppress(OSError, EOFError, paramiko.SSHException):
                 self.channel.close()
-            self.connection.ended(self)
+            self.connection.idle_since = time.monotonic()
+            self.connection.sessions.discard(self)
             self._log()
 
     def _answer(self):
@@ -3853,28 +3839,22 @@ class Session(threading.Thread):
         return answer(agent, line, self._read_input, self._check_client)
 
     def _log(self):
-        settings = self.connection.server.agent.settings
-        admitted = "ALLOW_FROM" if settings.allow_from else "anyone"
         log.info(
             "session=%d from=%s user=%r admitted=%s command=%r status=%r ms=%d",
             self.number,
             self.connection.address,
             self.connection.user,
-            self.connection.key or admitted,
+            self.connection.admitted,
             self._line[:200].decode("utf-8", "replace"),
             self._status,
             (time.monotonic() - self.begun) * 1000,
         )
 
     def _send(self, text):
-        """Sends text to the client. Raises ClientGone, OSError."""
-        data = memoryview(text.encode("utf-8", "replace"))
+        """Sends text to the client. Raises OSError, EOFError, SSHException."""
         self.channel.settimeout(STALL_SECONDS)
-        while data:
-            sent = self.channel.send(data[:CHUNK])
-            if not sent:
-                raise ClientGone
-            data = data[sent:]
+        # A view: paramiko copies what is left to send each time it has sent some.
+        self.channel.sendall(memoryview(text.encode("utf-8", "replace")))
 
     def _check_client(self):
         """Raises ClientGone if the client has closed its channel, or a person typed Ctrl-C."""
@@ -3888,32 +3868,32 @@ class Session(threading.Thread):
         if self._terminal:
             raise Problem("this command reads a file: leave out -t, and give it < FILE")
         self.channel.settimeout(STALL_SECONDS)
+        try:
+            self._copy_input(into, limit)
+        except socket.timeout:
+            raise Problem(
+                "standard input gave nothing for too long and has not ended: close it, or send"
+                " an empty line and END"
+            ) from None
+        except OSError as error:
+            raise Problem(f"{into.name} cannot be written: {error}") from error
+
+    def _copy_input(self, into, limit):
+        """As _read_input. Raises socket.timeout, and OSError for the file, too."""
         size = 0
         tail = b""  # of what has come, which may be the trailer
-        while True:
-            try:
-                piece = self.channel.recv(CHUNK)
-            except socket.timeout:
-                raise Problem(
-                    "standard input gave nothing for too long and has not ended: close it, or send"
-                    " an empty line and END"
-                ) from None
+        while piece := self.channel.recv(CHUNK):
             size += len(piece)
-            tail = (tail + piece)[-len(TRAILER) :]
-            ended = tail == TRAILER and not self.channel.recv_ready()
             if size > limit + len(TRAILER):
                 raise Problem(f"there are more than {limit >> 20} MiB on standard input")
-            try:
-                if into.write(piece) < len(piece):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                if ended:
-                    into.truncate(size - len(TRAILER))
-            except OSError as error:
-                raise Problem(f"{into.name} cannot be written: {error}") from error
-            if ended or (not piece and self.channel.eof_received):
+            if into.write(piece) < len(piece):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            tail = (tail + piece)[-len(TRAILER) :]
+            if tail == TRAILER and not self.channel.recv_ready():
+                into.truncate(size - len(TRAILER))
                 return
-            if not piece:
-                raise ClientGone  # half an input must not pass for a whole one
+        if not self.channel.eof_received:
+            raise ClientGone  # half an input must not pass for a whole one
 
 
 class SSHServer:
@@ -3937,89 +3917,88 @@ class SSHServer:
             if self._listener in ready:
                 self._accept()
             if time.monotonic() - swept >= 1:
+                self._sweep()
                 swept = time.monotonic()
-                self._sweep(swept)
             ready = select.select([self._listener, stop], [], [], 1)[0]
         log.info("stopping on %s; manage.py goes on", signal.Signals(stop.recv(1)[0]).name)
         self.agent.queue.stop()
-        self._finish()
+        self._listener.close()
+        self._wait_for_answers(STOP_SECONDS)
+        self.agent.queue.close()
+        self._wait_for_answers(0.5)  # to the last requests that were accepted
 
     def _accept(self):
         try:
-            connected, address = self._listener.accept()
+            accepted, address = self._listener.accept()
         except OSError as error:
             log.error("a connection could not be taken: %s", error)
             self._make_room()
             time.sleep(0.1)  # out of descriptors, say: the loop must not spin
             return
-        if self._is_welcome(plain_host(address)):
-            # It may be gone already, or there is no thread to be had.
-            with contextlib.suppress(OSError, RuntimeError, EOFError, paramiko.SSHException):
-                self._connections.add(Connection(self, connected, address))
-                return
-        connected.close()
+        host = plain_host(address)
+        refusal = self._refusal(host)
+        if refusal:
+            log.warning("connection from=%s refused=%r", host, refusal)
+            accepted.close()
+            return
+        # It may be gone already, or there is no thread to be had.
+        with contextlib.suppress(OSError, RuntimeError, EOFError, paramiko.SSHException):
+            self._connections.add(Connection(self, accepted, address))
 
-    def _is_welcome(self, host):
-        """Whether a client at this address may connect; another may have to go for it."""
+    def _refusal(self, host):
+        """Why a client at this address may not connect, if so; another may have to go for it."""
         allowed = self.agent.settings.allow_from
         if allowed and not is_in(host, allowed):
-            log.warning("connection from=%s refused='not in ALLOW_FROM'", host)
-            return False
+            return "not in ALLOW_FROM"
         if len(self._connections) >= MAX_CONNECTIONS:
-            self._sweep(time.monotonic())
-        staying = sum(not each.dropped for each in self._connections)
-        if staying < MAX_CONNECTIONS or self._make_room():
-            return True
-        log.warning("connection from=%s refused='too many, all at work'", host)
-        return False
+            self._sweep()
+        if len(self._connections) >= MAX_CONNECTIONS and not self._make_room():
+            return "too many, all at work"
+        return ""
 
     def _make_room(self):
-        idle = [each for each in self._connections if not each.sessions and not each.dropped]
-        if idle:
-            min(idle, key=lambda each: each.idle_since).drop("others need its place")
-        return bool(idle)
+        """Drops the connection that has been idle longest; whether there was one."""
+        idle = [each for each in self._connections if not each.sessions]
+        if not idle:
+            return False
+        longest = min(idle, key=lambda each: each.idle_since)
+        longest.drop()
+        self._connections.discard(longest)
+        return True
 
     def sessions(self):
         """How many commands are at work."""
         return sum(len(each.sessions) for each in list(self._connections))
 
-    def _sweep(self, now):
-        left = {each for each in self._connections if not each.gone}
+    def _sweep(self):
+        """Forgets the connections that are gone, and drops those whose time is up."""
+        left = {each for each in self._connections if not each.is_gone()}
         if len(left) < len(self._connections):
             self._connections = left
             gc.collect()  # paramiko's transports are circles, which would pile up for long
-        for connection in self._connections:
-            why = connection.overdue(now)
-            if why and not connection.dropped:
-                connection.drop(why)
-
-    def _finish(self):
-        """Lets answers under way end, and then those to the last requests that were accepted."""
-        self._listener.close()
-        self._wait_for_answers(STOP_SECONDS)
-        self.agent.queue.close()
-        self._wait_for_answers(0.5)
+        now = time.monotonic()
+        for connection in left:
+            if connection.is_overdue(now):
+                connection.drop()
 
     def _wait_for_answers(self, seconds):
         until = time.monotonic() + seconds
         busy = [each for each in self._connections if each.sessions]
-        while not all(each.gone for each in busy) and time.monotonic() < until:
+        while not all(each.is_gone() for each in busy) and time.monotonic() < until:
             time.sleep(0.01)
 
 
 def listen(host, port):
     """A listening socket; on every address, IPv6 too, if `host` is empty. Raises Problem."""
-    both = host in ("", "::") and socket.has_dualstack_ipv6()
-    family = socket.AF_INET6
+    everywhere = host in ("", "::") and socket.has_dualstack_ipv6()
+    name = "::" if everywhere else host or "0.0.0.0"
     try:
-        if not both:
-            found = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)
-            family = found[0][0]
-        return socket.create_server((host, port), family=family, backlog=512, dualstack_ipv6=both)
+        family = socket.getaddrinfo(name, port)[0][0]
+        return socket.create_server(
+            (name, port), family=family, backlog=512, dualstack_ipv6=everywhere
+        )
     except OSError as error:
-        why = error.strerror
-        if not isinstance(error, socket.gaierror):
-            why = os.strerror(error.errno)
+        why = error.strerror.partition(" (")[0]  # Python adds the address that it attempted
         raise Problem(f"BA_BIND: nothing can listen on {host}:{port}: {why}") from error
 
 
@@ -4071,16 +4050,16 @@ def is_in(host, allowed):
 # ---------------------------------------------------------------- is all well?
 
 
-def look(name, advice, action):
-    """Whether all is well by a function that says how it is or raises; and what to say of it."""
+def looked(name, advice, look, *about):
+    """Takes a look: whether all is well there, and what to say."""
     try:
-        return True, f"{name}: {action()}"
-    except (Problem, OSError) as problem:
+        return True, f"{name}: {look(*about)}"
+    except (Problem, OSError, ValueError) as problem:
         return False, f"{name}: {problem}; {advice}"
 
 
 def looks_at_oni(oni):
-    """What there is to look at in Open ONI: whether it answers, and where loads write."""
+    """Looks at Open ONI: whether it answers, and where loads write."""
     places = {}
 
     def database():
@@ -4092,20 +4071,20 @@ def looks_at_oni(oni):
             raise Problem(places["index_error"])
         return f"{places['documents']} pages"
 
-    yield look("manage.py check", "run it by hand, as the agent's user", oni.check)
-    yield look("database", "see ONI's database settings", database)
+    yield looked("manage.py check", "run it by hand, as the agent's user", oni.check)
+    yield looked("database", "see ONI's database settings", database)
     if not places:
         return
     advice = "let the agent's user write there; under systemd, name it in ReadWritePaths="
-    yield look("ONI's log/", advice, lambda: writable(oni.location / places["log"]))
-    yield look("Solr", "see ONI's SOLR_BASE_URL; loads and purges will fail", index)
-    yield look("ONI's batch storage", advice, lambda: writable(Path(places["batches"])))
+    yield looked("ONI's log/", advice, writable, oni.location / places["log"])
+    yield looked("Solr", "see ONI's SOLR_BASE_URL; loads and purges will fail", index)
+    yield looked("ONI's batch storage", advice, writable, Path(places["batches"]))
     shared = {f"ONI's cache {folder}": folder for folder in places["cache"]}
     shared["ONI's word coordinates"] = places["coordinates"]
     advice = "run the agent as the site's user, and under systemd name it in ReadWritePaths="
     for name, folder in shared.items():
         if folder:
-            yield look(name, advice, lambda folder=folder: ours(Path(folder)))
+            yield looked(name, advice, ours, Path(folder))
 
 
 def writable(folder):
@@ -4114,16 +4093,11 @@ def writable(folder):
     return "can be written"
 
 
-def makeable(folder):
-    """As writable, of a folder that may be yet to be made. Raises Problem, OSError."""
-    try:
-        return writable(nearest_folder(folder.resolve()))
-    except ValueError as error:
-        raise Problem(str(error)) from error
-
-
 def ours(folder):
-    """As makeable, of a folder that the website reads as its own user. Raises Problem, OSError."""
+    """Looks at a folder, maybe yet to be made, that the website reads as its own user.
+
+    Raises Problem, OSError, ValueError.
+    """
     place = folder.resolve()
     if place.exists() and place.stat().st_uid != os.geteuid():
         owner = user_name(place.stat().st_uid)
@@ -4131,7 +4105,7 @@ def ours(folder):
             f"{place} belongs to user {owner}, and the agent runs as {user_name(os.geteuid())}:"
             " what it writes there the website could not use"
         )
-    return makeable(folder)
+    return writable(nearest_folder(place))
 
 
 def user_name(number):
@@ -4143,16 +4117,17 @@ def user_name(number):
 
 
 def looks_at_own(settings):
-    """What there is to look at beside Open ONI, before an agent runs; nothing is changed."""
+    """Looks at what there is beside Open ONI, before an agent runs; nothing is changed."""
 
     def state():
         if (settings.state_directory / "jobs.db").exists():
             return f"{len(JobStore(settings.state_directory).jobs())} jobs"
-        return makeable(settings.state_directory)
+        return writable(nearest_folder(settings.state_directory.resolve()))
 
     def host_key():
-        if os.path.lexists(settings.host_key_file):
-            return fingerprint(load_host_key(settings.host_key_file))
+        key = load_host_key(settings.host_key_file)
+        if key:
+            return fingerprint(key)
         if settings.host_key_file.parent == settings.state_directory:
             return "will be made"
         return writable(settings.host_key_file.parent)
@@ -4164,10 +4139,10 @@ def looks_at_own(settings):
     def source():
         return f"{len(in_time(lambda: os.listdir(settings.batch_source)))} entries"
 
-    yield look("state folder", "if an agent is at work there, ask that instead", state)
-    yield look("host key", "see HOST_KEY_FILE", host_key)
-    yield look("address", "set BA_BIND to a free port", address)
-    yield look("batch source", "let the agent's user read it", source)
+    yield looked("state folder", "if an agent is at work there, ask that instead", state)
+    yield looked("host key", "see HOST_KEY_FILE", host_key)
+    yield looked("address", "set BA_BIND to a free port", address)
+    yield looked("batch source", "let the agent's user read it", source)
 
 
 def look_once(oni):
@@ -4203,20 +4178,16 @@ def check_all(environ):
 class JournalFormatter(logging.Formatter):
     """A log line as the journal takes it (sd-daemon(3)): a priority in front, and no time."""
 
-    PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
-
     def format(self, record):
-        priority = self.PRIORITIES[record.levelname]
+        priority = {"DEBUG": 7, "INFO": 6, "WARNING": 4}.get(record.levelname, 3)
         return "\n".join(f"<{priority}>{line}" for line in super().format(record).split("\n"))
 
 
 def set_up_logging(level):
     """The log goes to stderr, with priorities where that is systemd's journal."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s")
     if stderr_is_journal():
-        handler.setFormatter(JournalFormatter("%(message)s"))
-    logging.basicConfig(level=level, handlers=[handler])
+        logging.root.handlers[0].setFormatter(JournalFormatter("%(message)s"))
     noisy = logging.DEBUG if level == "DEBUG" else logging.CRITICAL
     logging.getLogger("paramiko").setLevel(noisy)
 
@@ -4245,11 +4216,17 @@ def run_on_finish(program, job, job_log, environ):
     }
     # timeout(1) ends it even if the agent goes.
     command = ["timeout", "-s", "KILL", str(HOOK_SECONDS), str(program)]
-    options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "check": True}
+    options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
     try:
-        subprocess.run(command, env={**environ, **about}, start_new_session=True, **options)
-    except (OSError, subprocess.CalledProcessError) as problem:
-        log.error("job=%d ON_FINISH failed: %s", job.id, problem)
+        status = subprocess.run(
+            command, env={**environ, **about}, start_new_session=True, **options
+        ).returncode
+        if status == -signal.SIGKILL:
+            status = f"none within {HOOK_SECONDS} s, and was killed"
+        if status:
+            log.error("job=%d ON_FINISH failed: exit status %s", job.id, status)
+    except OSError as error:
+        log.error("job=%d ON_FINISH failed: %s", job.id, error)
 
 
 def stop_on_signals():
@@ -4304,9 +4281,7 @@ def main():
     be_init()
     try:
         settings = Settings(environ)
-        host_key = None
-        if os.path.lexists(settings.host_key_file):
-            host_key = load_host_key(settings.host_key_file)
+        host_key = load_host_key(settings.host_key_file)
     except Problem as problem:
         complain(*problem.args)
         return 2
@@ -4333,8 +4308,7 @@ def build(settings, environ, host_key):
     """Wires the agent together; it listens when this returns. Raises Problem, OSError."""
     store = JobStore(settings.state_directory)
     if not host_key:
-        make_host_key(settings.host_key_file)
-        host_key = load_host_key(settings.host_key_file)
+        host_key = make_host_key(settings.host_key_file)
     oni = OpenONI(settings.oni_location, environ)
     site = Site(settings, oni, RememberedCounts(settings.state_directory / "counts.json"))
 
