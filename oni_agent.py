@@ -40,6 +40,7 @@ from __future__ import annotations
 import argparse
 import ast
 import base64
+import bisect
 import codecs
 import contextlib
 import dataclasses
@@ -3294,32 +3295,23 @@ def display_width(text):
     return width
 
 
-def beginning(text, width):
-    """As much of a text as so many columns hold."""
-    text = text[:width]
-    while display_width(text) > width:
-        text = text[:-1]
-    return text
-
-
 def wrapped(text, width):
     """A text on as many lines as it takes, the later ones indented as the first is.
 
     A word, or a path, that is longer than a line is broken: nothing is cut off.
     """
     text = plain(text)
-    indent = text[: len(text) - len(text.lstrip(" "))][: width // 2]
-    lines = []
+    indent = re.match(" *", text)[0][: width // 2]
+    columns = [0, *itertools.accumulate(map(display_width, text))]  # before each character
     start = len(indent)
+    lines = []
     while start < len(text) or not lines:
-        end = start + len(beginning(text[start : start + width], width - len(indent)))
+        end = bisect.bisect_right(columns, columns[start] + width - len(indent)) - 1
         if end < len(text):
             blank = text.rfind(" ", start + 1, end + 1)
             end = blank if blank > 0 else end
         lines.append(indent + text[start:end])
-        start = end
-        while text[start : start + 1] == " ":
-            start += 1
+        start = len(text) - len(text[end:].lstrip(" "))
     return lines
 
 
@@ -3361,22 +3353,15 @@ def answer_lines(keys):
     if "batches" in keys:
         yield from batch_lines(keys["batches"])
     if "jobs" in keys:
-        yield from table_lines(keys["jobs"], "There are no such jobs.")
+        yield from table_lines(keys["jobs"])
 
 
 def command_lines(commands):
-    """One command in full, or a line for each."""
-    if len(commands) == 1:
-        [each] = commands
-        yield each["usage"], ""
-        yield f"    {each['help']}", ""
-        yield "", ""
-        yield f"    {each['example']}", ""
-        return
+    """A line for each command; an example, where there is but one."""
     for each in commands:
         yield f"{each['usage']:<30}  {each['help']}", ""
     yield "", ""
-    yield "help COMMAND tells more of one", ""
+    yield commands[0].get("example", "help COMMAND tells more of one"), ""
 
 
 def job_lines(job):
@@ -3389,24 +3374,24 @@ def job_lines(job):
             f" {job['id']} shows its log.",
             "",
         )
-    if job.get("ended"):
-        yield f"It took {span(job.get('seconds', 0))}.", ""
+    if "ended" in job and "seconds" in job:
+        yield f"It took {span(job['seconds'])}.", ""
     if "place" in job:
         yield f"It is number {job['place']} in the queue.", ""
-    if "issues_loaded" in job:
-        yield progress_bar(job), ""
 
 
-def table_lines(jobs, if_none=""):
-    """A table of jobs, and under each that failed, why."""
+def table_lines(jobs):
+    """A table of jobs; under each, how far it is, or why it failed."""
     for job in jobs:
         when = ago(job.get("ended") or job.get("started") or job["queued"])
         words = " ".join(job["words"])
         yield f"{job['id']:>5}  {job['status']:<14}  {words:<38}  {when}", job["status"]
-        if job.get("error"):
+        if "issues_loaded" in job:
+            yield progress_bar(job), ""
+        if "error" in job:
             yield f"       {job['error']}", ""
     if not jobs:
-        yield if_none, ""
+        yield "       no jobs", ""
 
 
 def batch_lines(batches):
@@ -3435,10 +3420,11 @@ def progress_bar(job):
     """How far a load is: a bar, issues, pages a second and time left."""
     pages = job["pages_loaded"] or 0
     all_pages = job["pages"] or 0
-    full = int(30 * min(1, pages / all_pages)) if all_pages else 0
-    text = f"[{'#' * full:.<30}] {job['issues_loaded']} of {job['issues']} issues"
-    rate = pages / max(1, job["seconds"])
-    if rate and pages < all_pages and job["seconds"] > PROGRESS_SECONDS:
+    share = min(1, pages / all_pages) if all_pages else 0
+    bar = "#" * int(30 * share)
+    text = f"[{bar:.<30}] {job['issues_loaded']} of {job['issues']} issues"
+    if 0 < pages < all_pages:
+        rate = pages / max(1, job["seconds"])
         text += f", {rate:.1f} pages a second, {span((all_pages - pages) / rate)} left"
     return text
 
@@ -3450,22 +3436,16 @@ def board_lines(keys):
     if "answers" in oni:
         health = "answers" if oni["answers"] else f"does not answer: {oni['problem']}"
     yield f"ONI Agent {keys['version']}, up {span(keys['uptime'])}. Open ONI {health}", ""
-    yield "", ""
-    yield "At work", ""
-    for job in keys["at_work"]:
-        yield from job_lines(job)
-    if not keys["at_work"]:
-        yield "       nothing", ""
     waiting = keys["waiting"]
-    yield "", ""
-    yield f"Waiting: {len(waiting)}", ""
-    if waiting:
-        yield from table_lines(waiting[:5])
-    if len(waiting) > 5:
-        yield f"       and {len(waiting) - 5} more", ""
-    yield "", ""
-    yield "Ended", ""
-    yield from table_lines(keys["ended"], "       nothing yet")
+    tables = {
+        "At work": keys["at_work"],
+        f"Waiting: {len(waiting)}": waiting[:5],
+        "Ended": keys["ended"],
+    }
+    for title, jobs in tables.items():
+        yield "", ""
+        yield title, ""
+        yield from table_lines(jobs)
 
 
 class Screen:
@@ -3485,8 +3465,7 @@ class Screen:
             try:
                 self._watch(b"job-status " + words[1])
             except ClientGone:  # by Ctrl-C, maybe: what ssh says then is to begin a line
-                with contextlib.suppress(ClientGone, OSError):
-                    self._send("\r\n")
+                self._send("\r\n")
                 raise
         return self._show(self._ask(line))
 
@@ -3515,37 +3494,32 @@ class Screen:
         return line
 
     def _watch(self, job_status):
-        """Draws the bar of a job until it ends, where the terminal can draw one."""
+        """Shows how far a job is until it ends, on one line, where the terminal can redraw one."""
         while True:
-            keys = self._ask(job_status).keys
-            job = keys.get("job", {})
-            ended = keys["status"] == "error" or job["status"] not in (PENDING, STARTED)
-            line = "" if ended else keys["message"]
-            if "issues_loaded" in job and not ended:
-                line = progress_bar(job)
-            elif "place" in job:
-                line = f"number {job['place']} in the queue"
+            job = self._ask(job_status).keys.get("job", {})
+            at_work = job.get("status") in (PENDING, STARTED)
             if self._terminal.colour:
-                self._send(f"\r{beginning(line, self._terminal.width - 1)}\x1b[K")
-            if ended:
+                # The last line says most: the bar, or the place in the queue.
+                line = list(job_lines(job))[-1][0] if at_work else ""
+                self._send(f"\r{wrapped(line, self._terminal.width - 1)[0]}\x1b[K")
+            if not at_work:
                 return
             self._terminal.key(1)
 
     def _board(self):
         """Draws the board anew each second, until q."""
         self._send("\x1b[?1049h\x1b[?25l")  # another screen, and no cursor
-        try:
+        with contextlib.suppress(ClientGone):  # by Ctrl-C, maybe
             typed = b""
             while b"q" not in typed and b"\x04" not in typed:
+                drawn = self._fitted(board_lines(self._ask(b"board").keys))
                 room = self._terminal.height - 1
-                lines = [*self._fitted(board_lines(self._ask(b"board").keys)), *[""] * room]
-                lines[room:] = [beginning("q leaves; jobs go on", self._terminal.width)]
+                lines = list(itertools.islice(drawn, room))
+                lines += [""] * (room - len(lines))
+                lines.append("q leaves; jobs go on")
                 self._send("\x1b[H" + "\x1b[K\r\n".join(lines) + "\x1b[K\x1b[J")
                 typed = self._terminal.key(1)
-        except ClientGone:
-            pass
-        with contextlib.suppress(ClientGone, OSError):
-            self._send("\x1b[?25h\x1b[?1049l")
+        self._send("\x1b[?25h\x1b[?1049l")
         return 0
 
 

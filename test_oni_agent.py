@@ -7594,8 +7594,24 @@ def test_help_tells_of_one_command_with_an_example(shared):
     assert [each["usage"] for each in reply] == ["load-batch BATCH"]
     assert "load-batch batch_oru_alpha_ver01" in reply[0]["example"]
     said = ssh_run(shared, "help load-batch", "-tt").stdout
-    assert b"load-batch BATCH\r\n    Loads a batch" in said
+    assert re.search(rb"^load-batch BATCH +Loads a batch", said)
+    assert b"\r\nssh -p 2222 nobody@localhost load-batch batch_oru_alpha_ver01\r\n" in said
     assert "did you mean" in shared.call("help", "laod-batch")["error"]
+
+
+def test_a_job_that_never_started_is_not_said_to_have_taken_any_time(agent):
+    gate = agent.hold_load(agent.batch(ALPHA))
+    agent.batch(BETA, start=date(1920, 1, 1))
+    agent.job("load-batch", ALPHA)
+    agent.job("load-batch", BETA)
+    gate.reached()
+    agent.call("job-cancel", "2")
+    said = ssh_run(agent, "job-status 2", "-tt").stdout
+    assert b"load-batch " + BETA.encode() in said
+    assert b"It took" not in said
+    gate.open()
+    agent.ended(1)
+    assert b"It took" in ssh_run(agent, "job-status 1", "-tt").stdout
 
 
 @given(strategies.text(), strategies.integers(1, 200))
