@@ -3564,15 +3564,18 @@ def make_host_key(path):
         serialization.PrivateFormat.OpenSSH,
         serialization.NoEncryption(),
     )
+    unready = path.with_name(f"{path.name}.unready")  # under its name only when whole
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:  # mode 0600
+        unready.unlink(missing_ok=True)  # of a start that failed
+        unready.touch(0o600, exist_ok=False)
+        with unready.open("wb") as file:
             file.write(private)
             file.flush()
             os.fsync(file.fileno())
-        key = paramiko.Ed25519Key(filename=file.name)
+        key = paramiko.Ed25519Key(filename=str(unready))
         public = f"{key.get_name()} {key.get_base64()} oni-agent\n"
         path.with_name(f"{path.name}.pub").write_text(public)
-        os.rename(file.name, path)  # under its name only when whole
+        unready.rename(path)
         return key
     except OSError as error:
         raise Problem(f"the HOST_KEY_FILE {path} cannot be made: {error.strerror}") from error
