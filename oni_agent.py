@@ -166,8 +166,11 @@ class Cancelled(Exception):
     """The job at work is to end."""
 
 
-class Stopping(Exception):
-    """The agent is stopping: what has just ended was maybe ended by that, and does not count."""
+class Stopping(BaseException):
+    """The agent is stopping: what has just ended was maybe ended by that, and does not count.
+
+    As for a SystemExit, nobody takes it for a fault on its way through the worker.
+    """
 
 
 SCARCE = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)
@@ -178,34 +181,22 @@ def is_scarce(error):
     return isinstance(error, Scarce) or error.errno in SCARCE
 
 
-def patiently(action):
-    """What `action` returns, which is tried every second until the disk, say, lets it be done."""
+def patiently(action, passes=lambda error: True):
+    """What `action` returns, which is begun again each second while the system refuses something.
+
+    Raises Problem for an OSError of which `passes` says that it will not pass.
+    """
     warned = False
     while True:
         try:
             return action()
-        except (Scarce, OSError) as problem:
+        except OSError as error:
+            if not passes(error):
+                raise Problem(str(error)) from error
             if not warned:
-                log.error("%s; trying again every second", problem)
+                log.error("%s; trying again every second", error)
             warned = True
             time.sleep(1)
-
-
-def while_scarce(action):
-    """What `action` returns, which is begun again while the machine lacks something for it.
-
-    Raises Problem for what else the system may refuse.
-    """
-
-    def begin():
-        try:
-            return action()
-        except OSError as error:
-            if is_scarce(error):
-                raise
-            raise Problem(str(error)) from error
-
-    return patiently(begin)
 
 
 # ---------------------------------------------------------------- settings
@@ -1198,7 +1189,7 @@ class Patch:
             check_listing(unready)
             os.sync()  # whole on disk before it is seen
             unready.rename(new)
-            sync_folder(new.parent)
+            sync(new.parent)
         except BaseException:  # cancelled, too
             shutil.rmtree(unready, ignore_errors=True)
             raise
@@ -1232,9 +1223,9 @@ def file_sizes(batch, ignore=lambda *_: set()):
     return sizes
 
 
-def sync_folder(folder):
-    """Puts what has been made or renamed in a folder safely on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path):
+    """Puts a file, or what has been made or renamed in a folder, safely on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -1795,7 +1786,7 @@ class JobStore:
         for id, payload in rows.fetchall():
             with self.new_input() as given:
                 given.write(payload)
-                self._keep_input(self.folder / "inputs" / str(id), given)
+                self._keep_input(self.folder / "inputs" / str(id), given.name)
             self._database.execute("UPDATE jobs SET payload = NULL WHERE id = ?", (id,))
 
     @contextlib.contextmanager
@@ -1825,7 +1816,7 @@ class JobStore:
         )
 
     def add(self, words, given):
-        """A new pending job, and a name of its own for the file of what was `given` on stdin."""
+        """A new pending job, and another name, its own, for the file of what was `given`."""
         job = Job(self._newest + 1, words, time.time_ns())
         with self._transaction() as database:
             database.execute(
@@ -1838,13 +1829,13 @@ class JobStore:
         return job
 
     def _keep_input(self, folder, given):
-        os.fsync(given.fileno())
+        sync(given)
         # A crash before this id was given may have left something.
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(mode=0o700)
-        os.link(given.name, folder / "input.xml")
-        sync_folder(folder)
-        sync_folder(folder.parent)
+        os.link(given, folder / "input.xml")
+        sync(folder)
+        sync(folder.parent)
 
     def input(self, job):
         """The file of what came on standard input with a request; its folder holds nothing else."""
@@ -2160,14 +2151,12 @@ class Work:
         return process
 
     def take_over(self):
-        """Waits for the end of what an earlier agent has begun; whether it was still at work."""
-        survived = patiently(self._is_at_work)
-        if survived:
+        """Waits for the end of what an earlier agent has begun."""
+        if patiently(self._is_at_work):
             log.warning("job=%d adopted=yes: its manage.py is at work", self.job.id)
             if not self.log.commands:  # somebody has deleted the log
                 self.log.begin("manage.py, begun by an earlier agent")
         self._follow(None)
-        return survived
 
     def _is_at_work(self):
         """Whether manage.py, or what it has left behind, holds the lock. Raises OSError."""
@@ -2221,17 +2210,19 @@ class Kind:
     """
 
     title = ""  # as answers name it
-    takes_input = False  # whether something comes on standard input
-    on_a_batch = False  # whether it is a load or purge of the batch in its first word
+    takes_input = False  # on standard input; else a job's words say all that is asked for
 
     def __init__(self, site, *words):
         self.site = site
         self.words = words
 
     def check(self, given=None):
-        """Raises Problem unless it may be asked for, and all is there that it needs."""
+        """Raises Problem unless it may be asked for, and all is there that it needs.
 
-    def reached(self, within):
+        `given` is the file of what came on standard input.
+        """
+
+    def reached(self):
         """Whether there is nothing to do. Raises Problem if that is not known in time."""
         return False
 
@@ -2245,21 +2236,45 @@ class Kind:
         """After a cancel: takes back what was half done. Raises Problem."""
 
     def remains(self, work):
-        """What there is now, in words, for the error of a job that has run and failed."""
+        """What there is now, in words, for the error of a job that was unsuccessful."""
         return ""
 
 
 class BatchKind(Kind):
-    """What loads and purges of a batch share."""
-
-    on_a_batch = True
+    """What loads and purges of a batch share: what ONI is to hold of it."""
 
     def __init__(self, site, name):
         super().__init__(site, name)
         self.name = name
 
+    def is_goal(self, state):
+        """Whether it is what the job is to reach."""
+
+    def change(self, work, state):
+        """Brings about the goal, where ONI holds this state. Raises as `bring` does."""
+
     def state(self, within=PATIENT_SECONDS):
         return self.site.batch(self.name, within)
+
+    def reached(self):
+        return self.is_goal(self.state(ANSWER_SECONDS))
+
+    def bring(self, work):
+        state = self.state()
+        if self.is_goal(state):
+            work.note(f"nothing to do: {state}")
+        else:
+            self.change(work, state)
+
+    def verify(self, work):
+        state = self.state()
+        if state.index_problem:
+            work.note(str(state))
+        if not self.is_goal(state):
+            said = ""
+            if work.log.commands:
+                said = f"; manage.py ended well, but said: {work.complaint()}"
+            raise Problem(f"{state}{said}")
 
     def remains(self, work):
         try:
@@ -2282,14 +2297,10 @@ class LoadBatch(BatchKind):
             raise Problem(f"{problem}{hint}") from None
         self.site.check_place(self.name)
 
-    def reached(self, within):
-        return self.state(within).verdict == "complete"
+    def is_goal(self, state):
+        return state.verdict == "complete"
 
-    def bring(self, work):
-        state = self.state()
-        if state.verdict == "complete":
-            work.note(f"nothing to do: {state}")
-            return
+    def change(self, work, state):
         if not state.rows_whole:
             self._load(work, state)
             state = self.state()
@@ -2311,12 +2322,9 @@ class LoadBatch(BatchKind):
 
     def _check_files(self, work):
         """Finds what would go wrong before hours of loading, and fetches titles that ONI lacks."""
-        told = time.monotonic()
 
         def progress(done, issues):
-            nonlocal told
-            if time.monotonic() - told > PROGRESS_SECONDS:
-                told = time.monotonic()
+            if done % 100 == 0:
                 work.note(f"checked the files of {done} of {issues} issues")
 
         self.check()
@@ -2339,16 +2347,6 @@ class LoadBatch(BatchKind):
         if link.is_symlink() and os.path.realpath(link) != os.path.realpath(folder):
             work.note(f"removing {link}, a leftover link to {os.readlink(link)}")
             link.unlink()
-
-    def verify(self, work):
-        state = self.state()
-        if state.index_problem:
-            work.note(str(state))
-        if state.verdict != "complete":
-            said = ""
-            if work.log.commands:
-                said = f"; manage.py ended well, but said: {work.complaint()}"
-            raise Problem(f"{state}{said}")
 
     def undo(self, work):
         changing = ("manage.py load_batch", "manage.py purge_batch", "manage.py, begun")
@@ -2378,31 +2376,22 @@ class PurgeBatch(BatchKind):
     def check(self, given=None):
         self.site.folder(self.name)
 
-    def reached(self, within):
-        return self.state(within).nothing_left
+    def is_goal(self, state):
+        return state.nothing_left
 
-    def bring(self, work):
-        state = self.state()
+    def change(self, work, state):
         failure = None
-        if state.nothing_left:
-            work.note(f"nothing to do: {state}")
         if state.row:
             try:
                 work.manage("purge_batch", self.name)
             except Problem as problem:
                 failure = problem
             state = self.state()
-        if not state.row and state.documents:
+        if state.documents and not state.row:
             work.note(f"{state}; deleting those")
             work.task("forget_documents", self.name)
         elif failure:
             raise failure
-
-    def verify(self, work):
-        state = self.state()
-        if not state.nothing_left:
-            said = f"; purge_batch said: {work.complaint()}" if work.log.commands else ""
-            raise Problem(f"{state}{said}")
 
 
 class LoadTitle(Kind):
@@ -2421,13 +2410,12 @@ class LoadTitle(Kind):
         lccns = self.site.lccns(work.input)
         ask = self.site.oni.ask
         missing = [lccn for lccn in lccns if not ask("title", lccn, within=PATIENT_SECONDS)]
-        stored = any(line.endswith("ERRORS: 0") for line in work.log.complaints())
-        if missing or not stored:
+        said = "\n".join(work.log.complaints())
+        if missing or not re.search("ERRORS: 0$", said, re.MULTILINE):
             what = "ONI has not stored every record"
             if missing:
                 what = f"ONI has no title {', '.join(missing)}"
             raise Problem(f"{what}; load_titles ended well, but said: {work.complaint()}")
-        said = " ".join(work.log.complaints())
         counts = re.findall(r"TITLES (?:CREATED|UPDATED): (\d+)", said)
         left = len(lccns) - sum(map(int, counts))
         if left:
@@ -2486,7 +2474,7 @@ class BatchPatch(Kind):
         return f"{self.new} is there" if os.path.lexists(self.new) else ""
 
 
-KINDS: dict[str, type[Kind]] = {
+KINDS = {
     "load-batch": LoadBatch,
     "purge-batch": PurgeBatch,
     "load-title": LoadTitle,
@@ -2507,7 +2495,6 @@ class JobQueue:
         self._changed = threading.Condition()  # guards the jobs; re-entrant
         self._stopping = threading.Event()
         self._closed = False
-        self._at_work = None
         self._jobs = {job.id: job for job in store.jobs()}
         self._waiting = queue.Queue()
         for job in self._jobs.values():
@@ -2515,8 +2502,7 @@ class JobQueue:
                 self._waiting.put(job)
 
     def start(self):
-        with self._changed:
-            self._announce()
+        self._announce()
         threading.Thread(target=self._run, name="worker", daemon=True).start()
 
     def stop(self):
@@ -2548,14 +2534,13 @@ class JobQueue:
     def add(self, words, given=None):
         """A job, on disk when this returns, and whether it is new; None if there is nothing to do.
 
-        A batch's last unfinished job is returned if it is the same, else the new one comes after
-        it. Raises Problem.
+        `given` is the file of what came on standard input. A batch's last unfinished job is
+        returned if it is the same, else the new one comes after it. Raises Problem.
         """
         kind = self.kind(words)
-        kind.check(Path(given.name) if given else None)
-        idle = not self._last_on(kind)
-        reached = idle and kind.reached(ANSWER_SECONDS)
-        if reached and not self._last_on(kind):  # another may have come meanwhile
+        kind.check(given)
+        # Another may have come while Open ONI was asked.
+        if not self._last_on(kind) and kind.reached() and not self._last_on(kind):
             return None, False
         with self._changed:
             if self._closed:
@@ -2570,10 +2555,10 @@ class JobQueue:
             return job, True
 
     def _last_on(self, kind):
-        """The newest unfinished load or purge of the batch that a kind of job is on."""
-        for job in reversed(self.jobs()):
-            if not job.finished and kind.on_a_batch and KINDS[job.words[0]].on_a_batch:
-                if job.words[1] == kind.words[0]:
+        """The newest unfinished load or purge of the batch that a kind of job is on, if any."""
+        if not kind.takes_input:
+            for job in reversed(self.jobs()):
+                if not job.finished and job.words[1:] == [*kind.words]:
                     return job
         return None
 
@@ -2582,33 +2567,20 @@ class JobQueue:
         with self._changed:
             if job.finished:
                 return False
-            if job is self._at_work or job.status == STARTED:  # by an earlier agent, maybe
+            if job.status == PENDING:
+                self._end(job, FAILED, "cancelled before it started")
+            else:
                 self._change(job, cancelled=1)
-                return True
-            self._change(
-                job,
-                cancelled=1,
-                status=FAILED,
-                error="cancelled before it started",
-                ended=time.time_ns(),
-            )
-        self._tell_of_end(job)
-        return True
+            return True
 
     def _run(self):
         """The worker thread. The agent ends with it: else it would only seem to be at work."""
         try:
-            forgotten = -3600.0
             while True:
-                if time.monotonic() - forgotten > 3600:
-                    forgotten = time.monotonic()
-                    self._forget_old()
-                with contextlib.suppress(queue.Empty):
-                    job = self._waiting.get(timeout=3600)
-                    with self._changed:
-                        self._at_work = None if job.finished else job
-                    if self._at_work:
-                        self._perform(job)
+                self._forget_old()
+                job = self._waiting.get()
+                if not job.finished:
+                    self._perform(job)
         except Stopping:
             log.info("what manage.py had begun is taken up by the next agent")
         except BaseException:
@@ -2621,127 +2593,128 @@ class JobQueue:
         work = Work(job, self._store, self._site.oni, self._stopping)
         patiently(work.log.open)
         try:
-            kind = self.kind(job.words)
-            status, error = self._outcome(job, kind, work)
-            if not self._end(work, status, error):  # cancelled at the last moment
-                self._end(work, FAILED, self._undo(kind, work))
-        except Stopping:
-            raise
+            self._complete(work, self.kind(job.words))
         except Exception as fault:
             log.exception("job=%d stumbled over a fault of the agent", job.id)
             work.undoing = True
-            self._end(work, FAILED, f"a fault of the agent, see its log: {fault!r}")
+            self._record(work, FAILED, f"a fault of the agent, see its log: {fault!r}")
         finally:
             work.log.close()
-        self._tell_of_end(job)
 
-    def _outcome(self, job, kind, work):
-        """Performs a job, or takes it over; the status it is to get, and its error."""
+    def _complete(self, work, kind):
+        """Brings about what a job is to reach, or undoes it after a cancel; records which."""
         try:
-            if job.status != STARTED or not self._taken_over(job, kind, work):
-                self._begin(job)
-                self._unless_cancelled(kind.bring, work)
-            self._unless_cancelled(kind.verify, work)
-            return SUCCESSFUL, ""
+            status, error = self._outcome(work, kind)
+            self._record(work, status, error)
         except Cancelled:
-            return FAILED, self._undo(kind, work)
-        except (Problem, OSError) as problem:
+            work.undoing = True
+            self._record(work, FAILED, self._undo(work, kind))
+
+    def _outcome(self, work, kind):
+        """The status that a job is to get, and its error, after all that it does."""
+        try:
+            self._reach(work, kind)
+            return SUCCESSFUL, ""
+        except Problem as problem:
+            error = str(problem)
+            if work.log.commands or kind.takes_input:
+                error = self._with_remains(error, work, kind)
             never_ran = isinstance(problem, CouldNotStart) and not work.log.commands
-            status = COULD_NOT_START if never_ran else FAILED
-            return status, self._with_remains(problem, kind, work)
+            return COULD_NOT_START if never_ran else FAILED, error
+
+    def _undo(self, work, kind):
+        """Takes back what a cancelled job has half done; its error."""
+        error = "cancelled"
+        try:
+            self._step(kind.undo, work)
+        except Problem as problem:
+            error = f"cancelled; {problem}"
+        return self._with_remains(error, work, kind)
+
+    def _reach(self, work, kind):
+        """Reaches what a job is to reach, which is so at its end. Raises Problem, Cancelled."""
+        if work.job.status == STARTED:
+            work.take_over()
+            with contextlib.suppress(Problem):
+                self._step(kind.verify, work)
+                return
+            self._tell_of_interruption(work)
+        self._begin(work)
+        self._step(kind.bring, work)
+        self._step(kind.verify, work)
 
     @staticmethod
-    def _unless_cancelled(step, work):
+    def _step(step, work):
         """Takes a step of a job, again and again while the machine lacks something for it."""
 
         def take():
             work.go_on()
             step(work)
 
-        while_scarce(take)
+        patiently(take, is_scarce)
+
+    def _tell_of_interruption(self, work):
+        log.warning("job=%d was interrupted", work.job.id)
+        work.note("interrupted: the agent went before the end of what it had begun")
+        if work.job.attempts >= MAX_ATTEMPTS:
+            raise Problem(f"given up: {MAX_ATTEMPTS} times the agent was gone before its end")
+
+    def _begin(self, work):
+        job = work.job
+
+        def begin():
+            with self._changed:
+                if job.finished:  # cancelled as it was to begin
+                    raise Cancelled
+                started = job.started or time.time_ns()
+                self._change(job, status=STARTED, started=started, attempts=job.attempts + 1)
+
+        patiently(begin)
+        log.info("job=%d command=%r begins", job.id, shlex.join(job.words))
 
     @staticmethod
-    def _with_remains(problem, kind, work):
-        """What went wrong and, where something has run, what there is now, if it does not say."""
-        remains = kind.remains(work) if work.log.commands or not kind.on_a_batch else ""
-        return str(problem) if remains in str(problem) else f"{problem}; {remains}"
-
-    def _taken_over(self, job, kind, work):
-        """Whether a job that an earlier agent has begun has reached, without us, what it is to.
-
-        If it was interrupted it is to begin again. Raises Problem at the last interruption.
-        """
-        survived = work.take_over()
-        work.go_on()
-        if while_scarce(lambda: kind.reached(PATIENT_SECONDS)):
-            return True
-        if survived:
-            return False
-        log.warning("job=%d was interrupted", job.id)
-        work.note("interrupted: the agent went, and manage.py is no longer at work")
-        if job.attempts >= MAX_ATTEMPTS:
-            raise Problem(
-                f"given up: {MAX_ATTEMPTS} times the agent and manage.py were gone before its end"
-            )
-        return False
-
-    def _begin(self, job):
-        log.info("job=%d command=%r begins", job.id, shlex.join(job.words))
-        started = job.started or time.time_ns()
-        patiently(
-            lambda: self._change(job, status=STARTED, started=started, attempts=job.attempts + 1)
-        )
-
-    def _undo(self, kind, work):
-        """Takes back what a cancelled job has half done; its error, which says what is there."""
-        work.undoing = True
-        try:
-            while_scarce(lambda: kind.undo(work))
-        except (Problem, OSError) as problem:
-            return f"cancelled; {problem}"
+    def _with_remains(error, work, kind):
+        """What went wrong and, if it does not say that itself, what there is now."""
         remains = kind.remains(work)
-        return f"cancelled; {remains}" if remains else "cancelled"
+        return error if remains in error else f"{error}; {remains}"
 
-    def _end(self, work, status, error):
-        """Records a job's end; False if it has been cancelled, and what it did is to be undone."""
-        job = work.job
-        # A file's name in it may be no text.
-        error = error.encode("utf-8", "replace").decode()
+    def _record(self, work, status, error):
+        """Records the end of the job at work. Raises Cancelled if that is to be undone first."""
 
-        def end():
+        def record():
             with self._changed:
                 if self._stopping.is_set() and status != SUCCESSFUL:
                     raise Stopping
-                if job.cancelled and not work.undoing:
-                    return False
-                self._change(job, status=status, error=error, ended=time.time_ns())
-                return True
+                work.go_on()
+                if not work.job.finished:
+                    self._end(work.job, status, error)
 
-        return patiently(end)
+        patiently(record)
 
-    def _tell_of_end(self, job):
-        level = logging.INFO if job.status == SUCCESSFUL else logging.WARNING
+    def _end(self, job, status, error):
+        """Records a job's end, and tells of it. Raises Scarce."""
+        error = error.encode("utf-8", "replace").decode()  # a file's name in it may be no text
+        self._change(job, status=status, error=error, ended=time.time_ns())
+        level = logging.INFO if status == SUCCESSFUL else logging.WARNING
         words = shlex.join(job.words)
-        log.log(level, "job=%d command=%r status=%r error=%r", job.id, words, job.status, job.error)
+        log.log(level, "job=%d command=%r status=%r error=%r", job.id, words, status, error)
         self._on_end(job)
 
     def _change(self, job, **changes):
         """Changes a job on disk, then for all to see. Raises Scarce."""
         self._store.update(job, **changes)
-        with self._changed:
-            for name, value in changes.items():
-                setattr(job, name, value)
-            self._changed.notify_all()
-            self._announce()
+        for name, value in changes.items():
+            setattr(job, name, value)
+        self._changed.notify_all()
+        self._announce()
 
     def _announce(self):
         jobs = self._jobs.values()
         waiting = sum(job.status == PENDING for job in jobs)
-        at_work = "nothing"
-        for job in jobs:
-            if job.status == STARTED:
-                at_work = f"{shlex.join(job.words)} (job {job.id})"
-        self._tell(f"at work: {at_work}; waiting: {waiting}")
+        at_work = [
+            f"{shlex.join(job.words)} (job {job.id})" for job in jobs if job.status == STARTED
+        ]
+        self._tell(f"at work: {', '.join(at_work) or 'nothing'}; waiting: {waiting}")
 
     def _forget_old(self):
         horizon = time.time_ns() - KEEP_DAYS * 86400 * 10**9
@@ -2806,7 +2779,7 @@ class Request:
             return acceptance(*self.agent.queue.add(self.words))
         with self.agent.store.new_input() as given:
             self.read_input(given, limit)
-            return acceptance(*self.agent.queue.add(self.words, given))
+            return acceptance(*self.agent.queue.add(self.words, Path(given.name)))
 
 
 @dataclass
@@ -3174,11 +3147,8 @@ def cmd_job_retry(request, id):
     if job.status not in (FAILED, COULD_NOT_START) or job.words[0] not in KINDS:
         message = STATUS_MESSAGES[job.status]
         raise Refused("Only a failed job can be retried", error=message, job=job_object(job))
-    given = contextlib.nullcontext()
-    if KINDS[job.words[0]].takes_input:
-        given = open(request.agent.store.input(job), "rb")
-    with given as file:
-        return {**acceptance(*request.agent.queue.add(job.words, file)), "retry_of": job.id}
+    given = request.agent.store.input(job) if KINDS[job.words[0]].takes_input else None
+    return {**acceptance(*request.agent.queue.add(job.words, given)), "retry_of": job.id}
 
 
 @command(refusal="The batches cannot be listed")

@@ -2668,7 +2668,7 @@ def test_a_patch_that_is_cancelled_when_it_is_whole_says_that_it_is_there(site, 
     last = Gate(tmp_path / "last")
     altered(
         site,
-        ("            sync_folder(new.parent)", f"            open({str(last.path)!r}).read()"),
+        ("            sync(new.parent)", f"            open({str(last.path)!r}).read()"),
     )
     id = site.job("batch-patch", ALPHA, BETA, stdin=HELD.encode())
     last.reached()
@@ -3635,10 +3635,8 @@ def test_finished_jobs_are_forgotten_after_90_days_but_for_the_newest_100(witnes
     assert site.start().ended(152)["status"] == "successful"
     assert os.listdir(site.state / "inputs") == ["1"]
     ids = [job["id"] for job in site.call("list-jobs")["jobs"]]
-    assert ids in (
-        [1, *range(51, 153)],
-        [1, *range(52, 153)],
-    )  # job 1 ended yesterday; it may be one of the 100
+    # Job 1 ended yesterday. Whether it is looked again after job 152 is a matter of moments.
+    assert ids in ([1, *range(53, 153)], [1, *range(54, 153)])
     assert sorted({int(path.stem) for path in (site.state / "logs").iterdir()}) == ids
     assert site.call("job-logs", "2")["message"] == "Job not found"
     assert site.restart().job("load-batch", "batch_oru_alpha_ver01") == 153
@@ -3871,7 +3869,8 @@ def test_an_adopted_load_is_cancelled_before_the_worker_has_come_to_it(site, tmp
     gate.reached()
     site.kill()
     busy = Gate(tmp_path / "busy")
-    altered(site, ("self._forget_old()", f"open({str(busy.path)!r}).read()"))
+    waits = f"open({str(busy.path)!r}).read() or self._perform(job)"
+    altered(site, ("self._perform(job)", waits))
     busy.reached()
     reply = site.call("job-cancel", "1")
     assert (reply["message"], reply["job"]["status"]) == ("Job is being cancelled", "started")
@@ -6718,7 +6717,6 @@ def altered(site: Site, *changes: tuple[str, str]) -> Site:
 
 
 FORGETS_ALL_BUT_ONE = (
-    ("forgotten > 3600:", "forgotten > -1:"),
     ("KEEP_DAYS * 86400", "0 * 86400"),
     ("finished[:-KEEP_JOBS]", "finished[:-1]"),
 )
@@ -6941,7 +6939,7 @@ def test_a_job_forgotten_while_it_is_in_the_queue_stops_no_other(site):
 
 
 def test_an_agent_whose_worker_cannot_go_on_ends_and_says_why(site):
-    altered(site, FORGETS_ALL_BUT_ONE[0], ("horizon = time.time_ns()", "horizon = {}['a fault']"))
+    altered(site, ("horizon = time.time_ns()", "horizon = {}['a fault']"))
     assert site.agent.wait(30) != 0
     site.wait_for("KeyError: 'a fault'")
 
