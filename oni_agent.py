@@ -126,7 +126,7 @@ MAX_COMMAND = 16 * 1024  # bytes of a command line
 MAX_PAYLOAD = 32 * 1024 * 1024  # bytes on standard input
 MAX_MARC_MEMORY = 256 * 1024 * 1024  # bytes, for the process that reads MARC XML
 MAX_INSTRUCTIONS = 1024 * 1024  # of them, where they are a batch-patch's
-MAX_LINE = 64 * 1024  # bytes of one line in a job's log; a longer line is cut into pieces
+MAX_LINE = 32 * 1024  # bytes of a job's log read at once; a longer line is cut into pieces
 MAX_ATTEMPTS = 3  # starts of a job that never ended
 HANDSHAKE_SECONDS = 15  # from connecting to being admitted
 IDLE_SECONDS = 30  # without a command at work; NCA never closes a connection itself
@@ -2050,12 +2050,14 @@ class LogReader:
         first = self._stamp
         self._stamp += count
         if kind in self._kinds and skipped < count:
-            lines = data.decode("utf-8", "replace").split("\n")
-            start = timestamp(first)[:20]
-            stamped = [
-                f"[{start}{number:09d}Z] {line}" for number, line in enumerate(lines, first % 10**9)
-            ]
-            yield stamped[skipped:]
+            yield stamped(data, first)[skipped:]
+
+
+def stamped(data, first):
+    """The lines of a log's piece, with stamps of one second from `first`, in nanoseconds, on."""
+    lines = data.decode("utf-8", "replace").split("\n")
+    start = timestamp(first)[:20]
+    return [f"[{start}{number:09d}Z] {line}" for number, line in enumerate(lines, first % 10**9)]
 
 
 # ---------------------------------------------------------------- manage.py at work
@@ -2271,9 +2273,7 @@ class BatchKind(Kind):
         if state.index_problem:
             work.note(str(state))
         if not self.is_goal(state):
-            said = ""
-            if work.log.commands:
-                said = f"; manage.py ended well, but said: {work.complaint()}"
+            said = f"; manage.py said: {work.complaint()}" if work.log.commands else ""
             raise Problem(f"{state}{said}")
 
     def remains(self, work):
@@ -2312,6 +2312,8 @@ class LoadBatch(BatchKind):
         """Loads from the start. load_batch would leave a part of a batch as it is."""
         self._check_files(work)
         if state.row:
+            if state.rows_whole is None:  # it may be complete
+                raise Problem(str(state))
             work.note(f"{state}; purging that before the load")
             work.manage("purge_batch", self.name)
         elif state.documents:
@@ -2349,6 +2351,7 @@ class LoadBatch(BatchKind):
             link.unlink()
 
     def undo(self, work):
+        # As _run and take_over write them down; the others leave the rows as they are.
         changing = ("manage.py load_batch", "manage.py purge_batch", "manage.py, begun")
         changed = any(command.startswith(changing) for command in work.log.commands)
         if changed and self.state().row:
@@ -2415,7 +2418,7 @@ class LoadTitle(Kind):
             what = "ONI has not stored every record"
             if missing:
                 what = f"ONI has no title {', '.join(missing)}"
-            raise Problem(f"{what}; load_titles ended well, but said: {work.complaint()}")
+            raise Problem(f"{what}; load_titles said: {work.complaint()}")
         counts = re.findall(r"TITLES (?:CREATED|UPDATED): (\d+)", said)
         left = len(lccns) - sum(map(int, counts))
         if left:
@@ -2555,7 +2558,7 @@ class JobQueue:
             return job, True
 
     def _last_on(self, kind):
-        """The newest unfinished load or purge of the batch that a kind of job is on, if any."""
+        """The newest unfinished job on the same batch; None for a kind that takes input."""
         if not kind.takes_input:
             for job in reversed(self.jobs()):
                 if not job.finished and job.words[1:] == [*kind.words]:
@@ -2635,10 +2638,11 @@ class JobQueue:
         """Reaches what a job is to reach, which is so at its end. Raises Problem, Cancelled."""
         if work.job.status == STARTED:
             work.take_over()
-            with contextlib.suppress(Problem):
+            try:
                 self._step(kind.verify, work)
                 return
-            self._tell_of_interruption(work)
+            except Problem as problem:
+                self._tell_of_interruption(work, problem)
         self._begin(work)
         self._step(kind.bring, work)
         self._step(kind.verify, work)
@@ -2653,9 +2657,10 @@ class JobQueue:
 
         patiently(take, is_scarce)
 
-    def _tell_of_interruption(self, work):
-        log.warning("job=%d was interrupted", work.job.id)
-        work.note("interrupted: the agent went before the end of what it had begun")
+    @staticmethod
+    def _tell_of_interruption(work, problem):
+        log.warning("job=%d was interrupted: %s", work.job.id, problem)
+        work.note(f"interrupted: the agent went before the job's end; {problem}")
         if work.job.attempts >= MAX_ATTEMPTS:
             raise Problem(f"given up: {MAX_ATTEMPTS} times the agent was gone before its end")
 

@@ -6938,6 +6938,17 @@ def test_a_job_forgotten_while_it_is_in_the_queue_stops_no_other(site):
     assert site.held(BETA) == (0, 0, 0)
 
 
+def test_a_batch_whose_files_cannot_be_counted_in_time_is_not_purged_for_that(site):
+    site.manage("load_batch", str(site.batch(ALPHA)))
+    held = site.held(ALPHA)
+    slow = "the file system of the batches did not answer"
+    altered(site, ("    counts = Counts(len(paths))\n", f"    raise Problem({slow!r})\n"))
+    job = site.run("load-batch", ALPHA)
+    assert job["status"] == "failed" and slow in job["error"]
+    assert site.held(ALPHA) == held != (0, 0, 0)
+    assert site.logs(job["id"]) == []
+
+
 def test_an_agent_whose_worker_cannot_go_on_ends_and_says_why(site):
     altered(site, ("horizon = time.time_ns()", "horizon = {}['a fault']"))
     assert site.agent.wait(30) != 0
