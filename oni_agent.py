@@ -40,7 +40,6 @@ from __future__ import annotations
 import argparse
 import ast
 import base64
-import bisect
 import codecs
 import contextlib
 import dataclasses
@@ -69,18 +68,18 @@ import stat
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import unicodedata
 import urllib.parse
 import warnings
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent import futures
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import BinaryIO
 from xml.parsers.expat import ExpatError, ParserCreate
 
 
@@ -2211,7 +2210,7 @@ class Kind:
     `bring` can be begun again from its first line at any time, and ends in the same place.
     """
 
-    title = ""  # as answers name it
+    title = "No-op job"  # as answers name it
     takes_input = False  # on standard input; else a job's words say all that is asked for
 
     def __init__(self, site, *words):
@@ -2738,9 +2737,8 @@ class JobQueue:
 class Refused(Exception):
     """A request is answered with an error: its message, and the answer's other keys."""
 
-    def __init__(self, message, **keys):
-        super().__init__(message)
-        self.keys = {"status": "error", "message": message, **keys}
+    def __init__(self, message, **others):
+        self.keys = {"status": "error", "message": message, **others}
 
 
 class ClientGone(Exception):
@@ -2755,110 +2753,124 @@ class Agent:
     site: Site
     store: JobStore
     queue: JobQueue
-    started: float = field(default_factory=time.monotonic)
 
 
 @dataclass
-class Request:
-    """One command, and what its client is asked for."""
-
-    agent: Agent
-    words: list[str]
-    read_input: Callable[[BinaryIO, int], None]  # copies stdin, at most so many bytes
-    check_client: Callable[[], None]  # raises ClientGone
-
-    def job(self, id):
-        """The job that a command names. Raises Refused."""
-        if not re.fullmatch(r"[+-]?\d{1,19}", id, re.ASCII) or not 0 < abs(int(id)) < 2**63:
-            raise Refused(f'"{id}" is not a valid job id')
-        if int(id) == -1:
-            return Job(-1, ["no-op"], time.time_ns(), SUCCESSFUL)
-        job = self.agent.queue.get(int(id))
-        if not job:
-            raise Refused("Job not found", job={"id": int(id)})
-        return job
-
-    def submit(self, limit=MAX_PAYLOAD):
-        """Makes a job of the request, with its standard input. Raises Problem."""
-        if not KINDS[self.words[0]].takes_input:
-            return acceptance(*self.agent.queue.add(self.words))
-        with self.agent.store.new_input() as given:
-            self.read_input(given, limit)
-            return acceptance(*self.agent.queue.add(self.words, Path(given.name)))
-
-
-@dataclass
-class Answer:
-    """What a request is answered: an object, or the lines of a job's log as they come.
+class Request(Agent):
+    """One command of a client, and its answer: an object, or the lines of a job's log.
 
     The exit status is 0, error or not (NCA needs it), but for what tells of a job or of faults.
     """
 
-    keys: dict
-    lines: Iterator[list[str]] | None = None
-    exit_status: int = 0  # of the lines, once they have all been read
+    read_input: Callable  # copies stdin into a file, at most so many bytes
+    check_client: Callable  # raises ClientGone
+    words: list[str] = field(default_factory=list)
+    keys: dict = field(default_factory=dict)  # of the object, if there is one
+    lines: Iterable = ()  # some at a time, as they come; a person is shown them after the object
+    exit_status: int = 0  # once the lines have been read
+
+    def job(self, word):
+        """The job whose id a word is. Raises Refused."""
+        if not re.fullmatch("[+-]?0*[1-9][0-9]{0,18}", word):
+            raise Refused(f'"{word}" is not a valid job id')
+        id = int(word)
+        if id == -1:
+            return Job(-1, ["no-op"], time.time_ns(), SUCCESSFUL)
+        job = self.queue.get(id)
+        if not job:
+            raise Refused("Job not found", job={"id": id})
+        return job
+
+    def submit(self, given=None):
+        """Makes a job of the words, and of the file `given` on standard input. Raises Problem."""
+        job, new = self.queue.add(self.words, given)
+        if not job:
+            return {"message": "No-op: job is redundant or already completed", "job": {"id": -1}}
+        message = "Job added to queue" if new else "Job already in queue"
+        return {"message": message, "job": {"id": job.id}}
+
+    def submit_with_input(self, limit):
+        """Makes a job of the words and of standard input. Raises Problem."""
+        with self.store.new_input() as given:
+            self.read_input(given, limit)
+            return self.submit(Path(given.name))
 
 
 COMMANDS = {}
 
 
-def command(wrong="", refusal="The agent cannot do this just now"):
+def command(wrong, refusal="The agent cannot do this just now"):
     """Enters a function cmd_… in COMMANDS. Its docstring says usage, help and an example.
 
-    `wrong` answers a wrong number of arguments, `refusal` what else is a Problem.
+    It gets a Request and the words after the command, where its parameter is called `job` the job
+    of that id, and returns the keys of the answer, if any. `wrong` answers a wrong number of words,
+    `refusal` what else is a Problem.
     """
 
     def enter(function):
-        function.usage, function.help, function.example = inspect.getdoc(function).split("\n\n")
-        name = function.usage.split()[0]
-        function.wrong = wrong or f'"{name}" takes no arguments'
+        usage, what, example = inspect.getdoc(function).split("\n\n")
+        function.about = {
+            "usage": usage,
+            "help": what,
+            "example": f"ssh -p 2222 nobody@localhost {example}",
+        }
+        function.wrong = wrong
         function.refusal = refusal
-        COMMANDS[name] = function
+        COMMANDS[usage.split()[0]] = function
         return function
 
     return enter
 
 
+def command_named(name):
+    """The function of a command. Raises Refused, and guesses what was meant."""
+    if name not in COMMANDS:
+        hint = f"see help{nearly(name, COMMANDS, 0.7)}"
+        raise Refused(f'"{name}" is not a valid command name', error=hint)
+    return COMMANDS[name]
+
+
 def answer(agent, line, read_input, check_client):
-    """The Answer to one command line, in bytes. Raises ClientGone and nothing else."""
+    """Has a command line, in bytes, answered: its Request. Raises ClientGone and nothing else."""
+    request = Request(**vars(agent), read_input=read_input, check_client=check_client)
     try:
-        words = split_words(line)
-        if not words:
-            raise Refused("no command specified")
-        function = COMMANDS.get(words[0])
-        if not function:
-            hint = f"see help{nearly(words[0], COMMANDS, 0.7)}"
-            raise Refused(f'"{words[0]}" is not a valid command name', error=hint)
-        return perform(function, Request(agent, words, read_input, check_client))
+        request.words = split_words(line)
+        perform(request)
     except Refused as refusal:
-        return Answer(refusal.keys)
+        request.keys = refusal.keys
     except ClientGone:
         raise
     except Exception as fault:
         log.exception("a command stumbled over a fault of the agent")
-        return Answer(Refused("A fault of the agent; its log says more", error=repr(fault)).keys)
+        request.keys = Refused("A fault of the agent; its log says more", error=repr(fault)).keys
+    return request
 
 
-def perform(function, request):
-    """What a command's function answers. Raises Refused."""
-    arguments = request.words[1:]
+def perform(request):
+    """Has the function of its command answer a request. Raises Refused, ClientGone."""
+    if not request.words:
+        raise Refused("no command specified")
+    name, *arguments = request.words
+    function = command_named(name)
     try:
-        inspect.signature(function).bind(request, *arguments)
+        bound = inspect.signature(function).bind(request, *arguments)
     except TypeError:
-        raise Refused(function.wrong, error=f"usage: {function.usage}") from None
+        raise Refused(function.wrong, error=f"usage: {function.about['usage']}") from None
+    if "job" in bound.arguments:
+        bound.arguments["job"] = request.job(bound.arguments["job"])
     try:
-        reply = function(request, *arguments)
+        keys = function(*bound.args)
     except (Problem, OSError) as problem:
-        message = function.refusal.format(*arguments)
-        raise Refused(message, error=str(problem)) from problem
-    return reply if isinstance(reply, Answer) else Answer({"status": "success", **reply})
+        raise Refused(function.refusal.format(*arguments), error=str(problem)) from problem
+    if keys:
+        request.keys = {"status": "success", **keys}
 
 
 GO_WORD = (
     r'"(?:[^"\\\x00-\x1f\x7f]'
     r'|\\(?:[abfnrtv\\"]|x[0-9a-f]{2}|u[0-9a-f]{4}|U00(?:0[0-9a-f]|10)[0-9a-f]{4}))*"'
 )
-GO_LINE = re.compile(rf"\s*{GO_WORD}(?:\s+{GO_WORD})*\s*", re.ASCII)
+GO_LINE = re.compile(rf"[ \t]*{GO_WORD}(?:[ \t]+{GO_WORD})*[ \t]*")
 
 
 def split_words(line):
@@ -2868,8 +2880,7 @@ def split_words(line):
     those of Python's literals); any other is split as a POSIX shell does.
     """
     if len(line) > MAX_COMMAND:
-        size = f"it has {len(line)} bytes; {MAX_COMMAND} are allowed"
-        raise Refused("the command line is too long", error=size)
+        raise Refused(f"the command line has more than {MAX_COMMAND} bytes")
     try:
         text = line.decode()
         if GO_LINE.fullmatch(text):
@@ -2878,27 +2889,16 @@ def split_words(line):
             words = shlex.split(text)
         # Lone surrogates are no text, and no answer could hold them.
         "".join(words).encode()
-        return words
-    except UnicodeError:
-        raise Refused("the command line is not valid UTF-8") from None
     except ValueError as error:
-        raise Refused("the quotes in the command line are unbalanced", error=str(error)) from None
-
-
-def acceptance(job, new):
-    """The answer to a request that has become a job, was one already, or needs none."""
-    if not job:
-        return {"message": "No-op: job is redundant or already completed", "job": {"id": -1}}
-    message = "Job added to queue" if new else "Job already in queue"
-    return {"message": message, "job": {"id": job.id}}
+        raise Refused("the command line cannot be read", error=str(error)) from None
+    return words
 
 
 def job_object(job):
     """A job as answers show it."""
-    kind = KINDS.get(job.words[0])
     shown = {
         "id": job.id,
-        "name": kind.title if kind else "No-op job",
+        "name": KINDS.get(job.words[0], Kind).title,
         "queued": timestamp(job.queued),
         "status": job.status,
     }
@@ -2908,11 +2908,21 @@ def job_object(job):
         shown["words"] = job.words
         shown["attempts"] = job.attempts
     if job.started:
-        took = (job.ended or time.time_ns()) - job.started
         shown["started"] = timestamp(job.started)
-        shown["seconds"] = took // 10**6 / 1000
+        shown["seconds"] = ((job.ended or time.time_ns()) - job.started) // 10**6 / 1000
     if job.ended:
         shown["ended"] = timestamp(job.ended)
+    return shown
+
+
+def job_with_place(request, job):
+    """The same, with its place in the queue, or how far it is."""
+    shown = job_object(job)
+    if job.status == PENDING:
+        jobs = request.queue.jobs()
+        shown["place"] = sum(each.id <= job.id and not each.finished for each in jobs)
+    elif job.status == STARTED and job.words[0] == "load-batch":
+        shown.update(request.site.progress(job.words[1]))
     return shown
 
 
@@ -2931,13 +2941,13 @@ def batch_object(state):
     }
 
 
-@command()
+@command('"version" takes no arguments')
 def cmd_version(request):
     """version
 
     Says which version of the agent is running.
 
-    ssh -p 2222 nobody@localhost version
+    version
     """
     return {"version": VERSION}
 
@@ -2948,17 +2958,10 @@ def cmd_help(request, name=""):
 
     Lists the commands, or tells of one.
 
-    ssh -p 2222 nobody@localhost help load-batch
+    help load-batch
     """
-    if name and name not in COMMANDS:
-        hint = nearly(name, COMMANDS, 0.7)[2:]
-        raise Refused(f'"{name}" is not a valid command name', error=hint)
-    shown = []
-    for function in [COMMANDS[name]] if name else COMMANDS.values():
-        shown.append({"usage": function.usage, "help": function.help})
-        if name:
-            shown[0]["example"] = function.example
-    return {"commands": shown}
+    functions = [command_named(name)] if name else COMMANDS.values()
+    return {"commands": [function.about for function in functions]}
 
 
 @command('"load-batch" requires exactly one batch name', '"{}" cannot be loaded')
@@ -2967,7 +2970,7 @@ def cmd_load_batch(request, name):
 
     Loads a batch from BATCH_SOURCE into Open ONI, as a job.
 
-    ssh -p 2222 nobody@localhost load-batch batch_oru_alpha_ver01
+    load-batch batch_oru_alpha_ver01
     """
     return request.submit()
 
@@ -2978,7 +2981,7 @@ def cmd_purge_batch(request, name):
 
     Removes a batch from Open ONI, as a job; its files stay.
 
-    ssh -p 2222 nobody@localhost purge-batch batch_oru_alpha_ver01
+    purge-batch batch_oru_alpha_ver01
     """
     return request.submit()
 
@@ -2989,9 +2992,9 @@ def cmd_load_title(request):
 
     Loads or updates titles from MARC XML on standard input, as a job.
 
-    ssh -p 2222 nobody@localhost load-title < marc.xml
+    load-title < marc.xml
     """
-    return request.submit()
+    return request.submit_with_input(MAX_PAYLOAD)
 
 
 @command(
@@ -3002,13 +3005,14 @@ def cmd_ensure_awardee(request, code, name=""):
 
     Makes sure that Open ONI has an awardee, at once and without a job.
 
-    ssh -p 2222 nobody@localhost ensure-awardee oru "'University of Oregon'"
+    ensure-awardee oru "'University of Oregon'"
     """
     try:
-        new = request.agent.site.ensure_awardee(code, name)
+        new = request.site.ensure_awardee(code, name)
     except (Problem, OSError) as problem:
-        about = {"error": str(problem), "org_code": code, "name": name}
-        raise Refused("Unable to create awardee", **about) from problem
+        raise Refused(
+            "Unable to create awardee", error=str(problem), org_code=code, name=name
+        ) from problem
     return {"message": "Awardee created" if new else "Awardee already exists"}
 
 
@@ -3018,9 +3022,9 @@ def cmd_batch_patch(request, old, new):
 
     Makes a batch NEW from OLD, without the issues of the lines `RemoveIssue LCCN/YYYYMMDDEE`.
 
-    ssh -p 2222 nobody@localhost batch-patch batch_oru_a_ver01 batch_oru_a_ver02 < instructions.txt
+    batch-patch batch_oru_a_ver01 batch_oru_a_ver02 < instructions.txt
     """
-    return request.submit(MAX_INSTRUCTIONS)
+    return request.submit_with_input(MAX_INSTRUCTIONS)
 
 
 @command('"list-jobs" takes at most one argument, a status')
@@ -3029,142 +3033,129 @@ def cmd_list_jobs(request, status=""):
 
     Lists all jobs, oldest first; or those that are pending, started, successful, failed, …
 
-    ssh -p 2222 nobody@localhost list-jobs failed
+    list-jobs failed
     """
     if status and status not in STATUS_MESSAGES:
-        known = ", ".join(STATUS_MESSAGES)
-        raise Refused(f'"{status}" is not a job status', error=f"there are {known}")
-    jobs = request.agent.queue.jobs()
-    return {"jobs": [job_object(job) for job in jobs if status in ("", job.status)]}
+        known = f"there are {', '.join(STATUS_MESSAGES)}"
+        raise Refused(f'"{status}" is not a job status', error=known)
+    return {"jobs": [job_object(job) for job in request.queue.jobs() if status in ("", job.status)]}
 
 
-@command("You must supply a job ID")
-def cmd_job_status(request, id):
+job_command = command("You must supply a job ID")
+
+
+@job_command
+def cmd_job_status(request, job):
     """job-status ID
 
     Says what has become of a job: its place in the queue, or how far a running load is.
 
-    ssh -p 2222 nobody@localhost job-status 7
+    job-status 7
     """
-    job = request.job(id)
-    return {"message": STATUS_MESSAGES[job.status], "job": job_with_place(request.agent, job)}
+    return {"message": STATUS_MESSAGES[job.status], "job": job_with_place(request, job)}
 
 
-def job_with_place(agent, job):
-    """A job as answers show it, with its place in the queue, or how far it is."""
-    shown = job_object(job)
-    if job.status == PENDING:
-        waiting = [each for each in agent.queue.jobs() if not each.finished]
-        shown["place"] = sum(each.id <= job.id for each in waiting)
-    elif job.status == STARTED and job.words[0] == "load-batch":
-        shown.update(agent.site.progress(job.words[1]))
-    return shown
-
-
-@command("You must supply a job ID")
-def cmd_job_wait(request, id):
+@job_command
+def cmd_job_wait(request, job):
     """job-wait ID
 
     Answers as job-status when the job has ended; the exit status is 1 if it was unsuccessful.
 
-    ssh -p 2222 nobody@localhost job-wait 7
+    job-wait 7
     """
-    job = request.job(id)
-    while not job.finished:
-        request.agent.queue.wait(job, 1)
+    while not request.queue.wait(job, 1):
         request.check_client()
-    keys = {"status": "success", **cmd_job_status(request, id)}
-    return Answer(keys, exit_status=int(job.status != SUCCESSFUL))
+    request.exit_status = int(job.status != SUCCESSFUL)
+    return cmd_job_status(request, job)
 
 
-@command("You must supply a job ID")
-def cmd_job_follow(request, id):
+@job_command
+def cmd_job_follow(request, job):
     """job-follow ID
 
     Shows a job's log as it comes, until the job ends; then the exit status is as job-wait's.
 
-    ssh -p 2222 nobody@localhost job-follow 7
+    job-follow 7
     """
-    job = request.job(id)
-    reader = LogReader(request.agent.store.log(job), STDOUT, STDERR, NOTE)
-    reply = Answer({})
+    reader = LogReader(request.store.log(job), STDOUT, STDERR, NOTE)
 
     def lines():
         over = False
         while not over:
-            over = request.agent.queue.wait(job, 0.2)
+            over = request.queue.wait(job, 0.2)
             request.check_client()
             yield from reader.read(over)
-        reply.exit_status = int(job.status != SUCCESSFUL)
+        request.exit_status = int(job.status != SUCCESSFUL)
 
-    reply.lines = lines()
-    return reply
+    request.lines = lines()
 
 
-@command("You must supply a job ID")
-def cmd_job_logs(request, id, count=None):
+@job_command
+def cmd_job_logs(request, job, count=""):
     """job-logs ID [LINES]
 
     Shows what a job has printed so far, or the last LINES of it, each line with its time.
 
-    ssh -p 2222 nobody@localhost job-logs 7 20
+    job-logs 7 20
     """
-    job = request.job(id)
     over = job.finished
     skip = 0
 
     def read(*kinds):
-        return LogReader(request.agent.store.log(job), *kinds, skip=skip).read(over)
+        return LogReader(request.store.log(job), *kinds, skip=skip).read(over)
 
-    if count is not None:
-        if not re.fullmatch(r"\d{1,9}", count, re.ASCII):
+    if count:
+        if not re.fullmatch("[0-9]{1,9}", count):
             raise Refused(f'"{count}" is not a number of lines')
         skip = max(0, sum(map(len, read(STDOUT, STDERR, NOTE))) - int(count))
-    shown = job_object(job)
-    return {"job": {**shown, "stdout": read(STDOUT, NOTE), "stderr": read(STDERR)}}
+    request.lines = read(STDOUT, STDERR, NOTE)
+    return {"job": {**job_object(job), "stdout": read(STDOUT, NOTE), "stderr": read(STDERR)}}
 
 
-@command("You must supply a job ID")
-def cmd_job_cancel(request, id):
+def refuse(job, message):
+    """Raises Refused, and says what has become of the job."""
+    raise Refused(message, error=STATUS_MESSAGES[job.status], job=job_object(job))
+
+
+@job_command
+def cmd_job_cancel(request, job):
     """job-cancel ID
 
     Ends a job: a pending one never starts, one at work is terminated, and its load purged.
 
-    ssh -p 2222 nobody@localhost job-cancel 7
+    job-cancel 7
     """
-    job = request.job(id)
-    if not request.agent.queue.cancel(job):
-        message = STATUS_MESSAGES[job.status]
-        raise Refused("The job has ended already", error=message, job=job_object(job))
+    if not request.queue.cancel(job):
+        refuse(job, "The job has ended already")
     message = "Job cancelled" if job.finished else "Job is being cancelled"
     return {"message": message, "job": job_object(job)}
 
 
 @command("You must supply a job ID", "The job cannot be retried")
-def cmd_job_retry(request, id):
+def cmd_job_retry(request, job):
     """job-retry ID
 
     Queues a job that was not successful again, as a new job.
 
-    ssh -p 2222 nobody@localhost job-retry 7
+    job-retry 7
     """
-    job = request.job(id)
-    if job.status not in (FAILED, COULD_NOT_START) or job.words[0] not in KINDS:
-        message = STATUS_MESSAGES[job.status]
-        raise Refused("Only a failed job can be retried", error=message, job=job_object(job))
-    given = request.agent.store.input(job) if KINDS[job.words[0]].takes_input else None
-    return {**acceptance(*request.agent.queue.add(job.words, given)), "retry_of": job.id}
+    kind = KINDS.get(job.words[0])
+    if job.status not in (FAILED, COULD_NOT_START) or not kind:
+        refuse(job, "Only a failed job can be retried")
+    request.words = job.words
+    given = request.store.input(job) if kind.takes_input else None
+    return {**request.submit(given), "retry_of": job.id}
 
 
-@command(refusal="The batches cannot be listed")
+@command('"list-batches" takes no arguments', "The batches cannot be listed")
 def cmd_list_batches(request):
     """list-batches
 
     Lists every batch in BATCH_SOURCE or Open ONI: absent, partial, complete, or unknown.
 
-    ssh -p 2222 nobody@localhost list-batches
+    list-batches
     """
-    return {"batches": [batch_object(state) for state in request.agent.site.batches()]}
+    return {"batches": [batch_object(state) for state in request.site.batches()]}
 
 
 @command('"batch-status" requires exactly one batch name', '"{}" cannot be looked up')
@@ -3173,15 +3164,14 @@ def cmd_batch_status(request, name):
 
     Says what Open ONI holds of a batch, and its newest events and jobs.
 
-    ssh -p 2222 nobody@localhost batch-status batch_oru_alpha_ver01
+    batch-status batch_oru_alpha_ver01
     """
-    site = request.agent.site
-    site.folder(name)
-    state = site.batch(name)
+    request.site.folder(name)
+    state = request.site.batch(name)
     if not state.row and not state.documents:
-        site.must_be_there(name)
+        request.site.must_be_there(name)
     message = str(state)
-    jobs = [job for job in request.agent.queue.jobs() if name in job.words]
+    jobs = [job for job in request.queue.jobs() if name in job.words]
     for job in jobs:
         if job.status == STARTED:
             message = f"job {job.id} is at work on it; {message}"
@@ -3199,37 +3189,38 @@ def cmd_batch_check(request, name):
 
     Reads all files of a batch and says what would go wrong with a load; ONI is left as it is.
 
-    ssh -p 2222 nobody@localhost batch-check batch_oru_alpha_ver01
+    batch-check batch_oru_alpha_ver01
     """
-    request.agent.site.must_be_there(name)
-    found = request.agent.site.check(name, lambda *_: None, request.check_client)
+    request.site.must_be_there(name)
+    found = request.site.check(name, lambda *_: None, request.check_client)
+    request.exit_status = int(bool(found.faults))
     what = faults_in(found) if found.faults else "Nothing"
-    keys = {
-        "status": "success",
+    return {
         "message": f"{what} would keep Open ONI from loading all of this batch",
         "batch": {"name": name},
         "faults": found.faults,
         "warnings": found.warnings,
     }
-    return Answer(keys, exit_status=int(bool(found.faults)))
 
 
-@command()
+BEGAN = time.monotonic()
+
+
+@command('"board" takes no arguments')
 def cmd_board(request):
     """board
 
     Shows what is at work, what waits and what has ended; on a terminal, anew each second.
 
-    ssh -p 2222 nobody@localhost
+    -t board
     """
-    agent = request.agent
-    jobs = agent.queue.jobs()
+    jobs = request.queue.jobs()
     ended = sorted((job for job in jobs if job.finished), key=lambda job: -job.ended)
     return {
         "version": VERSION,
-        "uptime": int(time.monotonic() - agent.started),
-        "oni": {"location": str(agent.site.oni.location), **agent.site.health()},
-        "at_work": [job_with_place(agent, job) for job in jobs if job.status == STARTED],
+        "uptime": int(time.monotonic() - BEGAN),
+        "oni": {"location": str(request.site.oni.location), **request.site.health()},
+        "at_work": [job_with_place(request, job) for job in jobs if job.status == STARTED],
         "waiting": [job_object(job) for job in jobs if job.status == PENDING],
         "ended": [job_object(job) for job in ended[:50]],
     }
@@ -3237,65 +3228,40 @@ def cmd_board(request):
 
 # ---------------------------------------------------------------- presentation
 
-# Answers become lines for a person: pairs of a text and a word, which may give it a colour.
+# Answers become lines for a person.
 
-COLOURS = {
-    SUCCESSFUL: 32,
-    "complete": 32,
-    STARTED: 36,
-    FAILED: 31,
-    COULD_NOT_START: 31,
-    "partial": 31,
-    "unknown": 33,
-    "error": 31,
-    "fault": 31,
-    "warning": 33,
+COLOURS = {  # of a line in which such a word fills a column, or stands before a colon
+    31: "failed|couldn't start|partial|error|fault|ERROR",
+    32: "successful|complete",
+    33: "unknown|warning|WARNING",
+    36: "started",
 }
 
 
 def plain(text):
-    """Text whose control characters are shown, and do nothing to a terminal."""
-    return "".join(
-        character if character.isprintable() else f"\\x{ord(character):02x}"
-        for character in text.replace("\t", "    ")
-    )
-
-
-def display_width(text):
-    """How many columns of a terminal a text takes: wide characters two, marks none."""
-    width = 0
-    for each in text:
-        if not unicodedata.combining(each):
-            width += 2 if unicodedata.east_asian_width(each) in "WF" else 1
-    return width
+    """A text as a person is to see it: its control characters do nothing to a terminal, and a line
+    of a log has no parts of a second, which programs need, to sort by.
+    """
+    text = re.sub(r"(?<=^\[.{19})\.\d{9}", "", text).replace("\t", "    ")
+    return "".join(each if each.isprintable() else f"\\x{ord(each):02x}" for each in text)
 
 
 def wrapped(text, width):
-    """A text on as many lines as it takes, the later ones indented as the first is.
-
-    A word, or a path, that is longer than a line is broken: nothing is cut off.
+    """A text on as many lines as it takes. A word, or a path, that is longer than a line is broken:
+    nothing is cut off.
     """
     text = plain(text)
-    indent = re.match(" *", text)[0][: width // 2]
-    columns = [0, *itertools.accumulate(map(display_width, text))]  # before each character
-    start = len(indent)
-    lines = []
-    while start < len(text) or not lines:
-        end = bisect.bisect_right(columns, columns[start] + width - len(indent)) - 1
-        if end < len(text):
-            blank = text.rfind(" ", start + 1, end + 1)
-            end = blank if blank > 0 else end
-        lines.append(indent + text[start:end])
-        start = len(text) - len(text[end:].lstrip(" "))
-    return lines
+    if any(unicodedata.east_asian_width(each) in "WF" for each in text):
+        width //= 2  # textwrap counts characters, and some of these take two columns
+    return textwrap.wrap(text, width, subsequent_indent=" " * 7, break_on_hyphens=False) or [""]
 
 
 def ago(stamp):
     """How long ago, and when: `12 min ago, 14:05`."""
-    then = datetime.fromisoformat(stamp[:19] + "+00:00")
+    then = datetime.fromisoformat(stamp[:19] + "+00:00").astimezone()
     seconds = max(0, time.time() - then.timestamp())
     form = "%H:%M" if seconds < 43200 else "%Y-%m-%d %H:%M"
-    return f"{span(seconds)} ago, {then.astimezone():{form}}"
+    return f"{span(seconds)} ago, {then:{form}}"
 
 
 def span(seconds):
@@ -3308,35 +3274,31 @@ def span(seconds):
 
 def answer_lines(keys):
     """Any answer as lines."""
-    if keys["status"] == "error":
-        error = f": {keys['error']}" if keys.get("error") else ""
-        yield keys["message"] + error, "error"
+    if keys.get("status") == "error":
+        yield f"error: {keys['message']}"
+        if "error" in keys:
+            yield f"       {keys['error']}"
         return
     if "message" in keys:
-        yield keys["message"], ""
+        yield keys["message"]
     if "version" in keys:
-        yield f"ONI Agent {keys['version']}", ""
-    if "commands" in keys:
-        yield from command_lines(keys["commands"])
+        yield f"ONI Agent {keys['version']}"
+    commands = keys.get("commands", [])
+    for each in commands:
+        yield f"{each['usage']:<30}  {each['help']}"
+    if len(commands) == 1:
+        yield commands[0]["example"]
     if "job" in keys:
         yield from job_lines(keys["job"])
     for when, event in keys.get("events", []):
-        yield f"  {ago(when)}  {event}", ""
+        yield f"  {ago(when)}  {event}"
     for word in ("fault", "warning"):
         for each in keys.get(f"{word}s", []):
-            yield f"{word}: {each['file']}: {each[word]}", word
+            yield f"{word}: {each['file']}: {each[word]}"
     if "batches" in keys:
         yield from batch_lines(keys["batches"])
     if "jobs" in keys:
         yield from table_lines(keys["jobs"])
-
-
-def command_lines(commands):
-    """A line for each command; an example, where there is but one."""
-    for each in commands:
-        yield f"{each['usage']:<30}  {each['help']}", ""
-    yield "", ""
-    yield commands[0].get("example", "help COMMAND tells more of one"), ""
 
 
 def job_lines(job):
@@ -3346,71 +3308,57 @@ def job_lines(job):
     elif job["id"] > 0:
         yield (
             f"It is job {job['id']}: job-wait {job['id']} waits for its end, job-follow"
-            f" {job['id']} shows its log.",
-            "",
+            f" {job['id']} shows its log."
         )
     if "ended" in job and "seconds" in job:
-        yield f"It took {span(job['seconds'])}.", ""
+        yield f"It took {span(job['seconds'])}."
     if "place" in job:
-        yield f"It is number {job['place']} in the queue.", ""
+        yield f"It is number {job['place']} in the queue."
 
 
 def table_lines(jobs):
     """A table of jobs; under each, how far it is, or why it failed."""
     for job in jobs:
-        when = ago(job.get("ended") or job.get("started") or job["queued"])
+        when = ago(job.get("ended", job.get("started", job["queued"])))
         words = " ".join(job["words"])
-        yield f"{job['id']:>5}  {job['status']:<14}  {words:<38}  {when}", job["status"]
-        if "issues_loaded" in job:
-            yield progress_bar(job), ""
+        yield f"{job['id']:>5}  {job['status']:<14}  {words:<36}  {when}"
+        if job.get("pages"):
+            yield progress_bar(job)
         if "error" in job:
-            yield f"       {job['error']}", ""
+            yield f"       {job['error']}"
     if not jobs:
-        yield "       no jobs", ""
-
-
-def batch_lines(batches):
-    """A table of batches."""
-    yield f"{'state':<10}{'issues':<12}{'pages':<14}batch", ""
-    for batch in batches:
-        issues = fraction(batch["issues"], batch["issues_in_batch_xml"])
-        pages = fraction(batch["pages"], batch["pages_in_mets"])
-        yield f"{batch['state']:<10}{issues:<12}{pages:<14}{batch['name']}", batch["state"]
-
-
-def fraction(held, wanted):
-    """`3 of 4`; a question mark for what was not counted."""
-    return f"{'?' if held is None else held} of {'?' if wanted is None else wanted}"
-
-
-def log_line(line):
-    """A line of a job's log; a warning or an error stands out."""
-    # Programs need the parts of a second, to sort by.
-    line = re.sub(r"(?<=^\[.{19})\.\d{9}", "", line)
-    found = re.search(r"ERROR|WARNING|fault:|warning:", line)
-    return line, found[0].lower().rstrip(":") if found else ""
+        yield "       no jobs"
 
 
 def progress_bar(job):
     """How far a load is: a bar, issues, pages a second and time left."""
-    pages = job["pages_loaded"] or 0
-    all_pages = job["pages"] or 0
-    share = min(1, pages / all_pages) if all_pages else 0
-    bar = "#" * int(30 * share)
-    text = f"[{bar:.<30}] {job['issues_loaded']} of {job['issues']} issues"
-    if 0 < pages < all_pages:
+    pages = job["pages_loaded"]
+    wanted = job["pages"]
+    bar = "#" * (20 * pages // wanted)
+    text = f"[{bar:.<20}] {job['issues_loaded']} of {job['issues']} issues"
+    if 0 < pages < wanted:
         rate = pages / max(1, job["seconds"])
-        text += f", {rate:.1f} pages a second, {span((all_pages - pages) / rate)} left"
+        text += f", {rate:.1f} pages a second, {span((wanted - pages) / rate)} left"
     return text
+
+
+def batch_lines(batches):
+    """A table of batches, with question marks for what was not counted."""
+    yield "state       issues         pages      batch"
+    for batch in batches:
+        row = {key: "?" if value is None else value for key, value in batch.items()}
+        yield (
+            f"{row['state']:<10}{row['issues']:>4} of {row['issues_in_batch_xml']:<5}"
+            f"{row['pages']:>6} of {row['pages_in_mets']:<7}{row['name']}"
+        )
 
 
 def board_lines(keys):
     """What is at work, what waits, what has ended."""
     oni = keys["oni"]
-    health = "has not answered yet"
-    if "answers" in oni:
-        health = "answers" if oni["answers"] else f"does not answer: {oni['problem']}"
-    yield f"ONI Agent {keys['version']}, up {span(keys['uptime'])}. Open ONI {health}", ""
+    health = oni.get("problem", f"{oni.get('batches', '?')} batches")
+    yield f"ONI Agent {keys['version']}, up {span(keys['uptime'])}"
+    yield f"Open ONI in {oni['location']}: {health}"
     waiting = keys["waiting"]
     tables = {
         "At work": keys["at_work"],
@@ -3418,84 +3366,68 @@ def board_lines(keys):
         "Ended": keys["ended"],
     }
     for title, jobs in tables.items():
-        yield "", ""
-        yield title, ""
+        yield ""
+        yield title
         yield from table_lines(jobs)
 
 
-class Screen:
-    """A person's terminal: runs commands and shows what they answer."""
+def show(line, terminal, ask, send):
+    """Shows a person what a command line is answered; the exit status. Raises ClientGone.
 
-    def __init__(self, terminal, ask, send):
-        self._terminal = terminal
-        self._ask = ask  # takes a command line, gives its Answer
-        self._send = send  # takes text
+    `ask` takes a command line and gives its answered Request, `send` takes text.
+    """
+    if line.strip() in (b"", b"board"):
+        return show_board(terminal, ask, send)
+    if line.startswith(b"job-wait") and terminal.colour:
+        watch(line.replace(b"wait", b"status", 1), terminal, ask, send)
+    reply = ask(line)
+    send("".join(f"{each}\r\n" for each in fitted(answer_lines(reply.keys), terminal)))
+    for lines in reply.lines:  # which the terminal itself may wrap: they can be copied whole
+        send("".join(f"{coloured(each, terminal)}\r\n" for each in map(plain, lines)))
+    return reply.exit_status
 
-    def run(self, line):
-        """Shows what a command line is answered; the exit status."""
-        words = line.split()
-        if not words or words == [b"board"]:
-            return self._board()
-        if words[0] == b"job-wait" and len(words) == 2:
-            try:
-                self._watch(b"job-status " + words[1])
-            except ClientGone:  # by Ctrl-C, maybe: what ssh says then is to begin a line
-                self._send("\r\n")
-                raise
-        return self._show(self._ask(line))
 
-    def _show(self, reply):
-        logged = reply.lines
-        if not logged:
-            self._print(self._fitted(answer_lines(reply.keys)))
-            job = reply.keys.get("job", {})
-            logged = itertools.chain(job.get("stdout", []), job.get("stderr", []))
-        for lines in logged:  # which the terminal itself may wrap: they can be copied whole
-            self._print(self._coloured(plain(line), word) for line, word in map(log_line, lines))
-        return reply.exit_status
+def watch(job_status, terminal, ask, send):
+    """Shows how far a job is until it ends, on one line, each second anew."""
+    up = ""
+    while True:
+        job = ask(job_status).keys.get("job", {})
+        if job.get("status") not in (PENDING, STARTED):
+            return
+        *_, last = job_lines(job)  # which says most: the bar, or the place in the queue
+        send(f"{up}\x1b[K{wrapped(last, terminal.width)[0]}\r\n")
+        up = "\x1b[A"
+        terminal.key(1)
 
-    def _print(self, lines):
-        self._send("".join(f"{line}\r\n" for line in lines))
 
-    def _fitted(self, lines):
-        """Lines for the terminal, none wider than it is, in colour."""
-        for text, word in lines:
-            for line in wrapped(text, self._terminal.width):
-                yield self._coloured(line, word)
-
-    def _coloured(self, line, word):
-        if self._terminal.colour and word in COLOURS:
-            return f"\x1b[{COLOURS[word]}m{line}\x1b[0m"
-        return line
-
-    def _watch(self, job_status):
-        """Shows how far a job is until it ends, on one line, where the terminal can redraw one."""
+def show_board(terminal, ask, send):
+    """Draws the board anew each second, until q; the exit status."""
+    send("\x1b[?1049h\x1b[?25l")  # another screen, and no cursor
+    with contextlib.suppress(ClientGone):  # by Ctrl-C, maybe
         while True:
-            job = self._ask(job_status).keys.get("job", {})
-            at_work = job.get("status") in (PENDING, STARTED)
-            if self._terminal.colour:
-                # The last line says most: the bar, or the place in the queue.
-                line = list(job_lines(job))[-1][0] if at_work else ""
-                self._send(f"\r{wrapped(line, self._terminal.width - 1)[0]}\x1b[K")
-            if not at_work:
-                return
-            self._terminal.key(1)
+            drawn = fitted(board_lines(ask(b"board").keys), terminal)
+            lines = itertools.islice(drawn, terminal.height - 1)
+            text = "".join(f"\x1b[K{line}\r\n" for line in lines)
+            send(f"\x1b[H{text}\x1b[J\x1b[{terminal.height}Hq leaves; jobs go on")
+            if re.search(b"[q\x04]", terminal.key(1)):
+                break
+    send("\x1b[?25h\x1b[?1049l")
+    return 0
 
-    def _board(self):
-        """Draws the board anew each second, until q."""
-        self._send("\x1b[?1049h\x1b[?25l")  # another screen, and no cursor
-        with contextlib.suppress(ClientGone):  # by Ctrl-C, maybe
-            typed = b""
-            while b"q" not in typed and b"\x04" not in typed:
-                drawn = self._fitted(board_lines(self._ask(b"board").keys))
-                room = self._terminal.height - 1
-                lines = list(itertools.islice(drawn, room))
-                lines += [""] * (room - len(lines))
-                lines.append("q leaves; jobs go on")
-                self._send("\x1b[H" + "\x1b[K\r\n".join(lines) + "\x1b[K\x1b[J")
-                typed = self._terminal.key(1)
-        self._send("\x1b[?25h\x1b[?1049l")
-        return 0
+
+def fitted(texts, terminal):
+    """Texts as lines in colour, none wider than the terminal."""
+    for text in texts:
+        for line in wrapped(text, terminal.width):
+            yield coloured(line, terminal)
+
+
+def coloured(line, terminal):
+    """A line in the colour that one of its words gives it."""
+    for colour, words in COLOURS.items():
+        if terminal.colour and re.search(rf"\b({words})(  |[:\]])", line):
+            return f"\x1b[{colour}m{line}\x1b[0m"
+    return line
 
 
 # ---------------------------------------------------------------- SSH server
@@ -3769,11 +3701,11 @@ class Session(threading.Thread):
     def _answer(self):
         """Sends the answer, to a person or a program; the exit status."""
         if self._terminal:
-            status = Screen(self._terminal, self._ask, self._send).run(self._line)
+            status = show(self._line, self._terminal, self._ask, self._send)
             self._status = "shown"
             return status
         reply = self._ask(self._line)
-        if reply.lines:
+        if not reply.keys:
             for lines in reply.lines:
                 self._send("".join(f"{line}\n" for line in lines))
         else:
