@@ -55,7 +55,6 @@ import itertools
 import json
 import logging
 import os
-import pwd
 import queue
 import re
 import resource
@@ -86,10 +85,8 @@ from xml.parsers.expat import ExpatError, ParserCreate
 
 def stderr_is_journal():
     """Whether JOURNAL_STREAM (systemd.exec(5)) names the device and inode of stderr."""
-    with contextlib.suppress(OSError):
-        found = os.fstat(2)
-        return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
-    return False
+    found = os.fstat(2)
+    return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
 
 
 def complain(*problems):
@@ -128,10 +125,8 @@ MAX_MARC_MEMORY = 256 * 1024 * 1024  # bytes, for the process that reads MARC XM
 MAX_INSTRUCTIONS = 1024 * 1024  # of them, where they are a batch-patch's
 MAX_LINE = 64 * 1024  # bytes of one line in a job's log; a longer line is cut into pieces
 MAX_ATTEMPTS = 3  # starts of a job that never ended
-HANDSHAKE_SECONDS = 15  # from connecting to being admitted
 IDLE_SECONDS = 30  # without a command at work; NCA never closes a connection itself
 STALL_SECONDS = 60  # without a byte to or from a client that is to send or to read
-SESSION_SECONDS = 86400  # for a command in all; somebody may follow a long load
 STOP_SECONDS = 1.5  # for answers under way when the agent is told to stop
 ANSWER_SECONDS = 10  # for Open ONI, or the batches' file system, to answer a command
 PATIENT_SECONDS = 60  # the same, when a job at work asks
@@ -546,17 +541,17 @@ def awardee(code, name):
 def places():
     """How many batches there are, and where loads write.
 
-    Each place is to be "writable", or "ours" as well: one that the website reads as its own user.
+    With each place: whether the website reads there, as its own user.
     """
     found = {
-        "log/": [settings.LOG_LOCATION if hasattr(settings, "LOG_LOCATION") else "log", "writable"],
-        "batch storage": [settings.BATCH_STORAGE, "writable"],
+        "log/": [settings.LOG_LOCATION if hasattr(settings, "LOG_LOCATION") else "log", False],
+        "batch storage": [settings.BATCH_STORAGE, False],
     }
     for cache in getattr(settings, "CACHES", {}).values():
         if "filebased" in cache["BACKEND"].lower():
-            found["cache %s" % cache["LOCATION"]] = [cache["LOCATION"], "ours"]
+            found["cache %s" % cache["LOCATION"]] = [cache["LOCATION"], True]
     if getattr(settings, "COORD_STORAGE", ""):
-        found["word coordinates"] = [settings.COORD_STORAGE, "ours"]
+        found["word coordinates"] = [settings.COORD_STORAGE, True]
     return Batch.objects.count(), found
 
 def documents():
@@ -3528,18 +3523,19 @@ class Screen:
 
 # ---------------------------------------------------------------- SSH server
 
-ALGORITHMS = {  # to be used, where paramiko has them; every client of today has one of each
-    "kex": ("mlkem768x25519-sha256", "curve25519-sha256", "curve25519-sha256@libssh.org"),
-    "ciphers": (
-        "aes128-gcm@openssh.com",
-        "aes256-gcm@openssh.com",
-        "aes128-ctr",
-        "aes192-ctr",
-        "aes256-ctr",
-    ),
-    "digests": ("hmac-sha2-256-etm@openssh.com", "hmac-sha2-512-etm@openssh.com"),
+# To be used, where paramiko has them, in the client's order. Every client of today has one of each.
+ALGORITHMS = {
+    "mlkem768x25519-sha256",
+    "curve25519-sha256",
+    "curve25519-sha256@libssh.org",
+    "aes128-gcm@openssh.com",
+    "aes256-gcm@openssh.com",
+    "aes128-ctr",
+    "aes192-ctr",
+    "aes256-ctr",
+    "hmac-sha2-256-etm@openssh.com",
+    "hmac-sha2-512-etm@openssh.com",
 }
-SHA1 = "ssh-rsa"  # of a host's or a client's RSA key
 TRAILER = b"\n\nEND\n"  # ends what comes on standard input; so does its end
 BROKEN = (OSError, EOFError, paramiko.SSHException)  # what paramiko raises of a client that left
 SESSION_NUMBERS = itertools.count(1)
@@ -3584,7 +3580,7 @@ def make_host_key(path):
 
 
 # Stands for the lines of a log while the rest of an answer is encoded.
-LINES_HERE = f"\0{os.urandom(8).hex()}"
+LINES_HERE = f"lines {os.urandom(16).hex()}"
 
 
 def encoded(keys):
@@ -3595,14 +3591,14 @@ def encoded(keys):
         logs.append(lines)
         return LINES_HERE
 
-    compact = {"ensure_ascii": False, "separators": (",", ":")}
-    rest = json.dumps(keys, default=later, **compact)
+    compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=later)
+    rest = compact.encode(keys)
     for lines in logs:
-        before, _, rest = rest.partition(json.dumps(LINES_HERE))
+        before, _, rest = rest.partition(f'"{LINES_HERE}"')
         yield before + "["
         comma = ""
         for some in filter(None, lines):
-            yield comma + json.dumps(some, **compact)[1:-1]
+            yield comma + compact.encode(some)[1:-1]
             comma = ","
         yield "]"
     yield rest + "\n"
@@ -3615,54 +3611,43 @@ class ClientSocket(socket.socket):
     to begin a command, whose answer must not overtake the reply to its request.
     """
 
-    def __init__(self, accepted):
-        super().__init__(fileno=accepted.detach())
-        self.requested = []  # sessions whose requests paramiko is about to answer
-        self.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        # paramiko would wait for ever for a client that has vanished.
-        self.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_SECONDS * 1000)
+    requested = None  # the session whose request paramiko is about to answer
 
     def recv(self, size, flags=0):
         """Receives, and acknowledges at once: OpenSSH's next packet waits for that (Nagle)."""
-        while self.requested:
-            self.requested.pop(0).start()
+        if self.requested:
+            self.requested.start()
+            self.requested = None
         if size > MAX_PACKET:  # paramiko would believe, and hold, any length
             raise EOFError
         data = super().recv(size, flags)
-        if hasattr(socket, "TCP_QUICKACK"):
-            with contextlib.suppress(OSError):
-                self.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+        self.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
         return data
 
 
 class Connection(paramiko.ServerInterface, paramiko.Transport):
     """One client's connection: paramiko's thread for it, which asks itself what is allowed."""
 
-    def __init__(self, server, accepted, address):
+    def __init__(self, agent, host_key, accepted, address):
         super().__init__(
-            ClientSocket(accepted), disabled_algorithms={"keys": [SHA1], "pubkeys": [SHA1]}
+            ClientSocket(fileno=accepted.detach()),
+            disabled_algorithms={"keys": ["ssh-rsa"], "pubkeys": ["ssh-rsa"]},  # SHA-1
         )
-        self.agent = server.agent
+        self.agent = agent
         self.address = show_address(address)
-        self.admitted = "ALLOW_FROM" if self.agent.settings.allow_from else "anyone"
+        self.admitted = "ALLOW_FROM" if agent.settings.allow_from else "anyone"
         self.idle_since = time.monotonic()
         self._host = host_of(address)
-        self._keys_file = self.agent.settings.authorized_keys
+        self._keys_file = agent.settings.authorized_keys
         # paramiko would have a timer thread for each.
         self.packetizer.start_handshake = lambda timeout: None
         self.local_version = f"SSH-2.0-ONI_Agent_{VERSION}"
-        self.add_server_key(server.host_key)
+        self.add_server_key(host_key)
         options = self.get_security_options()
-        for kind, names in ALGORITHMS.items():
+        for kind in ("kex", "ciphers", "digests"):
             offered = getattr(options, kind)
-            setattr(options, kind, [name for name in names if name in offered])
+            setattr(options, kind, sorted(ALGORITHMS.intersection(offered)))
         self.start_server(event=threading.Event(), server=self)
-
-    def is_overdue(self):
-        """Whether it has been without a command for too long."""
-        limit = IDLE_SECONDS if self.is_authenticated() else HANDSHAKE_SECONDS
-        return time.monotonic() - self.idle_since > limit
 
     # What paramiko asks, on the connection's thread: no work here.
 
@@ -3673,13 +3658,16 @@ class Connection(paramiko.ServerInterface, paramiko.Transport):
         return paramiko.AUTH_FAILED if self._keys_file else paramiko.AUTH_SUCCESSFUL
 
     def check_auth_publickey(self, username, key):
-        if not self._keys_file:
-            return paramiko.AUTH_FAILED  # its client tries "none" next
-        shown = fingerprint(key)
-        if not key_is_authorized(self._keys_file, key, self._host):
-            log.warning("connection from=%s user=%r refused key=%s", self.address, username, shown)
-            return paramiko.AUTH_FAILED
-        self.admitted = shown
+        if self._keys_file:
+            self.admitted = fingerprint(key)
+            if not key_is_authorized(self._keys_file, key, self._host):
+                log.warning(
+                    "connection from=%s user=%r refused key=%s",
+                    self.address,
+                    username,
+                    self.admitted,
+                )
+                return paramiko.AUTH_FAILED
         return paramiko.AUTH_SUCCESSFUL
 
     def check_channel_request(self, kind, chanid):
@@ -3709,7 +3697,7 @@ class Connection(paramiko.ServerInterface, paramiko.Transport):
         if channel not in self.server_accepts:
             return False  # RFC 4254, 6.5: one to a channel
         self.server_accepts.remove(channel)
-        self.sock.requested.append(Session(self, channel, command))
+        self.sock.requested = Session(self, channel, command)
         return True
 
 
@@ -3724,7 +3712,7 @@ class Terminal:
     def resize(self, width, height):
         """Takes a new size; 0 is said by a client whose own input is no terminal."""
         self.width = max(20, min(width or 80, 500))
-        self.height = max(5, min(height or 24, 500))
+        self.height = min(height or 24, 500)
 
     def key(self, seconds):
         """What is typed in so many seconds; Ctrl-D at the end of input.
@@ -3747,7 +3735,7 @@ class Session(threading.Thread):
     """One command on one channel, from its words to the last byte of its answer."""
 
     def __init__(self, connection, channel, line):
-        super().__init__(daemon=True)
+        super().__init__()
         self.connection = connection
         self._number = next(SESSION_NUMBERS)
         self._channel = channel
@@ -3762,7 +3750,7 @@ class Session(threading.Thread):
             with contextlib.suppress(ClientGone, *BROKEN), self._channel:
                 self._channel.send_exit_status(self._answer())
         except Exception:
-            log.exception("session=%d stumbled over a fault of the agent", self._number)
+            log.exception("a session stumbled over a fault of the agent")
         self.connection.idle_since = time.monotonic()
         self._log()
 
@@ -3831,80 +3819,68 @@ class Session(threading.Thread):
         tail = b""  # of what has come, which may be the trailer
         while piece := self._channel.recv(CHUNK):
             size += len(piece)
-            if size > limit + len(TRAILER):
+            length = size - len(TRAILER)  # of what is before it
+            if length > limit:
                 raise Problem(f"there are more than {limit >> 20} MiB on standard input")
             tail = (tail + piece)[-len(TRAILER) :]
             while piece:  # a disk that fills up takes a part, and only then refuses
                 piece = piece[into.write(piece) :]
             if tail == TRAILER and not self._channel.recv_ready():
-                into.truncate(size - len(TRAILER))
+                into.truncate(length)
                 return
         if not self._channel.eof_received:
             raise ClientGone  # half an input must not pass for a whole one
 
 
-class SSHServer:
-    """Takes connections, and sees to it that each goes when its time is up."""
+def serve(agent, host_key, listener, stop):
+    """Serves until `stop` can be read, then lets answers under way end, for a moment."""
+    while stop not in (ready := select.select([listener, stop], [], [], 1)[0]):
+        if ready:
+            accept(agent, host_key, listener)
+        drop_idle()
+    log.info("stopping on %s; manage.py goes on", signal.Signals(stop.recv(1)[0]).name)
+    agent.queue.stop()
+    listener.close()
+    wait_for_answers(STOP_SECONDS)
+    agent.queue.close()
+    wait_for_answers(0.5)  # to the last requests that were accepted
 
-    def __init__(self, agent, host_key):
-        self.agent = agent
-        self.host_key = host_key
-        self._listener = listen(*agent.settings.ba_bind)
-        self.address = self._listener.getsockname()
 
-    def serve(self, stop):
-        """Serves until `stop` can be read, then lets answers under way end, for a moment."""
-        swept = 0.0
-        ready = []
-        while stop not in ready:
-            if self._listener in ready:
-                self._accept()
-            if time.monotonic() - swept >= 1:
-                swept = time.monotonic()
-                drop_idle()
-            ready = select.select([self._listener, stop], [], [], 1)[0]
-        log.info("stopping on %s; manage.py goes on", signal.Signals(stop.recv(1)[0]).name)
-        self.agent.queue.stop()
-        self._listener.close()
-        wait_for_answers(STOP_SECONDS)
-        self.agent.queue.close()
-        wait_for_answers(0.5)  # to the last requests that were accepted
-
-    def _accept(self):
-        try:
-            accepted, address = self._listener.accept()
-        except OSError as error:
-            log.error("a connection could not be taken: %s", error)
-            drop_idle(1)
-            time.sleep(0.1)  # out of descriptors, say: the loop must not spin
-            return
-        host = host_of(address)
-        allowed = self.agent.settings.allow_from
-        if allowed and not any(host in network for network in allowed):
-            log.warning("connection from=%s refused='not in ALLOW_FROM'", host)
-            accepted.close()
-            return
-        # It may be gone already, or there is no thread to be had.
-        with contextlib.suppress(RuntimeError, *BROKEN):
-            Connection(self, accepted, address)
-        surplus = len(alive(Connection)) - MAX_CONNECTIONS
-        if surplus > 0:
-            log.warning("connection from=%s is one too many: the longest idle one goes", host)
-            drop_idle(surplus)
+def accept(agent, host_key, listener):
+    """Takes a connection, if its client may connect."""
+    try:
+        accepted, address = listener.accept()
+    except OSError as error:
+        log.error("a connection could not be taken: %s", error)
+        drop_idle(len(alive(Connection)) - 1)
+        time.sleep(0.1)  # out of descriptors, say: the loop must not spin
+        return
+    host = host_of(address)
+    allowed = agent.settings.allow_from
+    if allowed and not is_in(host, allowed):
+        log.warning("connection from=%s refused='not in ALLOW_FROM'", host)
+        accepted.close()
+        return
+    # It may be gone already, or there is no thread to be had.
+    with contextlib.suppress(RuntimeError, *BROKEN):
+        Connection(agent, host_key, accepted, address)
 
 
 def alive(kind):
     """The threads of a kind: Connections that are open, or Sessions that are at work."""
-    return [each for each in threading.enumerate() if isinstance(each, kind)]
+    return {each for each in threading.enumerate() if isinstance(each, kind)}
 
 
-def drop_idle(surplus=0):
-    """Ends connections without a command: who is overdue, and so many that are idle longest."""
+def drop_idle(most=MAX_CONNECTIONS):
+    """Ends connections that have been without a command for too long; if there are more than `most`
+    connections in all, those as well that have been so longest.
+    """
+    connections = alive(Connection)
+    surplus = len(connections) - most
     at_work = {session.connection for session in alive(Session)}
-    idle = [each for each in alive(Connection) if each not in at_work]
-    idle.sort(key=lambda each: each.idle_since)
+    idle = sorted(connections - at_work, key=lambda each: each.idle_since)
     for number, connection in enumerate(idle):
-        if number < surplus or connection.is_overdue():
+        if number < surplus or time.monotonic() - connection.idle_since > IDLE_SECONDS:
             with contextlib.suppress(OSError):
                 connection.sock.shutdown(socket.SHUT_RDWR)  # its thread sees that, and ends
 
@@ -3922,12 +3898,17 @@ def listen(host, port):
     name = "::" if everywhere else host or "0.0.0.0"
     try:
         family = socket.getaddrinfo(name, port)[0][0]
-        return socket.create_server(
+        listener = socket.create_server(
             (name, port), family=family, backlog=512, dualstack_ipv6=everywhere
         )
     except OSError as error:
-        why = error.strerror.partition(" (")[0]  # Python adds the address that it attempted
-        raise Problem(f"BA_BIND: nothing can listen on {host}:{port}: {why}") from error
+        raise Problem(f"BA_BIND: nothing can listen on {host}:{port}: {error.strerror}") from error
+    # Accepted sockets inherit these.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    # paramiko would wait for ever for a client that has vanished.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_SECONDS * 1000)
+    return listener
 
 
 def host_of(address):
@@ -3940,6 +3921,11 @@ def show_address(address):
     """A socket's address as people write it."""
     host = host_of(address)
     return f"[{host}]:{address[1]}" if host.version == 6 else f"{host}:{address[1]}"
+
+
+def is_in(host, allowed):
+    """Whether an address is in one of these networks."""
+    return any(host in network for network in allowed)
 
 
 def fingerprint(key):
@@ -3957,14 +3943,13 @@ def key_is_authorized(path, key, host):
     try:
         text = path.read_text("utf-8-sig", "replace")
     except OSError as error:
-        why = error.strerror
-        log.error("AUTHORIZED_KEYS: %s cannot be read, so nobody is admitted: %s", path, why)
+        log.error("AUTHORIZED_KEYS: it cannot be read, so nobody is admitted: %s", error)
         return False
     blob = re.escape(key.get_base64())
     form = rf'^[ \t]*(?:from="([^"\n]+)"[ \t]+)?{key.get_name()}[ \t]+{blob}(?:[ \t].*)?$'
     for sources in re.findall(form, text, re.MULTILINE):
         with contextlib.suppress(ValueError):
-            if not sources or any(host in network for network in networks(sources)):
+            if not sources or is_in(host, networks(sources)):
                 return True
     return False
 
@@ -3976,7 +3961,7 @@ def looked(name, advice, look, *about):
     """Takes a look: whether all is well there, and what to say."""
     try:
         return True, f"{name}: {look(*about)}"
-    except (Problem, OSError, ValueError) as problem:
+    except (Problem, OSError, ValueError, KeyError) as problem:
         return False, f"{name}: {problem}; {advice}"
 
 
@@ -3992,9 +3977,9 @@ def looks_at_oni(oni):
     advice = "see ONI's SOLR_BASE_URL; loads and purges will fail"
     yield looked("Solr", advice, lambda: f"{oni.ask('documents')} pages")
     advice = "run the agent as the site's user; under systemd, name it in ReadWritePaths="
-    for name, (folder, look) in places.items():
-        looks = {"writable": writable, "ours": ours}
-        yield looked(f"ONI's {name}", advice, looks[look], oni.location / folder)
+    for name, (folder, is_shared) in places.items():
+        look = ours if is_shared else writable
+        yield looked(f"ONI's {name}", advice, look, oni.location / folder)
 
 
 def writable(folder):
@@ -4006,24 +3991,15 @@ def writable(folder):
 def ours(folder):
     """Looks at a folder, maybe yet to be made, that the website reads as its own user.
 
-    Raises Problem, OSError, ValueError.
+    Raises Problem, OSError, ValueError; KeyError, where its owner has no name.
     """
     place = folder.resolve()
     if place.exists() and place.stat().st_uid != os.geteuid():
-        owner = user_name(place.stat().st_uid)
         raise Problem(
-            f"{place} belongs to user {owner}, and the agent runs as {user_name(os.geteuid())}:"
-            " what it writes there the website could not use"
+            f"{place} belongs to user {place.owner()}, as whom the agent does not run: what it"
+            " writes there the website could not use"
         )
     return writable(nearest_folder(place))
-
-
-def user_name(number):
-    """A user's name, or number if it has none."""
-    try:
-        return pwd.getpwuid(number).pw_name
-    except KeyError:
-        return str(number)
 
 
 def looks_at_own(settings):
@@ -4058,8 +4034,8 @@ def looks_at_own(settings):
 def look_once(oni):
     """Says in the log how Open ONI is; one that does not answer is no reason not to serve."""
     for well, text in looks_at_oni(oni):
-        level = logging.INFO if well else logging.WARNING
-        log.log(level, "Open ONI in %s: %s", oni.location, text)
+        tell = log.info if well else log.warning
+        tell("Open ONI in %s: %s", oni.location, text)
 
 
 def check_all():
@@ -4083,7 +4059,6 @@ def check_all():
 
 
 # ---------------------------------------------------------------- main
-
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
 
@@ -4113,12 +4088,13 @@ def tell_systemd(state):
             notify.sendto(state.encode(), address)
 
 
-HOOKS = futures.ThreadPoolExecutor(8, "hooks")  # for ON_FINISH
+ASIDE = futures.ThreadPoolExecutor(8, "aside")  # for what nobody waits for
 
 
 def run_on_finish(program, job, job_log, environ):
     """Runs ON_FINISH for a job that has ended; what becomes of it is only logged."""
-    about = {
+    environment = {
+        **environ,
         "ONI_JOB_ID": str(job.id),
         "ONI_JOB_COMMAND": shlex.join(job.words),
         "ONI_JOB_STATUS": job.status,
@@ -4129,7 +4105,7 @@ def run_on_finish(program, job, job_log, environ):
         status = subprocess.run(
             # timeout(1) ends it even if the agent goes.
             ["timeout", "-s", "KILL", str(HOOK_SECONDS), program],
-            env={**environ, **about},
+            env=environment,
             start_new_session=True,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -4159,7 +4135,9 @@ def stop_on_signals():
 
 def be_init():
     """As PID 1 of a container: goes on as a child, for which this process buries the orphans."""
-    agent = os.getpid() == 1 and os.fork()
+    if os.getpid() != 1:
+        return
+    agent = os.fork()
     if not agent:
         return
     for each in STOPS:
@@ -4180,44 +4158,40 @@ def raise_limits():
 def main():
     """Runs the agent until it is told to stop; returns its exit status."""
     parser = argparse.ArgumentParser(
-        prog="oni_agent.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"ONI Agent {VERSION}")
     parser.add_argument("--check", action="store_true", help="look at all that the agent needs")
     if parser.parse_args().check:
         return check_all()
     be_init()
+    exit_status = 2  # systemd need not try again
     try:
         settings = Settings(os.environ)
         host_key = load_host_key(settings.host_key_file)
-    except Problem as problem:
-        complain(*problem.args)
-        return 2
-    set_up_logging(settings.log_level)
-    stop = stop_on_signals()
-    raise_limits()
-    try:
-        server = build(settings, host_key)
+        set_up_logging(settings.log_level)
+        stop = stop_on_signals()
+        raise_limits()
+        exit_status = 1  # what fails from here on may go well the next time
+        agent = build(settings)
+        host_key = host_key or make_host_key(settings.host_key_file)
+        listener = listen(*settings.ba_bind)
     except (Problem, OSError) as problem:
-        complain(str(problem))
-        return 1
+        complain(*problem.args)
+        return exit_status
     gc.freeze()  # what is there by now stays, and need not be looked at
-    agent = server.agent
+    tell_where(settings, listener.getsockname())
     agent.queue.start()
-    threading.Thread(target=look_once, args=(agent.site.oni,), daemon=True).start()
+    ASIDE.submit(look_once, agent.site.oni)
     tell_systemd("READY=1")
-    server.serve(stop)
+    serve(agent, host_key, listener, stop)
     tell_systemd("STOPPING=1\nSTATUS=")
     return 0
 
 
-def build(settings, host_key):
-    """Wires the agent together; it listens when this returns. Raises Problem, OSError."""
+def build(settings):
+    """Wires together what commands work on. Raises Problem, OSError."""
     store = JobStore(settings.state_directory)
-    if not host_key:
-        host_key = make_host_key(settings.host_key_file)
     oni = OpenONI(settings.oni_location, os.environ)
     site = Site(settings, oni, RememberedCounts(settings.state_directory / "counts.json"))
 
@@ -4225,24 +4199,25 @@ def build(settings, host_key):
         if settings.on_finish:
             path = store.log(job).path
             with contextlib.suppress(RuntimeError):  # no thread to be had
-                HOOKS.submit(run_on_finish, settings.on_finish, job, path, oni.environment)
+                ASIDE.submit(run_on_finish, settings.on_finish, job, path, oni.environment)
 
     jobs = JobQueue(store, site, ended, lambda text: tell_systemd(f"STATUS={text}"))
-    server = SSHServer(Agent(settings, site, store, jobs), host_key)
-    address = show_address(server.address)
-    log.info("listening on %s version=%s state=%s", address, VERSION, settings.state_directory)
+    return Agent(settings, site, store, jobs)
+
+
+def tell_where(settings, address):
+    """Says in the log where the agent listens, and what an administrator should know of that."""
+    shown = show_address(address)
+    log.info("listening on %s version=%s state=%s", shown, VERSION, settings.state_directory)
     if settings.db_connection:
         log.info("DB_CONNECTION is set and not needed: Open ONI's own settings are used")
-    restricted = settings.allow_from or settings.authorized_keys
-    if not restricted and not host_of(server.address).is_loopback:
+    if not (settings.allow_from or settings.authorized_keys or host_of(address).is_loopback):
         log.warning(
-            "anyone who reaches %s may load and purge: set ALLOW_FROM or AUTHORIZED_KEYS", address
+            "anyone who reaches %s may load and purge: set ALLOW_FROM or AUTHORIZED_KEYS", shown
         )
-    return server
 
 
 if __name__ == "__main__":
     status = main()
-    logging.shutdown()
     sys.stdout.flush()
     os._exit(status)  # without waiting for threads: they may be cut off at any instant
