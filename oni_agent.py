@@ -3857,7 +3857,7 @@ def accept(agent, host_key, listener):
         return
     host = host_of(address)
     allowed = agent.settings.allow_from
-    if allowed and not is_in(host, allowed):
+    if allowed and not any(host in network for network in allowed):
         log.warning("connection from=%s refused='not in ALLOW_FROM'", host)
         accepted.close()
         return
@@ -3877,6 +3877,8 @@ def drop_idle(most=MAX_CONNECTIONS):
     """
     connections = alive(Connection)
     surplus = len(connections) - most
+    if surplus > 0:
+        log.warning("too many connections: %d that have been idle longest are ended", surplus)
     at_work = {session.connection for session in alive(Session)}
     idle = sorted(connections - at_work, key=lambda each: each.idle_since)
     for number, connection in enumerate(idle):
@@ -3923,11 +3925,6 @@ def show_address(address):
     return f"[{host}]:{address[1]}" if host.version == 6 else f"{host}:{address[1]}"
 
 
-def is_in(host, allowed):
-    """Whether an address is in one of these networks."""
-    return any(host in network for network in allowed)
-
-
 def fingerprint(key):
     """A public key as ssh-keygen -l shows it."""
     digest = base64.b64encode(hashlib.sha256(key.asbytes()).digest())
@@ -3949,7 +3946,7 @@ def key_is_authorized(path, key, host):
     form = rf'^[ \t]*(?:from="([^"\n]+)"[ \t]+)?{key.get_name()}[ \t]+{blob}(?:[ \t].*)?$'
     for sources in re.findall(form, text, re.MULTILINE):
         with contextlib.suppress(ValueError):
-            if not sources or is_in(host, networks(sources)):
+            if not sources or any(host in network for network in networks(sources)):
                 return True
     return False
 
