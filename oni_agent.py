@@ -54,7 +54,6 @@ import itertools
 import json
 import logging
 import os
-import pwd
 import queue
 import re
 import resource
@@ -85,10 +84,8 @@ from xml.parsers.expat import ExpatError, ParserCreate
 
 def stderr_is_journal():
     """Whether JOURNAL_STREAM (systemd.exec(5)) names the device and inode of stderr."""
-    with contextlib.suppress(OSError):
-        found = os.fstat(2)
-        return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
-    return False
+    found = os.fstat(2)
+    return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
 
 
 def complain(*problems):
@@ -127,10 +124,8 @@ MAX_MARC_MEMORY = 256 * 1024 * 1024  # bytes, for the process that reads MARC XM
 MAX_INSTRUCTIONS = 1024 * 1024  # of them, where they are a batch-patch's
 MAX_LINE = 32 * 1024  # bytes of a job's log read at once; a longer line is cut into pieces
 MAX_ATTEMPTS = 3  # starts of a job that never ended
-HANDSHAKE_SECONDS = 15  # from connecting to being admitted
 IDLE_SECONDS = 30  # without a command at work; NCA never closes a connection itself
 STALL_SECONDS = 60  # without a byte to or from a client that is to send or to read
-SESSION_SECONDS = 86400  # for a command in all; somebody may follow a long load
 STOP_SECONDS = 1.5  # for answers under way when the agent is told to stop
 ANSWER_SECONDS = 10  # for Open ONI, or the batches' file system, to answer a command
 PATIENT_SECONDS = 60  # the same, when a job at work asks
@@ -534,20 +529,23 @@ def awardee(code, name):
     return row and [row.org_code, new]
 
 def places():
-    """Where loads write, and how many pages Solr has."""
-    caches = getattr(settings, "CACHES", {}).values()
+    """How many batches there are, and where loads write.
+
+    With each place: whether the website reads there, as its own user.
+    """
     found = {
-        "loaded": Batch.objects.count(),
-        "log": settings.LOG_LOCATION if hasattr(settings, "LOG_LOCATION") else "log",
-        "batches": settings.BATCH_STORAGE,
-        "coordinates": getattr(settings, "COORD_STORAGE", ""),
-        "cache": [cache["LOCATION"] for cache in caches if "filebased" in cache["BACKEND"].lower()],
+        "log/": [settings.LOG_LOCATION if hasattr(settings, "LOG_LOCATION") else "log", False],
+        "batch storage": [settings.BATCH_STORAGE, False],
     }
-    try:
-        found["documents"] = patient_solr().search("type:page", rows=0).hits
-    except Exception as error:
-        found["index_error"] = first_line(error)
-    return found
+    for cache in getattr(settings, "CACHES", {}).values():
+        if "filebased" in cache["BACKEND"].lower():
+            found["cache %s" % cache["LOCATION"]] = [cache["LOCATION"], True]
+    if getattr(settings, "COORD_STORAGE", ""):
+        found["word coordinates"] = [settings.COORD_STORAGE, True]
+    return Batch.objects.count(), found
+
+def documents():
+    return patient_solr().search("type:page", rows=0).hits
 
 def mend_index(name):
     """A job: makes the index hold each page of a batch, and nothing else under its name."""
@@ -3432,19 +3430,22 @@ def coloured(line, terminal):
 
 # ---------------------------------------------------------------- SSH server
 
-ALGORITHMS = {  # to be used, where paramiko has them; every client of today has one of each
-    "kex": ("mlkem768x25519-sha256", "curve25519-sha256", "curve25519-sha256@libssh.org"),
-    "ciphers": (
-        "aes128-gcm@openssh.com",
-        "aes256-gcm@openssh.com",
-        "aes128-ctr",
-        "aes192-ctr",
-        "aes256-ctr",
-    ),
-    "digests": ("hmac-sha2-256-etm@openssh.com", "hmac-sha2-512-etm@openssh.com"),
+# To be used, where paramiko has them, in the client's order. Every client of today has one of each.
+ALGORITHMS = {
+    "mlkem768x25519-sha256",
+    "curve25519-sha256",
+    "curve25519-sha256@libssh.org",
+    "aes128-gcm@openssh.com",
+    "aes256-gcm@openssh.com",
+    "aes128-ctr",
+    "aes192-ctr",
+    "aes256-ctr",
+    "hmac-sha2-256-etm@openssh.com",
+    "hmac-sha2-512-etm@openssh.com",
 }
-SHA1 = "ssh-rsa"  # of a host's or a client's RSA key
 TRAILER = b"\n\nEND\n"  # ends what comes on standard input; so does its end
+BROKEN = (OSError, EOFError, paramiko.SSHException)  # what paramiko raises of a client that left
+SESSION_NUMBERS = itertools.count(1)
 
 
 def load_host_key(path):
@@ -3471,25 +3472,22 @@ def make_host_key(path):
         serialization.PrivateFormat.OpenSSH,
         serialization.NoEncryption(),
     )
-    unready = path.with_name(f"{path.name}.unready")  # under its name only when whole
     try:
-        unready.unlink(missing_ok=True)  # of a start that failed
-        unready.touch(0o600, exist_ok=False)
-        with unready.open("wb") as file:
+        with tempfile.NamedTemporaryFile(dir=path.parent) as file:  # mode 0600
             file.write(private)
             file.flush()
             os.fsync(file.fileno())
-        key = paramiko.Ed25519Key(filename=str(unready))
-        public = f"{key.get_name()} {key.get_base64()} oni-agent\n"
-        path.with_name(f"{path.name}.pub").write_text(public)
-        unready.rename(path)
-        return key
+            key = paramiko.Ed25519Key(filename=file.name)
+            public = f"{key.get_name()} {key.get_base64()} oni-agent\n"
+            path.with_name(f"{path.name}.pub").write_text(public)
+            os.link(file.name, path)  # under its name only when whole
+            return key
     except OSError as error:
         raise Problem(f"the HOST_KEY_FILE {path} cannot be made: {error.strerror}") from error
 
 
 # Stands for the lines of a log while the rest of an answer is encoded.
-LINES_HERE = f"\0{os.urandom(8).hex()}"
+LINES_HERE = f"lines {os.urandom(16).hex()}"
 
 
 def encoded(keys):
@@ -3500,17 +3498,17 @@ def encoded(keys):
         logs.append(lines)
         return LINES_HERE
 
-    compact = {"ensure_ascii": False, "separators": (",", ":")}
-    first, *others = json.dumps(keys, default=later, **compact).split(json.dumps(LINES_HERE))
-    yield first
-    for lines, after in zip(logs, others):
-        yield "["
+    compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=later)
+    rest = compact.encode(keys)
+    for lines in logs:
+        before, _, rest = rest.partition(f'"{LINES_HERE}"')
+        yield before + "["
         comma = ""
         for some in filter(None, lines):
-            yield comma + json.dumps(some, **compact)[1:-1]
+            yield comma + compact.encode(some)[1:-1]
             comma = ","
-        yield "]" + after
-    yield "\n"
+        yield "]"
+    yield rest + "\n"
 
 
 class ClientSocket(socket.socket):
@@ -3520,88 +3518,78 @@ class ClientSocket(socket.socket):
     to begin a command, whose answer must not overtake the reply to its request.
     """
 
-    def __init__(self, accepted):
-        super().__init__(fileno=accepted.detach())
-        self.requested = []  # sessions whose requests paramiko is about to answer
-        self.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        # paramiko would wait for ever for a client that has vanished.
-        self.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_SECONDS * 1000)
+    requested = None  # the session whose request paramiko is about to answer
 
     def recv(self, size, flags=0):
         """Receives, and acknowledges at once: OpenSSH's next packet waits for that (Nagle)."""
-        while self.requested:
-            self.requested.pop(0).start()
+        if self.requested:
+            self.requested.start()
+            self.requested = None
         if size > MAX_PACKET:  # paramiko would believe, and hold, any length
             raise EOFError
         data = super().recv(size, flags)
-        if hasattr(socket, "TCP_QUICKACK"):
-            with contextlib.suppress(OSError):
-                self.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+        self.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
         return data
 
 
-class Connection(paramiko.ServerInterface):
-    """One client's connection: whom paramiko asks what is allowed, and the sessions on it."""
+class Connection(paramiko.ServerInterface, paramiko.Transport):
+    """One client's connection: paramiko's thread for it, which asks itself what is allowed."""
 
-    def __init__(self, server, accepted, address):
-        self.server = server
-        self.address = show_address(address)
-        self.user = ""
-        self.admitted = "ALLOW_FROM" if server.agent.settings.allow_from else "anyone"
-        self.idle_since = time.monotonic()
-        self.sessions = set()
-        self._host = plain_host(address)
-        self._keys_file = server.agent.settings.authorized_keys
-        self._channels = []
-        self._socket = ClientSocket(accepted)
-        self.transport = paramiko.Transport(
-            self._socket, disabled_algorithms={"keys": [SHA1], "pubkeys": [SHA1]}
+    def __init__(self, agent, host_key, accepted, address):
+        super().__init__(
+            ClientSocket(fileno=accepted.detach()),
+            disabled_algorithms={"keys": ["ssh-rsa"], "pubkeys": ["ssh-rsa"]},  # SHA-1
         )
+        self.agent = agent
+        self.address = show_address(address)
+        self.admitted = "ALLOW_FROM" if agent.settings.allow_from else "anyone"
+        self.idle_since = time.monotonic()
+        self._host = host_of(address)
+        self._keys_file = agent.settings.authorized_keys
         # paramiko would have a timer thread for each.
-        self.transport.packetizer.start_handshake = lambda timeout: None
-        self.transport.local_version = f"SSH-2.0-ONI_Agent_{VERSION}"
-        self.transport.add_server_key(server.host_key)
-        options = self.transport.get_security_options()
-        for kind, names in ALGORITHMS.items():
+        self.packetizer.start_handshake = lambda timeout: None
+        self.local_version = f"SSH-2.0-ONI_Agent_{VERSION}"
+        self.add_server_key(host_key)
+        options = self.get_security_options()
+        for kind in ("kex", "ciphers", "digests"):
             offered = getattr(options, kind)
-            setattr(options, kind, [name for name in names if name in offered])
-        self.transport.start_server(event=threading.Event(), server=self)
+            setattr(options, kind, sorted(ALGORITHMS.intersection(offered)))
+        self.start_server(event=threading.Event(), server=self)
 
-    # What paramiko asks, on the transport's thread: no work here.
+    # What paramiko asks, on the connection's thread: no work here.
 
     def get_allowed_auths(self, username):
         return "publickey" if self._keys_file else "none"
 
     def check_auth_none(self, username):
-        self.user = username
         return paramiko.AUTH_FAILED if self._keys_file else paramiko.AUTH_SUCCESSFUL
 
     def check_auth_publickey(self, username, key):
-        self.user = username
-        if not self._keys_file:
-            return paramiko.AUTH_FAILED  # its client tries "none" next
-        shown = fingerprint(key)
-        if not key_is_authorized(self._keys_file, key, self._host):
-            log.warning("connection from=%s user=%r refused key=%s", self.address, username, shown)
-            return paramiko.AUTH_FAILED
-        self.admitted = shown
+        if self._keys_file:
+            self.admitted = fingerprint(key)
+            if not key_is_authorized(self._keys_file, key, self._host):
+                log.warning(
+                    "connection from=%s user=%r refused key=%s",
+                    self.address,
+                    username,
+                    self.admitted,
+                )
+                return paramiko.AUTH_FAILED
         return paramiko.AUTH_SUCCESSFUL
 
     def check_channel_request(self, kind, chanid):
-        while channel := self.transport.accept(0):  # else paramiko keeps each for ever
-            self._channels.append(channel)
-        self._channels = [channel for channel in self._channels if not channel.closed]
         if kind != "session":
             return paramiko.OPEN_FAILED_ADMINISTRATIVELY_PROHIBITED
-        mine = max(len(self._channels), len(self.sessions))  # one may outlive its channel
-        if mine >= MAX_CHANNELS or self.server.sessions() >= MAX_SESSIONS:
+        # Those that have no command yet; paramiko would keep each for ever.
+        self.server_accepts = [each for each in self.server_accepts if not each.closed]
+        sessions = alive(Session)
+        mine = [each for each in sessions if each.connection is self]
+        if len(self.server_accepts) + len(mine) >= MAX_CHANNELS or len(sessions) >= MAX_SESSIONS:
             return paramiko.OPEN_FAILED_RESOURCE_SHORTAGE
         return paramiko.OPEN_SUCCEEDED
 
     def check_channel_pty_request(self, channel, term, width, height, *_):
-        channel.terminal = Terminal(channel, term.decode("ascii", "replace"))
-        channel.terminal.resize(width, height)
+        channel.terminal = Terminal(channel, term, width, height)
         return True
 
     def check_channel_window_change_request(self, channel, width, height, *_):
@@ -3613,45 +3601,25 @@ class Connection(paramiko.ServerInterface):
         return self.check_channel_exec_request(channel, b"")  # no shell, but an answer
 
     def check_channel_exec_request(self, channel, command):
-        if hasattr(channel, "session"):
+        if channel not in self.server_accepts:
             return False  # RFC 4254, 6.5: one to a channel
-        channel.session = Session(self, channel, command)
-        self.sessions.add(channel.session)
-        self._socket.requested.append(channel.session)
+        self.server_accepts.remove(channel)
+        self.sock.requested = Session(self, channel, command)
         return True
-
-    def is_overdue(self, now):
-        """Whether its time is up."""
-        if self.sessions:
-            return any(now - each.begun > SESSION_SECONDS for each in list(self.sessions))
-        limit = IDLE_SECONDS if self.transport.is_authenticated() else HANDSHAKE_SECONDS
-        return now - self.idle_since > limit
-
-    def drop(self):
-        """Ends the connection at once; its threads see that and end by themselves."""
-        log.debug("connection from=%s dropped", self.address)
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-
-    def is_gone(self):
-        """Whether nothing of it is left; a session not begun before its client went never will."""
-        alive = any(session.is_alive() for session in list(self.sessions))
-        return not alive and not self.transport.is_alive()
 
 
 class Terminal:
     """The terminal at the other end of a channel, as the presentation uses it."""
 
-    def __init__(self, channel, kind):
+    def __init__(self, channel, kind, width, height):
         self.channel = channel
-        self.colour = kind not in ("", "dumb")
-        self.width = 80
-        self.height = 24
+        self.colour = kind not in (b"", b"dumb")
+        self.resize(width, height)
 
     def resize(self, width, height):
         """Takes a new size; 0 is said by a client whose own input is no terminal."""
         self.width = max(20, min(width or 80, 500))
-        self.height = max(5, min(height or 24, 500))
+        self.height = min(height or 24, 500)
 
     def key(self, seconds):
         """What is typed in so many seconds; Ctrl-D at the end of input.
@@ -3674,29 +3642,24 @@ class Session(threading.Thread):
     """One command on one channel, from its words to the last byte of its answer."""
 
     def __init__(self, connection, channel, line):
-        self.number = next(connection.server.numbers)
-        super().__init__(name=f"session {self.number}", daemon=True)
+        super().__init__()
         self.connection = connection
-        self.channel = channel
-        self.begun = time.monotonic()
+        self._number = next(SESSION_NUMBERS)
+        self._channel = channel
         self._line = line
+        self._begun = time.monotonic()
         self._terminal = getattr(channel, "terminal", None)
         self._status = "client went away"
 
     def run(self):
         """Answers, and closes the channel in the order that loses nothing."""
         try:
-            self.channel.send_exit_status(self._answer())
-        except (ClientGone, OSError, EOFError, paramiko.SSHException):
-            pass
+            with contextlib.suppress(ClientGone, *BROKEN), self._channel:
+                self._channel.send_exit_status(self._answer())
         except Exception:
-            log.exception("session=%d stumbled over a fault of the agent", self.number)
-        finally:
-            with contextlib.suppress(OSError, EOFError, paramiko.SSHException):
-                self.channel.close()
-            self.connection.idle_since = time.monotonic()
-            self.connection.sessions.discard(self)
-            self._log()
+            log.exception("a session stumbled over a fault of the agent")
+        self.connection.idle_since = time.monotonic()
+        self._log()
 
     def _answer(self):
         """Sends the answer, to a person or a program; the exit status."""
@@ -3709,45 +3672,44 @@ class Session(threading.Thread):
             for lines in reply.lines:
                 self._send("".join(f"{line}\n" for line in lines))
         else:
-            for piece in encoded({**reply.keys, "session": {"id": self.number}}):
+            for piece in encoded({**reply.keys, "session": {"id": self._number}}):
                 self._send(piece)
         self._status = reply.keys.get("status", "followed")
         return reply.exit_status
 
     def _ask(self, line):
-        agent = self.connection.server.agent
-        return answer(agent, line, self._read_input, self._check_client)
+        return answer(self.connection.agent, line, self._read_input, self._check_client)
 
     def _log(self):
         log.info(
             "session=%d from=%s user=%r admitted=%s command=%r status=%r ms=%d",
-            self.number,
+            self._number,
             self.connection.address,
-            self.connection.user,
+            self.connection.auth_handler.get_username(),
             self.connection.admitted,
             self._line[:200].decode("utf-8", "replace"),
             self._status,
-            (time.monotonic() - self.begun) * 1000,
+            (time.monotonic() - self._begun) * 1000,
         )
 
     def _send(self, text):
         """Sends text to the client. Raises OSError, EOFError, SSHException."""
-        self.channel.settimeout(STALL_SECONDS)
+        self._channel.settimeout(STALL_SECONDS)
         # A view: paramiko copies what is left to send each time it has sent some.
-        self.channel.sendall(memoryview(text.encode("utf-8", "replace")))
+        self._channel.sendall(memoryview(text.encode("utf-8", "replace")))
 
     def _check_client(self):
         """Raises ClientGone if the client has closed its channel, or a person typed Ctrl-C."""
-        if self._terminal and self.channel.recv_ready():
+        if self._terminal and self._channel.recv_ready():
             self._terminal.key(0)
-        if self.channel.closed or not self.connection.transport.is_active():
+        if self._channel.closed:  # as each is when its connection ends
             raise ClientGone
 
     def _read_input(self, into, limit):
         """Copies standard input to its trailer or its end. Raises ClientGone, Problem."""
         if self._terminal:
             raise Problem("this command reads a file: leave out -t, and give it < FILE")
-        self.channel.settimeout(STALL_SECONDS)
+        self._channel.settimeout(STALL_SECONDS)
         try:
             self._copy_input(into, limit)
         except socket.timeout:
@@ -3762,110 +3724,81 @@ class Session(threading.Thread):
         """As _read_input. Raises socket.timeout, and OSError for the file, too."""
         size = 0
         tail = b""  # of what has come, which may be the trailer
-        while piece := self.channel.recv(CHUNK):
+        while piece := self._channel.recv(CHUNK):
             size += len(piece)
-            if size > limit + len(TRAILER):
+            length = size - len(TRAILER)  # of what is before it
+            if length > limit:
                 raise Problem(f"there are more than {limit >> 20} MiB on standard input")
-            if into.write(piece) < len(piece):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             tail = (tail + piece)[-len(TRAILER) :]
-            if tail == TRAILER and not self.channel.recv_ready():
-                into.truncate(size - len(TRAILER))
+            while piece:  # a disk that fills up takes a part, and only then refuses
+                piece = piece[into.write(piece) :]
+            if tail == TRAILER and not self._channel.recv_ready():
+                into.truncate(length)
                 return
-        if not self.channel.eof_received:
+        if not self._channel.eof_received:
             raise ClientGone  # half an input must not pass for a whole one
 
 
-class SSHServer:
-    """Takes connections, and sees to it that each goes when its time is up."""
+def serve(agent, host_key, listener, stop):
+    """Serves until `stop` can be read, then lets answers under way end, for a moment."""
+    while stop not in (ready := select.select([listener, stop], [], [], 1)[0]):
+        if ready:
+            accept(agent, host_key, listener)
+        drop_idle()
+    log.info("stopping on %s; manage.py goes on", signal.Signals(stop.recv(1)[0]).name)
+    agent.queue.stop()
+    listener.close()
+    wait_for_answers(STOP_SECONDS)
+    agent.queue.close()
+    wait_for_answers(0.5)  # to the last requests that were accepted
 
-    def __init__(self, agent, host_key):
-        self.agent = agent
-        self.host_key = host_key
-        self.numbers = itertools.count(1)
-        self._connections = set()
-        self._listener = listen(*agent.settings.ba_bind)
-        bound = self._listener.getsockname()
-        self.address = show_address(bound)
-        self.loopback = ipaddress.ip_address(plain_host(bound)).is_loopback
 
-    def serve(self, stop):
-        """Serves until `stop` can be read, then lets answers under way end, for a moment."""
-        swept = 0.0
-        ready = []
-        while stop not in ready:
-            if self._listener in ready:
-                self._accept()
-            if time.monotonic() - swept >= 1:
-                self._sweep()
-                swept = time.monotonic()
-            ready = select.select([self._listener, stop], [], [], 1)[0]
-        log.info("stopping on %s; manage.py goes on", signal.Signals(stop.recv(1)[0]).name)
-        self.agent.queue.stop()
-        self._listener.close()
-        self._wait_for_answers(STOP_SECONDS)
-        self.agent.queue.close()
-        self._wait_for_answers(0.5)  # to the last requests that were accepted
+def accept(agent, host_key, listener):
+    """Takes a connection, if its client may connect."""
+    try:
+        accepted, address = listener.accept()
+    except OSError as error:
+        log.error("a connection could not be taken: %s", error)
+        drop_idle(len(alive(Connection)) - 1)
+        time.sleep(0.1)  # out of descriptors, say: the loop must not spin
+        return
+    host = host_of(address)
+    allowed = agent.settings.allow_from
+    if allowed and not any(host in network for network in allowed):
+        log.warning("connection from=%s refused='not in ALLOW_FROM'", host)
+        accepted.close()
+        return
+    # It may be gone already, or there is no thread to be had.
+    with contextlib.suppress(RuntimeError, *BROKEN):
+        Connection(agent, host_key, accepted, address)
 
-    def _accept(self):
-        try:
-            accepted, address = self._listener.accept()
-        except OSError as error:
-            log.error("a connection could not be taken: %s", error)
-            self._make_room()
-            time.sleep(0.1)  # out of descriptors, say: the loop must not spin
-            return
-        host = plain_host(address)
-        refusal = self._refusal(host)
-        if refusal:
-            log.warning("connection from=%s refused=%r", host, refusal)
-            accepted.close()
-            return
-        # It may be gone already, or there is no thread to be had.
-        with contextlib.suppress(OSError, RuntimeError, EOFError, paramiko.SSHException):
-            self._connections.add(Connection(self, accepted, address))
 
-    def _refusal(self, host):
-        """Why a client at this address may not connect, if so; another may have to go for it."""
-        allowed = self.agent.settings.allow_from
-        if allowed and not is_in(host, allowed):
-            return "not in ALLOW_FROM"
-        if len(self._connections) >= MAX_CONNECTIONS:
-            self._sweep()
-        if len(self._connections) >= MAX_CONNECTIONS and not self._make_room():
-            return "too many, all at work"
-        return ""
+def alive(kind):
+    """The threads of a kind: Connections that are open, or Sessions that are at work."""
+    return {each for each in threading.enumerate() if isinstance(each, kind)}
 
-    def _make_room(self):
-        """Drops the connection that has been idle longest; whether there was one."""
-        idle = [each for each in self._connections if not each.sessions]
-        if not idle:
-            return False
-        longest = min(idle, key=lambda each: each.idle_since)
-        longest.drop()
-        self._connections.discard(longest)
-        return True
 
-    def sessions(self):
-        """How many commands are at work."""
-        return sum(len(each.sessions) for each in list(self._connections))
+def drop_idle(most=MAX_CONNECTIONS):
+    """Ends connections that have been without a command for too long; if there are more than `most`
+    connections in all, those as well that have been so longest.
+    """
+    connections = alive(Connection)
+    surplus = len(connections) - most
+    if surplus > 0:
+        log.warning("too many connections: %d that have been idle longest are ended", surplus)
+    at_work = {session.connection for session in alive(Session)}
+    idle = sorted(connections - at_work, key=lambda each: each.idle_since)
+    for number, connection in enumerate(idle):
+        if number < surplus or time.monotonic() - connection.idle_since > IDLE_SECONDS:
+            with contextlib.suppress(OSError):
+                connection.sock.shutdown(socket.SHUT_RDWR)  # its thread sees that, and ends
 
-    def _sweep(self):
-        """Forgets the connections that are gone, and drops those whose time is up."""
-        left = {each for each in self._connections if not each.is_gone()}
-        if len(left) < len(self._connections):
-            self._connections = left
-            gc.collect()  # paramiko's transports are circles, which would pile up for long
-        now = time.monotonic()
-        for connection in left:
-            if connection.is_overdue(now):
-                connection.drop()
 
-    def _wait_for_answers(self, seconds):
-        until = time.monotonic() + seconds
-        busy = [each for each in self._connections if each.sessions]
-        while not all(each.is_gone() for each in busy) and time.monotonic() < until:
-            time.sleep(0.01)
+def wait_for_answers(seconds):
+    """Waits until the clients of all commands at work have left with their answers."""
+    until = time.monotonic() + seconds
+    for connection in {session.connection for session in alive(Session)}:
+        connection.join(max(0, until - time.monotonic()))
 
 
 def listen(host, port):
@@ -3874,24 +3807,29 @@ def listen(host, port):
     name = "::" if everywhere else host or "0.0.0.0"
     try:
         family = socket.getaddrinfo(name, port)[0][0]
-        return socket.create_server(
+        listener = socket.create_server(
             (name, port), family=family, backlog=512, dualstack_ipv6=everywhere
         )
     except OSError as error:
-        why = error.strerror.partition(" (")[0]  # Python adds the address that it attempted
-        raise Problem(f"BA_BIND: nothing can listen on {host}:{port}: {why}") from error
+        raise Problem(f"BA_BIND: nothing can listen on {host}:{port}: {error.strerror}") from error
+    # Accepted sockets inherit these.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    # paramiko would wait for ever for a client that has vanished.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_SECONDS * 1000)
+    return listener
 
 
-def plain_host(address):
+def host_of(address):
     """The IP address in a socket's address; an IPv4 one as such, though it came over IPv6."""
-    host = ipaddress.ip_address(address[0].partition("%")[0])
-    return str(getattr(host, "ipv4_mapped", None) or host)
+    host = ipaddress.ip_address(address[0])
+    return getattr(host, "ipv4_mapped", None) or host
 
 
 def show_address(address):
     """A socket's address as people write it."""
-    host = plain_host(address)
-    return f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
+    host = host_of(address)
+    return f"[{host}]:{address[1]}" if host.version == 6 else f"{host}:{address[1]}"
 
 
 def fingerprint(key):
@@ -3906,25 +3844,18 @@ def key_is_authorized(path, key, host):
     Of the options before a key, from="…" with addresses and networks is honoured; a key with any
     other is refused. A file that cannot be read admits nobody.
     """
-    blob = re.escape(base64.b64encode(key.asbytes()).decode())
-    form = rf'[ \t]*(?:from="([^"]*)"[ \t]+)?{key.get_name()}[ \t]+{blob}(?:[ \t\r].*)?'
     try:
-        lines = path.read_text("utf-8-sig", "replace").split("\n")
+        text = path.read_text("utf-8-sig", "replace")
     except OSError as error:
-        reason = error.strerror
-        log.error("AUTHORIZED_KEYS: %s cannot be read, so nobody is admitted: %s", path, reason)
+        log.error("AUTHORIZED_KEYS: it cannot be read, so nobody is admitted: %s", error)
         return False
-    for line in lines:
-        match = re.fullmatch(form, line)
+    blob = re.escape(key.get_base64())
+    form = rf'^[ \t]*(?:from="([^"\n]+)"[ \t]+)?{key.get_name()}[ \t]+{blob}(?:[ \t].*)?$'
+    for sources in re.findall(form, text, re.MULTILINE):
         with contextlib.suppress(ValueError):
-            if match and (match[1] is None or is_in(host, networks(match[1]))):
+            if not sources or any(host in network for network in networks(sources)):
                 return True
     return False
-
-
-def is_in(host, allowed):
-    """Whether an address is in one of these networks."""
-    return any(ipaddress.ip_address(host) in network for network in allowed)
 
 
 # ---------------------------------------------------------------- is all well?
@@ -3934,66 +3865,45 @@ def looked(name, advice, look, *about):
     """Takes a look: whether all is well there, and what to say."""
     try:
         return True, f"{name}: {look(*about)}"
-    except (Problem, OSError, ValueError) as problem:
+    except (Problem, OSError, ValueError, KeyError) as problem:
         return False, f"{name}: {problem}; {advice}"
 
 
 def looks_at_oni(oni):
     """Looks at Open ONI: whether it answers, and where loads write."""
-    places = {}
-
-    def database():
-        places.update(oni.ask("places", within=PATIENT_SECONDS))
-        return f"{places['loaded']} batches"
-
-    def index():
-        if "index_error" in places:
-            raise Problem(places["index_error"])
-        return f"{places['documents']} pages"
-
     yield looked("manage.py check", "run it by hand, as the agent's user", oni.check)
-    yield looked("database", "see ONI's database settings", database)
-    if not places:
+    try:
+        batches, places = oni.ask("places", within=PATIENT_SECONDS)
+    except (Problem, OSError) as problem:
+        yield False, f"database: {problem}; see ONI's database settings"
         return
-    advice = "let the agent's user write there; under systemd, name it in ReadWritePaths="
-    yield looked("ONI's log/", advice, writable, oni.location / places["log"])
-    yield looked("Solr", "see ONI's SOLR_BASE_URL; loads and purges will fail", index)
-    yield looked("ONI's batch storage", advice, writable, Path(places["batches"]))
-    shared = {f"ONI's cache {folder}": folder for folder in places["cache"]}
-    shared["ONI's word coordinates"] = places["coordinates"]
-    advice = "run the agent as the site's user, and under systemd name it in ReadWritePaths="
-    for name, folder in shared.items():
-        if folder:
-            yield looked(name, advice, ours, Path(folder))
+    yield True, f"database: {batches} batches"
+    advice = "see ONI's SOLR_BASE_URL; loads and purges will fail"
+    yield looked("Solr", advice, lambda: f"{oni.ask('documents')} pages")
+    advice = "run the agent as the site's user; under systemd, name it in ReadWritePaths="
+    for name, (folder, is_shared) in places.items():
+        look = ours if is_shared else writable
+        yield looked(f"ONI's {name}", advice, look, oni.location / folder)
 
 
 def writable(folder):
     """Tries to write to a folder, through links. Raises OSError."""
     tempfile.TemporaryFile(dir=folder.resolve()).close()
-    return "can be written"
+    return f"{folder} can be written"
 
 
 def ours(folder):
     """Looks at a folder, maybe yet to be made, that the website reads as its own user.
 
-    Raises Problem, OSError, ValueError.
+    Raises Problem, OSError, ValueError; KeyError, where its owner has no name.
     """
     place = folder.resolve()
     if place.exists() and place.stat().st_uid != os.geteuid():
-        owner = user_name(place.stat().st_uid)
         raise Problem(
-            f"{place} belongs to user {owner}, and the agent runs as {user_name(os.geteuid())}:"
-            " what it writes there the website could not use"
+            f"{place} belongs to user {place.owner()}, as whom the agent does not run: what it"
+            " writes there the website could not use"
         )
     return writable(nearest_folder(place))
-
-
-def user_name(number):
-    """A user's name, or number if it has none."""
-    try:
-        return pwd.getpwuid(number).pw_name
-    except KeyError:
-        return str(number)
 
 
 def looks_at_own(settings):
@@ -4002,7 +3912,7 @@ def looks_at_own(settings):
     def state():
         if (settings.state_directory / "jobs.db").exists():
             return f"{len(JobStore(settings.state_directory).jobs())} jobs"
-        return writable(nearest_folder(settings.state_directory.resolve()))
+        return writable(nearest_folder(settings.state_directory))
 
     def host_key():
         key = load_host_key(settings.host_key_file)
@@ -4028,21 +3938,21 @@ def looks_at_own(settings):
 def look_once(oni):
     """Says in the log how Open ONI is; one that does not answer is no reason not to serve."""
     for well, text in looks_at_oni(oni):
-        level = logging.INFO if well else logging.WARNING
-        log.log(level, "Open ONI in %s: %s", oni.location, text)
+        tell = log.info if well else log.warning
+        tell("Open ONI in %s: %s", oni.location, text)
 
 
-def check_all(environ):
+def check_all():
     """Prints how all is that the agent needs, a line each; the exit status is 1 if not well."""
     sys.stdout.reconfigure(errors="replace")  # not every terminal has a check mark
     try:
-        settings = Settings(environ)
+        settings = Settings(os.environ)
     except Problem as problem:
         for text in problem.args:
             print("✗", text)
         return 1
     print("✓ settings")
-    oni = OpenONI(settings.oni_location, environ)
+    oni = OpenONI(settings.oni_location, os.environ)
     exit_status = 0
     for well, text in itertools.chain(looks_at_own(settings), looks_at_oni(oni)):
         print("✓" if well else "✗", text)
@@ -4054,52 +3964,55 @@ def check_all(environ):
 
 # ---------------------------------------------------------------- main
 
+STOPS = (signal.SIGTERM, signal.SIGINT)
+
 
 class JournalFormatter(logging.Formatter):
     """A log line as the journal takes it (sd-daemon(3)): a priority in front, and no time."""
 
     def format(self, record):
         priority = {"DEBUG": 7, "INFO": 6, "WARNING": 4}.get(record.levelname, 3)
-        return "\n".join(f"<{priority}>{line}" for line in super().format(record).split("\n"))
+        return re.sub("(?m)^", f"<{priority}>", super().format(record))
 
 
 def set_up_logging(level):
     """The log goes to stderr, with priorities where that is systemd's journal."""
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s")
+    others = "DEBUG" if level == "DEBUG" else "CRITICAL"  # paramiko, that is
+    logging.basicConfig(level=others, format="%(asctime)s %(levelname)s %(message)s")
+    log.setLevel(level)
     if stderr_is_journal():
         logging.root.handlers[0].setFormatter(JournalFormatter("%(message)s"))
-    noisy = logging.DEBUG if level == "DEBUG" else logging.CRITICAL
-    logging.getLogger("paramiko").setLevel(noisy)
 
 
 def tell_systemd(state):
     """Says how the service is (sd_notify(3)), where systemd wants to know."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if address:
-        with contextlib.suppress(OSError):
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-                target = "\0" + address[1:] if address[0] == "@" else address
-                notify.sendto(state.encode(), target)
+    with contextlib.suppress(KeyError, OSError):
+        address = re.sub("^@", "\0", os.environ["NOTIFY_SOCKET"])
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+            notify.sendto(state.encode(), address)
 
 
-HOOKS = futures.ThreadPoolExecutor(8, "hooks")  # for ON_FINISH
+ASIDE = futures.ThreadPoolExecutor(8, "aside")  # for what nobody waits for
 
 
 def run_on_finish(program, job, job_log, environ):
     """Runs ON_FINISH for a job that has ended; what becomes of it is only logged."""
-    about = {
+    environment = {
+        **environ,
         "ONI_JOB_ID": str(job.id),
         "ONI_JOB_COMMAND": shlex.join(job.words),
         "ONI_JOB_STATUS": job.status,
         "ONI_JOB_ERROR": job.error.replace("\0", ""),
         "ONI_JOB_LOG": str(job_log),
     }
-    # timeout(1) ends it even if the agent goes.
-    command = ["timeout", "-s", "KILL", str(HOOK_SECONDS), str(program)]
-    options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
     try:
         status = subprocess.run(
-            command, env={**environ, **about}, start_new_session=True, **options
+            # timeout(1) ends it even if the agent goes.
+            ["timeout", "-s", "KILL", str(HOOK_SECONDS), program],
+            env=environment,
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
         ).returncode
         if status == -signal.SIGKILL:
             status = f"none within {HOOK_SECONDS} s, and was killed"
@@ -4114,13 +4027,13 @@ def stop_on_signals():
     reader, writer = socket.socketpair()
 
     def stop(number, _):
-        for each in (signal.SIGTERM, signal.SIGINT):
+        for each in STOPS:
             signal.signal(each, signal.SIG_DFL)  # such an end is a clean one for systemd
         # No more than that: the signal may have come amid a line of the log.
         writer.send(bytes([number]))
 
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+    for each in STOPS:
+        signal.signal(each, stop)
     return reader
 
 
@@ -4131,90 +4044,84 @@ def be_init():
     agent = os.fork()
     if not agent:
         return
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: os.kill(agent, number))
-    while True:
+    for each in STOPS:
+        signal.signal(each, lambda number, _: os.kill(agent, number))
+    ended = None
+    while ended != agent:
         ended, status = os.wait()
-        if ended == agent:
-            os._exit(os.WEXITSTATUS(status) if os.WIFEXITED(status) else 1)
+    os._exit(os.waitstatus_to_exitcode(status))
 
 
 def raise_limits():
     """Lets the agent open as many files as it may: each connection and command needs some."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65536), hard))
 
 
 def main():
     """Runs the agent until it is told to stop; returns its exit status."""
     parser = argparse.ArgumentParser(
-        prog="oni_agent.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"ONI Agent {VERSION}")
     parser.add_argument("--check", action="store_true", help="look at all that the agent needs")
-    environ = dict(os.environ)
     if parser.parse_args().check:
-        return check_all(environ)
+        return check_all()
     be_init()
+    exit_status = 2  # systemd need not try again
     try:
-        settings = Settings(environ)
+        settings = Settings(os.environ)
         host_key = load_host_key(settings.host_key_file)
-    except Problem as problem:
-        complain(*problem.args)
-        return 2
-    set_up_logging(settings.log_level)
-    stop = stop_on_signals()
-    tell_systemd("STATUS=starting")
-    raise_limits()
-    try:
-        server = build(settings, environ, host_key)
+        set_up_logging(settings.log_level)
+        stop = stop_on_signals()
+        raise_limits()
+        exit_status = 1  # what fails from here on may go well the next time
+        agent = build(settings)
+        host_key = host_key or make_host_key(settings.host_key_file)
+        listener = listen(*settings.ba_bind)
     except (Problem, OSError) as problem:
-        complain(str(problem))
-        return 1
+        complain(*problem.args)
+        return exit_status
     gc.freeze()  # what is there by now stays, and need not be looked at
-    agent = server.agent
+    tell_where(settings, listener.getsockname())
     agent.queue.start()
-    threading.Thread(target=look_once, args=(agent.site.oni,), daemon=True).start()
+    ASIDE.submit(look_once, agent.site.oni)
     tell_systemd("READY=1")
-    server.serve(stop)
+    serve(agent, host_key, listener, stop)
     tell_systemd("STOPPING=1\nSTATUS=")
     return 0
 
 
-def build(settings, environ, host_key):
-    """Wires the agent together; it listens when this returns. Raises Problem, OSError."""
+def build(settings):
+    """Wires together what commands work on. Raises Problem, OSError."""
     store = JobStore(settings.state_directory)
-    if not host_key:
-        host_key = make_host_key(settings.host_key_file)
-    oni = OpenONI(settings.oni_location, environ)
+    oni = OpenONI(settings.oni_location, os.environ)
     site = Site(settings, oni, RememberedCounts(settings.state_directory / "counts.json"))
 
     def ended(job):
         if settings.on_finish:
             path = store.log(job).path
             with contextlib.suppress(RuntimeError):  # no thread to be had
-                HOOKS.submit(run_on_finish, settings.on_finish, job, path, oni.environment)
+                ASIDE.submit(run_on_finish, settings.on_finish, job, path, oni.environment)
 
     jobs = JobQueue(store, site, ended, lambda text: tell_systemd(f"STATUS={text}"))
-    server = SSHServer(Agent(settings, site, store, jobs), host_key)
-    log.info(
-        "listening on %s version=%s state=%s", server.address, VERSION, settings.state_directory
-    )
+    return Agent(settings, site, store, jobs)
+
+
+def tell_where(settings, address):
+    """Says in the log where the agent listens, and what an administrator should know of that."""
+    shown = show_address(address)
+    log.info("listening on %s version=%s state=%s", shown, VERSION, settings.state_directory)
     if settings.db_connection:
         log.info("DB_CONNECTION is set and not needed: Open ONI's own settings are used")
-    if not (settings.allow_from or settings.authorized_keys or server.loopback):
+    if not (settings.allow_from or settings.authorized_keys or host_of(address).is_loopback):
         log.warning(
-            "anyone who reaches %s may load and purge: set ALLOW_FROM or AUTHORIZED_KEYS",
-            server.address,
+            "anyone who reaches %s may load and purge: set ALLOW_FROM or AUTHORIZED_KEYS", shown
         )
-    return server
 
 
 if __name__ == "__main__":
     status = main()
-    logging.shutdown()
     sys.stdout.flush()
     os._exit(status)  # without waiting for threads: they may be cut off at any instant

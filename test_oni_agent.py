@@ -5370,7 +5370,7 @@ def recorded_bytes(port: int) -> bytes:
 
 
 def test_clients_that_stop_halfway_are_gone_when_their_time_is_up(site):
-    hurry(site, HANDSHAKE_SECONDS=3, IDLE_SECONDS=3)
+    hurry(site, IDLE_SECONDS=3)
     recorded = recorded_bytes(site.port)
     before = resources(site)
     version = recorded.index(b"\n") + 1
@@ -5403,7 +5403,7 @@ def test_clients_that_stop_halfway_are_gone_when_their_time_is_up(site):
 
 
 def test_a_slow_loris_keeps_nobody_waiting_and_is_gone_in_time(site):
-    hurry(site, HANDSHAKE_SECONDS=4, IDLE_SECONDS=6)
+    hurry(site, IDLE_SECONDS=6)
     before = resources(site)
     clients = [Client(site.port) for _ in range(100)]
     sockets = [silent(site.port, said) for said in [b""] * 300 + [b"SSH-2.0-loris\r\n"] * 100]
