@@ -3601,7 +3601,7 @@ class Connection(paramiko.ServerInterface, paramiko.Transport):
         return self.check_channel_exec_request(channel, b"")  # no shell, but an answer
 
     def check_channel_exec_request(self, channel, command):
-        if channel not in self.server_accepts:
+        if channel not in self.server_accepts or len(alive(Session)) >= MAX_SESSIONS:
             return False  # RFC 4254, 6.5: one to a channel
         self.server_accepts.remove(channel)
         self.sock.requested = Session(self, channel, command)
@@ -3778,6 +3778,12 @@ def alive(kind):
     return {each for each in threading.enumerate() if isinstance(each, kind)}
 
 
+def at_work():
+    """The connections on which a command is at work, or about to begin."""
+    about_to = {each for each in alive(Connection) if each.sock.requested}
+    return about_to | {session.connection for session in alive(Session)}
+
+
 def drop_idle(most=MAX_CONNECTIONS):
     """Ends connections that have been without a command for too long; if there are more than `most`
     connections in all, those as well that have been so longest.
@@ -3786,8 +3792,7 @@ def drop_idle(most=MAX_CONNECTIONS):
     surplus = len(connections) - most
     if surplus > 0:
         log.warning("too many connections: %d that have been idle longest are ended", surplus)
-    at_work = {session.connection for session in alive(Session)}
-    idle = sorted(connections - at_work, key=lambda each: each.idle_since)
+    idle = sorted(connections - at_work(), key=lambda each: each.idle_since)
     for number, connection in enumerate(idle):
         if number < surplus or time.monotonic() - connection.idle_since > IDLE_SECONDS:
             with contextlib.suppress(OSError):
@@ -3797,7 +3802,7 @@ def drop_idle(most=MAX_CONNECTIONS):
 def wait_for_answers(seconds):
     """Waits until the clients of all commands at work have left with their answers."""
     until = time.monotonic() + seconds
-    for connection in {session.connection for session in alive(Session)}:
+    for connection in at_work():
         connection.join(max(0, until - time.monotonic()))
 
 
@@ -3810,8 +3815,9 @@ def listen(host, port):
         listener = socket.create_server(
             (name, port), family=family, backlog=512, dualstack_ipv6=everywhere
         )
-    except OSError as error:
-        raise Problem(f"BA_BIND: nothing can listen on {host}:{port}: {error.strerror}") from error
+    except (OSError, UnicodeError) as error:  # UnicodeError: it cannot be a host's name
+        why = getattr(error, "strerror", error)
+        raise Problem(f"BA_BIND: nothing can listen on {host}:{port}: {why}") from error
     # Accepted sockets inherit these.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -3907,7 +3913,7 @@ def ours(folder):
 
 
 def looks_at_own(settings):
-    """Looks at what there is beside Open ONI, before an agent runs; nothing is changed."""
+    """Looks at what there is beside Open ONI, before an agent runs."""
 
     def state():
         if (settings.state_directory / "jobs.db").exists():
@@ -4074,13 +4080,14 @@ def main():
         settings = Settings(os.environ)
         host_key = load_host_key(settings.host_key_file)
         set_up_logging(settings.log_level)
+        tell_systemd("STATUS=starting")
         stop = stop_on_signals()
         raise_limits()
         exit_status = 1  # what fails from here on may go well the next time
         agent = build(settings)
         host_key = host_key or make_host_key(settings.host_key_file)
         listener = listen(*settings.ba_bind)
-    except (Problem, OSError) as problem:
+    except Problem as problem:
         complain(*problem.args)
         return exit_status
     gc.freeze()  # what is there by now stays, and need not be looked at

@@ -4947,6 +4947,7 @@ def test_an_agent_without_settings_names_everything_that_is_missing(tmp_path):
         ("BA_BIND", "no-such-host.invalid:2222", "no-such-host.invalid"),
         ("BA_BIND", "[no-such-host.invalid]:2222", "no-such-host.invalid"),
         ("BA_BIND", "192.0.2.1:2222", "192.0.2.1"),
+        ("BA_BIND", "no..host:2222", "no..host"),
         ("ONI_LOCATION", "", "ONI_LOCATION is not set"),
         ("ONI_LOCATION", "{0}/nowhere", "which is not a folder"),
         ("ONI_LOCATION", "{0}/batches", "a folder without manage.py"),
@@ -5468,6 +5469,22 @@ def test_requests_whose_channels_are_closed_still_count_as_at_work(site):
     assert resources_now(site)[0] <= before[0] + 15
     gate.open()
     assert site.call("version")["status"] == "success"
+
+
+def test_channels_that_were_opened_before_do_not_let_in_too_many_commands(site):
+    hurry(site, MAX_SESSIONS=3)
+    gate = site.hold_load(site.batch(ALPHA))
+    id = site.job("load-batch", ALPHA)
+    gate.reached()
+    with Client(site.port) as client:
+        channels = [client.transport.open_session(timeout=30) for _ in range(6)]
+        for channel in channels[:3]:
+            channel.exec_command(f"job-wait {id}")
+        with pytest.raises(paramiko.SSHException):
+            channels[3].exec_command("version")
+        gate.open()
+        assert [channel.recv_exit_status() for channel in channels[:3]] == [0, 0, 0]
+        until(lambda: is_answered(site))
 
 
 @pytest.mark.parametrize("length", [0x40000004, 0xFFFFFFFC])
