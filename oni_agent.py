@@ -999,7 +999,7 @@ class Counts:
 
     issues: int
     pages: int | None = 0
-    pages_with_ocr: int = 0
+    pages_with_ocr: int | None = 0
     problem: str = ""  # with that METS file
 
 
@@ -1015,8 +1015,7 @@ def count_files(folder):
             counts.pages += len(issue.pages)
             counts.pages_with_ocr += sum("ocr" in files for _, files in issue.pages)
     except Problem as problem:
-        counts.pages = None
-        counts.problem = str(problem)
+        return Counts(len(paths), None, None, str(problem))
     return counts
 
 
@@ -1109,35 +1108,8 @@ class Patch:
         if unready.exists():
             tell(f"removing {unready}, which an interrupted patch has left")
             shutil.rmtree(unready)
-        sizes = self._sizes()
-        need = len(self.listing) + sum(sizes.values())
-        free = shutil.disk_usage(new.parent).free
-        if need > free:
-            raise Problem(
-                f"the patch needs {need:,} bytes in {new.parent}, where {free:,} are free"
-            )
-        done = 0
-
-        def ignore(folder, names):
-            return [name for name in names if Path(folder, name) not in sizes]
-
-        def copy(source, target):
-            nonlocal done
-            go_on()
-            try:
-                shutil.copy2(source, target)
-            except OSError as error:  # copytree would go on, and tell of each file
-                raise Problem(f"{source} cannot be copied: {error.strerror or error}") from error
-            size = os.path.getsize(target)
-            if size != sizes[Path(source)]:
-                raise Problem(f"{source} has changed since the patch began")
-            before = done * 10 // need
-            done += size
-            if done * 10 // need > before:
-                tell(f"{done * 100 // need} % of {need:,} bytes")
-
         try:
-            shutil.copytree(self.old, unready, symlinks=True, ignore=ignore, copy_function=copy)
+            self._copy(unready, tell, go_on)
             (unready / LISTING).write_bytes(self.listing)
             check_listing(unready)
             os.sync()  # whole on disk before it is seen
@@ -1146,10 +1118,40 @@ class Patch:
         finally:
             shutil.rmtree(unready, ignore_errors=True)  # unless it is the new batch by now
 
+    def _copy(self, unready, tell, go_on):
+        """Copies all but the listing, if there is room for it; tells of each tenth of the bytes."""
+        sizes = self._sizes()
+        need = len(self.listing) + sum(sizes.values())
+        free = shutil.disk_usage(unready.parent).free
+        if need > free:
+            raise Problem(
+                f"the patch needs {need:,} bytes in {unready.parent}, where {free:,} are free"
+            )
+        done = 0
+
+        def ignore(folder, names):
+            return [name for name in names if os.path.join(folder, name) not in sizes]
+
+        def copy(source, target):
+            nonlocal done
+            go_on()
+            try:
+                shutil.copy2(source, target)
+            except OSError as error:  # copytree would go on, and tell of each file
+                raise Problem(f"{source} cannot be copied: {error.strerror or error}") from error
+            if os.path.getsize(target) != sizes[source]:
+                raise Problem(f"{source} has changed since the patch began")
+            before = done * 10 // need
+            done += sizes[source]
+            if done * 10 // need > before:
+                tell(f"{done * 100 // need} % of {need:,} bytes")
+
+        shutil.copytree(self.old, unready, symlinks=True, ignore=ignore, copy_function=copy)
+
     def _sizes(self):
-        """What is copied of the old batch, and how many bytes each file or folder of it has."""
+        """The paths of what is copied of the old batch, and how many bytes each of them has."""
         return {
-            path: path.lstat().st_size
+            str(path): path.lstat().st_size
             for path in self.old.rglob("*")
             if self._gone.isdisjoint([path, *path.parents])
             and not path.name.lower().endswith((".tif", ".tiff", "_1.xml"))
