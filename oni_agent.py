@@ -730,11 +730,24 @@ BATCH_FILES = (  # load_batch reads the first that is there
     "BATCH_2.xml",
     "batch.xml",
 )
+LISTING = "data/batch.xml"  # of a patched batch, which has no validated one
 NDNP = "{http://www.loc.gov/ndnp}"
 METS = "{http://www.loc.gov/METS/}"
 MODS = "{http://www.loc.gov/mods/v3}"
-IN_MODS = {"": "http://www.loc.gov/mods/v3"}  # for names without a prefix
 MIX = "{http://www.loc.gov/mix/}"
+SPATIAL_METRICS = (
+    f"{METS}mdWrap/{METS}xmlData/{MIX}mix/{MIX}ImagingPerformanceAssessment/{MIX}SpatialMetrics"
+)
+IMAGES = (
+    b"\0\0\0\x0cjP  ",
+    b"\xff\x4f\xff\x51",
+    b"\xff\xd8\xff",
+    b"\x89PNG",
+    b"II",
+    b"MM",
+    b"GIF8",
+    b"BM",
+)
 HREF = "{http://www.w3.org/1999/xlink}href"
 
 
@@ -753,41 +766,40 @@ def read_regular(path, size=-1):
         if is_scarce(error):
             raise
         raise Problem(f"reading file: open {path}: {error.strerror.lower()}") from error
-    except ValueError as error:  # a NUL in its name
-        raise Problem(f"reading file: {path}: {error}") from error
 
 
 def parse_xml(path, builder=None):
     """The root of an XML file. Raises Problem."""
     content = read_regular(path)
+    declared = re.match(rb"""<\?xml[^>]*\sencoding=["']([\w.-]+)["']""", content)
     try:
+        if declared:  # Python knows encodings that its XML parser does not, as ONI's parser does
+            content = content.decode(declared[1].decode())
         return ET.fromstring(content, ET.XMLParser(target=builder))
     except (ET.ParseError, LookupError, ValueError) as error:  # LookupError: the encoding
-        declared = re.match(rb"""<\?xml[^>]*\sencoding=["']([\w.-]+)["']""", content)
-        if declared:  # ONI's parser knows some encodings that this one does not
-            with contextlib.suppress(ET.ParseError, LookupError, ValueError):
-                return ET.fromstring(content.decode(declared[1].decode()))
         raise Problem(f"reading file: {path}: {error}") from error
 
 
 def batch_file(folder):
-    """The file of a batch that names its issues: the one that load_batch reads."""
-    data = folder / "data"
-    there = (data / name for name in BATCH_FILES if os.access(data / name, os.R_OK))
-    return next((path for path in there if not path.is_dir()), data / "batch.xml")
+    """The file of a batch that names its issues: the first that load_batch could read, or none."""
+    for name in BATCH_FILES:
+        path = folder / "data" / name
+        if os.access(path, os.R_OK) and not path.is_dir():
+            break
+    return path
 
 
 def issue_files(folder):
     """The METS files that a batch's file names, as load_batch takes them. Raises Problem."""
     path = batch_file(folder)
     root = parse_xml(path)
-    if any(reel.get("reelNumber") is None for reel in root.findall(f"{NDNP}reel")):
+    if root.findall(f"{NDNP}reel") != root.findall(f"{NDNP}reel[@reelNumber]"):
         raise Problem(f"{path} names a reel without a reelNumber")
     found = []
     for issue in root.findall(f"{NDNP}issue"):  # children of the root only
-        written = beside(path, issue.text or "")
-        unquoted = beside(path, urllib.parse.unquote(issue.text or ""))
-        found.append(written if os.path.exists(written) else unquoted)
+        written = beside(path, issue.text)
+        unquoted = Path(urllib.parse.unquote(str(written)))
+        found.append(next(filter(os.path.exists, [written, unquoted]), written))
     if not found:
         raise Problem(f"{path} names no issue, so ONI would load nothing")
     return found
@@ -795,14 +807,13 @@ def issue_files(folder):
 
 def beside(path, href):
     """The file that a reference in the XML file `path` points to, as ONI's urljoin takes it."""
-    target = re.sub("^file:(//)?(?=/)", "", re.sub(r"[\n\r\t]", "", href).lstrip())
+    target = re.sub(r"[\n\r\t]", "", href or "").lstrip()
+    target = re.sub("^file:(//)?(?=/)", "", target)
     return Path(os.path.normpath(path.parent / target)) if target else path
 
 
 def check_listed(folder, path):
     """Raises Problem unless a METS file that a batch names is there, and inside its folder."""
-    if "\0" in str(path):
-        raise Problem(f"reading file: {path!r} cannot be a file's name")
     if Path(os.path.realpath(folder)) not in Path(os.path.realpath(path)).parents:
         raise Problem(
             f"reading file: {path}, which {batch_file(folder).name} names, lies outside the"
@@ -826,135 +837,116 @@ class IssueFile:
     def __init__(self, path):
         self.path = path
         root = parse_xml(path)
-        self._files = by_id(root.iter(f"{METS}file"))
-        self._technical = by_id(root.iter(f"{METS}techMD"))
-        sections = root.iter(f"{METS}dmdSec")
-        self._descriptions = by_id(each for each in sections if mods_of(each) is not None)
+        files = by_id(root, f"{METS}file")
+        descriptions = by_id(root, f"{METS}dmdSec", f".//{MODS}mods")
+        self._metrics = by_id(root, f"{METS}techMD", SPATIAL_METRICS)
         division = root.find(f".//{METS}div[@TYPE='np:issue']")
         if division is None:
             raise Problem(f"{path} has no np:issue, and ONI cannot load it")
-        self.pages = division.findall(f".//{METS}div[@TYPE='np:page']")
-        mods = self._description(division)
-        self._edition = text_of(mods, "detail[@type='edition']/number").strip()
-        self._date = text_of(mods, "dateIssued")
-        self.lccn = text_of(mods, "identifier[@type='lccn']").strip()
-        self.edition = number_in(self._edition)
-        self.date = date_in(self._date)
+        mods = descriptions.get(division.get("DMDID"))
+        if mods is None:
+            raise Problem(f"np:issue has no description (DMDID) in {path}")
+        self._edition = mods.findtext(f".//{MODS}detail[@type='edition']/{MODS}number", "")
+        self._date = mods.findtext(f".//{MODS}dateIssued", "")
+        lccn = mods.findtext(f".//{MODS}identifier[@type='lccn']", "").strip()
+        self.key = [lccn, date_in(self._date), number_in(self._edition)]
+        self.pages = []  # of each its description, and its files by their USE; None: not described
+        for page in division.findall(f".//{METS}div[@TYPE='np:page']"):
+            by_use = {}
+            for pointer in page.findall(f"{METS}fptr"):
+                file = files.get(pointer.get("FILEID"), ET.Element("nothing"))
+                by_use[file.get("USE")] = file
+            self.pages.append((descriptions.get(page.get("DMDID")), by_use))
 
-    def _description(self, division):
-        section = self._descriptions.get(division.get("DMDID"))
-        if section is None:
-            raise Problem(f"{division.get('TYPE')} has no description (DMDID) in {self.path}")
-        return mods_of(section)
+    def faults(self):
+        """What in the METS file makes ONI refuse the batch, or drop something without a word.
 
-    def _page_files(self, page):
-        """Use, element and path of each file of a page. Raises Problem."""
-        for pointer in page.findall(f"{METS}fptr"):
-            file = self._files.get(pointer.get("FILEID"))
-            if file is None or file.get("USE") is None:
-                raise Problem(f"a page of {self.path} points to a file that is not described")
-            location = file.find(f"{METS}FLocat")
-            href = "" if location is None else location.get(HREF, "")
-            if file.get("USE") == "ocr":  # opened as a URL; the others by their names
-                href = urllib.parse.unquote(href.partition("#")[0].strip())
-            yield file.get("USE"), file, beside(self.path, href)
-
-    def pages_with_ocr(self):
-        """How many pages name an OCR file, which makes ONI index them. Raises Problem."""
-        uses = ([use for use, _, _ in self._page_files(page)] for page in self.pages)
-        return sum("ocr" in each for each in uses)
-
-    def findings(self):
-        """What is wrong with the issue: "fault" or "warning", file and sentence each.
-
-        A fault makes ONI refuse the batch, or drop something of it without a word: a ValueError
-        skips the issue, a BatchLoaderException the page, anything else ends the load.
+        A ValueError skips the issue, a BatchLoaderException the page, anything else ends the load.
         """
-        folder = self.path.parent.name
-        if self.edition is None:
-            text = f"the edition is {self._edition!r}: ONI would leave this issue out"
-            yield "fault", self.path, text
-        elif re.fullmatch(r"\d{10}", folder) and int(folder[8:]) != self.edition:
-            text = f"the folder {folder} names another edition than {self._edition}"
-            yield "warning", self.path, text
-        if self.date is None:
-            text = f"the dateIssued is {self._date!r}: ONI would leave this issue out"
-            yield "fault", self.path, text
-        if not self.lccn:
-            yield "fault", self.path, "there is no LCCN: ONI could not tell which title this is"
-        for number, page in enumerate(self.pages, 1):
-            try:
-                yield from self._page_findings(page, f"page {number}")
-            except Problem as problem:
-                yield "fault", self.path, str(problem)
+        lccn, date, edition = self.key
+        if not lccn:
+            yield "there is no LCCN: ONI could not tell which title this is"
+        if date is None:
+            yield f"the dateIssued is {self._date!r}: ONI would leave this issue out"
+        if edition is None:
+            yield f"the edition is {self._edition!r}: ONI would leave this issue out"
+        for number, (mods, files) in enumerate(self.pages, 1):
+            if None in files:
+                yield f"a page of {self.path} points to a file that is not described"
+            if "service" in files and not self._may_be_measured(files["service"]):
+                yield f"page {number} has no dimensions of its image: ONI would drop it"
+            if mods is None:
+                yield f"np:page has no description (DMDID) in {self.path}"
+                continue
+            sequence = mods.findtext(f".//{MODS}extent/{MODS}start", "")
+            if number_in(sequence) is None:
+                yield f"page {number} has the sequence {sequence!r}: ONI would leave it out"
 
-    def _page_findings(self, page, name):
-        sequence = text_of(self._description(page), "extent/start")
-        if number_in(sequence) is None:
-            text = f"{name} has the sequence {sequence!r}: ONI would leave it out"
-            yield "fault", self.path, text
-        for use, file, path in self._page_files(page):
-            if use == "ocr":
-                fault = ocr_fault(path)
-                if fault:
-                    yield "fault", path, f"{fault}: ONI could not index this page"
-            elif use == "derivative" and not path.is_file():
-                yield "warning", path, "there is no such PDF"
-            elif use == "service":
-                yield from self._image_findings(file, path, name)
-
-    def _image_findings(self, file, path, name):
-        """ONI takes an image's dimensions from the METS file; else it opens the image."""
-        if file.get("ADMID") is not None:
-            if not self._has_dimensions(file):
-                text = f"{name} has no dimensions of its image: ONI would drop it"
-                yield "fault", self.path, text
-            if not path.is_file():
-                yield "warning", path, "there is no such image: the page will have no picture"
-        elif not path.is_file():
-            yield "fault", path, "there is no such image, and the METS file has no dimensions"
-        elif not looks_like_an_image(path):
-            yield "fault", path, "this is no image, and the METS file has no dimensions"
-
-    def _has_dimensions(self, file):
-        """Whether ONI finds width and length of an image, as numbers, in its MIX."""
-        place = f"{METS}mdWrap/{METS}xmlData/{MIX}mix/{MIX}ImagingPerformanceAssessment"
-        metrics = f"{place}/{MIX}SpatialMetrics/{MIX}"
-        for identifier in file.get("ADMID").split(" "):
-            technical = self._technical.get(identifier)
-            if technical is not None:
-                length = technical.findtext(f"{metrics}ImageLength")
-                width = technical.findtext(f"{metrics}ImageWidth")
-                if length and width:
-                    with contextlib.suppress(ValueError):
-                        return max(abs(int(length)), abs(int(width))) < 2**31
-                    return False
+    def _may_be_measured(self, image):
+        """Whether ONI opens an image for its dimensions, or finds them, as numbers, in its MIX."""
+        if image.get("ADMID") is None:
+            return True
+        for identifier in image.get("ADMID").split(" "):
+            metrics = self._metrics.get(identifier, ET.Element("nothing"))
+            length = metrics.findtext(f"{MIX}ImageLength")
+            width = metrics.findtext(f"{MIX}ImageWidth")
+            if length and width:
+                return all(number_in(text, -(2**31)) is not None for text in (length, width))
         return False
 
+    def findings(self):
+        """What is wrong with the issue: "fault" or "warning", file and sentence each."""
+        for fault in self.faults():
+            yield "fault", self.path, fault
+        folder = self.path.parent.name
+        edition = self.key[2]
+        if re.fullmatch(r"\d{10}", folder) and edition not in (None, int(folder[8:])):
+            yield "warning", self.path, f"the folder {folder} names another edition than {edition}"
+        for _, files in self.pages:
+            for use, file in files.items():
+                path = self._path_of(file)
+                yield from file_findings(use, path, file.get("ADMID") is not None)
 
-def mods_of(section):
-    """The description in a METS section, if there is one."""
-    return section.find(f".//{MODS}mods")
+    def _path_of(self, file):
+        location = next(file.iter(f"{METS}FLocat"), file)  # which has no HREF, either
+        href = location.get(HREF) or ""
+        if file.get("USE") == "ocr":  # opened as a URL; the others by their names
+            href = urllib.parse.unquote(href.partition("#")[0].strip())
+        return beside(self.path, href)
 
 
-def text_of(mods, path):
-    """All text of the first element at a path of a description; "" if there is none."""
-    found = mods.find(f".//{path}", IN_MODS)
-    return "" if found is None else "".join(found.itertext())
+def file_findings(use, path, measured):
+    """What is wrong with a file of a page, whose image the METS file measures, or ONI must."""
+    if use == "ocr":
+        try:
+            check_ocr(path)
+        except Problem as problem:
+            yield "fault", path, f"{problem}: ONI could not index this page"
+    elif use == "derivative" and not path.is_file():
+        yield "warning", path, "there is no such PDF"
+    elif use == "service" and not path.is_file():
+        if measured:
+            yield "warning", path, "there is no such image: the page will have no picture"
+        else:
+            yield "fault", path, "there is no such image, and the METS file has no dimensions"
+    elif use == "service" and not measured and not read_regular(path, 16).startswith(IMAGES):
+        yield "fault", path, "this is no image, and the METS file has no dimensions"
 
 
-def by_id(elements):
-    """Elements by their ID; of several with one ID, the first."""
+def by_id(root, tag, part="."):
+    """What is at a path in the elements with a tag, by their ID; of several with one, the first."""
     found = {}
-    for element in elements:
-        found.setdefault(element.get("ID"), element)
+    for element in root.iterfind(f".//{tag}[@ID]"):
+        inside = element.find(part)
+        if inside is not None:
+            found.setdefault(element.get("ID"), inside)
     return found
 
 
-def number_in(text):
-    """The number in a text if ONI's database and addresses can hold it, else None."""
+def number_in(text, least=0):
+    """The number in a text if ONI's database, and its addresses, can hold it; else None."""
     with contextlib.suppress(ValueError):
-        if 0 <= int(text) < 2**31:
+        if least <= int(text) < 2**31:
             return int(text)
     return None
 
@@ -966,18 +958,8 @@ def date_in(text):
     return None
 
 
-def looks_like_an_image(path):
-    """Whether ONI may be able to measure a file: a JPEG 2000, or another of the usual kinds."""
-    start = read_regular(path, 1024)
-    if start.startswith(b"\0\0\0\x0cjP  "):
-        return b"ihdr" in start
-    return start.startswith(
-        (b"\xff\x4f\xff\x51", b"\xff\xd8\xff", b"\x89PNG", b"II", b"MM", b"GIF8", b"BM")
-    )
-
-
-def ocr_fault(path):
-    """Why ONI's OCRHandler would fail on an ALTO file; empty if it would not."""
+def check_ocr(path):
+    """Raises Problem if ONI's OCRHandler would fail on an ALTO file."""
     measured = False  # whether a Page with a size has begun: ONI asserts that none has
 
     def start(tag, attributes):
@@ -995,11 +977,8 @@ def ocr_fault(path):
     parser.StartElementHandler = start
     try:
         parser.Parse(read_regular(path), True)
-    except Problem as problem:
-        return str(problem)
     except (ExpatError, LookupError, ValueError) as error:  # LookupError: unknown encoding
-        return f"not well-formed: {error}"
-    return ""
+        raise Problem(f"not well-formed: {error}") from error
 
 
 @dataclass
@@ -1019,55 +998,49 @@ def count_files(folder):
     """
     paths = issue_files(folder)
     counts = Counts(len(paths))
-    for path in paths:
-        try:
-            issue = IssueFile(path)
+    try:
+        for issue in map(IssueFile, paths):
             counts.pages += len(issue.pages)
-            counts.pages_with_ocr += issue.pages_with_ocr()
-        except Problem as problem:
-            return Counts(len(paths), None, None, str(problem))
+            counts.pages_with_ocr += sum("ocr" in files for _, files in issue.pages)
+    except Problem as problem:
+        return Counts(len(paths), None, None, str(problem))
     return counts
 
 
 class Findings:
-    """What a look at every file of a batch has found."""
+    """What a look at every file of a batch finds that ONI would read.
 
-    def __init__(self, folder):
+    Tells `progress` of each issue.
+    """
+
+    def __init__(self, folder, progress):
         self.listing = batch_file(folder)
         self.faults = []  # dicts, as answers show them
         self.warnings = []
         self.issues = []  # LCCN, date, edition
-        self.lccns = set()
         self.titles = {}  # to be fetched: LCCN and URL
         self._folder = folder
+        paths = []
+        try:
+            paths = issue_files(folder)
+        except Problem as problem:
+            self.add("fault", self.listing, problem)
+        for done, path in enumerate(paths, 1):
+            try:
+                check_listed(folder, path)
+                issue = IssueFile(path)
+                self.issues.append(issue.key)
+                for finding in issue.findings():
+                    self.add(*finding)
+            except Problem as problem:
+                self.add("fault", path, problem)
+            progress(done, len(paths))
 
     def add(self, kind, path, text):
-        """Enters a "fault" or a "warning" of a file."""
-        text = text.replace(f"reading file: open {path}: ", "")
+        """Enters a "fault" or a "warning" of a file: a sentence, or a Problem."""
+        text = str(text).replace(f"reading file: open {path}: ", "")
         entries = self.faults if kind == "fault" else self.warnings
         entries.append({"file": os.path.relpath(path, self._folder), kind: text})
-
-
-def check_files(folder, progress):
-    """Findings in every file of a batch that ONI would read; tells `progress` of each issue."""
-    found = Findings(folder)
-    try:
-        paths = issue_files(folder)
-    except Problem as problem:
-        found.add("fault", found.listing, str(problem))
-        return found
-    for done, path in enumerate(paths, 1):
-        try:
-            check_listed(folder, path)
-            issue = IssueFile(path)
-            found.lccns.add(issue.lccn)
-            found.issues.append([issue.lccn, issue.date, issue.edition])
-            for finding in issue.findings():
-                found.add(*finding)
-        except Problem as problem:
-            found.add("fault", path, str(problem))
-        progress(done, len(paths))
-    return found
 
 
 class Patch:
@@ -1076,76 +1049,44 @@ class Patch:
     Raises Problem where one is not `RemoveIssue LCCN/YYYYMMDDEE`, or the batch has no such issue.
     """
 
-    LISTING = os.path.join("data", "batch.xml")
-
     def __init__(self, old, instructions):
         self.old = old
-        listing = old / self.LISTING
+        listing = old / LISTING
+        self._gone = {listing.with_name(name) for name in BATCH_FILES}
         root = parse_xml(listing, ET.TreeBuilder(insert_comments=True, insert_pis=True))
-        issues = root.findall(f"{NDNP}issue")
-        named = self._named(issues, instructions.decode("utf-8", "replace"))
-        self._gone = {beside(listing, issue.text or "").parent for issue in named}  # folders
-        for issue in issues:
-            path = beside(listing, issue.text or "")
-            if issue in named:
+        lines = removals(instructions.decode("utf-8", "replace"))
+        named = []
+        staying = []
+        for issue in root.findall(f"{NDNP}issue"):
+            path = beside(listing, issue.text)
+            keys = issue_keys(issue, path) & lines.keys()
+            if keys:
+                named += keys
+                self._gone.add(path.parent)
                 root.remove(issue)
-            elif self._gone.intersection(path.parents):
+            else:
+                staying.append(path)
+        for key, line in lines.items():
+            if key not in named:
+                raise Problem(f"{line} names no issue of {old.name}; write LCCN/YYYYMMDDEE")
+            if named.count(key) > 1:
+                raise Problem(
+                    f"{line} may mean any of {named.count(key)} issues, since folders and editions"
+                    " disagree; mend batch.xml or the folders first"
+                )
+        for path in staying:
+            if self._gone.intersection(path.parents):
                 raise Problem(f"{path}, which is to stay, lies in the folder of one that is to go")
-        if self._gone.intersection([old, old / "data"]):
-            raise Problem(f"an issue of {old} that is to go has no folder of its own")
+        if not staying:
+            raise Problem(f"no issue of {old.name} would be left")
         ET.register_namespace("", NDNP.strip("{}"))
         self.listing = ET.tostring(root, encoding="utf-8", xml_declaration=True)
 
-    def _named(self, issues, instructions):
-        """The issues that the instructions name, each by its key or by its folder's name."""
-        keys = [issue_keys(issue) for issue in issues]
-        named = []
-        for number, line in enumerate(instructions.splitlines(), 1):
-            if not line.strip():
-                continue
-            word, *operands = line.split()
-            if word != "RemoveIssue":
-                raise Problem(
-                    f"line {number}: {word!r} is not an instruction; RemoveIssue is the only one"
-                )
-            key = plain_key(" ".join(operands))
-            found = [issue for issue, its_keys in zip(issues, keys) if key in its_keys]
-            if not found:
-                raise Problem(
-                    f"line {number}: {line.strip()!r} names no issue of {self.old.name};"
-                    " write LCCN/YYYYMMDDEE"
-                )
-            if len(found) > 1:
-                raise Problem(
-                    f"line {number}: {line.strip()!r} may mean any of {len(found)} issues, since"
-                    " folders and editions disagree; mend batch.xml or the folders first"
-                )
-            named += found
-        if not named:
-            raise Problem("there is no instruction to remove an issue")
-        return named
-
-    def ignore(self, folder, names):
-        """Which of the names in a folder of the old batch are not copied; for shutil.copytree."""
-        data = Path(folder) == self.old / "data"
-        return {
-            name
-            for name in names
-            if Path(folder, name) in self._gone
-            or re.search(r"(\.tiff?|_1\.xml)$", name, re.IGNORECASE)
-            or (data and name in BATCH_FILES)
-        }
-
-    def sizes(self):
-        """The files of the new batch, and how many bytes each has."""
-        return {**file_sizes(self.old, self.ignore), self.LISTING: len(self.listing)}
-
     def is_made(self, new):
-        """Whether `new` is there and is what this patch makes. Raises Problem if it is another."""
+        """Whether `new` is there, and so is whole. Raises Problem if it is another batch."""
         if not os.path.lexists(new):
             return False
-        same = read_regular(new / self.LISTING) == self.listing
-        if not same or file_sizes(new) != self.sizes():
+        if read_regular(new / LISTING) != self.listing:
             raise Problem(f"{new} is there already, and is not what this patch makes; move it away")
         return True
 
@@ -1155,69 +1096,82 @@ class Patch:
         if unready.exists():
             tell(f"removing {unready}, which an interrupted patch has left")
             shutil.rmtree(unready)
-        sizes = self.sizes()
-        need = sum(sizes.values())
-        free = shutil.disk_usage(new.parent).free
+        try:
+            self._copy(unready, tell, go_on)
+            (unready / LISTING).write_bytes(self.listing)
+            check_listing(unready)
+            os.sync()  # whole on disk before it is seen
+            unready.rename(new)
+            sync(new.parent)
+        finally:
+            shutil.rmtree(unready, ignore_errors=True)  # unless it is the new batch by now
+
+    def _copy(self, unready, tell, go_on):
+        """Copies all but the listing, if there is room for it; tells of each tenth of the bytes."""
+        sizes = self._sizes()
+        need = len(self.listing) + sum(sizes.values())
+        free = shutil.disk_usage(unready.parent).free
         if need > free:
             raise Problem(
-                f"the patch needs {need:,} bytes in {new.parent}, where {free:,} are free"
+                f"the patch needs {need:,} bytes in {unready.parent}, where {free:,} are free"
             )
         done = 0
+
+        def ignore(folder, names):
+            return [name for name in names if os.path.join(folder, name) not in sizes]
 
         def copy(source, target):
             nonlocal done
             go_on()
             try:
-                shutil.copy2(source, target, follow_symlinks=False)
+                shutil.copy2(source, target)
             except OSError as error:  # copytree would go on, and tell of each file
-                raise Problem(f"{source} cannot be copied: {error.strerror}") from error
+                raise Problem(f"{source} cannot be copied: {error.strerror or error}") from error
+            if os.path.getsize(target) != sizes[source]:
+                raise Problem(f"{source} has changed since the patch began")
             before = done * 10 // need
-            done += os.lstat(target).st_size
+            done += sizes[source]
             if done * 10 // need > before:
                 tell(f"{done * 100 // need} % of {need:,} bytes")
 
-        try:
-            shutil.copytree(
-                self.old, unready, symlinks=True, ignore=self.ignore, copy_function=copy
+        shutil.copytree(self.old, unready, symlinks=True, ignore=ignore, copy_function=copy)
+
+    def _sizes(self):
+        """The paths of what is copied of the old batch, and how many bytes each of them has."""
+        return {
+            str(path): path.lstat().st_size
+            for path in self.old.rglob("*")
+            if self._gone.isdisjoint([path, *path.parents])
+            and not path.name.lower().endswith((".tif", ".tiff", "_1.xml"))
+        }
+
+
+def removals(instructions):
+    """The keys of the issues that are to go, each with the line that says so. Raises Problem."""
+    lines = {}
+    for number, line in enumerate(instructions.splitlines(), 1):
+        word, _, key = " ".join(line.split()).partition(" ")
+        if word == "RemoveIssue":
+            lines[plain_key(key)] = f"line {number}: {line.strip()!r}"
+        elif word:
+            raise Problem(
+                f"line {number}: {word!r} is not an instruction; RemoveIssue is the only one"
             )
-            (unready / self.LISTING).write_bytes(self.listing)
-            if file_sizes(unready) != sizes:
-                raise Problem(f"{self.old} has changed meanwhile, or the copy is not whole")
-            check_listing(unready)
-            os.sync()  # whole on disk before it is seen
-            unready.rename(new)
-            sync(new.parent)
-        except BaseException:  # cancelled, too
-            shutil.rmtree(unready, ignore_errors=True)
-            raise
+    if not lines:
+        raise Problem("there is no instruction to remove an issue")
+    return lines
 
 
-def issue_keys(issue):
-    """The keys that may name an issue in batch.xml: by its edition, and by its folder."""
+def issue_keys(issue, path):
+    """The keys that may name an issue in batch.xml: by its edition, and by its file's folder."""
     edition = issue.get("issueDate", "") + issue.get("editionOrder", "").zfill(2)
-    folder = os.path.basename(os.path.dirname((issue.text or "").strip()))
-    return {plain_key(f"{issue.get('lccn', '')}/{name}") for name in (edition, folder)}
+    names = (edition, path.parent.name)
+    return {plain_key(f"{issue.get('lccn', '')}/{name}") for name in names}
 
 
 def plain_key(key):
     """An issue's key without the dashes and underscores that do not count."""
     return re.sub("[-_]", "", key)
-
-
-def file_sizes(batch, ignore=lambda *_: set()):
-    """The files and links below a folder, and their sizes in bytes. Raises Problem."""
-    sizes = {}
-    for folder, folders, files in os.walk(batch):
-        ignored = ignore(folder, [*folders, *files])
-        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
-        folders[:] = [name for name in folders if name not in ignored and name not in links]
-        for name in {*files, *links} - ignored:
-            path = Path(folder, name)
-            found = path.lstat()
-            if not stat.S_ISREG(found.st_mode) and not stat.S_ISLNK(found.st_mode):
-                raise Problem(f"{path} is neither a file nor a link and cannot be copied")
-            sizes[os.path.relpath(path, batch)] = found.st_size
-    return sizes
 
 
 def sync(path):
@@ -1570,12 +1524,12 @@ class Site:
             go_on()
             progress(done, issues)
 
-        found = in_time(lambda: check_files(folder, tell), CHECK_SECONDS, CHECKS, go_on)
+        found = in_time(lambda: Findings(folder, tell), CHECK_SECONDS, CHECKS, go_on)
         try:
             self.check_place(name)
         except Problem as problem:
             found.add("fault", found.listing, str(problem))
-        lccns = sorted(filter(None, found.lccns))
+        lccns = sorted({lccn for lccn, _, _ in found.issues if lccn})
         titles = self.oni.ask("titles_to_fetch", lccns, within=PATIENT_SECONDS)
         for lccn, (url, wrong) in titles.items():
             found.titles[lccn] = url
