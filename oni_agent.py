@@ -47,6 +47,7 @@ import dataclasses
 import difflib
 import errno
 import fcntl
+import functools
 import gc
 import hashlib
 import inspect
@@ -206,6 +207,40 @@ def while_scarce(action):
             raise Problem(str(error)) from error
 
     return patiently(begin)
+
+
+FILES = futures.ThreadPoolExecutor(16, "files")  # for what may wait for a hung file system
+CHECKS = futures.ThreadPoolExecutor(2, "checks")  # the same, for reading whole batches
+BATCHES = "the file system of the batches"
+
+
+def in_time(look, within=ANSWER_SECONDS, pool=FILES, meanwhile=lambda: None, who=BATCHES):
+    """What the function `look` returns, which asks `who`. Raises Problem when that refuses, or
+    does not answer within so many seconds: only a thread of the pool then hangs.
+
+    `meanwhile` is called every second and may raise. Then, or when it is too late, what is still
+    to begin never does.
+    """
+    until = time.monotonic() + within
+    late = Problem(f"{who} did not answer within {within:g} s")
+    try:
+        future = pool.submit(look)
+    except RuntimeError as error:
+        raise Scarce(str(error)) from error  # no thread to be had
+    try:
+        while not futures.wait([future], min(1, until - time.monotonic())).done:
+            meanwhile()
+            if time.monotonic() >= until:
+                raise late
+        return future.result()
+    except socket.timeout:
+        raise late from None
+    except OSError as error:
+        if is_scarce(error):
+            raise
+        raise Problem(str(error)) from error
+    finally:
+        future.cancel()
 
 
 # ---------------------------------------------------------------- settings
@@ -570,14 +605,15 @@ class OpenONI:
 
     def __init__(self, location, environ):
         self.location = location
-        own = (*OWN_VARIABLES, "PYTHONHOME", "NOTIFY_SOCKET")
-        self.environment = {
-            **{name: environ[name] for name in environ if name not in own},
-            "VIRTUAL_ENV": f"{location}/ENV",
-            "PATH": f"{location}/ENV/bin:{environ.get('PATH', os.defpath)}",
-            "PYTHONUNBUFFERED": "1",  # else it prints in lumps of 8 KB
-        }
-        self._asking = threading.Lock()
+        self.environment = dict(
+            environ,
+            VIRTUAL_ENV=f"{location}/ENV",
+            PATH=f"{location}/ENV/bin:{environ.get('PATH', os.defpath)}",
+            PYTHONUNBUFFERED="1",  # else it prints in lumps of 8 KB
+        )
+        for name in (*OWN_VARIABLES, "PYTHONHOME", "NOTIFY_SOCKET"):
+            self.environment.pop(name, None)
+        self._asking = futures.ThreadPoolExecutor(1, "asking")
         self._shell = None  # the manage.py that answers
 
     def start(self, *words, **options):
@@ -620,15 +656,8 @@ class OpenONI:
         milliseconds. It ends at a question that takes too long, and after SHELL_SECONDS idle.
         """
         until = time.monotonic() + within
-        late = Problem(f"Open ONI did not answer within {within:g} s")
-        if not self._asking.acquire(timeout=within):
-            raise late
-        try:
-            reply = self._reply([question, *words], until)
-        except socket.timeout:
-            raise late from None
-        finally:
-            self._asking.release()
+        exchange = lambda: self._reply([question, *words], until)
+        reply = in_time(exchange, within, self._asking, who="Open ONI")
         if "error" in reply:
             raise Problem(f"Open ONI cannot answer: {reply['error']}")
         return reply["answer"]
@@ -642,9 +671,8 @@ class OpenONI:
 
     def close(self):
         """Ends the warm shell; the next question starts another."""
-        with self._asking:
-            if self._shell:
-                self._shell.end()
+        if self._shell:
+            self._asking.submit(self._shell.end).result()
 
 
 class ShellEnded(Problem):
@@ -1220,54 +1248,21 @@ def sync_folder(folder):
 
 # ---------------------------------------------------------------- the batch
 
-FILES = futures.ThreadPoolExecutor(16, "files")  # for what may wait for a hung file system
-CHECKS = futures.ThreadPoolExecutor(2, "checks")  # the same, for reading whole batches
-
-
-def in_time(look, within=ANSWER_SECONDS, pool=FILES, meanwhile=lambda: None):
-    """What the function `look` returns, which reads batches. Raises Problem when their file system
-    refuses, or does not answer within so many seconds: only a thread of the pool then hangs.
-
-    `meanwhile` is called every second and may raise.
-    """
-    until = time.monotonic() + within
-    try:
-        future = pool.submit(look)
-    except RuntimeError as error:
-        raise Scarce(str(error)) from error  # no thread to be had
-    try:
-        while not futures.wait([future], min(1, until - time.monotonic())).done:
-            meanwhile()
-            if time.monotonic() >= until:
-                raise Problem(f"the file system of the batches did not answer within {within:g} s")
-        return future.result()
-    except OSError as error:
-        if is_scarce(error):
-            raise
-        raise Problem(str(error)) from error
-    finally:
-        future.cancel()
-
 
 class Glance:
     """Makes an answer in the background, every PROGRESS_SECONDS at most, however many ask."""
 
     def __init__(self, make):
-        self._make = make  # a function that returns a dict
         self._pool = futures.ThreadPoolExecutor(1, "glance")
+        self._look = functools.lru_cache(1)(lambda words, moment: make(*words))
         self._answers = {}  # the newest answer, by the words that it is about
-        self._due = 0.0  # when the next may be made
 
     def __call__(self, *words):
-        """What `make` has last answered; {} if it has not yet, or could not."""
+        """What `make`, which returns a dict, has last answered; {} if it has not yet."""
+        moment = time.monotonic() // PROGRESS_SECONDS
         with contextlib.suppress(Problem, OSError):
-            in_time(lambda: self._look(words), 1, self._pool)
+            self._answers = {words: in_time(lambda: self._look(words, moment), 1, self._pool)}
         return self._answers.get(words, {})
-
-    def _look(self, words):
-        if words not in self._answers or time.monotonic() >= self._due:
-            self._due = time.monotonic() + PROGRESS_SECONDS
-            self._answers = {words: self._make(*words)}
 
 
 class RememberedCounts:
@@ -1429,9 +1424,10 @@ class Site:
 
     def lccns(self, path):
         """The LCCNs of the MARC records in a file. Raises Problem where ONI could not store one."""
-        ask = self._marc_reader.ask
         try:
-            found, problem = ask("lccns", str(path), MAX_MARC_MEMORY, within=PATIENT_SECONDS)
+            found, problem = self._marc_reader.ask(
+                "lccns", str(path), MAX_MARC_MEMORY, within=PATIENT_SECONDS
+            )
         finally:
             self._marc_reader.close()
         if not found:
@@ -1481,7 +1477,6 @@ class Site:
         for state in states:
             with contextlib.suppress(Problem, OSError):
                 self._fill(state, self._remembered.recall_or_count)
-            time.sleep(0.001)  # others have questions, too
 
     def batches(self):
         """What is quickly told of every batch, in BATCH_SOURCE or ONI; the rest is None.
