@@ -301,7 +301,7 @@ def networks(value):
     """The addresses and networks, separated by commas or blanks, in `value`."""
     found = [ipaddress.ip_network(word) for word in value.replace(",", " ").split()]
     mapped = any(getattr(each.network_address, "ipv4_mapped", None) for each in found)
-    if value and (mapped or not found):
+    if mapped or not found:
         raise ValueError("write addresses and networks as 192.0.2.7, 192.0.2.0/24 or 2001:db8::/32")
     return found
 
@@ -512,9 +512,10 @@ def indexed_and_pages(name):
     return found["indexed"], found["pages"]
 
 def place(name):
-    """What a load of a batch needs: its awardee, and the folder for a link to its files."""
+    """The awardee that a load of a batch lacks, if any; the folder for a link to its files."""
     code = name.split("_")[1]
-    return Awardee.objects.filter(org_code=code).exists(), settings.BATCH_STORAGE
+    lacking = "" if Awardee.objects.filter(org_code=code).exists() else code
+    return lacking, settings.BATCH_STORAGE
 
 def batch_count():
     return Batch.objects.count()
@@ -554,10 +555,11 @@ def other_holders(name, issues):
             if (lccn, date.isoformat(), edition) in wanted]
 
 def awardee(code, name):
+    """The code of an awardee, "" if there is none and no name to make it by; whether it is new."""
     row, new = Awardee.objects.filter(org_code=code).first(), False
     if name and not row:
         row, new = Awardee.objects.get_or_create(org_code=code, defaults={"name": name})
-    return row and [row.org_code, new]
+    return row.org_code if row else "", new
 
 def places():
     """Where loads write, and how many pages Solr has."""
@@ -622,13 +624,13 @@ class OpenONI:
         Raises CouldNotStart, and Scarce where it can be tried again.
         """
         manage = self.location / "manage.py"
-        program = [manage]
+        program = [manage, *words]
         if not os.access(manage, os.X_OK):
-            program = [self.location / "ENV/bin/python3", manage]
+            program.insert(0, self.location / "ENV/bin/python3")
         try:
             manage.stat()
             return subprocess.Popen(
-                [*program, *words],
+                program,
                 cwd=self.location,
                 start_new_session=True,
                 **{"stdin": subprocess.DEVNULL, "env": self.environment, **options},
@@ -641,8 +643,8 @@ class OpenONI:
         """A manage.py shell that runs one function of INSIDE_ONI."""
         limits = f"SHELL_SECONDS, SOLR_SECONDS = {SHELL_SECONDS}, {SOLR_SECONDS}"
         program = f"{limits}\n{INSIDE_ONI}\n{task}(*{words!r})"
-        environment = {**self.environment, "INSIDE_ONI": program}
         code = "import os; exec(os.environ.pop('INSIDE_ONI'), {})"  # short, for ps
+        environment = {**self.environment, "INSIDE_ONI": program}
         return self.start("shell", "-c", code, env=environment, **options)
 
     def check(self):
@@ -728,7 +730,7 @@ class Shell:
 
     def end(self):
         """Ends it at once: it is never amid a change."""
-        if self._process.poll() is None:
+        if self._process.returncode is None:  # its number cannot be another's yet
             os.killpg(self._process.pid, signal.SIGKILL)
         self._channel.shutdown(socket.SHUT_RDWR)
         # A hung file system may hold it for ever.
@@ -1278,22 +1280,22 @@ class RememberedCounts:
         with contextlib.suppress(OSError, LookupError, TypeError, ValueError):
             self._kept = json.loads(path.read_text())[VERSION]
 
-    def recall(self, what, key, count=None):
+    def recall(self, what, key, make=None):
         """The counts that were kept under this key, if it is the newest; else None."""
         kept, counts = self._kept.get(what, (None, None))
         return counts if kept == key else None
 
-    def count(self, what, key, count):
-        """What the function `count` counts now, which is kept unless a part of it is None."""
-        counts = count()
+    def count(self, what, key, make):
+        """What the function `make` counts now, which is kept unless a part of it is None."""
+        counts = make()
         if key and None not in counts and self._kept.get(what) != [key, counts]:
             with self._lock, contextlib.suppress(OSError):
                 self._kept[what] = [key, counts]
                 self._path.write_text(json.dumps({VERSION: self._kept}))
         return counts
 
-    def recall_or_count(self, what, key, count):
-        return self.recall(what, key) or self.count(what, key, count)
+    def recall_or_count(self, what, key, make):
+        return self.recall(what, key) or self.count(what, key, make)
 
 
 def agree(held, wanted):
@@ -1328,17 +1330,12 @@ class BatchState:
 
     @property
     def event(self):
-        """What the newest event says; a site that prunes its history does so after the load."""
+        """What the newest event says. Without any it was loaded long ago, and they were pruned."""
         return self.events[-1][1] if self.events else "processed"
 
     @property
     def ended_well(self):
         return self.event.startswith("processed")
-
-    @property
-    def rows_key(self):
-        """What changes when the rows of the batch's pages may have; None while they do."""
-        return [self.loaded, self.issues, self.events] if self.ended_well else None
 
     def _agreements(self):
         """Whether database and files agree on each thing; None if that is not known."""
@@ -1384,7 +1381,8 @@ class BatchState:
                 self.replaced
             ),
         }
-        return "; ".join([self._of_database(), *filter(of_index.get, of_index)])
+        told = [sentence for sentence, holds in of_index.items() if holds]
+        return "; ".join([self._of_database(), *told])
 
     def _of_database(self):
         files = self.files
@@ -1461,11 +1459,13 @@ class Site:
         """
         name = state.name
         if state.pages is None:
+            # They change without these only while the batch is loaded or purged.
+            key = [state.loaded, state.issues, state.events] if state.ended_well else None
             ask = lambda: self.oni.ask("indexed_and_pages", name)
-            pages = way(f"pages of {name}", state.rows_key, ask)
+            pages = way(f"pages of {name}", key, ask)
             if pages:
                 state.indexed, state.pages = pages
-        # Else ONI has a link to where it has loaded it from.
+        # Where it is not on disk, ONI has a link to where it has loaded it from.
         folder = (self.source if state.on_disk else Path(state.storage)) / name
         count = lambda: dataclasses.astuple(count_files(folder))
         files = way(f"files of {name}", listing_key(folder), count)
@@ -1553,11 +1553,10 @@ class Site:
 
     def check_place(self, name):
         """Raises Problem unless ONI has the awardee of a batch, and a place for its link."""
-        has_awardee, storage = self.oni.ask("place", name)
-        if not has_awardee:
-            code = name.split("_")[1]
+        lacking, storage = self.oni.ask("place", name)
+        if lacking:
             raise Problem(
-                f'Open ONI has no awardee "{code}"; to make it: ensure-awardee {code} "NAME"'
+                f'Open ONI has no awardee "{lacking}"; to make it: ensure-awardee {lacking} "NAME"'
             )
         link = Path(storage) / name
         here = link.resolve() == self.folder(name)  # BATCH_SOURCE is ONI's own storage
@@ -1573,10 +1572,9 @@ class Site:
             raise Problem(
                 "an awardee code has 1 to 50 characters, a name at most 100, none of them NUL"
             )
-        found = self.oni.ask("awardee", code, name)
-        if not found:
+        kept, new = self.oni.ask("awardee", code, name)
+        if not kept:
             raise Problem("awardee name must be given to auto-create awardees")
-        kept, new = found
         if kept != code:
             raise Problem(
                 f'Open ONI has the awardee "{kept}", and its database takes the two codes for one'
