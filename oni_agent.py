@@ -46,6 +46,7 @@ import dataclasses
 import difflib
 import errno
 import fcntl
+import functools
 import gc
 import hashlib
 import inspect
@@ -193,39 +194,70 @@ def patiently(action, passes=lambda error: True):
             time.sleep(1)
 
 
+FILES = futures.ThreadPoolExecutor(16, "files")  # for what may wait for a hung file system
+CHECKS = futures.ThreadPoolExecutor(2, "checks")  # the same, for reading whole batches
+BATCHES = "the file system of the batches"
+
+
+def in_time(look, within=ANSWER_SECONDS, pool=FILES, meanwhile=lambda: None, who=BATCHES):
+    """What the function `look` returns, which asks `who`. Raises Problem when that refuses, or
+    does not answer within so many seconds: only a thread of the pool then hangs.
+
+    `meanwhile` is called every second and may raise. Then, or when it is too late, what is still
+    to begin never does.
+    """
+    until = time.monotonic() + within
+    late = Problem(f"{who} did not answer within {within:g} s")
+    try:
+        future = pool.submit(look)
+    except RuntimeError as error:
+        raise Scarce(str(error)) from error  # no thread to be had
+    try:
+        while not futures.wait([future], min(1, until - time.monotonic())).done:
+            meanwhile()
+            if time.monotonic() >= until:
+                raise late
+        return future.result()
+    except socket.timeout:
+        raise late from None
+    except OSError as error:
+        if is_scarce(error):
+            raise
+        raise Problem(str(error)) from error
+    finally:
+        future.cancel()
+
+
 # ---------------------------------------------------------------- settings
 
-# Readers of one setting each; they raise ValueError, or an OSError.
+# Readers of one setting each. What they raise says what is wrong with its value.
 
 
-def existing_folder(value, content="the batches"):
-    """`value` as the absolute path of a folder."""
-    if not value:
-        raise ValueError(f"is not set; it names the folder that holds {content}")
-    path = Path(value).resolve()
-    if not path.is_dir():
-        raise ValueError(f"is {value!r}, which is not a folder")
-    return path
+def path_that(is_right, wrong):
+    """A reader of an absolute path of which the function `is_right` is true."""
+
+    def read(value):
+        path = Path(value).expanduser().resolve()
+        if not is_right(path):
+            raise ValueError(wrong)
+        return path
+
+    return read
 
 
-def oni_folder(value):
-    """`value` as the absolute path of the folder of an Open ONI."""
-    path = existing_folder(value, "manage.py")
-    if not (path / "manage.py").is_file():
-        raise ValueError(f"is {value!r}, a folder without manage.py")
-    return path
+def file_for(mode):
+    """A function that says whether a path is a file that can be read (os.R_OK) or run (X_OK)."""
+    return lambda path: path.is_file() and os.access(path, mode)
 
 
 def state_folder(value):
-    """`value` as the path of a folder that the agent can write to, or make."""
-    states = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-    first = value.split(":")[0]  # systemd may name several
-    path = Path(first or f"{states}/oni-agent").expanduser().resolve()
+    """`value` as the absolute path of a folder that the agent can write to, or make."""
+    path = Path(value.split(":")[0]).expanduser().resolve()  # systemd may name several
     place = nearest_folder(path)
     if not os.access(place, os.W_OK | os.X_OK):
-        raise ValueError(f"is {value!r}, and the agent's user cannot write to {place}")
+        raise ValueError(f"the agent's user cannot write to {place}")
     if path == place and path.stat().st_mode & stat.S_IWOTH and not is_an_agents(path):
-        raise ValueError(f"is {value!r}, a folder that others use; name one of the agent's own")
+        raise ValueError("others use that folder: name one of the agent's own")
     return path
 
 
@@ -238,7 +270,7 @@ def nearest_folder(path):
     """`path`, or the folder that is there and in which it could be made."""
     place = next(each for each in (path, *path.parents) if os.path.lexists(each))
     if not place.is_dir():
-        raise ValueError(f"is {str(path)!r}, but {place} is not a folder")
+        raise ValueError(f"{place} is not a folder")
     return place
 
 
@@ -246,65 +278,42 @@ def bind_address(value):
     """`host:port`, `[v6 address]:port` or `:port` as a pair; host "" means every address."""
     match = re.fullmatch(r"(?:\[([^\[\]]+)\]|([^:\[\]]*)):(\d{1,5})", value, re.ASCII)
     if not match or int(match[3]) > 65535:
-        raise ValueError(f"is {value!r}; write host:port, [IPv6 address]:port or :port")
+        raise ValueError("write host:port, [IPv6 address]:port or :port")
     return match[1] or match[2], int(match[3])
 
 
 def networks(value):
     """The addresses and networks, separated by commas or blanks, in `value`."""
-    try:
-        found = tuple(ipaddress.ip_network(word) for word in value.replace(",", " ").split())
-    except ValueError as error:
-        raise ValueError(f"is {value!r}: {error}") from error
+    found = [ipaddress.ip_network(word) for word in value.replace(",", " ").split()]
     mapped = any(getattr(each.network_address, "ipv4_mapped", None) for each in found)
-    if value and (mapped or not found):
-        raise ValueError(
-            f"is {value!r}; write addresses and networks as 192.0.2.7, 192.0.2.0/24 or"
-            " 2001:db8::/32"
-        )
+    if mapped or not found:
+        raise ValueError("write addresses and networks as 192.0.2.7, 192.0.2.0/24 or 2001:db8::/32")
     return found
-
-
-def readable_file(value):
-    """The absolute path of a file that can be read, if one is named."""
-    path = Path(value).resolve()
-    if value and not (path.is_file() and os.access(path, os.R_OK)):
-        raise ValueError(f"is {value!r}, not a file that can be read")
-    return path if value else None
-
-
-def program(value):
-    """The absolute path of a program, if one is named."""
-    path = readable_file(value)
-    if path and not os.access(path, os.X_OK):
-        raise ValueError(f"is {value!r}, not a file that can be executed")
-    return path
-
-
-def key_path(value):
-    """The absolute path of a file that is there or can be made, if one is named."""
-    path = Path(value).expanduser().resolve()
-    if not os.path.lexists(path) and not path.parent.is_dir():
-        raise ValueError(f"is {value!r}, in a folder that does not exist")
-    return path if value else None
 
 
 def log_level(value):
     """`value` as logging writes it."""
     if value.lower() not in ("debug", "info", "warning", "error"):
-        raise ValueError(f"is {value!r}; write debug, info, warning or error")
+        raise ValueError("write debug, info, warning or error")
     return value.upper()
 
 
-OWN_VARIABLES = {  # the name of each, its reader, and what stands for it where it is not set
-    "ONI_LOCATION": (oni_folder, ""),
-    "BATCH_SOURCE": (existing_folder, ""),
+STATES = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+OWN_VARIABLES = {  # its reader, and what stands for it where it is not set; None: it must be
+    "ONI_LOCATION": (
+        path_that(lambda path: (path / "manage.py").is_file(), "that folder holds no manage.py"),
+        None,
+    ),
+    "BATCH_SOURCE": (path_that(Path.is_dir, "that is not a folder"), None),
     "BA_BIND": (bind_address, "127.0.0.1:2222"),
-    "STATE_DIRECTORY": (state_folder, ""),
-    "HOST_KEY_FILE": (key_path, ""),
+    "STATE_DIRECTORY": (state_folder, f"{STATES}/oni-agent"),
+    "HOST_KEY_FILE": (
+        path_that(lambda path: path.parent.is_dir(), "that is in a folder that does not exist"),
+        "",
+    ),
     "ALLOW_FROM": (networks, ""),
-    "AUTHORIZED_KEYS": (readable_file, ""),
-    "ON_FINISH": (program, ""),
+    "AUTHORIZED_KEYS": (path_that(file_for(os.R_OK), "that is not a file that can be read"), ""),
+    "ON_FINISH": (path_that(file_for(os.X_OK), "that is not a file that can be executed"), ""),
     "LOG_LEVEL": (log_level, "info"),
     "DB_CONNECTION": (bool, ""),  # whether it is set: it is not needed, and secret
 }
@@ -319,12 +328,13 @@ class Settings:
     def __init__(self, environ):
         problems = []
         for name, (reader, default) in OWN_VARIABLES.items():
+            value = environ.get(name) or default
             try:
-                setattr(self, name.lower(), reader(environ.get(name) or default))
-            except ValueError as error:
-                problems.append(f"{name} {error}")
-            except (OSError, RuntimeError) as error:  # RuntimeError: no home for ~
-                problems.append(f"{name} cannot be used: {error}")
+                setattr(self, name.lower(), value and reader(value))
+            except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: no home for ~
+                problems.append(f"{name} is {value!r}; {error}")
+            if value is None:
+                problems.append(f"{name} is not set; --help says what it is")
         if problems:
             raise Problem(*problems)
         self.host_key_file = self.host_key_file or self.state_directory / "host_key"
@@ -399,7 +409,7 @@ def batch(name, with_index):
     row = Batch.objects.filter(name=name).first()
     events = LoadBatchEvent.objects.filter(batch_name=name).order_by("-pk")[:5]
     held = {
-        "name": row.name if row else "",
+        "name": row.name if row else name,
         "row": row is not None,
         "loaded": row.created.isoformat() if row else "",
         "issues": Issue.objects.filter(batch_id=name).count(),
@@ -454,7 +464,7 @@ def overview():
     newest = {}
     for name, key, message in (LoadBatchEvent.objects.order_by("pk")
                                .values_list("batch_name", "pk", "message")):
-        newest[name] = [key, message or ""]
+        newest[name] = [[key, message or ""]]
     try:
         found = patient_solr().search("type:page", rows=0, facet="true",
                                       **{"facet.field": "batch", "facet.limit": -1})
@@ -462,17 +472,14 @@ def overview():
         documents = dict(zip(facets[::2], facets[1::2]))
     except Exception:
         documents = None
-    batches = []
-    for row in Batch.objects.order_by("name"):
-        batches.append({
-            "name": row.name,
-            "row": True,
-            "loaded": row.created.isoformat(),
-            "issues": issues.get(row.name, 0),
-            "events": [newest[row.name]] if row.name in newest else [],
-            "documents": None if documents is None else documents.get(row.name, 0),
-            "storage": settings.BATCH_STORAGE,
-        })
+    batches = [{
+        "name": row.name,
+        "row": True,
+        "loaded": row.created.isoformat(),
+        "issues": issues.get(row.name, 0),
+        "events": newest.get(row.name, []),
+        "storage": settings.BATCH_STORAGE,
+    } for row in Batch.objects.all()]
     return {"batches": batches, "documents": documents}
 
 def indexed_and_pages(name):
@@ -481,9 +488,10 @@ def indexed_and_pages(name):
     return found["indexed"], found["pages"]
 
 def place(name):
-    """What a load of a batch needs: its awardee, and the folder for a link to its files."""
+    """The awardee that a load of a batch lacks, if any; the folder for a link to its files."""
     code = name.split("_")[1]
-    return Awardee.objects.filter(org_code=code).exists(), settings.BATCH_STORAGE
+    lacking = "" if Awardee.objects.filter(org_code=code).exists() else code
+    return lacking, settings.BATCH_STORAGE
 
 def batch_count():
     return Batch.objects.count()
@@ -523,10 +531,11 @@ def other_holders(name, issues):
             if (lccn, date.isoformat(), edition) in wanted]
 
 def awardee(code, name):
+    """The code of an awardee, "" if there is none and no name to make it by; whether it is new."""
     row, new = Awardee.objects.filter(org_code=code).first(), False
     if name and not row:
         row, new = Awardee.objects.get_or_create(org_code=code, defaults={"name": name})
-    return row and [row.org_code, new]
+    return row.org_code if row else "", new
 
 def places():
     """How many batches there are, and where loads write.
@@ -577,15 +586,16 @@ class OpenONI:
 
     def __init__(self, location, environ):
         self.location = location
-        own = (*OWN_VARIABLES, "PYTHONHOME", "NOTIFY_SOCKET")
-        self.environment = {
-            **{name: environ[name] for name in environ if name not in own},
-            "VIRTUAL_ENV": f"{location}/ENV",
-            "PATH": f"{location}/ENV/bin:{environ.get('PATH', os.defpath)}",
-            "PYTHONUNBUFFERED": "1",  # else it prints in lumps of 8 KB
-        }
-        self._asking = threading.Lock()
-        self._child = None  # the manage.py shell that answers
+        self.environment = dict(
+            environ,
+            VIRTUAL_ENV=f"{location}/ENV",
+            PATH=f"{location}/ENV/bin:{environ.get('PATH', os.defpath)}",
+            PYTHONUNBUFFERED="1",  # else it prints in lumps of 8 KB
+        )
+        for name in (*OWN_VARIABLES, "PYTHONHOME", "NOTIFY_SOCKET"):
+            self.environment.pop(name, None)
+        self._asking = futures.ThreadPoolExecutor(1, "asking")
+        self._shell = None  # the manage.py that answers
 
     def start(self, *words, **options):
         """manage.py with `words`, in a session of its own, so that it outlives the agent.
@@ -593,27 +603,27 @@ class OpenONI:
         Raises CouldNotStart, and Scarce where it can be tried again.
         """
         manage = self.location / "manage.py"
-        program = [str(manage)]
+        program = [manage, *words]
         if not os.access(manage, os.X_OK):
-            program = [str(self.location / "ENV" / "bin" / "python3"), str(manage)]
+            program.insert(0, self.location / "ENV/bin/python3")
         try:
             manage.stat()
             return subprocess.Popen(
-                [*program, *words],
+                program,
                 cwd=self.location,
                 start_new_session=True,
                 **{"stdin": subprocess.DEVNULL, "env": self.environment, **options},
             )
         except OSError as error:
-            kind = Scarce if error.errno in SCARCE else CouldNotStart
+            kind = Scarce if is_scarce(error) else CouldNotStart
             raise kind(f"couldn't run {manage}: {error}") from error
 
     def start_task(self, task, *words, **options):
         """A manage.py shell that runs one function of INSIDE_ONI."""
         limits = f"SHELL_SECONDS, SOLR_SECONDS = {SHELL_SECONDS}, {SOLR_SECONDS}"
         program = f"{limits}\n{INSIDE_ONI}\n{task}(*{words!r})"
-        environment = {**self.environment, "INSIDE_ONI": program}
         code = "import os; exec(os.environ.pop('INSIDE_ONI'), {})"  # short, for ps
+        environment = {**self.environment, "INSIDE_ONI": program}
         return self.start("shell", "-c", code, env=environment, **options)
 
     def check(self):
@@ -627,68 +637,40 @@ class OpenONI:
         milliseconds. It ends at a question that takes too long, and after SHELL_SECONDS idle.
         """
         until = time.monotonic() + within
-        late = Problem(f"Open ONI did not answer within {within:g} s")
-        if not self._asking.acquire(timeout=within):
-            raise late
-        try:
-            reply = self._reply([question, *words], until)
-        except socket.timeout:
-            raise late from None
-        except OSError as error:  # no descriptor to be had, say
-            raise Scarce(f"Open ONI cannot be asked: {error}") from error
-        finally:
-            self._asking.release()
+        exchange = lambda: self._reply([question, *words], until)
+        reply = in_time(exchange, within, self._asking, who="Open ONI")
         if "error" in reply:
             raise Problem(f"Open ONI cannot answer: {reply['error']}")
         return reply["answer"]
 
     def _reply(self, question, until):
-        if self._child:
-            with contextlib.suppress(ConnectionError):  # it has ended since its last answer
-                return self._exchange(question, until)
-        self._end_child()
-        self._begin_child()
-        try:
-            return self._exchange(question, until)
-        except ConnectionError:
-            self._stderr.seek(0)
-            said = last_line(self._stderr.read()) or "manage.py shell ended"
-            raise Problem(f"Open ONI cannot be asked: {said}") from None
+        if self._shell:
+            with contextlib.suppress(ShellEnded):  # since its last answer
+                return self._shell.reply(question, until)
+        self._shell = Shell(self)
+        return self._shell.reply(question, until)
 
-    def _exchange(self, question, until):
-        """Sends a question and waits for its answer. Raises ConnectionError, socket.timeout."""
-        self._wait_until_ready(until)
-        self._stderr.truncate(0)
-        self._channel.settimeout(max(0.01, until - time.monotonic()))
-        try:
-            self._channel.sendall(json.dumps(question).encode() + b"\n")
-            line = self._replies.readline()
-        except socket.timeout:
-            self._end_child()  # else its answer would be taken for the next one's
-            raise
-        if not line:
-            raise ConnectionError
-        return json.loads(line)
+    def close(self):
+        """Ends the warm shell; the next question starts another."""
+        if self._shell:
+            self._asking.submit(self._shell.end).result()
 
-    def _wait_until_ready(self, until):
-        if self._ready:
-            return
-        if time.monotonic() - self._born > PATIENT_SECONDS:
-            raise ConnectionError  # it hangs
-        self._channel.settimeout(max(0.01, until - time.monotonic()))
-        self._ready = self._channel.recv(1)
-        if not self._ready:
-            raise ConnectionError
 
-    def _begin_child(self):
-        self._born = time.monotonic()
-        self._ready = b""
-        self._channel, theirs = socket.socketpair()
-        self._replies = self._channel.makefile("rb")
+class ShellEnded(Problem):
+    """The manage.py that answers questions is no longer there."""
+
+
+class Shell:
+    """A manage.py that answers questions, once it has started."""
+
+    def __init__(self, oni):
+        self._starting_until = time.monotonic() + PATIENT_SECONDS
         self._stderr = open(os.memfd_create("stderr"), "a+b", buffering=0)
         # In a socket pair nothing that site code prints gets between question and answer.
+        self._channel, theirs = socket.socketpair()
+        self._replies = self._channel.makefile("rb")
         with theirs:
-            self._child = self.start_task(
+            self._process = oni.start_task(
                 "answer_questions",
                 theirs.fileno(),
                 stdout=subprocess.DEVNULL,
@@ -696,27 +678,43 @@ class OpenONI:
                 pass_fds=[theirs.fileno()],
             )
 
-    def close(self):
-        """Ends the warm shell; the next question starts another."""
-        with self._asking:
-            self._end_child()
+    def reply(self, question, until):
+        """What it replies to a question. Raises ShellEnded, or socket.timeout at a moment `until`.
 
-    def _end_child(self):
-        if self._child:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._child.pid, signal.SIGKILL)  # it is never amid a change
-            # A hung file system may hold it for ever.
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._child.wait(1)
-            self._replies.close()
-            self._channel.close()
-            self._stderr.close()
-            self._child = None
+        A question that it does not reply to in time has no effect.
+        """
+        line = b""
+        try:
+            if self._starting_until:
+                self._channel.settimeout(max(0.01, until - time.monotonic()))
+                self._channel.recv(1)
+                self._starting_until = 0
+            self._channel.settimeout(max(0.01, until - time.monotonic()))
+            self._channel.sendall(json.dumps(question).encode() + b"\n")
+            self._stderr.truncate(0)
+            line = self._replies.readline()
+        except socket.timeout:
+            if time.monotonic() > self._starting_until:
+                self.end()
+            raise
+        except ConnectionError:
+            pass
+        if not line:
+            self.end()
+            self._stderr.seek(0)
+            printed = self._stderr.read().decode("utf-8", "replace").strip()
+            said = printed.rpartition("\n")[2] or "manage.py shell ended"
+            raise ShellEnded(f"Open ONI cannot be asked: {said}")
+        return json.loads(line)
 
-
-def last_line(printed):
-    """The last line of what a program has printed."""
-    return printed.decode("utf-8", "replace").strip().rpartition("\n")[2]
+    def end(self):
+        """Ends it at once: it is never amid a change."""
+        if self._process.returncode is None:  # its number cannot be another's yet
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._channel.shutdown(socket.SHUT_RDWR)
+        # A hung file system may hold it for ever.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(1)
 
 
 # ---------------------------------------------------------------- batch files
@@ -1185,61 +1183,21 @@ def sync(path):
 
 # ---------------------------------------------------------------- the batch
 
-FILES = futures.ThreadPoolExecutor(16, "files")  # for what may wait for a hung file system
-CHECKS = futures.ThreadPoolExecutor(2, "checks")  # the same, for reading whole batches
-
-
-def in_time(look, within=ANSWER_SECONDS, pool=FILES, meanwhile=lambda: None):
-    """What the function `look` returns, which reads batches. Raises Problem when their file system
-    refuses, or does not answer within so many seconds: only a thread of the pool then hangs.
-
-    `meanwhile` is called every second and may raise.
-    """
-    until = time.monotonic() + within
-    try:
-        future = pool.submit(look)
-    except RuntimeError as error:
-        raise Scarce(str(error)) from error  # no thread to be had
-    try:
-        while not futures.wait([future], min(1, until - time.monotonic())).done:
-            meanwhile()
-            if time.monotonic() >= until:
-                raise Problem(f"the file system of the batches did not answer within {within:g} s")
-        return future.result()
-    except OSError as error:
-        if is_scarce(error):
-            raise
-        raise Problem(str(error)) from error
-    finally:
-        future.cancel()
-
 
 class Glance:
     """Makes an answer in the background, every PROGRESS_SECONDS at most, however many ask."""
 
     def __init__(self, make):
-        self._make = make  # a function that returns a dict
         self._pool = futures.ThreadPoolExecutor(1, "glance")
-        self._lock = threading.Lock()
-        self._asked = None  # the newest question, a future
-        self._words = ()  # that it is about
-        self._due = 0.0  # when the next may be asked
-        self._answers = {}  # the newest answer, by its words
+        self._look = functools.lru_cache(1)(lambda words, moment: make(*words))
+        self._answers = {}  # the newest answer, by the words that it is about
 
     def __call__(self, *words):
-        """What `make` has last answered; {} if it has not yet, or could not."""
-        with self._lock:
-            due = words != self._words or time.monotonic() >= self._due
-            if due and (self._asked is None or self._asked.done()):
-                self._words = words
-                self._due = time.monotonic() + PROGRESS_SECONDS
-                self._asked = self._pool.submit(self._look, words)
-        futures.wait([self._asked], 1)
-        return self._answers.get(words, {})
-
-    def _look(self, words):
+        """What `make`, which returns a dict, has last answered; {} if it has not yet."""
+        moment = time.monotonic() // PROGRESS_SECONDS
         with contextlib.suppress(Problem, OSError):
-            self._answers = {words: self._make(*words)}
+            self._answers = {words: in_time(lambda: self._look(words, moment), 1, self._pool)}
+        return self._answers.get(words, {})
 
 
 class RememberedCounts:
@@ -1251,23 +1209,31 @@ class RememberedCounts:
     def __init__(self, path):
         self._path = path
         self._lock = threading.Lock()
-        self._known = {}
-        with contextlib.suppress(OSError, TypeError, ValueError):
-            version, known = json.loads(path.read_text())
-            if version == VERSION:
-                self._known = dict(known)
+        self._kept = {}
+        with contextlib.suppress(OSError, LookupError, TypeError, ValueError):
+            self._kept = json.loads(path.read_text())[VERSION]
 
-    def get(self, what, key):
-        """The list of counts that was put under this key, if it is the newest; else None."""
-        known, counts = self._known.get(what, (None, None))
-        return counts if known == key else None
+    def recall(self, what, key, make=None):
+        """The counts that were kept under this key, if it is the newest; else None."""
+        kept, counts = self._kept.get(what, (None, None))
+        return counts if kept == key else None
 
-    def put(self, what, key, counts):
-        """Keeps a list of counts."""
-        with self._lock, contextlib.suppress(OSError):
-            if self.get(what, key) != counts:
-                self._known[what] = [key, counts]
-                self._path.write_text(json.dumps([VERSION, self._known]))
+    def count(self, what, key, make):
+        """What the function `make` counts now, which is kept unless a part of it is None."""
+        counts = make()
+        if key and None not in counts and self._kept.get(what) != [key, counts]:
+            with self._lock, contextlib.suppress(OSError):
+                self._kept[what] = [key, counts]
+                self._path.write_text(json.dumps({VERSION: self._kept}))
+        return counts
+
+    def recall_or_count(self, what, key, make):
+        return self.recall(what, key) or self.count(what, key, make)
+
+
+def agree(held, wanted):
+    """Whether two counts are the same; None if one of them is not known."""
+    return None if None in (held, wanted) else held == wanted
 
 
 @dataclass
@@ -1287,10 +1253,9 @@ class BatchState:
     pages: int | None = None
     indexed: int | None = None  # pages whose text went to Solr
     events: list = field(default_factory=list)  # the newest ones, [time or number, message]
-    files: Counts | None = None
-    files_problem: str = ""  # why the files could not be counted
+    files: Counts = field(default_factory=lambda: Counts(None, None, None))
     documents: int | None = None  # in Solr
-    lost: int | None = None  # pages of which Solr has no document at all
+    lost: int | None = 0  # pages of which Solr has no document at all
     replaced: int = 0  # pages whose document is another batch's page of the same URL
     stray: int = 0  # documents in Solr that are no page's
     index_problem: str = ""  # why Solr could not be asked
@@ -1298,41 +1263,36 @@ class BatchState:
 
     @property
     def event(self):
-        """What the newest event says; None where the site has pruned its history."""
-        return self.events[-1][1] if self.events else None
-
-    @property
-    def rows_whole(self):
-        """Whether the database holds all that the files name; None if that is not known."""
-        if self.files is None or self.files.pages is None or self.pages is None:
-            return None
-        return (
-            0 < self.issues == self.files.issues
-            and self.pages == self.files.pages
-            and self.indexed == self.files.pages_with_ocr
-            and self.ended_well
-        )
-
-    @property
-    def rows_key(self):
-        """What changes when the rows of the batch's pages may have."""
-        return [self.loaded, self.issues, self.events]
+        """What the newest event says. Without any it was loaded long ago, and they were pruned."""
+        return self.events[-1][1] if self.events else "processed"
 
     @property
     def ended_well(self):
-        return self.event is None or self.event.startswith("processed")
+        return self.event.startswith("processed")
+
+    def _agreements(self):
+        """Whether database and files agree on each thing; None if that is not known."""
+        return [
+            self.ended_well,
+            agree(self.issues, self.files.issues),
+            agree(self.pages, self.files.pages),
+            agree(self.indexed, self.files.pages_with_ocr),
+        ]
+
+    @property
+    def rows_whole(self):
+        """Whether the database is known to hold all that the files name."""
+        return all(self._agreements())
 
     @property
     def verdict(self):
         """absent, partial, complete or unknown."""
+        found = [*self._agreements(), agree(self.lost, 0), not self.stray]
         if not self.row:
             return "absent"
-        if self.rows_whole is False or self.lost or self.stray or not self.ended_well:
+        if False in found:
             return "partial"
-        if self.files and self.issues != self.files.issues:
-            return "partial"
-        index_known = self.lost is not None or self.documents is None
-        return "complete" if self.rows_whole and index_known else "unknown"
+        return "unknown" if None in found else "complete"
 
     @property
     def nothing_left(self):
@@ -1340,43 +1300,39 @@ class BatchState:
         return not self.row and self.documents == 0
 
     def __str__(self):
-        parts = [self._of_database()]
-        if self.index_problem:
-            parts.append(f"Solr cannot be asked ({self.index_problem})")
-        elif self.documents and not self.row:
-            parts.append(f"Solr still has {self.documents} of its pages, which lead nowhere")
-        if self.lost and self.rows_whole:
-            parts.append(f"Solr lacks {self.lost} of {self.indexed} pages")
-        if self.stray and self.rows_whole:
-            parts.append(
-                f"Solr has documents under its name that are none of its pages ({self.stray})"
-            )
-        if self.replaced:
-            parts.append(
-                f"{self.replaced} pages are found under another batch, which has the same pages"
-            )
-        return "; ".join(parts)
+        whole = self.rows_whole
+        of_index = {
+            f"Solr cannot be asked ({self.index_problem})": self.index_problem,
+            f"Solr still has {self.documents} of its pages, which lead nowhere": (
+                self.documents and not self.row
+            ),
+            f"Solr lacks {self.lost} of {self.indexed} pages": self.lost and whole,
+            f"Solr has documents under its name that are none of its pages ({self.stray})": (
+                self.stray and whole
+            ),
+            f"{self.replaced} pages are found under another batch, which has the same pages": (
+                self.replaced
+            ),
+        }
+        told = [sentence for sentence, holds in of_index.items() if holds]
+        return "; ".join([self._of_database(), *told])
 
     def _of_database(self):
+        files = self.files
         if not self.row:
             return "ONI holds nothing of the batch"
-        if not self.files:
-            return (
-                f"ONI holds {self.issues} issues, and what it should hold is not known:"
-                f" {self.files_problem}"
-            )
-        sentence = f"ONI holds {self.issues} of the {self.files.issues} issues"
-        if self.files.pages is None:
-            sentence += f", and how many pages it should hold is not known: {self.files.problem}"
-        elif self.pages is not None:
-            sentence += f" and {self.pages} of the {self.files.pages} pages"
+        held = f"ONI holds {self.issues} of the {files.issues} issues"
+        held += f" and {self.pages} of the {files.pages} pages"
+        if files.problem:
+            held = f"ONI holds {self.issues} issues and {self.pages} pages, and what it should hold"
+            held += f" is not known: {files.problem}"
         if self.verdict == "complete":
-            return f"the batch is complete: {sentence}"
-        if self.pages == self.files.pages and self.indexed != self.files.pages_with_ocr:
-            sentence += f", {self.indexed} of {self.files.pages_with_ocr} with their text"
+            return f"the batch is complete: {held}"
+        if self.pages == files.pages and self.indexed != files.pages_with_ocr:
+            held += f", {self.indexed} of {files.pages_with_ocr} with their text"
         if not self.ended_well:
-            sentence += f', and its last event is "{self.event}"'
-        return sentence
+            held += f', and its last event is "{self.event}"'
+        return held
 
 
 class Site:
@@ -1399,9 +1355,10 @@ class Site:
 
     def lccns(self, path):
         """The LCCNs of the MARC records in a file. Raises Problem where ONI could not store one."""
-        ask = self._marc_reader.ask
         try:
-            found, problem = ask("lccns", str(path), MAX_MARC_MEMORY, within=PATIENT_SECONDS)
+            found, problem = self._marc_reader.ask(
+                "lccns", str(path), MAX_MARC_MEMORY, within=PATIENT_SECONDS
+            )
         finally:
             self._marc_reader.close()
         if not found:
@@ -1416,42 +1373,70 @@ class Site:
     def batch(self, name, within=ANSWER_SECONDS):
         """What ONI holds of a batch now. Raises Problem if the database cannot be asked."""
         state = BatchState(**self.oni.ask("batch", name, True, within=within))
-        if state.row and state.name != name:
+        if state.name != name:
             raise Problem(
                 f'Open ONI has the batch "{state.name}", and its database takes the two names'
                 " for one"
             )
-        state.name = name
         try:
-            in_time(lambda: self._look_at_files(state), within)
+            state.on_disk = in_time((self.source / name).is_dir, within)
+            in_time(lambda: self._fill(state, self._remembered.count), within)
         except Problem as problem:
-            state.files_problem = str(problem)
+            state.files.problem = str(problem)
         return state
 
-    def _look_at_files(self, state):
-        state.on_disk = (self.source / state.name).is_dir()
-        state.files = self._count_files(self._files_of(state))
+    def _fill(self, state, way):
+        """Adds what is not known yet of a batch's pages, and what its files say.
 
-    def _files_of(self, state):
-        """A batch's folder in BATCH_SOURCE, or else the one from which ONI has loaded it."""
-        return (self.source if state.on_disk else Path(state.storage)) / state.name
+        `way` is a method of RememberedCounts. Raises Problem, OSError.
+        """
+        name = state.name
+        if state.pages is None:
+            # They change without these only while the batch is loaded or purged.
+            key = [state.loaded, state.issues, state.events] if state.ended_well else None
+            ask = lambda: self.oni.ask("indexed_and_pages", name)
+            pages = way(f"pages of {name}", key, ask)
+            if pages:
+                state.indexed, state.pages = pages
+        # Where it is not on disk, ONI has a link to where it has loaded it from.
+        folder = (self.source if state.on_disk else Path(state.storage)) / name
+        count = lambda: dataclasses.astuple(count_files(folder))
+        files = way(f"files of {name}", listing_key(folder), count)
+        if files:
+            state.files = Counts(*files)
 
-    def _count_files(self, folder):
-        """Counts the files of a batch, and remembers it for list-batches. Raises Problem."""
-        key = listing_key(folder)
-        counts = count_files(folder)
-        if key and counts.pages is not None:
-            self._remembered.put(f"files of {folder.name}", key, [*dataclasses.astuple(counts)])
-        return counts
+    def _count(self, states):
+        """Counts what is not remembered. Whoever asked may have left with what there is."""
+        for state in states:
+            with contextlib.suppress(Problem, OSError):
+                self._fill(state, self._remembered.recall_or_count)
 
-    def _remembered_files(self, folder):
-        """What was counted of a batch's files, unless the file of its issues has changed."""
-        counts = self._remembered.get(f"files of {folder.name}", listing_key(folder))
-        return Counts(*counts) if counts else None
+    def batches(self):
+        """What is quickly told of every batch, in BATCH_SOURCE or ONI; the rest is None.
 
-    def _known_files(self, folder):
-        """What was counted of a batch's files, or is counted now. Raises Problem."""
-        return self._remembered_files(folder) or self._count_files(folder)
+        What cannot be counted in LIST_SECONDS is there the next time. Raises Problem.
+        """
+        overview = self.oni.ask("overview")
+        listed = in_time(lambda: self._listed(overview["batches"]))
+        missing = [state for state in listed if None in (state.files.pages, state.pages)]
+        with contextlib.suppress(Problem):  # it goes on, and is remembered
+            in_time(lambda: self._count(missing), LIST_SECONDS, self._counting)
+        documents = overview["documents"]
+        for state in listed:
+            if documents is not None:
+                state.documents = documents.get(state.name, 0)
+            if state.documents not in (None, state.indexed):
+                state.lost = None  # batch-status says which
+        return listed
+
+    def _listed(self, rows):
+        """The batches in BATCH_SOURCE or ONI by their names, with what is remembered."""
+        states = {row["name"]: BatchState(**row) for row in rows}
+        for name in filter(BATCH_NAME.fullmatch, os.listdir(self.source)):
+            states.setdefault(name, BatchState(name, pages=0)).on_disk = True
+        for state in states.values():
+            self._fill(state, self._remembered.recall)
+        return [states[name] for name in sorted(states)]
 
     def _ask_health(self):
         try:
@@ -1461,57 +1446,14 @@ class Site:
 
     def _ask_progress(self, name):
         held = self.oni.ask("batch", name, False, within=PATIENT_SECONDS)
-        counts = self._known_files(self.source / name)
+        state = BatchState(on_disk=True, **held)
+        self._fill(state, self._remembered.recall_or_count)
         return {
-            "issues_loaded": held["issues"],
-            "issues": counts.issues,
-            "pages_loaded": held["pages"],
-            "pages": counts.pages,
+            "issues_loaded": state.issues,
+            "issues": state.files.issues,
+            "pages_loaded": state.pages,
+            "pages": state.files.pages,
         }
-
-    def batches(self):
-        """What is quickly told of every batch, in BATCH_SOURCE or ONI; the rest is None.
-
-        What cannot be counted in LIST_SECONDS is there the next time. Raises Problem.
-        """
-        names = in_time(lambda: os.listdir(self.source))
-        overview = self.oni.ask("overview")
-        states = {row["name"]: BatchState(**row) for row in overview["batches"]}
-        for name in filter(BATCH_NAME.fullmatch, names):
-            states.setdefault(name, BatchState(name, pages=0)).on_disk = True
-        listed = sorted(states.values(), key=lambda state: state.name)
-        with contextlib.suppress(Problem):
-            in_time(lambda: self._recall(listed))
-        missing = [state for state in listed if state.files is None or state.pages is None]
-        if missing:
-            with contextlib.suppress(Problem):  # it goes on, and is remembered
-                in_time(lambda: self._count(missing), LIST_SECONDS, self._counting)
-        for state in listed:
-            if not state.row and overview["documents"] is not None:
-                state.documents = overview["documents"].get(state.name, 0)
-            if state.documents is not None and state.indexed is not None:
-                state.lost = 0 if state.documents == state.indexed else None
-        return listed
-
-    def _recall(self, states):
-        """Adds what is remembered of the files and pages of batches."""
-        for state in states:
-            state.files = self._remembered_files(self._files_of(state))
-            counts = self._remembered.get(f"pages of {state.name}", state.rows_key)
-            if counts:
-                state.indexed, state.pages = counts
-
-    def _count(self, states):
-        """Counts the files and pages of batches. Whoever asked may have left with what there is."""
-        for state in states:
-            with contextlib.suppress(Problem, OSError):
-                if state.pages is None:
-                    counts = self.oni.ask("indexed_and_pages", state.name)
-                    if state.ended_well:
-                        self._remembered.put(f"pages of {state.name}", state.rows_key, counts)
-                    state.indexed, state.pages = counts  # in this order: see rows_whole
-                state.files = self._known_files(self._files_of(state))
-            time.sleep(0.001)  # others have questions, too
 
     def check(self, name, progress, go_on):
         """What would go wrong with a load of a batch, as Findings. Raises Problem.
@@ -1544,11 +1486,10 @@ class Site:
 
     def check_place(self, name):
         """Raises Problem unless ONI has the awardee of a batch, and a place for its link."""
-        has_awardee, storage = self.oni.ask("place", name)
-        if not has_awardee:
-            code = name.split("_")[1]
+        lacking, storage = self.oni.ask("place", name)
+        if lacking:
             raise Problem(
-                f'Open ONI has no awardee "{code}"; to make it: ensure-awardee {code} "NAME"'
+                f'Open ONI has no awardee "{lacking}"; to make it: ensure-awardee {lacking} "NAME"'
             )
         link = Path(storage) / name
         here = link.resolve() == self.folder(name)  # BATCH_SOURCE is ONI's own storage
@@ -1564,10 +1505,9 @@ class Site:
             raise Problem(
                 "an awardee code has 1 to 50 characters, a name at most 100, none of them NUL"
             )
-        found = self.oni.ask("awardee", code, name)
-        if not found:
+        kept, new = self.oni.ask("awardee", code, name)
+        if not kept:
             raise Problem("awardee name must be given to auto-create awardees")
-        kept, new = found
         if kept != code:
             raise Problem(
                 f'Open ONI has the awardee "{kept}", and its database takes the two codes for one'
@@ -1594,7 +1534,7 @@ def listing_key(folder):
     path = batch_file(folder)
     with contextlib.suppress(OSError):
         found = path.stat()
-        return [str(path), found.st_ino, found.st_size, found.st_mtime_ns]
+        return [str(path), found.st_size, found.st_mtime_ns]
     return None
 
 
@@ -2263,7 +2203,7 @@ class LoadBatch(BatchKind):
         """Loads from the start. load_batch would leave a part of a batch as it is."""
         self._check_files(work)
         if state.row:
-            if state.rows_whole is None:  # it may be complete
+            if state.verdict == "unknown":  # it may be complete
                 raise Problem(str(state))
             work.note(f"{state}; purging that before the load")
             work.manage("purge_batch", self.name)
@@ -2886,8 +2826,8 @@ def batch_object(state):
         "state": state.verdict,
         "issues": state.issues,
         "pages": state.pages,
-        "issues_in_batch_xml": state.files and state.files.issues,
-        "pages_in_mets": state.files and state.files.pages,
+        "issues_in_batch_xml": state.files.issues,
+        "pages_in_mets": state.files.pages,
         "pages_in_solr": state.documents,
         "loaded": state.loaded,
     }
