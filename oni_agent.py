@@ -30,9 +30,14 @@ no command at all) the answers are text. Settings come from the environment:
   LOG_LEVEL        debug, info, warning or error (default info); the log is on stderr
   DB_CONNECTION    accepted for old units, not needed: ONI's own settings are used
 
-To add a command, write a function cmd_… under "commands". To add a kind of job, write a class under
-"kinds of job" and enter it in KINDS. To add a setting, write its reader under "settings", and
-enter it in OWN_VARIABLES and in the list above.
+Its callers are administrators and NCA, the Newspaper Curation App, a Go program that loads batches
+unattended. An agent written in Go speaks the same protocol: words that look odd here are its words.
+
+To add a command, write a function cmd_… under "commands", as `command` describes it; a person at a
+terminal sees its `message`, and what "presentation" knows of the other keys. To add a kind of job,
+write a class under "kinds of job", enter it in KINDS, and give it a command of the same name. To
+add a setting, enter it in OWN_VARIABLES with its reader, and in the list above; neither manage.py
+nor ON_FINISH gets to see it.
 """
 
 from __future__ import annotations
@@ -334,7 +339,7 @@ class Settings:
             except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: no home for ~
                 problems.append(f"{name} is {value!r}; {error}")
             if value is None:
-                problems.append(f"{name} is not set; --help says what it is")
+                problems.append(f"{name} is not set; --help says which folder it names")
         if problems:
             raise Problem(*problems)
         self.host_key_file = self.host_key_file or self.state_directory / "host_key"
@@ -3544,6 +3549,7 @@ class Session(threading.Thread):
         self._begun = time.monotonic()
         self._terminal = getattr(channel, "terminal", None)
         self._status = "client went away"
+        self._lines = ()  # of the newest answer
 
     def run(self):
         """Answers, and closes the channel in the order that loses nothing."""
@@ -3552,6 +3558,8 @@ class Session(threading.Thread):
                 self._channel.send_exit_status(self._answer())
         except Exception:
             log.exception("a session stumbled over a fault of the agent")
+        if self._lines:
+            self._lines.close()  # and the log that they are read from
         self.connection.idle_since = time.monotonic()
         self._log()
 
@@ -3572,7 +3580,9 @@ class Session(threading.Thread):
         return reply.exit_status
 
     def _ask(self, line):
-        return answer(self.connection.agent, line, self._read_input, self._check_client)
+        reply = answer(self.connection.agent, line, self._read_input, self._check_client)
+        self._lines = reply.lines
+        return reply
 
     def _log(self):
         log.info(
