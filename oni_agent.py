@@ -3965,7 +3965,7 @@ def be_init():
 def raise_limits():
     """Lets the agent open as many files as it may: each connection and command needs some."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):  # as which Python tells of EPERM
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65536), hard))
 
 
