@@ -90,8 +90,10 @@ from xml.parsers.expat import ExpatError, ParserCreate
 
 def stderr_is_journal():
     """Whether JOURNAL_STREAM (systemd.exec(5)) names the device and inode of stderr."""
-    found = os.fstat(2)
-    return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
+    with contextlib.suppress(OSError):  # it may be closed
+        found = os.fstat(2)
+        return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
+    return False
 
 
 def complain(*problems):
@@ -3993,6 +3995,9 @@ def main():
         listener = listen(*settings.ba_bind)
     except Problem as problem:
         complain(*problem.args)
+        return exit_status
+    except OSError as error:  # Scarce, too
+        complain(error)
         return exit_status
     gc.freeze()  # what is there by now stays, and need not be looked at
     tell_where(settings, listener.getsockname())

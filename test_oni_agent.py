@@ -3538,6 +3538,37 @@ def test_a_job_whose_words_are_damaged_is_no_reason_to_forget_the_others(witness
     assert len(site.call("list-jobs")["jobs"]) == 80
 
 
+def test_a_store_that_cannot_be_read_is_told_in_a_sentence(witnessed):
+    site = witnessed
+    past_jobs(site, (["load-batch", "batch_oru_alpha_ver01"], "successful", 1, 1))
+    change_store(site, "ALTER TABLE jobs RENAME COLUMN attempts TO tries")
+    said = failed_start(site)
+    assert f"{site.state / 'jobs.db'} cannot be used: no such column" in said
+    assert "Traceback" not in said
+
+
+def test_an_agent_whose_stderr_is_closed_serves(witnessed):
+    site = witnessed
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environment = {**site.environment, "BA_BIND": f"127.0.0.1:{port}"}
+    words = [sys.executable, str(AGENT)]
+    shell = ["sh", "-c", 'exec "$0" "$@" 2>&-', *words]
+    with subprocess.Popen(shell, env=environment) as process:
+        try:
+            assert until(lambda: answers_at(port))
+        finally:
+            process.terminate()
+        assert process.wait(30) == 0
+
+
+def answers_at(port: int) -> bool:
+    """Whether an agent answers at a port."""
+    with contextlib.suppress(OSError, EOFError, paramiko.SSHException), Client(port) as client:
+        return client.ask("version")["status"] == "success"
+    return False
+
+
 def remove_log(site: Site, id: int) -> None:
     """Deletes all files of a job's log."""
     for suffix in ("log", "out", "err"):
