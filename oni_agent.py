@@ -694,11 +694,12 @@ class Shell:
         try:
             if self._starting_until:
                 self._channel.settimeout(max(0.01, until - time.monotonic()))
-                self._channel.recv(1)
+                if not self._channel.recv(1):
+                    raise ConnectionError
                 self._starting_until = 0
+            self._stderr.truncate(0)  # before the question, about which it may have last words
             self._channel.settimeout(max(0.01, until - time.monotonic()))
             self._channel.sendall(json.dumps(question).encode() + b"\n")
-            self._stderr.truncate(0)
             line = self._replies.readline()
         except socket.timeout:
             if time.monotonic() > self._starting_until:
