@@ -51,7 +51,6 @@ import dataclasses
 import difflib
 import errno
 import fcntl
-import functools
 import gc
 import hashlib
 import inspect
@@ -1196,16 +1195,24 @@ class Glance:
     """Makes an answer in the background, every PROGRESS_SECONDS at most, however many ask."""
 
     def __init__(self, make):
+        self._make = make  # a function that returns a dict
         self._pool = futures.ThreadPoolExecutor(1, "glance")
-        self._look = functools.lru_cache(1)(lambda words, moment: make(*words))
+        self._words = ()  # that it was last asked about
+        self._due = 0.0  # when it is to be asked again
         self._answers = {}  # the newest answer, by the words that it is about
 
     def __call__(self, *words):
-        """What `make`, which returns a dict, has last answered; {} if it has not yet."""
-        moment = time.monotonic() // PROGRESS_SECONDS
+        """What `make` has last answered, after a second at the most; {} if it has not yet."""
         with contextlib.suppress(Problem, OSError):
-            self._answers = {words: in_time(lambda: self._look(words, moment), 1, self._pool)}
+            in_time(lambda: self._look(words), 1, self._pool)
         return self._answers.get(words, {})
+
+    def _look(self, words):
+        """Asks, if that is due, in the pool's one thread; an answer may come after its time."""
+        if words != self._words or time.monotonic() >= self._due:
+            self._words = words
+            self._due = time.monotonic() + PROGRESS_SECONDS
+            self._answers = {words: self._make(*words)}
 
 
 class RememberedCounts:

@@ -7305,6 +7305,21 @@ def test_a_manage_py_that_starts_slowly_is_waited_for_and_progress_then_shown(ag
     assert agent.ended(id)["status"] == "successful"
 
 
+def test_progress_that_open_oni_tells_too_late_is_shown_the_next_time(site):
+    question = 'self.oni.ask("batch", name, False, within=PATIENT_SECONDS)'
+    altered(
+        site,
+        (question, f"time.sleep(1.5) or {question}"),  # longer than a command waits for it
+        ("PROGRESS_SECONDS = 5", "PROGRESS_SECONDS = 0.1"),
+    )
+    gate = site.hold_load(site.batch(ALPHA))
+    id = site.job("load-batch", ALPHA)
+    gate.reached()
+    assert until(lambda: "issues_loaded" in site.call("job-status", str(id))["job"])
+    gate.open()
+    assert site.ended(id)["status"] == "successful"
+
+
 def test_a_user_without_passwd_entry_and_home_may_run_the_agent(troubled):
     site = troubled.site
     del site.environment["HOME"]
