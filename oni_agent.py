@@ -1415,7 +1415,7 @@ class Site:
                 state.indexed, state.pages = pages
         # Where it is not on disk, ONI has a link to where it has loaded it from.
         folder = (self.source if state.on_disk else Path(state.storage)) / name
-        count = lambda: dataclasses.astuple(count_files(folder))
+        count = lambda: [*dataclasses.astuple(count_files(folder))]  # a list, as in the file
         files = way(f"files of {name}", listing_key(folder), count)
         if files:
             state.files = Counts(*files)
