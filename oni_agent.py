@@ -2358,17 +2358,17 @@ class BatchPatch(Kind):
             raise Problem(f'"{self.new.name}" is in BATCH_SOURCE already')
         if self.site.oni.ask("batch", self.new.name, False)["row"]:
             raise Problem(f'Open ONI holds a "{self.new.name}" already; purge that first')
-        self._check_old(given)
+        self._possible_patch(given)
 
-    def _check_old(self, given):
+    def _possible_patch(self, given):
+        """The patch, of a batch that ONI holds and whose files are there. Raises Problem."""
         if not self.site.oni.ask("batch", self.old.name, False)["row"]:
             raise Problem("batch does not exist")
         in_time(lambda: check_listing(self.old))
-        in_time(lambda: self._patch(given))
+        return in_time(lambda: self._patch(given))
 
     def bring(self, work):
-        self._check_old(work.input)
-        patch = self._patch(work.input)
+        patch = self._possible_patch(work.input)
         if patch.is_made(self.new):
             work.note(f"nothing to do: {self.new} is there already, and is what this patch makes")
             return
