@@ -102,7 +102,7 @@ def complain(*problems):
         print(f"{priority}oni_agent: {problem}.", file=sys.stderr)
 
 
-# Old releases warn of ciphers that are switched off below.
+# Old releases of paramiko warn of ciphers that are switched off below.
 warnings.filterwarnings("ignore", module="paramiko")
 try:
     import paramiko
@@ -128,7 +128,7 @@ MAX_PACKET = 256 * 1024  # bytes of one SSH packet, as OpenSSH takes them
 MAX_COMMAND = 16 * 1024  # bytes of a command line
 MAX_PAYLOAD = 32 * 1024 * 1024  # bytes on standard input
 MAX_MARC_MEMORY = 256 * 1024 * 1024  # bytes, for the process that reads MARC XML
-MAX_INSTRUCTIONS = 1024 * 1024  # of them, where they are a batch-patch's
+MAX_INSTRUCTIONS = 1024 * 1024  # bytes on standard input of a batch-patch
 MAX_LINE = 32 * 1024  # bytes of a job's log read at once; a longer line is cut into pieces
 MAX_ATTEMPTS = 3  # starts of a job that never ended
 IDLE_SECONDS = 30  # without a command at work; NCA never closes a connection itself
@@ -146,7 +146,7 @@ PROGRESS_SECONDS = 5  # between two questions about how far a load is
 KEEP_DAYS = 90  # how long finished jobs are kept
 KEEP_JOBS = 100  # how many of the newest are kept in any case
 TICK = 0.01  # seconds between two looks at what manage.py has printed
-CHUNK = 64 * 1024  # bytes of a log or an answer handled at once
+CHUNK = 64 * 1024  # bytes taken from standard input at once
 
 # ---------------------------------------------------------------- problems
 
@@ -348,8 +348,9 @@ class Settings:
 
 # ---------------------------------------------------------------- Open ONI
 
-# What runs inside a manage.py shell, with ONI's models. Its functions are questions,
-# or tasks of a job. It keeps to what Python 3.6 and Django 2.2 know, since ONI's may be old ones.
+# What runs inside a manage.py shell, with ONI's models. Its functions are questions (see ask),
+# or tasks of a job (see start_task). It keeps to what Python 3.6 and Django 2.2 know, since ONI's
+# may be old ones.
 INSIDE_ONI = '''
 import io, json, logging, re, resource, signal, socket, time, urllib.request
 from django.conf import settings
@@ -563,7 +564,7 @@ def documents():
     return patient_solr().search("type:page", rows=0).hits
 
 def mend_index(name):
-    """A job: makes the index hold each page of a batch, and nothing else under its name."""
+    """A task: makes the index hold each page of a batch, and nothing else under its name."""
     solr = solr_index.conn()
     own = set()
     for page, holder in pages_with_holders(name):
@@ -579,7 +580,7 @@ def mend_index(name):
     print("the index is mended", flush=True)
 
 def forget_documents(name):
-    """A job: deletes from the index what a failed purge has left of a batch."""
+    """A task: deletes from the index what a failed purge has left of a batch."""
     solr = solr_index.conn()
     solr.delete(q='batch:"%s"' % name)
     solr.commit()
@@ -2019,7 +2020,7 @@ class Work:
         """The first line that the newest manage.py has logged as an error, else its last."""
         last = "nothing"
         for last in self.log.complaints():
-            error = re.match(r"\[ERROR\] |ERROR:[\w.]+:", last)  # releases 1.1 and 1.0
+            error = re.match(r"\[ERROR\] |ERROR:[\w.]+:", last)  # ONI 1.1 and 1.0
             if error:
                 return last[error.end() :]
         return last
