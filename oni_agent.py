@@ -163,8 +163,8 @@ class CouldNotStart(Problem):
     """manage.py cannot be run at all."""
 
 
-class Cancelled(Exception):
-    """The job at work is to end."""
+class Cancelled(BaseException):
+    """The job at work is to end. As for a SystemExit, nobody takes it for a fault on its way."""
 
 
 class Stopping(BaseException):
@@ -2111,24 +2111,34 @@ class Work:
 # ---------------------------------------------------------------- kinds of job
 
 
+@dataclass
 class Kind:
-    """What one kind of job is to reach. The command that accepts it, the worker that performs it,
-    the next agent that takes it over, retry and cancel ask these questions, and nothing else.
+    """What one kind of job is to reach: its words after the command's name are the fields here.
 
-    `bring` can be begun again from its first line at any time, and ends in the same place.
+    To add one: subclass this (its fields after `site`, if any, as a dataclass), enter it in KINDS,
+    and write a command of the same name, under "commands", that returns `request.submit()`, or
+    `request.submit_with_input(LIMIT)` if it `takes_input`.
+
+    A request is answered by `check`, then `reached`. When its turn has come the worker calls
+    `bring`, then `verify`. A job that an earlier agent had begun is asked for `verify` first, and
+    is begun again if that fails; one that was cancelled after it began is given to `undo`. An
+    unsuccessful one is asked for `remains`. So `bring` can be begun again from its first line at
+    any time, and ends in the same place.
+
+    `work` is a Work: it runs manage.py, takes notes for the job's log, and knows the file of what
+    came on standard input. An OSError is a Problem, too, but if it is scarce: then the same method
+    is called anew.
     """
+
+    site: Site
 
     title = "No-op job"  # as answers name it
     takes_input = False  # on standard input; else a job's words say all that is asked for
 
-    def __init__(self, site, *words):
-        self.site = site
-        self.words = words
-
-    def check(self, given=None):
+    def check(self, given):
         """Raises Problem unless it may be asked for, and all is there that it needs.
 
-        `given` is the file of what came on standard input.
+        `given` is the path of what came on standard input, None for a kind that takes none.
         """
 
     def reached(self):
@@ -2142,25 +2152,24 @@ class Kind:
         """Raises Problem, which says what there is instead, unless it is reached now."""
 
     def undo(self, work):
-        """After a cancel: takes back what was half done. Raises Problem."""
+        """After a cancel: takes back what was half done. Raises Problem, Stopping."""
 
     def remains(self, work):
-        """What there is now, in words, for the error of a job that was unsuccessful."""
+        """What there is now, in words, for the error of a job that was unsuccessful; or ""."""
         return ""
 
 
+@dataclass
 class BatchKind(Kind):
-    """What loads and purges of a batch share: what ONI is to hold of it."""
+    """What loads and purges of a batch share. Raises Problem where its name cannot be one."""
 
-    def __init__(self, site, name):
-        super().__init__(site, name)
-        self.name = name
+    name: str
+
+    def __post_init__(self):
+        self.folder = self.site.folder(self.name)
 
     def is_goal(self, state):
         """Whether it is what the job is to reach."""
-
-    def change(self, work, state):
-        """Brings about the goal, where ONI holds this state. Raises as `bring` does."""
 
     def state(self, within=PATIENT_SECONDS):
         return self.site.batch(self.name, within)
@@ -2168,22 +2177,19 @@ class BatchKind(Kind):
     def reached(self):
         return self.is_goal(self.state(ANSWER_SECONDS))
 
-    def bring(self, work):
-        state = self.state()
-        if self.is_goal(state):
-            work.note(f"nothing to do: {state}")
-        else:
-            self.change(work, state)
-
     def verify(self, work):
         state = self.state()
-        if state.index_problem:
-            work.note(str(state))
         if not self.is_goal(state):
             said = f"; manage.py said: {work.complaint()}" if work.log.commands else ""
             raise Problem(f"{state}{said}")
+        if not work.log.commands:
+            work.note(f"nothing to do: {state}")
+        elif state.index_problem:
+            work.note(str(state))
 
     def remains(self, work):
+        if not work.log.commands and not work.undoing:
+            return ""  # nothing has changed, and the error says what was in the way
         try:
             return str(self.state())
         except (Problem, OSError) as problem:
@@ -2195,39 +2201,27 @@ class LoadBatch(BatchKind):
 
     title = "Load batch"
 
-    def check(self, given=None):
-        folder = self.site.folder(self.name)
+    def check(self, given):
         try:
-            in_time(lambda: check_listing(folder))
+            in_time(lambda: check_listing(self.folder))
         except Problem as problem:
-            hint = "" if in_time(folder.exists) else self.site.similar(self.name)
+            hint = "" if in_time(self.folder.exists) else self.site.similar(self.name)
             raise Problem(f"{problem}{hint}") from None
         self.site.check_place(self.name)
 
     def is_goal(self, state):
         return state.verdict == "complete"
 
-    def change(self, work, state):
+    def bring(self, work):
+        state = self.state()
         if not state.rows_whole:
-            self._load(work, state)
+            self._check_files(work)
+            self._make_room(work, state)
+            work.manage("load_batch", str(self.folder))
             state = self.state()
         if state.lost or state.stray:
             work.note(f"{state}; mending the index")
             work.task("mend_index", self.name)
-
-    def _load(self, work, state):
-        """Loads from the start. load_batch would leave a part of a batch as it is."""
-        self._check_files(work)
-        if state.row:
-            if state.verdict == "unknown":  # it may be complete
-                raise Problem(str(state))
-            work.note(f"{state}; purging that before the load")
-            work.manage("purge_batch", self.name)
-        elif state.documents:
-            work.note(f"{state}; deleting those before the load")
-            work.task("forget_documents", self.name)
-        self._remove_leftover_link(work, Path(state.storage) / self.name)
-        work.manage("load_batch", str(self.site.folder(self.name)))
 
     def _check_files(self, work):
         """Finds what would go wrong before hours of loading, and fetches titles that ONI lacks."""
@@ -2236,7 +2230,7 @@ class LoadBatch(BatchKind):
             if done % 100 == 0:
                 work.note(f"checked the files of {done} of {issues} issues")
 
-        self.check()
+        self.check(None)
         found = self.site.check(self.name, progress, work.go_on)
         for warning in found.warnings:
             work.note(f"warning: {warning['file']}: {warning['warning']}")
@@ -2250,10 +2244,16 @@ class LoadBatch(BatchKind):
             if not self.site.oni.ask("title", lccn, within=PATIENT_SECONDS):
                 raise Problem(f"{url} did not give ONI the title {lccn}: {work.complaint()}")
 
-    def _remove_leftover_link(self, work, link):
-        """One that a killed load of another copy has left would make ONI load that copy again."""
-        folder = self.site.folder(self.name)
-        if link.is_symlink() and os.path.realpath(link) != os.path.realpath(folder):
+    def _make_room(self, work, state):
+        """Takes away what would keep load_batch from loading the whole of this very folder."""
+        if state.verdict == "unknown":  # it may be complete
+            raise Problem(str(state))
+        if state.row or state.documents:  # load_batch would leave a part of a batch as it is
+            work.note(f"{state}; purging that before the load")
+            PurgeBatch(self.site, self.name).bring(work)
+        link = Path(state.storage) / self.name
+        # One that a killed load of another copy has left would make ONI load that copy again.
+        if link.is_symlink() and link.resolve() != self.folder.resolve():
             work.note(f"removing {link}, a leftover link to {os.readlink(link)}")
             link.unlink()
 
@@ -2283,13 +2283,11 @@ class PurgeBatch(BatchKind):
 
     title = "Purge batch"
 
-    def check(self, given=None):
-        self.site.folder(self.name)
-
     def is_goal(self, state):
         return state.nothing_left
 
-    def change(self, work, state):
+    def bring(self, work):
+        state = self.state()
         failure = None
         if state.row:
             try:
@@ -2310,7 +2308,7 @@ class LoadTitle(Kind):
     title = "load title"
     takes_input = True
 
-    def check(self, given=None):
+    def check(self, given):
         self.site.lccns(given)
 
     def bring(self, work):
@@ -2320,12 +2318,12 @@ class LoadTitle(Kind):
         lccns = self.site.lccns(work.input)
         ask = self.site.oni.ask
         missing = [lccn for lccn in lccns if not ask("title", lccn, within=PATIENT_SECONDS)]
+        why = f"load_titles said: {work.complaint()}"
+        if missing:
+            raise Problem(f"ONI has no title {', '.join(missing)}; {why}")
         said = "\n".join(work.log.complaints())
-        if missing or not re.search("ERRORS: 0$", said, re.MULTILINE):
-            what = "ONI has not stored every record"
-            if missing:
-                what = f"ONI has no title {', '.join(missing)}"
-            raise Problem(f"{what}; load_titles said: {work.complaint()}")
+        if not re.search("ERRORS: 0$", said, re.MULTILINE):
+            raise Problem(f"ONI has not stored every record; {why}")
         counts = re.findall(r"TITLES (?:CREATED|UPDATED): (\d+)", said)
         left = len(lccns) - sum(map(int, counts))
         if left:
@@ -2338,50 +2336,53 @@ class LoadTitle(Kind):
         return f"the MARC record is kept in {work.input.parent}"
 
 
+@dataclass
 class BatchPatch(Kind):
     """The batch NEW in BATCH_SOURCE is the batch OLD without the issues that the input names."""
+
+    old: str
+    new: str
 
     title = "batch patch"
     takes_input = True
 
-    def __init__(self, site, old, new):
-        super().__init__(site, old, new)
-        self.old = site.source / old
-        self.new = site.source / new
+    def __post_init__(self):
+        self.source = self.site.folder(self.old)
+        self.target = self.site.folder(self.new)
 
-    def _patch(self, given):
-        return Patch(self.old, given.read_bytes())
-
-    def check(self, given=None):
-        for name in self.words:
-            self.site.folder(name)
-        if in_time(lambda: os.path.lexists(self.new)):
-            raise Problem(f'"{self.new.name}" is in BATCH_SOURCE already')
-        if self.site.oni.ask("batch", self.new.name, False)["row"]:
-            raise Problem(f'Open ONI holds a "{self.new.name}" already; purge that first')
+    def check(self, given):
+        if in_time(lambda: os.path.lexists(self.target)):
+            raise Problem(f'"{self.new}" is in BATCH_SOURCE already')
+        if self.site.oni.ask("batch", self.new, False)["row"]:
+            raise Problem(f'Open ONI holds a "{self.new}" already; purge that first')
         self._possible_patch(given)
 
     def _possible_patch(self, given):
-        """The patch, of a batch that ONI holds and whose files are there. Raises Problem."""
-        if not self.site.oni.ask("batch", self.old.name, False)["row"]:
+        """The patch, if ONI holds the old batch and its files are there. Raises Problem."""
+        if not self.site.oni.ask("batch", self.old, False)["row"]:
             raise Problem("batch does not exist")
-        in_time(lambda: check_listing(self.old))
+        in_time(lambda: check_listing(self.source))
         return in_time(lambda: self._patch(given))
+
+    def _patch(self, given):
+        return Patch(self.source, given.read_bytes())
 
     def bring(self, work):
         patch = self._possible_patch(work.input)
-        if patch.is_made(self.new):
-            work.note(f"nothing to do: {self.new} is there already, and is what this patch makes")
-            return
-        patch.make(self.new, work.note, work.go_on)
-        work.note(f"{self.new} is whole")
+        if patch.is_made(self.target):
+            work.note(
+                f"nothing to do: {self.target} is there already, and is what this patch makes"
+            )
+        else:
+            patch.make(self.target, work.note, work.go_on)
+            work.note(f"{self.target} is whole")
 
     def verify(self, work):
-        if not self._patch(work.input).is_made(self.new):
-            raise Problem(f"{self.new} is not there")
+        if not self._patch(work.input).is_made(self.target):
+            raise Problem(f"{self.target} is not there")
 
     def remains(self, work):
-        return f"{self.new} is there" if os.path.lexists(self.new) else ""
+        return f"{self.target} is there" if os.path.lexists(self.target) else ""
 
 
 KINDS = {
@@ -2433,7 +2434,7 @@ class JobQueue:
         return self._jobs.get(id)
 
     def kind(self, words):
-        """What a job of these words is to reach."""
+        """What a job of these words is to reach. Raises Problem if one cannot be a batch's name."""
         return KINDS[words[0]](self._site, *words[1:])
 
     def wait(self, job, seconds):
@@ -2449,14 +2450,14 @@ class JobQueue:
         """
         kind = self.kind(words)
         kind.check(given)
-        # Another may have come while Open ONI was asked.
-        if not self._last_on(kind) and kind.reached() and not self._last_on(kind):
-            return None, False
+        reached = not self._last_on(words) and kind.reached()
         with self._changed:
+            last = self._last_on(words)  # which may have come while Open ONI was asked
+            if reached and not last:
+                return None, False
             if self._closed:
                 raise Problem("the agent is stopping; ask again in a moment")
-            last = self._last_on(kind)
-            if last and last.words == words and not last.cancelled:
+            if last and last.words == words and not (last.cancelled or given):
                 return last, False
             job = self._store.add(words, given)
             self._jobs[job.id] = job
@@ -2464,12 +2465,11 @@ class JobQueue:
             self._announce()
             return job, True
 
-    def _last_on(self, kind):
-        """The newest unfinished job on the same batch; None for a kind that takes input."""
-        if not kind.takes_input:
-            for job in reversed(self.jobs()):
-                if not job.finished and job.words[1:] == [*kind.words]:
-                    return job
+    def _last_on(self, words):
+        """The newest unfinished job on the same batch, or None."""
+        for job in reversed(self.jobs()):
+            if not job.finished and job.words[1:] == words[1:]:
+                return job
         return None
 
     def cancel(self, job):
@@ -2495,64 +2495,75 @@ class JobQueue:
             log.info("what manage.py had begun is taken up by the next agent")
         except BaseException:
             log.critical("the worker cannot go on, and the agent ends", exc_info=True)
-            logging.shutdown()
             os._exit(70)
 
     def _perform(self, job):
-        """Brings a job to its end, whatever happens, but for the agent's own end."""
+        """Brings a job to its end, whatever happens, but for the agent's own end.
+
+        Wherever a cancel stops it, it is taken up anew from there, and then undone.
+        """
         work = Work(job, self._store, self._site.oni, self._stopping)
         patiently(work.log.open)
+        with contextlib.closing(work.log):
+            while not job.finished:
+                with contextlib.suppress(Cancelled):
+                    self._record(work, *self._outcome(work))
+
+    def _outcome(self, work):
+        """The status that a job is to get, and its error, after all that it does.
+
+        Raises Cancelled, Stopping, and nothing else: a fault of the agent's is the job's end.
+        """
+        job = work.job
         try:
-            self._complete(work, self.kind(job.words))
+            kind = self.kind(job.words)
+            try:
+                self._reach(work, kind)
+                return SUCCESSFUL, ""
+            except Problem as problem:
+                return self._failure(work, kind, problem)
         except Exception as fault:
             log.exception("job=%d stumbled over a fault of the agent", job.id)
-            work.undoing = True
-            self._record(work, FAILED, f"a fault of the agent, see its log: {fault!r}")
-        finally:
-            work.log.close()
+            work.undoing = True  # a cancel would come to the same fault
+            return FAILED, f"a fault of the agent, see its log: {fault!r}"
 
-    def _complete(self, work, kind):
-        """Brings about what a job is to reach, or undoes it after a cancel; records which."""
-        try:
-            status, error = self._outcome(work, kind)
-            self._record(work, status, error)
-        except Cancelled:
-            work.undoing = True
-            self._record(work, FAILED, self._undo(work, kind))
-
-    def _outcome(self, work, kind):
-        """The status that a job is to get, and its error, after all that it does."""
-        try:
-            self._reach(work, kind)
-            return SUCCESSFUL, ""
-        except Problem as problem:
-            error = str(problem)
-            if work.log.commands or kind.takes_input:
-                error = self._with_remains(error, work, kind)
-            never_ran = isinstance(problem, CouldNotStart) and not work.log.commands
-            return COULD_NOT_START if never_ran else FAILED, error
-
-    def _undo(self, work, kind):
-        """Takes back what a cancelled job has half done; its error."""
-        error = "cancelled"
-        try:
-            self._step(kind.undo, work)
-        except Problem as problem:
-            error = f"cancelled; {problem}"
-        return self._with_remains(error, work, kind)
+    @staticmethod
+    def _failure(work, kind, problem):
+        """The status and the error of an unsuccessful job, which says what there is now, too."""
+        never_ran = isinstance(problem, CouldNotStart) and not work.log.commands
+        error = str(problem)
+        remains = kind.remains(work)
+        if remains not in error:
+            error = f"{error}; {remains}"
+        return COULD_NOT_START if never_ran else FAILED, error
 
     def _reach(self, work, kind):
-        """Reaches what a job is to reach, which is so at its end. Raises Problem, Cancelled."""
+        """Reaches what a job is to reach, from where the job is now.
+
+        Raises Problem (in any case for a cancelled job, which is undone), Cancelled, Stopping.
+        """
         if work.job.status == STARTED:
             work.take_over()
+            if work.job.cancelled:
+                self._undo(work, kind)
             try:
                 self._step(kind.verify, work)
                 return
             except Problem as problem:
-                self._tell_of_interruption(work, problem)
-        self._begin(work)
+                log.warning("job=%d was interrupted: %s", work.job.id, problem)
+                work.note(f"interrupted: the agent went before the job's end; {problem}")
+        self._begin(work.job)
         self._step(kind.bring, work)
         self._step(kind.verify, work)
+
+    def _undo(self, work, kind):
+        """Takes back what a cancelled job has half done. Raises Problem, in any case."""
+        work.undoing = True
+        try:
+            self._step(kind.undo, work)
+        except Problem as problem:
+            raise Problem(f"cancelled; {problem}") from problem
+        raise Problem("cancelled")
 
     @staticmethod
     def _step(step, work):
@@ -2564,15 +2575,10 @@ class JobQueue:
 
         patiently(take, is_scarce)
 
-    @staticmethod
-    def _tell_of_interruption(work, problem):
-        log.warning("job=%d was interrupted: %s", work.job.id, problem)
-        work.note(f"interrupted: the agent went before the job's end; {problem}")
-        if work.job.attempts >= MAX_ATTEMPTS:
+    def _begin(self, job):
+        """Enters that a job has begun. Raises Problem if it has too often; Cancelled."""
+        if job.attempts >= MAX_ATTEMPTS:
             raise Problem(f"given up: {MAX_ATTEMPTS} times the agent was gone before its end")
-
-    def _begin(self, work):
-        job = work.job
 
         def begin():
             with self._changed:
@@ -2584,21 +2590,14 @@ class JobQueue:
         patiently(begin)
         log.info("job=%d command=%r begins", job.id, shlex.join(job.words))
 
-    @staticmethod
-    def _with_remains(error, work, kind):
-        """What went wrong and, if it does not say that itself, what there is now."""
-        remains = kind.remains(work)
-        return error if remains in error else f"{error}; {remains}"
-
     def _record(self, work, status, error):
-        """Records the end of the job at work. Raises Cancelled if that is to be undone first."""
+        """Records the end of the job at work, unless it is to be undone first. Raises Stopping."""
 
         def record():
             with self._changed:
                 if self._stopping.is_set() and status != SUCCESSFUL:
                     raise Stopping
-                work.go_on()
-                if not work.job.finished:
+                if not work.cancelled and not work.job.finished:
                     self._end(work.job, status, error)
 
         patiently(record)
@@ -2615,8 +2614,7 @@ class JobQueue:
     def _change(self, job, **changes):
         """Changes a job on disk, then for all to see. Raises Scarce."""
         self._store.update(job, **changes)
-        for name, value in changes.items():
-            setattr(job, name, value)
+        vars(job).update(changes)
         self._changed.notify_all()
         self._announce()
 
