@@ -6997,6 +6997,19 @@ def test_a_batch_whose_files_cannot_be_counted_in_time_is_not_purged_for_that(si
     assert site.logs(job["id"]) == []
 
 
+@pytest.mark.parametrize("cancelled", [0, 1])
+def test_a_fault_of_the_agent_is_the_end_of_one_job_and_stops_no_other(site, cancelled):
+    """Here it does not know the kind of a job that an agent of another release has begun."""
+    past_jobs(site, (["embargo-batch", ALPHA], "started", 2, None))
+    change_store(site, f"UPDATE jobs SET cancelled = {cancelled}")
+    site.batch(BETA)
+    site.start()
+    assert site.run("load-batch", BETA)["status"] == "successful"
+    job = site.call("job-status", "1")["job"]
+    assert job["status"] == "failed"
+    assert job["error"] == "a fault of the agent, see its log: KeyError('embargo-batch')"
+
+
 def test_an_agent_whose_worker_cannot_go_on_ends_and_says_why(site):
     altered(site, ("horizon = time.time_ns()", "horizon = {}['a fault']"))
     assert site.agent.wait(30) != 0
