@@ -2248,7 +2248,6 @@ class LoadBatch(BatchKind):
         if state.verdict == "unknown":  # it may be complete
             raise Problem(str(state))
         if state.row or state.documents:  # load_batch would leave a part of a batch as it is
-            work.note(f"{state}; purging that before the load")
             PurgeBatch(self.site, self.name).bring(work)
         link = Path(state.storage) / self.name
         # One that a killed load of another copy has left would make ONI load that copy again.
@@ -2259,10 +2258,8 @@ class LoadBatch(BatchKind):
     def undo(self, work):
         # As _run and take_over write them down; the others leave the rows as they are.
         changing = ("manage.py load_batch", "manage.py purge_batch", "manage.py, begun")
-        changed = any(command.startswith(changing) for command in work.log.commands)
-        if changed and self.state().row:
-            work.note("cancelled: purging what was loaded")
-            work.manage("purge_batch", self.name)
+        if any(command.startswith(changing) for command in work.log.commands):
+            PurgeBatch(self.site, self.name).bring(work)
 
 
 def summary(found):
@@ -2289,6 +2286,7 @@ class PurgeBatch(BatchKind):
         state = self.state()
         failure = None
         if state.row:
+            work.note(f"{state}; purging that")
             try:
                 work.manage("purge_batch", self.name)
             except Problem as problem:

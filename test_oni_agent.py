@@ -1889,7 +1889,7 @@ def test_a_killed_load_is_failed_and_the_next_one_purges_and_loads_the_whole_bat
     )
     assert agent.held(ALPHA) == (1, 2, 4)
     logs = repaired(agent, "load-batch", ALPHA)
-    assert "purging that before the load" in logs[0]
+    assert "purging that" in logs[0]
     assert f"[INFO] purging batch '{ALPHA}'" in logs
     assert logs.index("[INFO] processed 6 pages") > logs.index(f"[INFO] purging batch '{ALPHA}'")
     assert agent.held(ALPHA) == (1, 3, 6)
@@ -3929,7 +3929,7 @@ def test_a_cancelled_load_leaves_the_batch_absent(agent, adopted):
     logged = "\n".join(agent.logs(1))
     assert "SIGTERM" in logged
     assert "SIGKILL" not in logged
-    assert "cancelled: purging what was loaded" in logged
+    assert "; purging that" in logged
     assert agent.ssh("batch-status batch_oru_alpha_ver01")["batch"]["state"] == "absent"
 
 
