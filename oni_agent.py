@@ -364,7 +364,6 @@ def answer_questions(channel):
     """Answers each JSON line [question, word, ...] on a socket by a JSON line."""
     logging.getLogger("pysolr").setLevel(logging.WARNING)  # ONI has a log file a process
     channel = socket.socket(fileno=channel)
-    channel.sendall(b"!")  # ready
     signal.alarm(SHELL_SECONDS)
     for line in channel.makefile(encoding="utf-8"):  # one file for both ways would lose lines
         signal.alarm(SHELL_SECONDS)
@@ -375,6 +374,10 @@ def answer_questions(channel):
         except Exception as error:
             reply = {"error": "%s: %s" % (type(error).__name__, error)}
         channel.sendall(json.dumps(reply, default=str).encode() + b"\\n")
+
+def is_ready():
+    """It is, if it answers this."""
+    return True
 
 def check():
     """The last line of what `manage.py check` prints."""
@@ -668,10 +671,9 @@ class ShellEnded(Problem):
 
 
 class Shell:
-    """A manage.py that answers questions, once it has started."""
+    """A manage.py that answers questions; where it does not start: ShellEnded, socket.timeout."""
 
     def __init__(self, oni):
-        self._starting_until = time.monotonic() + PATIENT_SECONDS
         self._stderr = open(os.memfd_create("stderr"), "a+b", buffering=0)
         # In a socket pair nothing that site code prints gets between question and answer.
         self._channel, theirs = socket.socketpair()
@@ -684,36 +686,31 @@ class Shell:
                 stderr=self._stderr,
                 pass_fds=[theirs.fileno()],
             )
+        self.reply(["is_ready"], time.monotonic() + PATIENT_SECONDS)
 
     def reply(self, question, until):
         """What it replies to a question. Raises ShellEnded, or socket.timeout at a moment `until`.
 
         A question that it does not reply to in time has no effect.
         """
-        line = b""
+        left = until - time.monotonic()
+        if left <= 0:  # the start may have taken that long
+            raise socket.timeout
         try:
-            if self._starting_until:
-                self._channel.settimeout(max(0.01, until - time.monotonic()))
-                if not self._channel.recv(1):
-                    raise ConnectionError
-                self._starting_until = 0
-            self._stderr.truncate(0)  # before the question, about which it may have last words
-            self._channel.settimeout(max(0.01, until - time.monotonic()))
+            self._channel.settimeout(left)
             self._channel.sendall(json.dumps(question).encode() + b"\n")
-            line = self._replies.readline()
+            reply = json.loads(self._replies.readline())
         except socket.timeout:
-            if time.monotonic() > self._starting_until:
-                self.end()
+            self.end()
             raise
-        except ConnectionError:
-            pass
-        if not line:
+        except (ConnectionError, ValueError):  # ValueError: there is no line, or a part of one
             self.end()
             self._stderr.seek(0)
             printed = self._stderr.read().decode("utf-8", "replace").strip()
             said = printed.rpartition("\n")[2] or "manage.py shell ended"
-            raise ShellEnded(f"Open ONI cannot be asked: {said}")
-        return json.loads(line)
+            raise ShellEnded(f"Open ONI cannot be asked: {said}") from None
+        self._stderr.truncate(0)  # its last words are to be about a later question
+        return reply
 
     def end(self):
         """Ends it at once: it is never amid a change."""
