@@ -426,7 +426,7 @@ def batch(name, with_index):
         "events": [[event.created.isoformat(), event.message or ""] for event in events][::-1],
         "storage": settings.BATCH_STORAGE,
     }
-    held["indexed"], held["pages"] = indexed_and_pages(name)
+    held.update(pages_held(name))
     if with_index:
         held.update(index(name, held["indexed"]))
     return held
@@ -492,10 +492,9 @@ def overview():
     } for row in Batch.objects.all()]
     return {"batches": batches, "documents": documents}
 
-def indexed_and_pages(name):
+def pages_held(name):
     pages = Page.objects.filter(issue__batch_id=name)
-    found = pages.aggregate(pages=Count("pk"), indexed=Count("pk", filter=Q(indexed=True)))
-    return found["indexed"], found["pages"]
+    return pages.aggregate(pages=Count("pk"), indexed=Count("pk", filter=Q(indexed=True)))
 
 def place(name):
     """The awardee that a load of a batch lacks, if any; the folder for a link to its files."""
@@ -984,30 +983,19 @@ def check_ocr(path):
         raise Problem(f"not well-formed: {error}") from error
 
 
-@dataclass
-class Counts:
-    """What the files of a batch say that ONI should hold; None: a METS file cannot be read."""
-
-    issues: int
-    pages: int | None = 0
-    pages_with_ocr: int | None = 0
-    problem: str = ""  # with that METS file
-
-
 def count_files(folder):
-    """Counts a batch's issues, and its pages in all of its METS files.
+    """What ONI should hold by the files of a batch, as BatchState names it.
 
-    Raises Problem where the file that names the issues cannot be read.
+    Where a METS file cannot be read, that is a problem, and its pages are not known. Raises Problem
+    where the file that names the issues cannot be read.
     """
     paths = issue_files(folder)
-    counts = Counts(len(paths))
+    counts = {"issues_in_batch_xml": len(paths)}
     try:
-        for issue in map(IssueFile, paths):
-            counts.pages += len(issue.pages)
-            counts.pages_with_ocr += sum("ocr" in files for _, files in issue.pages)
+        with_ocr = ["ocr" in files for path in paths for _, files in IssueFile(path).pages]
     except Problem as problem:
-        return Counts(len(paths), None, None, str(problem))
-    return counts
+        return {**counts, "problem": str(problem)}
+    return {**counts, "pages_in_mets": len(with_ocr), "pages_with_ocr": sum(with_ocr)}
 
 
 class Findings:
@@ -1214,7 +1202,7 @@ class Glance:
 
 
 class RememberedCounts:
-    """Counts that are slow to make, each kept with a key that changes when they may have.
+    """Dicts of counts that are slow to make, each kept with a key that changes when they may have.
 
     In counts.json, so that a restart does not lose them; they may be lost at any time.
     """
@@ -1226,22 +1214,19 @@ class RememberedCounts:
         with contextlib.suppress(OSError, LookupError, TypeError, ValueError):
             self._kept = json.loads(path.read_text())[VERSION]
 
-    def recall(self, what, key, make=None):
-        """The counts that were kept under this key, if it is the newest; else None."""
-        kept, counts = self._kept.get(what, (None, None))
-        return counts if kept == key else None
+    def recall(self, what, key, *_):
+        """The counts that were kept under this key, if it is the newest; else none."""
+        kept, counts = self._kept.get(what, (None, {}))
+        return counts if kept == key else {}
 
-    def count(self, what, key, make):
-        """What the function `make` counts now, which is kept unless a part of it is None."""
-        counts = make()
-        if key and None not in counts and self._kept.get(what) != [key, counts]:
+    def count(self, what, key, make, *about):
+        """The counts that `make` makes now, which are kept unless they have a problem."""
+        counts = make(*about)
+        if key and "problem" not in counts and self._kept.get(what) != [key, counts]:
             with self._lock, contextlib.suppress(OSError):
                 self._kept[what] = [key, counts]
                 self._path.write_text(json.dumps({VERSION: self._kept}))
         return counts
-
-    def recall_or_count(self, what, key, make):
-        return self.recall(what, key) or self.count(what, key, make)
 
 
 def agree(held, wanted):
@@ -1266,7 +1251,10 @@ class BatchState:
     pages: int | None = None
     indexed: int | None = None  # pages whose text went to Solr
     events: list = field(default_factory=list)  # the newest ones, [time or number, message]
-    files: Counts = field(default_factory=lambda: Counts(None, None, None))
+    issues_in_batch_xml: int | None = None
+    pages_in_mets: int | None = None
+    pages_with_ocr: int | None = None  # in METS files, too
+    problem: str = ""  # why it is not known what the files say
     documents: int | None = None  # in Solr
     lost: int | None = 0  # pages of which Solr has no document at all
     replaced: int = 0  # pages whose document is another batch's page of the same URL
@@ -1287,9 +1275,9 @@ class BatchState:
         """Whether database and files agree on each thing; None if that is not known."""
         return [
             self.ended_well,
-            agree(self.issues, self.files.issues),
-            agree(self.pages, self.files.pages),
-            agree(self.indexed, self.files.pages_with_ocr),
+            agree(self.issues, self.issues_in_batch_xml),
+            agree(self.pages, self.pages_in_mets),
+            agree(self.indexed, self.pages_with_ocr),
         ]
 
     @property
@@ -1331,18 +1319,17 @@ class BatchState:
         return "; ".join([self._of_database(), *told])
 
     def _of_database(self):
-        files = self.files
         if not self.row:
             return "ONI holds nothing of the batch"
-        held = f"ONI holds {self.issues} of the {files.issues} issues"
-        held += f" and {self.pages} of the {files.pages} pages"
-        if files.problem:
+        held = f"ONI holds {self.issues} of the {self.issues_in_batch_xml} issues"
+        held += f" and {self.pages} of the {self.pages_in_mets} pages"
+        if self.problem:
             held = f"ONI holds {self.issues} issues and {self.pages} pages, and what it should hold"
-            held += f" is not known: {files.problem}"
+            held += f" is not known: {self.problem}"
         if self.verdict == "complete":
             return f"the batch is complete: {held}"
-        if self.pages == files.pages and self.indexed != files.pages_with_ocr:
-            held += f", {self.indexed} of {files.pages_with_ocr} with their text"
+        if self.pages == self.pages_in_mets and self.indexed != self.pages_with_ocr:
+            held += f", {self.indexed} of {self.pages_with_ocr} with their text"
         if not self.ended_well:
             held += f', and its last event is "{self.event}"'
         return held
@@ -1391,15 +1378,19 @@ class Site:
                 f'Open ONI has the batch "{state.name}", and its database takes the two names'
                 " for one"
             )
+
+        def look():
+            state.on_disk = (self.source / name).is_dir()
+            self._fill(state, self._remembered.count)
+
         try:
-            state.on_disk = in_time((self.source / name).is_dir, within)
-            in_time(lambda: self._fill(state, self._remembered.count), within)
+            in_time(look, within)
         except Problem as problem:
-            state.files.problem = str(problem)
+            state.problem = str(problem)
         return state
 
     def _fill(self, state, way):
-        """Adds what is not known yet of a batch's pages, and what its files say.
+        """Adds what is not known yet of a batch's pages, and of what its files say.
 
         `way` is a method of RememberedCounts. Raises Problem, OSError.
         """
@@ -1407,22 +1398,17 @@ class Site:
         if state.pages is None:
             # They change without these only while the batch is loaded or purged.
             key = [state.loaded, state.issues, state.events] if state.ended_well else None
-            ask = lambda: self.oni.ask("indexed_and_pages", name)
-            pages = way(f"pages of {name}", key, ask)
-            if pages:
-                state.indexed, state.pages = pages
-        # Where it is not on disk, ONI has a link to where it has loaded it from.
-        folder = (self.source if state.on_disk else Path(state.storage)) / name
-        count = lambda: [*dataclasses.astuple(count_files(folder))]  # a list, as in the file
-        files = way(f"files of {name}", listing_key(folder), count)
-        if files:
-            state.files = Counts(*files)
+            vars(state).update(way(f"{name} in ONI", key, self.oni.ask, "pages_held", name))
+        if state.pages_in_mets is None:
+            # Where it is not on disk, ONI has a link to where it has loaded it from.
+            folder = (self.source if state.on_disk else Path(state.storage)) / name
+            vars(state).update(way(f"{name} in files", listing_key(folder), count_files, folder))
 
-    def _count(self, states):
-        """Counts what is not remembered. Whoever asked may have left with what there is."""
+    def _fill_all(self, states, way):
+        """The same for many. Whoever asked may have left with what there is."""
         for state in states:
             with contextlib.suppress(Problem, OSError):
-                self._fill(state, self._remembered.recall_or_count)
+                self._fill(state, way)
 
     def batches(self):
         """What is quickly told of every batch, in BATCH_SOURCE or ONI; the rest is None.
@@ -1430,10 +1416,14 @@ class Site:
         What cannot be counted in LIST_SECONDS is there the next time. Raises Problem.
         """
         overview = self.oni.ask("overview")
-        listed = in_time(lambda: self._listed(overview["batches"]))
-        missing = [state for state in listed if None in (state.files.pages, state.pages)]
+        states = {row["name"]: BatchState(**row) for row in overview["batches"]}
+        for name in self._on_disk():
+            states.setdefault(name, BatchState(name, pages=0)).on_disk = True
+        listed = [states[name] for name in sorted(states)]
+        in_time(lambda: self._fill_all(listed, self._remembered.recall))
+        count = lambda: self._fill_all(listed, self._remembered.count)
         with contextlib.suppress(Problem):  # it goes on, and is remembered
-            in_time(lambda: self._count(missing), LIST_SECONDS, self._counting)
+            in_time(count, LIST_SECONDS, self._counting)
         documents = overview["documents"]
         for state in listed:
             if documents is not None:
@@ -1442,14 +1432,9 @@ class Site:
                 state.lost = None  # batch-status says which
         return listed
 
-    def _listed(self, rows):
-        """The batches in BATCH_SOURCE or ONI by their names, with what is remembered."""
-        states = {row["name"]: BatchState(**row) for row in rows}
-        for name in filter(BATCH_NAME.fullmatch, os.listdir(self.source)):
-            states.setdefault(name, BatchState(name, pages=0)).on_disk = True
-        for state in states.values():
-            self._fill(state, self._remembered.recall)
-        return [states[name] for name in sorted(states)]
+    def _on_disk(self):
+        """The names of the batches in BATCH_SOURCE. Raises Problem."""
+        return in_time(lambda: set(filter(BATCH_NAME.fullmatch, os.listdir(self.source))))
 
     def _ask_health(self):
         try:
@@ -1460,12 +1445,13 @@ class Site:
     def _ask_progress(self, name):
         held = self.oni.ask("batch", name, False, within=PATIENT_SECONDS)
         state = BatchState(on_disk=True, **held)
-        self._fill(state, self._remembered.recall_or_count)
+        self._fill(state, self._remembered.recall)
+        self._fill(state, self._remembered.count)
         return {
             "issues_loaded": state.issues,
-            "issues": state.files.issues,
+            "issues": state.issues_in_batch_xml,
             "pages_loaded": state.pages,
-            "pages": state.files.pages,
+            "pages": state.pages_in_mets,
         }
 
     def check(self, name, progress, go_on):
@@ -1536,10 +1522,10 @@ class Site:
 
     def similar(self, name):
         """A question that suggests the batch which a wrong name may be meant to be."""
-        there = set(in_time(lambda: os.listdir(self.source)))
+        there = self._on_disk()
         with contextlib.suppress(Problem):
             there.update(self.oni.ask("names"))
-        return nearly(name, filter(BATCH_NAME.fullmatch, there))
+        return nearly(name, there)
 
 
 def listing_key(folder):
@@ -2834,8 +2820,8 @@ def batch_object(state):
         "state": state.verdict,
         "issues": state.issues,
         "pages": state.pages,
-        "issues_in_batch_xml": state.files.issues,
-        "pages_in_mets": state.files.pages,
+        "issues_in_batch_xml": state.issues_in_batch_xml,
+        "pages_in_mets": state.pages_in_mets,
         "pages_in_solr": state.documents,
         "loaded": state.loaded,
     }

@@ -6990,7 +6990,7 @@ def test_a_batch_whose_files_cannot_be_counted_in_time_is_not_purged_for_that(si
     site.manage("load_batch", str(site.batch(ALPHA)))
     held = site.held(ALPHA)
     slow = "the file system of the batches did not answer"
-    altered(site, ("    counts = Counts(len(paths))\n", f"    raise Problem({slow!r})\n"))
+    altered(site, ("    counts = {", f"    raise Problem({slow!r})\n    counts = {{"))
     job = site.run("load-batch", ALPHA)
     assert job["status"] == "failed" and slow in job["error"]
     assert site.held(ALPHA) == held != (0, 0, 0)
