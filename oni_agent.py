@@ -635,10 +635,6 @@ class OpenONI:
         environment = {**self.environment, "INSIDE_ONI": program}
         return self.start("shell", "-c", code, env=environment, **options)
 
-    def check(self):
-        """What `manage.py check` says of ONI's settings. Raises Problem."""
-        return self.ask("check", within=PATIENT_SECONDS)
-
     def ask(self, question, *words, within=ANSWER_SECONDS):
         """What a function of INSIDE_ONI answers. Raises Problem, after `within` seconds at most.
 
@@ -646,8 +642,9 @@ class OpenONI:
         milliseconds. It ends at a question that takes too long, and after SHELL_SECONDS idle.
         """
         until = time.monotonic() + within
-        exchange = lambda: self._reply([question, *words], until)
-        reply = in_time(exchange, within, self._asking, who="Open ONI")
+        reply = in_time(
+            lambda: self._reply([question, *words], until), within, self._asking, who="Open ONI"
+        )
         if "error" in reply:
             raise Problem(f"Open ONI cannot answer: {reply['error']}")
         return reply["answer"]
@@ -751,14 +748,12 @@ IMAGES = (
     b"BM",
 )
 HREF = "{http://www.w3.org/1999/xlink}href"
+NOTHING = ET.Element("nothing")  # stands for an element that is not there
 
 
 def read_regular(path, size=-1):
     """The first bytes of a regular file, or all. Raises Problem, in the Go agent's words."""
-
-    def without_waiting(name, flags):
-        return os.open(name, flags | os.O_NONBLOCK)  # it may be a FIFO
-
+    without_waiting = lambda name, flags: os.open(name, flags | os.O_NONBLOCK)  # it may be a FIFO
     try:
         with open(path, "rb", opener=without_waiting) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -856,11 +851,23 @@ class IssueFile:
         for page in division.findall(f".//{METS}div[@TYPE='np:page']"):
             by_use = {}
             for pointer in page.findall(f"{METS}fptr"):
-                file = files.get(pointer.get("FILEID"), ET.Element("nothing"))
+                file = files.get(pointer.get("FILEID"), NOTHING)
                 by_use[file.get("USE")] = file
             self.pages.append((descriptions.get(page.get("DMDID")), by_use))
 
-    def faults(self):
+    def findings(self):
+        """What is wrong with the issue: "fault" or "warning", sentence and file each."""
+        for fault in self._faults():
+            yield "fault", fault, self.path
+        folder = self.path.parent.name
+        edition = self.key[2]
+        if re.fullmatch(r"\d{10}", folder) and edition not in (None, int(folder[8:])):
+            yield "warning", f"the folder {folder} names another edition than {edition}", self.path
+        for _, files in self.pages:
+            for file in files.values():
+                yield from file_findings(file, self._path_of(file))
+
+    def _faults(self):
         """What in the METS file makes ONI refuse the batch, or drop something without a word.
 
         A ValueError skips the issue, a BatchLoaderException the page, anything else ends the load.
@@ -889,50 +896,39 @@ class IssueFile:
         if image.get("ADMID") is None:
             return True
         for identifier in image.get("ADMID").split(" "):
-            metrics = self._metrics.get(identifier, ET.Element("nothing"))
+            metrics = self._metrics.get(identifier, NOTHING)
             length = metrics.findtext(f"{MIX}ImageLength")
             width = metrics.findtext(f"{MIX}ImageWidth")
             if length and width:
                 return all(number_in(text, -(2**31)) is not None for text in (length, width))
         return False
 
-    def findings(self):
-        """What is wrong with the issue: "fault" or "warning", file and sentence each."""
-        for fault in self.faults():
-            yield "fault", self.path, fault
-        folder = self.path.parent.name
-        edition = self.key[2]
-        if re.fullmatch(r"\d{10}", folder) and edition not in (None, int(folder[8:])):
-            yield "warning", self.path, f"the folder {folder} names another edition than {edition}"
-        for _, files in self.pages:
-            for use, file in files.items():
-                path = self._path_of(file)
-                yield from file_findings(use, path, file.get("ADMID") is not None)
-
     def _path_of(self, file):
-        location = next(file.iter(f"{METS}FLocat"), file)  # which has no HREF, either
-        href = location.get(HREF) or ""
+        location = next(file.iter(f"{METS}FLocat"), NOTHING)
+        href = location.get(HREF, "")
         if file.get("USE") == "ocr":  # opened as a URL; the others by their names
             href = urllib.parse.unquote(href.partition("#")[0].strip())
         return beside(self.path, href)
 
 
-def file_findings(use, path, measured):
-    """What is wrong with a file of a page, whose image the METS file measures, or ONI must."""
+def file_findings(file, path):
+    """What is wrong with a file of a page: "fault" or "warning", sentence and path each."""
+    use = file.get("USE")
+    measured = file.get("ADMID") is not None  # else ONI opens an image for its dimensions
     if use == "ocr":
         try:
             check_ocr(path)
         except Problem as problem:
-            yield "fault", path, f"{problem}: ONI could not index this page"
+            yield "fault", f"{problem}: ONI could not index this page", path
     elif use == "derivative" and not path.is_file():
-        yield "warning", path, "there is no such PDF"
+        yield "warning", "there is no such PDF", path
     elif use == "service" and not path.is_file():
         if measured:
-            yield "warning", path, "there is no such image: the page will have no picture"
+            yield "warning", "there is no such image: the page will have no picture", path
         else:
-            yield "fault", path, "there is no such image, and the METS file has no dimensions"
+            yield "fault", "there is no such image, and the METS file has no dimensions", path
     elif use == "service" and not measured and not read_regular(path, 16).startswith(IMAGES):
-        yield "fault", path, "this is no image, and the METS file has no dimensions"
+        yield "fault", "this is no image, and the METS file has no dimensions", path
 
 
 def by_id(root, tag, part="."):
@@ -993,29 +989,31 @@ def count_files(folder):
     counts = {"issues_in_batch_xml": len(paths)}
     try:
         with_ocr = ["ocr" in files for path in paths for _, files in IssueFile(path).pages]
+        counts["pages_in_mets"] = len(with_ocr)
+        counts["pages_with_ocr"] = sum(with_ocr)
     except Problem as problem:
-        return {**counts, "problem": str(problem)}
-    return {**counts, "pages_in_mets": len(with_ocr), "pages_with_ocr": sum(with_ocr)}
+        counts["problem"] = str(problem)
+    return counts
 
 
 class Findings:
     """What a look at every file of a batch finds that ONI would read.
 
-    Tells `progress` of each issue.
+    Tells `progress` of each issue, which may raise.
     """
 
     def __init__(self, folder, progress):
-        self.listing = batch_file(folder)
         self.faults = []  # dicts, as answers show them
         self.warnings = []
         self.issues = []  # LCCN, date, edition
-        self.titles = {}  # to be fetched: LCCN and URL
+        self.titles = {}  # to be fetched, by LCCN: URL, and what is wrong there
         self._folder = folder
+        self._listing = batch_file(folder)
         paths = []
         try:
             paths = issue_files(folder)
         except Problem as problem:
-            self.add("fault", self.listing, problem)
+            self.add("fault", problem)
         for done, path in enumerate(paths, 1):
             try:
                 check_listed(folder, path)
@@ -1024,11 +1022,12 @@ class Findings:
                 for finding in issue.findings():
                     self.add(*finding)
             except Problem as problem:
-                self.add("fault", path, problem)
+                self.add("fault", problem, path)
             progress(done, len(paths))
 
-    def add(self, kind, path, text):
-        """Enters a "fault" or a "warning" of a file: a sentence, or a Problem."""
+    def add(self, kind, text, path=None):
+        """Enters a "fault" or a "warning" of a file, or of the whole: a sentence, or a Problem."""
+        path = path or self._listing
         text = str(text).replace(f"reading file: open {path}: ", "")
         entries = self.faults if kind == "fault" else self.warnings
         entries.append({"file": os.path.relpath(path, self._folder), kind: text})
@@ -1155,9 +1154,8 @@ def removals(instructions):
 
 def issue_keys(issue, path):
     """The keys that may name an issue in batch.xml: by its edition, and by its file's folder."""
-    edition = issue.get("issueDate", "") + issue.get("editionOrder", "").zfill(2)
-    names = (edition, path.parent.name)
-    return {plain_key(f"{issue.get('lccn', '')}/{name}") for name in names}
+    lccn, date, edition = (issue.get(name, "") for name in ("lccn", "issueDate", "editionOrder"))
+    return {plain_key(f"{lccn}/{date}{edition:0>2}"), plain_key(f"{lccn}/{path.parent.name}")}
 
 
 def plain_key(key):
@@ -1183,9 +1181,8 @@ class Glance:
     def __init__(self, make):
         self._make = make  # a function that returns a dict
         self._pool = futures.ThreadPoolExecutor(1, "glance")
-        self._words = ()  # that it was last asked about
-        self._due = 0.0  # when it is to be asked again
-        self._answers = {}  # the newest answer, by the words that it is about
+        self._answers = {}  # the newest one, by the words that it is about
+        self._due = 0.0  # when they are to be made anew
 
     def __call__(self, *words):
         """What `make` has last answered, after a second at the most; {} if it has not yet."""
@@ -1195,8 +1192,8 @@ class Glance:
 
     def _look(self, words):
         """Asks, if that is due, in the pool's one thread; an answer may come after its time."""
-        if words != self._words or time.monotonic() >= self._due:
-            self._words = words
+        if words not in self._answers or time.monotonic() >= self._due:
+            self._answers.setdefault(words, {})  # it is asked, whether it will answer or not
             self._due = time.monotonic() + PROGRESS_SECONDS
             self._answers = {words: self._make(*words)}
 
@@ -1273,12 +1270,9 @@ class BatchState:
 
     def _agreements(self):
         """Whether database and files agree on each thing; None if that is not known."""
-        return [
-            self.ended_well,
-            agree(self.issues, self.issues_in_batch_xml),
-            agree(self.pages, self.pages_in_mets),
-            agree(self.indexed, self.pages_with_ocr),
-        ]
+        held = [self.issues, self.pages, self.indexed]
+        wanted = [self.issues_in_batch_xml, self.pages_in_mets, self.pages_with_ocr]
+        return [self.ended_well, *map(agree, held, wanted)]
 
     @property
     def rows_whole(self):
@@ -1457,30 +1451,23 @@ class Site:
     def check(self, name, progress, go_on):
         """What would go wrong with a load of a batch, as Findings. Raises Problem.
 
-        ONI is only asked. `progress` is told of issues done and issues in all; `go_on` may raise.
+        ONI is only asked. `progress` is told of issues done and issues in all; it may raise, to end
+        the check, and so may `go_on`, which is called each second.
         """
         folder = self.folder(name)
-
-        def tell(done, issues):
-            go_on()
-            progress(done, issues)
-
-        found = in_time(lambda: Findings(folder, tell), CHECK_SECONDS, CHECKS, go_on)
+        found = in_time(lambda: Findings(folder, progress), CHECK_SECONDS, CHECKS, go_on)
         try:
             self.check_place(name)
         except Problem as problem:
-            found.add("fault", found.listing, str(problem))
+            found.add("fault", problem)
         lccns = sorted({lccn for lccn, _, _ in found.issues if lccn})
-        titles = self.oni.ask("titles_to_fetch", lccns, within=PATIENT_SECONDS)
-        for lccn, (url, wrong) in titles.items():
-            found.titles[lccn] = url
+        found.titles = self.oni.ask("titles_to_fetch", lccns, within=PATIENT_SECONDS)
+        for lccn, (url, wrong) in found.titles.items():
             if wrong:
-                text = f"ONI does not have the title {lccn}, nor has {url}: {wrong}"
-                found.add("fault", found.listing, text)
+                found.add("fault", f"ONI does not have the title {lccn}, nor has {url}: {wrong}")
         others = self.oni.ask("other_holders", name, found.issues, within=PATIENT_SECONDS)
         for lccn, date, edition, other in others:
-            text = f"{other} holds {lccn} {date} edition {edition}, too"
-            found.add("warning", found.listing, text)
+            found.add("warning", f"{other} holds {lccn} {date} edition {edition}, too")
         return found
 
     def check_place(self, name):
@@ -1533,7 +1520,7 @@ def listing_key(folder):
     path = batch_file(folder)
     with contextlib.suppress(OSError):
         found = path.stat()
-        return [str(path), found.st_size, found.st_mtime_ns]
+        return f"{path} of {found.st_size} bytes, changed at {found.st_mtime_ns}"
     return None
 
 
@@ -2210,6 +2197,7 @@ class LoadBatch(BatchKind):
         """Finds what would go wrong before hours of loading, and fetches titles that ONI lacks."""
 
         def progress(done, issues):
+            work.go_on()
             if done % 100 == 0:
                 work.note(f"checked the files of {done} of {issues} issues")
 
@@ -2220,7 +2208,7 @@ class LoadBatch(BatchKind):
             work.note(f"fault: {fault['file']}: {fault['fault']}")
         if found.faults:
             raise Problem(f"{summary(found)}; ONI was left as it is")
-        for lccn, url in found.titles.items():
+        for lccn, (url, _) in found.titles.items():
             work.note(f"ONI lacks the title {lccn}; fetching it")
             work.manage("load_titles", url)
             if not self.site.oni.ask("title", lccn, within=PATIENT_SECONDS):
@@ -3078,7 +3066,8 @@ def cmd_batch_check(request, name):
     batch-check batch_oru_alpha_ver01
     """
     request.site.must_be_there(name)
-    found = request.site.check(name, lambda *_: None, request.check_client)
+    go_on = lambda *_: request.check_client()
+    found = request.site.check(name, go_on, go_on)
     request.exit_status = int(bool(found.faults))
     what = faults_in(found) if found.faults else "Nothing"
     return {
@@ -3770,7 +3759,8 @@ def looked(name, advice, look, *about):
 
 def looks_at_oni(oni):
     """Looks at Open ONI: whether it answers, and where loads write."""
-    yield looked("manage.py check", "run it by hand, as the agent's user", oni.check)
+    check = lambda: oni.ask("check", within=PATIENT_SECONDS)
+    yield looked("manage.py check", "run it by hand, as the agent's user", check)
     try:
         batches, places = oni.ask("places", within=PATIENT_SECONDS)
     except (Problem, OSError) as problem:
