@@ -490,7 +490,7 @@ def overview():
         "events": newest.get(row.name, []),
         "storage": settings.BATCH_STORAGE,
     } for row in Batch.objects.all()]
-    return {"batches": batches, "documents": documents}
+    return batches, documents
 
 def pages_held(name):
     pages = Page.objects.filter(issue__batch_id=name)
@@ -747,6 +747,10 @@ IMAGES = (
     b"GIF8",
     b"BM",
 )
+MISSING = {  # by the USE of a file that ONI does without
+    "derivative": "there is no such PDF",
+    "service": "there is no such image: the page will have no picture",
+}
 HREF = "{http://www.w3.org/1999/xlink}href"
 NOTHING = ET.Element("nothing")  # stands for an element that is not there
 
@@ -756,7 +760,7 @@ def read_regular(path, size=-1):
     without_waiting = lambda name, flags: os.open(name, flags | os.O_NONBLOCK)  # it may be a FIFO
     try:
         with open(path, "rb", opener=without_waiting) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            if not os.path.isfile(file.fileno()):
                 raise Problem(f"reading file: {path} is not a regular file")
             return file.read(size)
     except OSError as error:
@@ -864,8 +868,8 @@ class IssueFile:
         if re.fullmatch(r"\d{10}", folder) and edition not in (None, int(folder[8:])):
             yield "warning", f"the folder {folder} names another edition than {edition}", self.path
         for _, files in self.pages:
-            for file in files.values():
-                yield from file_findings(file, self._path_of(file))
+            for use, file in files.items():
+                yield from self._file_findings(use, file)
 
     def _faults(self):
         """What in the METS file makes ONI refuse the batch, or drop something without a word.
@@ -882,7 +886,7 @@ class IssueFile:
         for number, (mods, files) in enumerate(self.pages, 1):
             if None in files:
                 yield f"a page of {self.path} points to a file that is not described"
-            if "service" in files and not self._may_be_measured(files["service"]):
+            if not self._has_dimensions(files.get("service", NOTHING).get("ADMID")):
                 yield f"page {number} has no dimensions of its image: ONI would drop it"
             if mods is None:
                 yield f"np:page has no description (DMDID) in {self.path}"
@@ -891,11 +895,14 @@ class IssueFile:
             if number_in(sequence) is None:
                 yield f"page {number} has the sequence {sequence!r}: ONI would leave it out"
 
-    def _may_be_measured(self, image):
-        """Whether ONI opens an image for its dimensions, or finds them, as numbers, in its MIX."""
-        if image.get("ADMID") is None:
+    def _has_dimensions(self, admid):
+        """Whether ONI finds an image's dimensions, as numbers, in the MIX that its ADMID refers to.
+
+        Without an ADMID it opens the image.
+        """
+        if admid is None:
             return True
-        for identifier in image.get("ADMID").split(" "):
+        for identifier in admid.split(" "):
             metrics = self._metrics.get(identifier, NOTHING)
             length = metrics.findtext(f"{MIX}ImageLength")
             width = metrics.findtext(f"{MIX}ImageWidth")
@@ -903,32 +910,24 @@ class IssueFile:
                 return all(number_in(text, -(2**31)) is not None for text in (length, width))
         return False
 
-    def _path_of(self, file):
-        location = next(file.iter(f"{METS}FLocat"), NOTHING)
-        href = location.get(HREF, "")
-        if file.get("USE") == "ocr":  # opened as a URL; the others by their names
+    def _file_findings(self, use, file):
+        """What is wrong with a file of a page, as findings tells it."""
+        href = next(file.iter(f"{METS}FLocat"), NOTHING).get(HREF, "")
+        if use == "ocr":  # opened as a URL; the others by their names
             href = urllib.parse.unquote(href.partition("#")[0].strip())
-        return beside(self.path, href)
-
-
-def file_findings(file, path):
-    """What is wrong with a file of a page: "fault" or "warning", sentence and path each."""
-    use = file.get("USE")
-    measured = file.get("ADMID") is not None  # else ONI opens an image for its dimensions
-    if use == "ocr":
-        try:
-            check_ocr(path)
-        except Problem as problem:
-            yield "fault", f"{problem}: ONI could not index this page", path
-    elif use == "derivative" and not path.is_file():
-        yield "warning", "there is no such PDF", path
-    elif use == "service" and not path.is_file():
-        if measured:
-            yield "warning", "there is no such image: the page will have no picture", path
-        else:
+        path = beside(self.path, href)
+        unmeasured = use == "service" and file.get("ADMID") is None  # so ONI opens the image
+        if use == "ocr":
+            try:
+                check_ocr(path)
+            except Problem as problem:
+                yield "fault", f"{problem}: ONI could not index this page", path
+        elif unmeasured and not path.is_file():
             yield "fault", "there is no such image, and the METS file has no dimensions", path
-    elif use == "service" and not measured and not read_regular(path, 16).startswith(IMAGES):
-        yield "fault", "this is no image, and the METS file has no dimensions", path
+        elif unmeasured and not read_regular(path, 16).startswith(IMAGES):
+            yield "fault", "this is no image, and the METS file has no dimensions", path
+        elif use in MISSING and not path.is_file():
+            yield "warning", MISSING[use], path
 
 
 def by_id(root, tag, part="."):
@@ -1219,7 +1218,7 @@ class RememberedCounts:
     def count(self, what, key, make, *about):
         """The counts that `make` makes now, which are kept unless they have a problem."""
         counts = make(*about)
-        if key and "problem" not in counts and self._kept.get(what) != [key, counts]:
+        if key and "problem" not in counts and self.recall(what, key) != counts:
             with self._lock, contextlib.suppress(OSError):
                 self._kept[what] = [key, counts]
                 self._path.write_text(json.dumps({VERSION: self._kept}))
@@ -1372,13 +1371,8 @@ class Site:
                 f'Open ONI has the batch "{state.name}", and its database takes the two names'
                 " for one"
             )
-
-        def look():
-            state.on_disk = (self.source / name).is_dir()
-            self._fill(state, self._remembered.count)
-
         try:
-            in_time(look, within)
+            in_time(lambda: self._fill(state, self._remembered.count), within)
         except Problem as problem:
             state.problem = str(problem)
         return state
@@ -1394,8 +1388,10 @@ class Site:
             key = [state.loaded, state.issues, state.events] if state.ended_well else None
             vars(state).update(way(f"{name} in ONI", key, self.oni.ask, "pages_held", name))
         if state.pages_in_mets is None:
-            # Where it is not on disk, ONI has a link to where it has loaded it from.
-            folder = (self.source if state.on_disk else Path(state.storage)) / name
+            folder = self.source / name
+            state.on_disk = folder.is_dir()
+            if not state.on_disk:  # but ONI has a link to where it has loaded it from
+                folder = Path(state.storage) / name
             vars(state).update(way(f"{name} in files", listing_key(folder), count_files, folder))
 
     def _fill_all(self, states, way):
@@ -1409,21 +1405,20 @@ class Site:
 
         What cannot be counted in LIST_SECONDS is there the next time. Raises Problem.
         """
-        overview = self.oni.ask("overview")
-        states = {row["name"]: BatchState(**row) for row in overview["batches"]}
+        rows, documents = self.oni.ask("overview")
+        states = {row["name"]: BatchState(**row) for row in rows}
         for name in self._on_disk():
-            states.setdefault(name, BatchState(name, pages=0)).on_disk = True
+            states.setdefault(name, BatchState(name, pages=0))
         listed = [states[name] for name in sorted(states)]
         in_time(lambda: self._fill_all(listed, self._remembered.recall))
         count = lambda: self._fill_all(listed, self._remembered.count)
         with contextlib.suppress(Problem):  # it goes on, and is remembered
             in_time(count, LIST_SECONDS, self._counting)
-        documents = overview["documents"]
-        for state in listed:
-            if documents is not None:
+        if documents is not None:
+            for state in listed:
                 state.documents = documents.get(state.name, 0)
-            if state.documents not in (None, state.indexed):
-                state.lost = None  # batch-status says which
+                if state.documents != state.indexed:
+                    state.lost = None  # batch-status says which
         return listed
 
     def _on_disk(self):
@@ -1437,8 +1432,7 @@ class Site:
             return {"answers": False, "problem": str(problem)}
 
     def _ask_progress(self, name):
-        held = self.oni.ask("batch", name, False, within=PATIENT_SECONDS)
-        state = BatchState(on_disk=True, **held)
+        state = BatchState(**self.oni.ask("batch", name, False, within=PATIENT_SECONDS))
         self._fill(state, self._remembered.recall)
         self._fill(state, self._remembered.count)
         return {
