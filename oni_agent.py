@@ -1295,7 +1295,8 @@ class BatchState:
 
     def __str__(self):
         whole = self.rows_whole
-        of_index = {
+        facts = {
+            self._of_database(): True,
             f"Solr cannot be asked ({self.index_problem})": self.index_problem,
             f"Solr still has {self.documents} of its pages, which lead nowhere": (
                 self.documents and not self.row
@@ -1308,8 +1309,7 @@ class BatchState:
                 self.replaced
             ),
         }
-        told = [sentence for sentence, holds in of_index.items() if holds]
-        return "; ".join([self._of_database(), *told])
+        return "; ".join(fact for fact, holds in facts.items() if holds)
 
     def _of_database(self):
         if not self.row:
