@@ -82,7 +82,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterable
 from concurrent import futures
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from xml.parsers.expat import ExpatError, ParserCreate
 
@@ -1733,8 +1733,12 @@ class JobStore:
 STDOUT = "O"  # whose line it is, in a job's log
 STDERR = "E"
 NOTE = "A"
-COMMAND = "$"
-SIZES = "="
+# A line of ID.log: date, second, and nanosecond; sizes, and maybe a command; or kind, and text.
+ENTRY = re.compile(
+    r"^\[(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)\.(\d{9})Z\]"
+    r" (?:[=$] (\d{1,18}) (\d{1,18}) ?|([AEO]) )(.*)$",
+    re.MULTILINE,
+)
 
 
 def timestamp(nanoseconds):
@@ -1752,116 +1756,95 @@ class JobLog:
     with the next byte). From these the stamped lines of the protocol are made when they are read.
     """
 
-    ENTRY = re.compile(r"\[(.{19})\.(\d{9})Z\] (.) (.*)\n")
-
     def __init__(self, path):
         self.path = path
         self.outputs = {STDOUT: path.with_suffix(".out"), STDERR: path.with_suffix(".err")}
         self.commands = []  # all that have begun
         self._sizes = [0, 0]  # bytes of the outputs, as last written down
         self._begun = 0  # bytes of stderr when the newest command began
-        self._unwritten = b""  # entries, or a part of one, that the disk has refused
 
     def open(self):
         """Makes the log ready to go on, after whatever an earlier agent has left."""
-        whole = 0
-        with contextlib.suppress(FileNotFoundError):
-            for entry, end in self.entries(0):
-                whole = end
-                if entry[3] == COMMAND:
-                    self._begun = sizes_in(entry)[1]
-                    self.commands.append(entry[4].split(" ", 2)[-1])
         self._file = open_to_append(self.path)
+        whole = 0
+        for end, *_, begun, kind, command in self.entries():
+            whole = end
+            if command and not kind:
+                self._begun = int(begun)
+                self.commands.append(command)
         self._file.truncate(whole)  # a crash may have cut the last entry short
 
-    def entries(self, start):
-        """Match of ENTRY, and end in bytes, of each whole entry from a byte on. Raises OSError."""
-        with open(self.path, "rb") as file:
-            file.seek(start)
-            for line in file:
-                start += len(line)
-                entry = self.ENTRY.fullmatch(line.decode("utf-8", "replace"))
-                if entry:
-                    yield entry, start
+    def entries(self, start=0):
+        """The groups of ENTRY, after an end in bytes, of each entry from a byte on. Raises OSError."""
+        for end, text in pieces(self.path, start, most=3 * MAX_LINE):  # of release 1.0's
+            for groups in ENTRY.findall(text):
+                yield end, *groups
 
     def close(self):
         """Puts the log safely on disk."""
         with contextlib.suppress(OSError), self._file:
-            self._write(b"")
+            self._file.flush()
             os.fsync(self._file.fileno())
 
     def note(self, text):
         """Says what the agent does."""
         self.look()
-        self._enter(NOTE, text.replace("\n", " "))
+        self._enter(f"{NOTE} {text}")
 
     def begin(self, command):
         """Says that what follows after the last look is a command's output."""
-        self._begun = self._sizes[1]
+        out, self._begun = self._sizes
         self.commands.append(command)
-        self._enter(COMMAND, f"{self._sizes[0]} {self._sizes[1]} {command}")
+        self._enter(f"$ {out} {self._begun} {command}")
 
     def look(self):
         """Writes down how much has been printed by now, if that has changed."""
-        sizes = [size_of(path) for path in self.outputs.values()]
-        if sizes != self._sizes:
-            self._sizes = sizes
-            self._enter(SIZES, f"{sizes[0]} {sizes[1]}")
+        with contextlib.suppress(OSError):  # nothing has, or somebody has removed it
+            sizes = [path.stat().st_size for path in self.outputs.values()]
+            if sizes != self._sizes:
+                self._sizes = sizes
+                self._enter(f"= {sizes[0]} {sizes[1]}")
 
-    def _enter(self, kind, text):
-        entry = f"[{timestamp(time.time_ns())}] {kind} {text}\n"
-        self._write(entry.encode("utf-8", "replace"))
-
-    def _write(self, data):
-        """Appends to the log; what the disk refuses is kept for the next time."""
-        refused_before = self._unwritten
-        self._unwritten += data
+    def _enter(self, text):
+        entry = f"[{timestamp(time.time_ns())}] {text}".replace("\n", " ") + "\n"
         try:
-            written = self._file.write(self._unwritten)
-            self._unwritten = self._unwritten[written:]
-        except OSError as error:
-            if not refused_before:
-                log.error("%s cannot be written for now: %s", self.path, error)
+            self._file.write(entry.encode("utf-8", "replace"))
+            self._file.flush()
+        except OSError as error:  # the file keeps what the disk refuses, for the next time
+            log.error("%s cannot be written for now: %s", self.path, error)
 
     def complaints(self):
         """The lines that the newest command has printed on stderr, but for empty ones."""
-        with contextlib.suppress(OSError), open(self.outputs[STDERR], "rb") as file:
-            file.seek(self._begun)
-            for line in iter(lambda: file.readline(MAX_LINE), b""):
-                text = line.decode("utf-8", "replace").rstrip()
-                if text:
-                    yield text
+        with contextlib.suppress(OSError):
+            for _, text in pieces(self.outputs[STDERR], self._begun, over=True):
+                yield from filter(None, map(str.rstrip, text.split("\n")))
 
 
 def open_to_append(path):
-    """A file that is made if missing; what is there already ends with a whole line."""
+    """A file that is made if missing, as its folder is."""
     path.parent.mkdir(mode=0o700, exist_ok=True)
-    file = open(path, "a+b", buffering=0)
-    size = file.tell()
-    if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
-        file.write(b"\n")
-    return file
+    return open(path, "ab", 1 << 20)
 
 
-def size_of(path):
-    """The bytes of a file; 0 if somebody has removed it."""
-    with contextlib.suppress(OSError):
-        return path.stat().st_size
-    return 0
+def pieces(path, start, stop=sys.maxsize, over=False, most=MAX_LINE):
+    """Reads whole lines between two bytes of a file, and a line of more than `most` bytes in parts;
+    if nothing more is to come, since that is `over`, an unfinished one too.
 
-
-def stamp_of(entry):
-    """The moment of a log's entry, in nanoseconds; 0 if it is damaged."""
-    with contextlib.suppress(ValueError):
-        second = datetime.fromisoformat(f"{entry[1]}+00:00")
-        return int(second.timestamp()) * 10**9 + int(entry[2])
-    return 0
-
-
-def sizes_in(entry):
-    """The sizes of both outputs at the beginning of an entry's text."""
-    match = re.match(r"(\d{1,18}) (\d{1,18})", entry[4])
-    return [int(match[1]), int(match[2])] if match else [0, 0]
+    Yields some of them at a time, as text, after their end in bytes. Raises OSError.
+    """
+    with open(path, "rb") as file:
+        while start < stop:
+            file.seek(start)
+            data = file.read(min(most + 1, stop - start))
+            whole = data[: data.rfind(b"\n") + 1]
+            if not whole and (over or len(data) > most):
+                whole = data[:most]
+            # No part ends amid a character.
+            text, size = codecs.utf_8_decode(whole, "replace", len(data) <= most)
+            if not size:
+                return
+            start += size
+            yield start, text.removesuffix("\n")
 
 
 class LogReader:
@@ -1877,58 +1860,47 @@ class LogReader:
         self._skip = skip
         self._index = 0  # bytes of the log that have been read
         self._at = {STDOUT: 0, STDERR: 0}  # bytes of the outputs, each to the end of a line
-        self._stamp = 0  # of the next line at the earliest: stamps increase, clocks may not
+        # Of the next line at the earliest: stamps increase, clocks may not.
+        self._stamp = ("1970-01-01T00:00:00", 0)
 
     def read(self, over=True):
         """Some lines at a time, `[stamp] text` each; if the job is `over`, unfinished ones too."""
         with contextlib.suppress(OSError):  # there is none yet, say
-            for entry, end in self._log.entries(self._index):
-                self._index = end
-                self._stamp = max(self._stamp, stamp_of(entry))
-                if entry[3] in (SIZES, COMMAND):
-                    yield from self._printed(sizes_in(entry))
-                else:  # a note; or a line in a log of version 1.0
-                    yield from self._stamped(entry[3], entry[4].encode())
+            for entry in self._log.entries(self._index):
+                self._index, second, nanosecond, out, err, kind, text = entry
+                self._stamp = max(self._stamp, (second, int(nanosecond)))
+                if kind:  # a note; or a line in a log of release 1.0
+                    yield self._stamped(kind, text)
+                else:  # where a command begins, those before it have ended
+                    yield from self._printed([int(out), int(err)], over=bool(text))
         if over:
             # The log may not know of all that was printed.
-            yield from self._printed([sys.maxsize, sys.maxsize], over=True)
+            yield from self._printed([sys.maxsize, sys.maxsize], over)
 
-    def _printed(self, sizes, over=False):
-        """The whole lines of both outputs within these sizes, and pieces of very long ones."""
-        for output, end in zip(self._at, sizes):
-            if self._at[output] >= end:
-                continue
-            with contextlib.suppress(OSError), open(self._log.outputs[output], "rb") as file:
-                while True:
-                    file.seek(self._at[output])
-                    data = file.read(min(MAX_LINE + 1, end - self._at[output]))
-                    size = data.rfind(b"\n") + 1
-                    if not size and len(data) > MAX_LINE:  # a piece that cuts no character
-                        size = codecs.utf_8_decode(data[:MAX_LINE], "replace")[1]
-                    elif not size and over:
-                        size = len(data)
-                    if not size:
-                        break
-                    self._at[output] += size
-                    yield from self._stamped(output, data[:size].removesuffix(b"\n"))
+    def _printed(self, sizes, over):
+        """The lines of both outputs within these sizes."""
+        for output, size in zip(self._at, sizes):
+            at = self._at[output]
+            if at < size:
+                with contextlib.suppress(OSError):  # somebody has removed it
+                    for end, text in pieces(self._log.outputs[output], at, size, over):
+                        self._at[output] = end
+                        yield self._stamped(output, text)
 
-    def _stamped(self, kind, data):
-        count = data.count(b"\n") + 1
-        skipped = min(self._skip, count)
-        self._skip -= skipped
-        if self._stamp % 10**9 + count > 10**9:  # all of them get the same second
-            self._stamp += 10**9 - self._stamp % 10**9
-        first = self._stamp
-        self._stamp += count
-        if kind in self._kinds and skipped < count:
-            yield stamped(data, first)[skipped:]
-
-
-def stamped(data, first):
-    """The lines of a log's piece, with stamps of one second from `first`, in nanoseconds, on."""
-    lines = data.decode("utf-8", "replace").split("\n")
-    start = timestamp(first)[:20]
-    return [f"[{start}{number:09d}Z] {line}" for number, line in enumerate(lines, first % 10**9)]
+    def _stamped(self, kind, text):
+        """The lines of a text that are wanted, with stamps of one second."""
+        lines = text.split("\n")
+        second, first = self._stamp
+        if first + len(lines) > 10**9:
+            second = (datetime.fromisoformat(second) + timedelta(seconds=1)).isoformat()
+            first = 0
+        self._stamp = (second, first + len(lines))
+        skip = self._skip
+        self._skip = max(0, skip - len(lines))
+        if kind not in self._kinds or skip >= len(lines):
+            return []
+        numbered = enumerate(lines[skip:], first + skip)
+        return [f"[{second}.{number:09d}Z] {line}" for number, line in numbered]
 
 
 # ---------------------------------------------------------------- manage.py at work
