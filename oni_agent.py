@@ -1583,7 +1583,6 @@ class JobStore:
 
     def __init__(self, folder):
         self.folder = folder
-        self.run_lock = folder / "run.lock"  # held by the manage.py at work
         self._path = folder / "jobs.db"
         self._lock = threading.Lock()
         try:
@@ -1600,8 +1599,8 @@ class JobStore:
             self._database = sqlite3.connect(
                 self._path, check_same_thread=False, isolation_level=None
             )
-            self._database.execute("PRAGMA journal_mode = WAL")
-            self._database.execute("PRAGMA synchronous = FULL")  # what is answered is on disk
+            self._execute("PRAGMA journal_mode = WAL")
+            self._execute("PRAGMA synchronous = FULL")  # what is answered is on disk
             if is_new:
                 self._database.executescript(self.SCHEMA)
             self._newest = self._newest_id()
@@ -1610,12 +1609,10 @@ class JobStore:
             raise Problem(f"{self._path} cannot be used ({error}); nothing was changed") from error
 
     def _keep_others_out(self):
-        self._agent_lock = open(self.folder / "agent.lock", "a")
-        until = time.monotonic() + 1
         # A killed agent's last child may hold the lock until it has become manage.py.
-        while time.monotonic() < until:
+        for _ in range(100):
             with contextlib.suppress(BlockingIOError):
-                fcntl.flock(self._agent_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._agent_lock = locked(self.folder / "agent.lock")
                 return
             time.sleep(TICK)
         raise Problem(
@@ -1646,35 +1643,33 @@ class JobStore:
 
     def _newest_id(self):
         """The highest id given so far: jobs.db may be new, or an older copy, but logs remain."""
-        names = [path.stem for path in self.folder.glob("logs/*.log")]
-        ids = [int(name) for name in names if re.fullmatch("[0-9]{1,18}", name)]
-        recorded = self._database.execute("SELECT max(seq) FROM sqlite_sequence").fetchone()[0]
-        return max(recorded or 0, *ids, 0)
+        names = " ".join(os.listdir(self.folder / "logs"))
+        ids = map(int, re.findall(r"\b([0-9]{1,18})\.log\b", names))
+        [[newest]] = self._execute("SELECT ifnull(max(seq), 0) FROM sqlite_sequence")
+        return max([newest, *ids])
 
     def _take_out_payloads(self):
-        """Writes what version 1.0 kept of standard input in the database where it is kept now."""
-        rows = self._database.execute("SELECT id, payload FROM jobs WHERE payload IS NOT NULL")
-        for id, payload in rows.fetchall():
+        """Writes what release 1.0 kept of standard input in the database where it is kept now."""
+        for id, payload in self._execute("SELECT id, payload FROM jobs WHERE payload IS NOT NULL"):
             with self.new_input() as given:
-                given.write(payload)
+                Path(given.name).write_bytes(payload)
                 self._keep_input(self.folder / "inputs" / str(id), given.name)
-            self._database.execute("UPDATE jobs SET payload = NULL WHERE id = ?", (id,))
+            self._execute("UPDATE jobs SET payload = NULL WHERE id = ?", (id,))
 
-    @contextlib.contextmanager
-    def _transaction(self):
-        """The database, for changes of which all are made or none. Raises Scarce."""
+    def _execute(self, statement, values=()):
+        """The rows that a statement gives, once it is done and on disk. Raises Scarce."""
         try:
-            with self._lock, self._database:
-                self._database.execute("BEGIN")
-                yield self._database
-        except (OSError, sqlite3.Error) as error:
+            with self._lock:
+                return self._database.execute(statement, values).fetchall()
+        except sqlite3.Error as error:
             raise Scarce(f"{self._path} cannot be used: {error}") from error
 
     def jobs(self):
         """Every job, oldest first."""
-        columns = ", ".join(column.name for column in dataclasses.fields(Job))
-        with self._transaction() as database:
-            rows = database.execute(f"SELECT {columns} FROM jobs ORDER BY id").fetchall()
+        rows = self._execute(
+            "SELECT id, words, queued, status, started, ended, error, attempts, cancelled"
+            " FROM jobs ORDER BY id"
+        )
         try:
             return [Job(id, json.loads(words), *others) for id, words, *others in rows]
         except ValueError as error:
@@ -1689,13 +1684,9 @@ class JobStore:
     def add(self, words, given):
         """A new pending job, and another name, its own, for the file of what was `given`."""
         job = Job(self._newest + 1, words, time.time_ns())
-        with self._transaction() as database:
-            database.execute(
-                "INSERT INTO jobs (id, words, queued, status) VALUES (?, ?, ?, ?)",
-                (job.id, json.dumps(words), job.queued, job.status),
-            )
-            if given:
-                self._keep_input(self.input(job).parent, given)
+        if given:
+            self._keep_input(self.input(job).parent, given)
+        self.update(job)
         self._newest = job.id
         return job
 
@@ -1713,10 +1704,14 @@ class JobStore:
         return self.folder / "inputs" / str(job.id) / "input.xml"
 
     def update(self, job, **changes):
-        """Changes columns of a job."""
-        columns = ", ".join(f"{name} = ?" for name in changes)
-        with self._transaction() as database:
-            database.execute(f"UPDATE jobs SET {columns} WHERE id = ?", (*changes.values(), job.id))
+        """Writes a job down, with these changes."""
+        columns = {**vars(job), **changes, "words": json.dumps(job.words)}
+        self._execute(
+            "REPLACE INTO jobs"
+            " (id, words, queued, status, started, ended, error, attempts, cancelled) VALUES"
+            " (:id, :words, :queued, :status, :started, :ended, :error, :attempts, :cancelled)",
+            columns,
+        )
 
     def log(self, job):
         return JobLog(self.folder / "logs" / f"{job.id}.log")
@@ -1726,18 +1721,24 @@ class JobStore:
         for path in self.folder.glob(f"logs/{job.id}.*"):
             path.unlink()
         shutil.rmtree(self.input(job).parent, ignore_errors=True)
-        with self._transaction() as database:
-            database.execute("DELETE FROM jobs WHERE id = ?", (job.id,))
+        self._execute("DELETE FROM jobs WHERE id = ?", (job.id,))
+
+
+def locked(path):
+    """A file whose lock is held until it is closed. Raises BlockingIOError if another holds it."""
+    file = open(path, "a")
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return file
 
 
 STDOUT = "O"  # whose line it is, in a job's log
 STDERR = "E"
 NOTE = "A"
-# A line of ID.log: date, second, and nanosecond; sizes, and maybe a command; or kind, and text.
+# An entry of a job's log: its second and nanosecond; then the sizes of both outputs, and a command
+# if one begins there; or else a kind and a text.
 ENTRY = re.compile(
-    r"^\[(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)\.(\d{9})Z\]"
-    r" (?:[=$] (\d{1,18}) (\d{1,18}) ?|([AEO]) )(.*)$",
-    re.MULTILINE,
+    r"(?m)^\[(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)\.(\d{9})Z\]"
+    r" (?:[=$] (\d{1,18}) (\d{1,18}) ?|([AEO]) )(.*)$"
 )
 
 
@@ -1775,16 +1776,16 @@ class JobLog:
         self._file.truncate(whole)  # a crash may have cut the last entry short
 
     def entries(self, start=0):
-        """The groups of ENTRY, after an end in bytes, of each entry from a byte on. Raises OSError."""
-        for end, text in pieces(self.path, start, most=3 * MAX_LINE):  # of release 1.0's
+        """Each entry from a byte on: an end, in bytes, and the groups of ENTRY. Raises OSError."""
+        for end, text in pieces(self.path, start, most=3 * MAX_LINE):  # as long were release 1.0's
             for groups in ENTRY.findall(text):
                 yield end, *groups
 
     def close(self):
         """Puts the log safely on disk."""
-        with contextlib.suppress(OSError), self._file:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+        with contextlib.suppress(OSError):
+            self._file.close()
+            sync(self.path)
 
     def note(self, text):
         """Says what the agent does."""
@@ -1806,45 +1807,47 @@ class JobLog:
                 self._enter(f"= {sizes[0]} {sizes[1]}")
 
     def _enter(self, text):
-        entry = f"[{timestamp(time.time_ns())}] {text}".replace("\n", " ") + "\n"
+        entry = f"[{timestamp(time.time_ns())}] {text}".replace("\n", " ")
         try:
-            self._file.write(entry.encode("utf-8", "replace"))
-            self._file.flush()
-        except OSError as error:  # the file keeps what the disk refuses, for the next time
+            print(entry, file=self._file, flush=True)
+        except OSError as error:
             log.error("%s cannot be written for now: %s", self.path, error)
 
     def complaints(self):
         """The lines that the newest command has printed on stderr, but for empty ones."""
         with contextlib.suppress(OSError):
             for _, text in pieces(self.outputs[STDERR], self._begun, over=True):
-                yield from filter(None, map(str.rstrip, text.split("\n")))
+                yield from re.findall(r"(?m)^.*\S", text)
 
 
 def open_to_append(path):
-    """A file that is made if missing, as its folder is."""
+    """A file that is made if missing, as its folder is.
+
+    What the disk refuses of it is kept, and written with what comes next.
+    """
     path.parent.mkdir(mode=0o700, exist_ok=True)
-    return open(path, "ab", 1 << 20)
+    return open(path, "a", 1 << 20, "utf-8", "replace")
 
 
 def pieces(path, start, stop=sys.maxsize, over=False, most=MAX_LINE):
-    """Reads whole lines between two bytes of a file, and a line of more than `most` bytes in parts;
-    if nothing more is to come, since that is `over`, an unfinished one too.
+    """The whole lines between two bytes of a file; an unfinished one too if what has printed it is
+    `over`. A line of more than `most` bytes comes in parts.
 
-    Yields some of them at a time, as text, after their end in bytes. Raises OSError.
+    Yields some lines at a time: where they end, in bytes, and their text. Raises OSError.
     """
-    with open(path, "rb") as file:
-        while start < stop:
+    while start < stop:
+        with open(path, "rb") as file:
             file.seek(start)
             data = file.read(min(most + 1, stop - start))
-            whole = data[: data.rfind(b"\n") + 1]
-            if not whole and (over or len(data) > most):
-                whole = data[:most]
-            # No part ends amid a character.
-            text, size = codecs.utf_8_decode(whole, "replace", len(data) <= most)
-            if not size:
-                return
-            start += size
-            yield start, text.removesuffix("\n")
+        whole = data[: data.rfind(b"\n") + 1]
+        if not whole and (over or len(data) > most):
+            whole = data[:most]
+        # No part ends amid a character.
+        text, size = codecs.utf_8_decode(whole, "replace", len(data) <= most)
+        if not size:
+            return
+        start += size
+        yield start, text.removesuffix("\n")
 
 
 class LogReader:
@@ -1863,7 +1866,7 @@ class LogReader:
         # Of the next line at the earliest: stamps increase, clocks may not.
         self._stamp = ("1970-01-01T00:00:00", 0)
 
-    def read(self, over=True):
+    def read(self, over):
         """Some lines at a time, `[stamp] text` each; if the job is `over`, unfinished ones too."""
         with contextlib.suppress(OSError):  # there is none yet, say
             for entry in self._log.entries(self._index):
@@ -1875,17 +1878,15 @@ class LogReader:
                     yield from self._printed([int(out), int(err)], over=bool(text))
         if over:
             # The log may not know of all that was printed.
-            yield from self._printed([sys.maxsize, sys.maxsize], over)
+            yield from self._printed([sys.maxsize] * 2, over)
 
     def _printed(self, sizes, over):
         """The lines of both outputs within these sizes."""
         for output, size in zip(self._at, sizes):
-            at = self._at[output]
-            if at < size:
-                with contextlib.suppress(OSError):  # somebody has removed it
-                    for end, text in pieces(self._log.outputs[output], at, size, over):
-                        self._at[output] = end
-                        yield self._stamped(output, text)
+            with contextlib.suppress(OSError):  # somebody has removed it
+                for end, text in pieces(self._log.outputs[output], self._at[output], size, over):
+                    self._at[output] = end
+                    yield self._stamped(output, text)
 
     def _stamped(self, kind, text):
         """The lines of a text that are wanted, with stamps of one second."""
@@ -1897,7 +1898,7 @@ class LogReader:
         self._stamp = (second, first + len(lines))
         skip = self._skip
         self._skip = max(0, skip - len(lines))
-        if kind not in self._kinds or skip >= len(lines):
+        if kind not in self._kinds:
             return []
         numbered = enumerate(lines[skip:], first + skip)
         return [f"[{second}.{number:09d}Z] {line}" for number, line in numbered]
@@ -1933,14 +1934,11 @@ class Work:
         self.job = job
         self.log = store.log(job)
         self.input = store.input(job)
+        self.note = self.log.note
         self.undoing = False  # a cancelled job is tidied up, which is not to be cancelled
         self._oni = oni
-        self._lock = store.run_lock
+        self._lock = store.folder / "run.lock"
         self._stopping = stopping
-
-    def note(self, text):
-        """Says in the job's log what the agent does."""
-        self.log.note(text)
 
     @property
     def cancelled(self):
@@ -1974,7 +1972,7 @@ class Work:
 
     def _run(self, program, start, *words):
         process = patiently(lambda: self._begin(program, start, *words))
-        self._follow(process)
+        self._follow()
         status = process.wait()
         self.go_on()
         if status < 0:
@@ -1986,12 +1984,10 @@ class Work:
 
     def _begin(self, program, start, *words):
         self.go_on()
-        out_path, err_path = self.log.outputs.values()
-        with open(self._lock, "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else EAGAIN
-            with open_to_append(out_path) as out, open_to_append(err_path) as err:
-                self.log.look()
-                process = start(*words, stdout=out, stderr=err, pass_fds=[lock.fileno()])
+        out, err = map(open_to_append, self.log.outputs.values())
+        with out, err, locked(self._lock) as lock:
+            self.log.look()
+            process = start(*words, stdout=out, stderr=err, pass_fds=[lock.fileno()])
         self.log.begin(f"{program} {shlex.join(words)}")
         return process
 
@@ -2001,28 +1997,23 @@ class Work:
             log.warning("job=%d adopted=yes: its manage.py is at work", self.job.id)
             if not self.log.commands:  # somebody has deleted the log
                 self.log.begin("manage.py, begun by an earlier agent")
-        self._follow(None)
+        self._follow()
 
     def _is_at_work(self):
         """Whether manage.py, or what it has left behind, holds the lock. Raises OSError."""
-        with open(self._lock, "a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
+        try:
+            locked(self._lock).close()
+        except BlockingIOError:
+            return True
         return False
 
-    def _follow(self, process):
+    def _follow(self):
         """Waits until manage.py, and all that it left behind, have ended; ends it if cancelled."""
         full = False
         number = signal.SIGTERM
         next_signal = 0.0
         while patiently(self._is_at_work):
-            if process and process.poll() is None:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(TICK)
-            else:
-                time.sleep(TICK)
+            time.sleep(TICK)
             self.log.look()
             with contextlib.suppress(OSError):  # somebody has removed the folder
                 full = full or not shutil.disk_usage(self.log.path.parent).free
