@@ -1580,6 +1580,8 @@ class JobStore:
         PRAGMA user_version = {VERSION};
         COMMIT;
     """
+    # In the order of Job's.
+    COLUMNS = "id, words, queued, status, started, ended, error, attempts, cancelled"
 
     def __init__(self, folder):
         self.folder = folder
@@ -1654,9 +1656,9 @@ class JobStore:
             with self.new_input() as given:
                 Path(given.name).write_bytes(payload)
                 self._keep_input(self.folder / "inputs" / str(id), given.name)
-            self._execute("UPDATE jobs SET payload = NULL WHERE id = ?", (id,))
+            self._execute("UPDATE jobs SET payload = NULL WHERE id = ?", id)
 
-    def _execute(self, statement, values=()):
+    def _execute(self, statement, *values):
         """The rows that a statement gives, once it is done and on disk. Raises Scarce."""
         try:
             with self._lock:
@@ -1666,10 +1668,7 @@ class JobStore:
 
     def jobs(self):
         """Every job, oldest first."""
-        rows = self._execute(
-            "SELECT id, words, queued, status, started, ended, error, attempts, cancelled"
-            " FROM jobs ORDER BY id"
-        )
+        rows = self._execute(f"SELECT {self.COLUMNS} FROM jobs ORDER BY id")
         try:
             return [Job(id, json.loads(words), *others) for id, words, *others in rows]
         except ValueError as error:
@@ -1705,12 +1704,10 @@ class JobStore:
 
     def update(self, job, **changes):
         """Writes a job down, with these changes."""
-        columns = {**vars(job), **changes, "words": json.dumps(job.words)}
+        columns = {**vars(job), "words": json.dumps(job.words), **changes}
         self._execute(
-            "REPLACE INTO jobs"
-            " (id, words, queued, status, started, ended, error, attempts, cancelled) VALUES"
-            " (:id, :words, :queued, :status, :started, :ended, :error, :attempts, :cancelled)",
-            columns,
+            f"REPLACE INTO jobs ({self.COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            *columns.values(),
         )
 
     def log(self, job):
@@ -1721,7 +1718,7 @@ class JobStore:
         for path in self.folder.glob(f"logs/{job.id}.*"):
             path.unlink()
         shutil.rmtree(self.input(job).parent, ignore_errors=True)
-        self._execute("DELETE FROM jobs WHERE id = ?", (job.id,))
+        self._execute("DELETE FROM jobs WHERE id = ?", job.id)
 
 
 def locked(path):
