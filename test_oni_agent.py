@@ -3701,6 +3701,31 @@ def test_what_the_agent_says_in_a_log_is_one_line(witnessed):
     )
 
 
+def test_what_a_command_leaves_unfinished_is_a_line_of_its_own(site):
+    site.prepend_to_manage(
+        "import atexit, os, sys\n"
+        "atexit.register(os.write, 1, f'the end of {sys.argv[1]}'.encode())"
+    )
+    batch = site.batch(ALPHA)
+    site.start()
+    half_load(site, batch)
+    assert site.run("load-batch", ALPHA)["status"] == "successful"
+    ends = [line for line in site.logs(1) if "the end of" in line]
+    assert ends == ["the end of purge_batch", "the end of load_batch"]
+
+
+def test_a_log_that_release_1_0_has_written_is_shown_as_it_was(site):
+    past_jobs(site, (["load-batch", ALPHA], "failed", 1, 1))
+    stamps = [f"[2026-01-01T00:00:00.{number:09}Z]" for number in range(5)]
+    long = "é" * 32_000
+    kinds = ["$ manage.py load_batch", "E on stderr", "O = 1 2", f"E {long}", "A a note"]
+    lines = [f"{stamp} {line}\n" for stamp, line in zip(stamps, kinds)]
+    (site.state / "logs/1.log").write_text("".join(lines), encoding="utf-8")
+    job = site.start().call("job-logs", "1")["job"]
+    assert job["stdout"] == [f"{stamps[2]} = 1 2", f"{stamps[4]} a note"]
+    assert job["stderr"] == [f"{stamps[1]} on stderr", f"{stamps[3]} {long}"]
+
+
 QUICK_LOAD = r'''
 if command == "load_batch":  # what matters here is the queue, and this takes no time
     import json, re, sqlite3, urllib.request
