@@ -1566,6 +1566,7 @@ class JobStore:
     """The jobs on disk: `jobs.db`, `logs/` and `inputs/` in the state folder, one agent's alone.
 
     Its methods raise Problem, or an OSError; `add` and `update` return when all is safely on disk.
+    No two threads may be in `add`, `update` or `remove` at once.
     """
 
     APPLICATION = 0x4F4E4941  # SQLite's application_id: "ONIA"
@@ -1586,7 +1587,6 @@ class JobStore:
     def __init__(self, folder):
         self.folder = folder
         self._path = folder / "jobs.db"
-        self._lock = threading.Lock()
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if is_an_agents(folder):
@@ -1661,8 +1661,7 @@ class JobStore:
     def _execute(self, statement, *values):
         """The rows that a statement gives, once it is done and on disk. Raises Scarce."""
         try:
-            with self._lock:
-                return self._database.execute(statement, values).fetchall()
+            return self._database.execute(statement, values).fetchall()
         except sqlite3.Error as error:
             raise Scarce(f"{self._path} cannot be used: {error}") from error
 
@@ -1703,12 +1702,13 @@ class JobStore:
         return self.folder / "inputs" / str(job.id) / "input.xml"
 
     def update(self, job, **changes):
-        """Writes a job down, with these changes."""
+        """Changes a job, on disk before all else."""
         columns = {**vars(job), "words": json.dumps(job.words), **changes}
         self._execute(
             f"REPLACE INTO jobs ({self.COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             *columns.values(),
         )
+        vars(job).update(changes)
 
     def log(self, job):
         return JobLog(self.folder / "logs" / f"{job.id}.log")
@@ -1786,7 +1786,6 @@ class JobLog:
 
     def note(self, text):
         """Says what the agent does."""
-        self.look()
         self._enter(f"{NOTE} {text}")
 
     def begin(self, command):
@@ -2325,7 +2324,7 @@ class JobQueue:
         self._site = site
         self._on_end = on_end
         self._tell = tell  # takes a sentence on what is being done
-        self._changed = threading.Condition()  # guards the jobs; re-entrant
+        self._changed = threading.Condition()  # guards the jobs, and the store; re-entrant
         self._stopping = threading.Event()
         self._closed = False
         self._jobs = {job.id: job for job in store.jobs()}
@@ -2536,7 +2535,6 @@ class JobQueue:
     def _change(self, job, **changes):
         """Changes a job on disk, then for all to see. Raises Scarce."""
         self._store.update(job, **changes)
-        vars(job).update(changes)
         self._changed.notify_all()
         self._announce()
 
@@ -2553,10 +2551,9 @@ class JobQueue:
         finished = sorted((job for job in self.jobs() if job.finished), key=lambda job: job.ended)
         for job in finished[:-KEEP_JOBS]:
             if job.ended < horizon:
-                with contextlib.suppress(Problem, OSError):  # the next time, then
-                    self._store.remove(job)
-                    with self._changed:
-                        del self._jobs[job.id]
+                with self._changed, contextlib.suppress(Problem, OSError):
+                    self._store.remove(job)  # else the next time
+                    del self._jobs[job.id]
 
 
 # ---------------------------------------------------------------- commands
