@@ -1581,7 +1581,7 @@ class JobStore:
         PRAGMA user_version = {VERSION};
         COMMIT;
     """
-    # In the order of Job's.
+    # In the order of Job's fields.
     COLUMNS = "id, words, queued, status, started, ended, error, attempts, cancelled"
 
     def __init__(self, folder):
@@ -1774,7 +1774,7 @@ class JobLog:
 
     def entries(self, start=0):
         """Each entry from a byte on: an end, in bytes, and the groups of ENTRY. Raises OSError."""
-        for end, text in pieces(self.path, start, most=3 * MAX_LINE):  # as long were release 1.0's
+        for end, text in pieces(self.path, start, most=3 * MAX_LINE):  # release 1.0's had 64 KiB
             for groups in ENTRY.findall(text):
                 yield end, *groups
 
@@ -1909,7 +1909,7 @@ def holders(path):
     for entry in Path("/proc").glob("[0-9]*/fd/*"):
         # The process may end meanwhile, or be another user's.
         with contextlib.suppress(OSError):
-            if os.readlink(entry) == str(path):
+            if entry.readlink() == path:
                 groups.add(os.getpgid(int(entry.parts[2])))
     return groups - {os.getpgrp()}
 
