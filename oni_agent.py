@@ -1784,15 +1784,11 @@ class JobLog:
             self._file.close()
             sync(self.path)
 
-    def note(self, text):
-        """Says what the agent does."""
-        self._enter(f"{NOTE} {text}")
-
     def begin(self, command):
         """Says that what follows after the last look is a command's output."""
         out, self._begun = self._sizes
         self.commands.append(command)
-        self._enter(f"$ {out} {self._begun} {command}")
+        self.note(f"{out} {self._begun} {command}", "$")
 
     def look(self):
         """Writes down how much has been printed by now, if that has changed."""
@@ -1800,10 +1796,11 @@ class JobLog:
             sizes = [path.stat().st_size for path in self.outputs.values()]
             if sizes != self._sizes:
                 self._sizes = sizes
-                self._enter(f"= {sizes[0]} {sizes[1]}")
+                self.note(f"{sizes[0]} {sizes[1]}", "=")
 
-    def _enter(self, text):
-        entry = f"[{timestamp(time.time_ns())}] {text}".replace("\n", " ")
+    def note(self, text, kind=NOTE):
+        """Enters what the agent does, or what an entry of another kind says."""
+        entry = f"[{timestamp(time.time_ns())}] {kind} {text}".replace("\n", " ")
         try:
             print(entry, file=self._file, flush=True)
         except OSError as error:
