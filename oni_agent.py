@@ -47,7 +47,6 @@ import ast
 import base64
 import codecs
 import contextlib
-import dataclasses
 import difflib
 import errno
 import fcntl
