@@ -34,10 +34,10 @@ Its callers are administrators and NCA, the Newspaper Curation App, a Go program
 unattended. An agent written in Go speaks the same protocol: words that look odd here are its words.
 
 To add a command, write a function cmd_… under "commands", as `command` describes it; a person at a
-terminal sees its `message`, and what "presentation" knows of the other keys. To add a kind of job,
-write a class under "kinds of job", enter it in KINDS, and give it a command of the same name. To
-add a setting, enter it in OWN_VARIABLES with its reader, and in the list above; neither manage.py
-nor ON_FINISH gets to see it.
+terminal sees each key of its answer as `key: value`, or as SHOWN under "presentation" says. To add
+a kind of job, write a class under "kinds of job", enter it in KINDS, and give it a command of the
+same name. To add a setting, enter it in OWN_VARIABLES with its reader, and in the list above;
+neither manage.py nor ON_FINISH gets to see it.
 """
 
 from __future__ import annotations
@@ -3075,7 +3075,7 @@ def wrapped(text, width):
     text = plain(text)
     if any(unicodedata.east_asian_width(each) in "WF" for each in text):
         width //= 2  # textwrap counts characters, and some of these take two columns
-    return textwrap.wrap(text, width, subsequent_indent=" " * 7, break_on_hyphens=False) or [""]
+    return textwrap.wrap(text, width, subsequent_indent=" " * 7, break_on_hyphens=False)
 
 
 def ago(stamp):
@@ -3094,68 +3094,22 @@ def span(seconds):
     return f"{int(seconds)} s"
 
 
-def answer_lines(keys):
-    """Any answer as lines."""
-    if keys.get("status") == "error":
-        yield f"error: {keys['message']}"
-        if "error" in keys:
-            yield f"       {keys['error']}"
-        return
-    if "message" in keys:
-        yield keys["message"]
-    if "version" in keys:
-        yield f"ONI Agent {keys['version']}"
-    commands = keys.get("commands", [])
-    for each in commands:
-        yield f"{each['usage']:<30}  {each['help']}"
-    if len(commands) == 1:
-        yield commands[0]["example"]
-    if "job" in keys:
-        yield from job_lines(keys["job"])
-    for when, event in keys.get("events", []):
-        yield f"  {ago(when)}  {event}"
-    for word in ("fault", "warning"):
-        for each in keys.get(f"{word}s", []):
-            yield f"{word}: {each['file']}: {each[word]}"
-    if "batches" in keys:
-        yield from batch_lines(keys["batches"])
-    if "jobs" in keys:
-        yield from table_lines(keys["jobs"])
+def job_line(job, took=""):
+    """A job in a table: how far it is, or why it failed, comes below on a narrow terminal."""
+    when = ago(job.get("ended", job.get("started", job["queued"])))
+    words = " ".join(job["words"])
+    row = f"{job['id']:>5}  {job['status']:<14}  {words:<36}  {when:<17}  "
+    return f"{row}{took}{how_far(job)}{job.get('error', '')}"
 
 
-def job_lines(job):
-    """One job in full."""
-    if "words" in job:
-        yield from table_lines([job])
-    elif job["id"] > 0:
-        yield (
-            f"It is job {job['id']}: job-wait {job['id']} waits for its end, job-follow"
-            f" {job['id']} shows its log."
-        )
-    if "ended" in job and "seconds" in job:
-        yield f"It took {span(job['seconds'])}."
+def how_far(job):
+    """The place in the queue; or of a load a bar, issues, pages a second and time left."""
     if "place" in job:
-        yield f"It is number {job['place']} in the queue."
-
-
-def table_lines(jobs):
-    """A table of jobs; under each, how far it is, or why it failed."""
-    for job in jobs:
-        when = ago(job.get("ended", job.get("started", job["queued"])))
-        words = " ".join(job["words"])
-        yield f"{job['id']:>5}  {job['status']:<14}  {words:<36}  {when}"
-        if job.get("pages"):
-            yield progress_bar(job)
-        if "error" in job:
-            yield f"       {job['error']}"
-    if not jobs:
-        yield "       no jobs"
-
-
-def progress_bar(job):
-    """How far a load is: a bar, issues, pages a second and time left."""
+        return f"It is number {job['place']} in the queue."
+    wanted = job.get("pages")
+    if not wanted:
+        return ""
     pages = job["pages_loaded"]
-    wanted = job["pages"]
     bar = "#" * (20 * pages // wanted)
     text = f"[{bar:.<20}] {job['issues_loaded']} of {job['issues']} issues"
     if 0 < pages < wanted:
@@ -3164,33 +3118,73 @@ def progress_bar(job):
     return text
 
 
-def batch_lines(batches):
-    """A table of batches, with question marks for what was not counted."""
-    yield "state       issues         pages      batch"
-    for batch in batches:
-        row = {key: "?" if value is None else value for key, value in batch.items()}
-        yield (
-            f"{row['state']:<10}{row['issues']:>4} of {row['issues_in_batch_xml']:<5}"
-            f"{row['pages']:>6} of {row['pages_in_mets']:<7}{row['name']}"
+def one_job(job):
+    """The job that an answer is about."""
+    if job["id"] < 0:
+        return ""
+    if "words" not in job:
+        return (
+            f"It is job {job['id']}: job-wait {job['id']} waits for its end, job-follow"
+            f" {job['id']} shows its log."
         )
+    took = ""
+    if "ended" in job and "seconds" in job:
+        took = f"It took {span(job['seconds'])}. "
+    return job_line(job, took)
 
 
-def board_lines(keys):
-    """What is at work, what waits, what has ended."""
-    oni = keys["oni"]
+def batch_line(batch):
+    """A batch in a table, with question marks for what was not counted."""
+    row = {key: "?" if value is None else value for key, value in batch.items()}
+    return (
+        f"{row['state']:<10}{row['issues']:>4} of {row['issues_in_batch_xml']:<4} issues"
+        f"{row['pages']:>7} of {row['pages_in_mets']:<6} pages  {row['name']}"
+    )
+
+
+def oni_line(oni):
     health = oni.get("problem", f"{oni.get('batches', '?')} batches")
-    yield f"ONI Agent {keys['version']}, up {span(keys['uptime'])}"
-    yield f"Open ONI in {oni['location']}: {health}"
-    waiting = keys["waiting"]
-    tables = {
-        "At work": keys["at_work"],
-        f"Waiting: {len(waiting)}": waiting[:5],
-        "Ended": keys["ended"],
-    }
-    for title, jobs in tables.items():
-        yield ""
-        yield title
-        yield from table_lines(jobs)
+    return f"Open ONI in {oni['location']}: {health}"
+
+
+SHOWN = {  # what stands under a key, or each thing in a list there, as text; "" is not shown
+    "status": "".format,
+    "batch": "".format,  # the message says it
+    "message": str,
+    "version": "ONI Agent {}".format,
+    "uptime": lambda seconds: f"up {span(seconds)}",
+    "oni": oni_line,
+    "commands": "{0[usage]:<30}  {0[help]}".format,
+    "events": lambda event: f"  {ago(event[0])}  {event[1]}",
+    "faults": "fault: {0[file]}: {0[fault]}".format,
+    "warnings": "warning: {0[file]}: {0[warning]}".format,
+    "batches": batch_line,
+    "job": one_job,
+    "jobs": job_line,
+    "at_work": job_line,
+    "waiting": job_line,
+    "ended": job_line,
+}
+
+
+def answer_lines(keys, most=None):
+    """Any answer, key by key, as texts of a line or more; of a list so many things at most."""
+    if keys.get("status") == "error":
+        yield f"error: {keys['message']}"
+        yield f"       {keys.get('error', '')}"
+        return
+    for key, value in keys.items():
+        if isinstance(value, list):
+            yield f"{key.replace('_', ' ').capitalize()}: {len(value)}"
+        else:
+            value = [value]
+        for each in value[:most]:
+            if key in SHOWN:
+                yield SHOWN[key](each)
+            else:
+                yield f"{key}: {each}"
+    if len(keys.get("commands", [])) == 1:
+        yield keys["commands"][0]["example"]
 
 
 def show(line, terminal, ask, send):
@@ -3203,22 +3197,21 @@ def show(line, terminal, ask, send):
     if line.startswith(b"job-wait") and terminal.colour:
         watch(line.replace(b"wait", b"status", 1), terminal, ask, send)
     reply = ask(line)
-    send("".join(f"{each}\r\n" for each in fitted(answer_lines(reply.keys), terminal)))
+    send(drawn(fitted(answer_lines(reply.keys), terminal), terminal))
     for lines in reply.lines:  # which the terminal itself may wrap: they can be copied whole
-        send("".join(f"{coloured(each, terminal)}\r\n" for each in map(plain, lines)))
+        send(drawn(map(plain, lines), terminal))
     return reply.exit_status
 
 
 def watch(job_status, terminal, ask, send):
     """Shows how far a job is until it ends, on one line, each second anew."""
-    up = ""
     while True:
         job = ask(job_status).keys.get("job", {})
         if job.get("status") not in (PENDING, STARTED):
+            send("\x1b[K")
             return
-        *_, last = job_lines(job)  # which says most: the bar, or the place in the queue
-        send(f"{up}\x1b[K{wrapped(last, terminal.width)[0]}\r\n")
-        up = "\x1b[A"
+        text = how_far(job) or job_line(job)
+        send(f"\x1b[K{wrapped(text, terminal.width)[0]}\r")
         terminal.key(1)
 
 
@@ -3227,9 +3220,9 @@ def show_board(terminal, ask, send):
     send("\x1b[?1049h\x1b[?25l")  # another screen, and no cursor
     with contextlib.suppress(ClientGone):  # by Ctrl-C, maybe
         while True:
-            drawn = fitted(board_lines(ask(b"board").keys), terminal)
-            lines = itertools.islice(drawn, terminal.height - 1)
-            text = "".join(f"\x1b[K{line}\r\n" for line in lines)
+            texts = answer_lines(ask(b"board").keys, terminal.height // 2)
+            lines = itertools.islice(fitted(texts, terminal), terminal.height - 1)
+            text = drawn((f"\x1b[K{line}" for line in lines), terminal)
             send(f"\x1b[H{text}\x1b[J\x1b[{terminal.height}Hq leaves; jobs go on")
             if re.search(b"[q\x04]", terminal.key(1)):
                 break
@@ -3238,18 +3231,19 @@ def show_board(terminal, ask, send):
 
 
 def fitted(texts, terminal):
-    """Texts as lines in colour, none wider than the terminal."""
+    """Texts as lines, none wider than the terminal."""
     for text in texts:
-        for line in wrapped(text, terminal.width):
-            yield coloured(line, terminal)
+        yield from wrapped(text, terminal.width)
 
 
-def coloured(line, terminal):
-    """A line in the colour that one of its words gives it."""
+def drawn(lines, terminal):
+    """Lines as a terminal takes them, each in the colour that one of its words gives it."""
+    text = "".join(f"{line}\r\n" for line in lines)
     for colour, words in COLOURS.items():
-        if terminal.colour and re.search(rf"\b({words})(  |[:\]])", line):
-            return f"\x1b[{colour}m{line}\x1b[0m"
-    return line
+        if terminal.colour:
+            line = rf"(?m)^.*\b({words})(  |[:\]]).*(?=\r)"
+            text = re.sub(line, f"\x1b[{colour}m\\g<0>\x1b[0m", text)
+    return text
 
 
 # ---------------------------------------------------------------- SSH server

@@ -7712,12 +7712,41 @@ def test_a_dumb_terminal_gets_no_colours(shown):
     assert b"\x1b" not in ssh_run(shown, "list-jobs", "-tt").stdout
 
 
+NEW_COMMAND = '''
+@command('"disk" takes no arguments')
+def cmd_disk(request):
+    """disk
+
+    Says how full the disk is.
+
+    disk
+    """
+    return {"free_bytes": 12345, "largest": ["logs/7.err", "logs/\\x1b3.err"]}
+
+
+'''
+
+
+def test_all_that_a_new_command_answers_is_shown_to_a_person(site):
+    altered(site, ("BEGAN = time.", NEW_COMMAND + "BEGAN = time."))
+    assert site.call("disk")["free_bytes"] == 12345
+    said = ssh_run(site, "disk", "-tt").stdout.decode()
+    assert said.split("\r\n") == [
+        "free_bytes: 12345",
+        "Largest: 2",
+        "largest: logs/7.err",
+        "largest: logs/\\x1b3.err",
+        "",
+    ]
+    assert "Says how full the disk is." in ssh_run(site, "help disk", "-tt").stdout.decode()
+
+
 def test_help_tells_of_one_command_with_an_example(shared):
     reply = shared.call("help", "load-batch")["commands"]
     assert [each["usage"] for each in reply] == ["load-batch BATCH"]
     assert "load-batch batch_oru_alpha_ver01" in reply[0]["example"]
     said = ssh_run(shared, "help load-batch", "-tt").stdout
-    assert re.search(rb"^load-batch BATCH +Loads a batch", said)
+    assert re.search(rb"^load-batch BATCH +Loads a batch", said, re.MULTILINE)
     assert b"\r\nssh -p 2222 nobody@localhost load-batch batch_oru_alpha_ver01\r\n" in said
     assert "did you mean" in shared.call("help", "laod-batch")["error"]
 
