@@ -33,7 +33,7 @@ no command at all) the answers are text. Settings come from the environment:
 Its callers are administrators and NCA, the Newspaper Curation App, a Go program that loads batches
 unattended. An agent written in Go speaks the same protocol: words that look odd here are its words.
 
-To add a command, write a function cmd_… under "commands", as `command` describes it; a person at a
+To add a command, write a function cmd_… under "commands", as it is described there; a person at a
 terminal sees each key of its answer as `key: value`, or as SHOWN under "presentation" says. To add
 a kind of job, write a class under "kinds of job", enter it in KINDS, and give it a command of the
 same name. To add a setting, enter it in OWN_VARIABLES with its reader, and in the list above;
@@ -201,10 +201,15 @@ def patiently(action, passes=lambda error: True):
 
 FILES = futures.ThreadPoolExecutor(16, "files")  # for what may wait for a hung file system
 CHECKS = futures.ThreadPoolExecutor(2, "checks")  # the same, for reading whole batches
-BATCHES = "the file system of the batches"
 
 
-def in_time(look, within=ANSWER_SECONDS, pool=FILES, meanwhile=lambda: None, who=BATCHES):
+def in_time(
+    look,
+    within=ANSWER_SECONDS,
+    pool=FILES,
+    meanwhile=lambda: None,
+    who="the file system of the batches",
+):
     """What the function `look` returns, which asks `who`. Raises Problem when that refuses, or
     does not answer within so many seconds: only a thread of the pool then hangs.
 
@@ -2562,8 +2567,11 @@ class Refused(Exception):
         self.keys = {"status": "error", "message": message, **others}
 
 
-class ClientGone(Exception):
-    """The client has gone away: there is nobody to answer, and nothing more to do for it."""
+class ClientGone(BaseException):
+    """The client has gone away: there is nobody to answer, and nothing more to do for it.
+
+    As for a SystemExit, nobody takes it for a fault on its way through the command.
+    """
 
 
 @dataclass
@@ -2586,7 +2594,7 @@ class Request(Agent):
     read_input: Callable  # copies stdin into a file, at most so many bytes
     check_client: Callable  # raises ClientGone
     words: list[str] = field(default_factory=list)
-    keys: dict = field(default_factory=dict)  # of the object, if there is one
+    keys: dict = field(default_factory=dict)  # of the object, if there is one; or of an error, too
     lines: Iterable = ()  # some at a time, as they come; a person is shown them after the object
     exit_status: int = 0  # once the lines have been read
 
@@ -2617,30 +2625,15 @@ class Request(Agent):
             return self.submit(Path(given.name))
 
 
-COMMANDS = {}
+# To each function cmd_… belongs a command. It gets a Request and the words after the command, where
+# its parameter is called `job` the job of that id, and returns the keys of the answer, if any.
 
 
-def command(wrong, refusal="The agent cannot do this just now"):
-    """Enters a function cmd_… in COMMANDS. Its docstring says usage, help and an example.
-
-    It gets a Request and the words after the command, where its parameter is called `job` the job
-    of that id, and returns the keys of the answer, if any. `wrong` answers a wrong number of words,
-    `refusal` what else is a Problem.
+def texts_of(function):
+    """The paragraphs of the docstring of a command's function: usage, help, an example, what
+    answers a wrong number of words, and what answers a Problem, whatever that is about.
     """
-
-    def enter(function):
-        usage, what, example = inspect.getdoc(function).split("\n\n")
-        function.about = {
-            "usage": usage,
-            "help": what,
-            "example": f"ssh -p 2222 nobody@localhost {example}",
-        }
-        function.wrong = wrong
-        function.refusal = refusal
-        COMMANDS[usage.split()[0]] = function
-        return function
-
-    return enter
+    return [*inspect.getdoc(function).split("\n\n"), "The agent cannot do this just now"]
 
 
 def command_named(name):
@@ -2659,8 +2652,6 @@ def answer(agent, line, read_input, check_client):
         perform(request)
     except Refused as refusal:
         request.keys = refusal.keys
-    except ClientGone:
-        raise
     except Exception as fault:
         log.exception("a command stumbled over a fault of the agent")
         request.keys = Refused("A fault of the agent; its log says more", error=repr(fault)).keys
@@ -2673,16 +2664,18 @@ def perform(request):
         raise Refused("no command specified")
     name, *arguments = request.words
     function = command_named(name)
+    usage, _, _, wrong, refusal, *_ = texts_of(function)
     try:
         bound = inspect.signature(function).bind(request, *arguments)
     except TypeError:
-        raise Refused(function.wrong, error=f"usage: {function.about['usage']}") from None
+        raise Refused(wrong, error=f"usage: {usage}") from None
     if "job" in bound.arguments:
         bound.arguments["job"] = request.job(bound.arguments["job"])
     try:
         keys = function(*bound.args)
     except (Problem, OSError) as problem:
-        raise Refused(function.refusal.format(*arguments), error=str(problem)) from problem
+        text = refusal.format(*arguments)
+        raise Refused(text, error=str(problem), **request.keys) from problem
     if keys:
         request.keys = {"status": "success", **keys}
 
@@ -2762,99 +2755,112 @@ def batch_object(state):
     }
 
 
-@command('"version" takes no arguments')
 def cmd_version(request):
     """version
 
     Says which version of the agent is running.
 
-    version
+    ssh -p 2222 nobody@localhost version
+
+    "version" takes no arguments
     """
     return {"version": VERSION}
 
 
-@command('"help" takes at most one command')
 def cmd_help(request, name=""):
     """help [COMMAND]
 
     Lists the commands, or tells of one.
 
-    help load-batch
+    ssh -p 2222 nobody@localhost help load-batch
+
+    "help" takes at most one command
     """
     functions = [command_named(name)] if name else COMMANDS.values()
-    return {"commands": [function.about for function in functions]}
+    keys = ("usage", "help", "example")
+    return {"commands": [dict(zip(keys, texts_of(function))) for function in functions]}
 
 
-@command('"load-batch" requires exactly one batch name', '"{}" cannot be loaded')
 def cmd_load_batch(request, name):
     """load-batch BATCH
 
     Loads a batch from BATCH_SOURCE into Open ONI, as a job.
 
-    load-batch batch_oru_alpha_ver01
+    ssh -p 2222 nobody@localhost load-batch batch_oru_alpha_ver01
+
+    "load-batch" requires exactly one batch name
+
+    "{}" cannot be loaded
     """
     return request.submit()
 
 
-@command('"purge-batch" requires exactly one batch name', '"{}" cannot be purged')
 def cmd_purge_batch(request, name):
     """purge-batch BATCH
 
     Removes a batch from Open ONI, as a job; its files stay.
 
-    purge-batch batch_oru_alpha_ver01
+    ssh -p 2222 nobody@localhost purge-batch batch_oru_alpha_ver01
+
+    "purge-batch" requires exactly one batch name
+
+    "{}" cannot be purged
     """
     return request.submit()
 
 
-@command('"load-title" takes no arguments; the MARC XML comes on standard input', "Invalid data")
 def cmd_load_title(request):
     """load-title < MARC.xml
 
     Loads or updates titles from MARC XML on standard input, as a job.
 
-    load-title < marc.xml
+    ssh -p 2222 nobody@localhost load-title < marc.xml
+
+    "load-title" takes no arguments; the MARC XML comes on standard input
+
+    Invalid data
     """
     return request.submit_with_input(MAX_PAYLOAD)
 
 
-@command(
-    '"ensure-awardee" requires one or two arguments: an awardee code and, to create it, a name'
-)
 def cmd_ensure_awardee(request, code, name=""):
     """ensure-awardee CODE [NAME]
 
     Makes sure that Open ONI has an awardee, at once and without a job.
 
-    ensure-awardee oru "'University of Oregon'"
+    ssh -p 2222 nobody@localhost ensure-awardee oru "'University of Oregon'"
+
+    "ensure-awardee" requires one or two arguments: an awardee code and, to create it, a name
+
+    Unable to create awardee
     """
-    try:
-        new = request.site.ensure_awardee(code, name)
-    except (Problem, OSError) as problem:
-        raise Refused(
-            "Unable to create awardee", error=str(problem), org_code=code, name=name
-        ) from problem
+    request.keys = {"org_code": code, "name": name}
+    new = request.site.ensure_awardee(code, name)
     return {"message": "Awardee created" if new else "Awardee already exists"}
 
 
-@command('"batch-patch" requires exactly two batch names', '"{}" cannot be modified')
 def cmd_batch_patch(request, old, new):
     """batch-patch OLD NEW < INSTRUCTIONS
 
     Makes a batch NEW from OLD, without the issues of the lines `RemoveIssue LCCN/YYYYMMDDEE`.
 
-    batch-patch batch_oru_a_ver01 batch_oru_a_ver02 < instructions.txt
+    ssh -p 2222 nobody@localhost batch-patch batch_oru_a_ver01 batch_oru_a_ver02 < instructions.txt
+
+    "batch-patch" requires exactly two batch names
+
+    "{}" cannot be modified
     """
     return request.submit_with_input(MAX_INSTRUCTIONS)
 
 
-@command('"list-jobs" takes at most one argument, a status')
 def cmd_list_jobs(request, status=""):
     """list-jobs [STATUS]
 
     Lists all jobs, oldest first; or those that are pending, started, successful, failed, …
 
-    list-jobs failed
+    ssh -p 2222 nobody@localhost list-jobs failed
+
+    "list-jobs" takes at most one argument, a status
     """
     if status and status not in STATUS_MESSAGES:
         known = f"there are {', '.join(STATUS_MESSAGES)}"
@@ -2862,27 +2868,26 @@ def cmd_list_jobs(request, status=""):
     return {"jobs": [job_object(job) for job in request.queue.jobs() if status in ("", job.status)]}
 
 
-job_command = command("You must supply a job ID")
-
-
-@job_command
 def cmd_job_status(request, job):
     """job-status ID
 
     Says what has become of a job: its place in the queue, or how far a running load is.
 
-    job-status 7
+    ssh -p 2222 nobody@localhost job-status 7
+
+    You must supply a job ID
     """
     return {"message": STATUS_MESSAGES[job.status], "job": job_with_place(request, job)}
 
 
-@job_command
 def cmd_job_wait(request, job):
     """job-wait ID
 
     Answers as job-status when the job has ended; the exit status is 1 if it was unsuccessful.
 
-    job-wait 7
+    ssh -p 2222 nobody@localhost job-wait 7
+
+    You must supply a job ID
     """
     while not request.queue.wait(job, 1):
         request.check_client()
@@ -2890,13 +2895,14 @@ def cmd_job_wait(request, job):
     return cmd_job_status(request, job)
 
 
-@job_command
 def cmd_job_follow(request, job):
     """job-follow ID
 
     Shows a job's log as it comes, until the job ends; then the exit status is as job-wait's.
 
-    job-follow 7
+    ssh -p 2222 nobody@localhost job-follow 7
+
+    You must supply a job ID
     """
     reader = LogReader(request.store.log(job), STDOUT, STDERR, NOTE)
 
@@ -2911,19 +2917,19 @@ def cmd_job_follow(request, job):
     request.lines = lines()
 
 
-@job_command
 def cmd_job_logs(request, job, count=""):
     """job-logs ID [LINES]
 
     Shows what a job has printed so far, or the last LINES of it, each line with its time.
 
-    job-logs 7 20
+    ssh -p 2222 nobody@localhost job-logs 7 20
+
+    You must supply a job ID
     """
-    over = job.finished
     skip = 0
 
     def read(*kinds):
-        return LogReader(request.store.log(job), *kinds, skip=skip).read(over)
+        return LogReader(request.store.log(job), *kinds, skip=skip).read(job.finished)
 
     if count:
         if not re.fullmatch("[0-9]{1,9}", count):
@@ -2938,13 +2944,14 @@ def refuse(job, message):
     raise Refused(message, error=STATUS_MESSAGES[job.status], job=job_object(job))
 
 
-@job_command
 def cmd_job_cancel(request, job):
     """job-cancel ID
 
     Ends a job: a pending one never starts, one at work is terminated, and its load purged.
 
-    job-cancel 7
+    ssh -p 2222 nobody@localhost job-cancel 7
+
+    You must supply a job ID
     """
     if not request.queue.cancel(job):
         refuse(job, "The job has ended already")
@@ -2952,13 +2959,16 @@ def cmd_job_cancel(request, job):
     return {"message": message, "job": job_object(job)}
 
 
-@command("You must supply a job ID", "The job cannot be retried")
 def cmd_job_retry(request, job):
     """job-retry ID
 
     Queues a job that was not successful again, as a new job.
 
-    job-retry 7
+    ssh -p 2222 nobody@localhost job-retry 7
+
+    You must supply a job ID
+
+    The job cannot be retried
     """
     kind = KINDS.get(job.words[0])
     if job.status not in (FAILED, COULD_NOT_START) or not kind:
@@ -2968,24 +2978,30 @@ def cmd_job_retry(request, job):
     return {**request.submit(given), "retry_of": job.id}
 
 
-@command('"list-batches" takes no arguments', "The batches cannot be listed")
 def cmd_list_batches(request):
     """list-batches
 
     Lists every batch in BATCH_SOURCE or Open ONI: absent, partial, complete, or unknown.
 
-    list-batches
+    ssh -p 2222 nobody@localhost list-batches
+
+    "list-batches" takes no arguments
+
+    The batches cannot be listed
     """
     return {"batches": [batch_object(state) for state in request.site.batches()]}
 
 
-@command('"batch-status" requires exactly one batch name', '"{}" cannot be looked up')
 def cmd_batch_status(request, name):
     """batch-status BATCH
 
     Says what Open ONI holds of a batch, and its newest events and jobs.
 
-    batch-status batch_oru_alpha_ver01
+    ssh -p 2222 nobody@localhost batch-status batch_oru_alpha_ver01
+
+    "batch-status" requires exactly one batch name
+
+    "{}" cannot be looked up
     """
     request.site.folder(name)
     state = request.site.batch(name)
@@ -3004,13 +3020,16 @@ def cmd_batch_status(request, name):
     }
 
 
-@command('"batch-check" requires exactly one batch name', '"{}" cannot be checked')
 def cmd_batch_check(request, name):
     """batch-check BATCH
 
     Reads all files of a batch and says what would go wrong with a load; ONI is left as it is.
 
-    batch-check batch_oru_alpha_ver01
+    ssh -p 2222 nobody@localhost batch-check batch_oru_alpha_ver01
+
+    "batch-check" requires exactly one batch name
+
+    "{}" cannot be checked
     """
     request.site.must_be_there(name)
     go_on = lambda *_: request.check_client()
@@ -3028,13 +3047,14 @@ def cmd_batch_check(request, name):
 BEGAN = time.monotonic()
 
 
-@command('"board" takes no arguments')
 def cmd_board(request):
     """board
 
     Shows what is at work, what waits and what has ended; on a terminal, anew each second.
 
-    -t board
+    ssh -p 2222 nobody@localhost -t board
+
+    "board" takes no arguments
     """
     jobs = request.queue.jobs()
     ended = sorted((job for job in jobs if job.finished), key=lambda job: -job.ended)
@@ -3047,6 +3067,12 @@ def cmd_board(request):
         "ended": [job_object(job) for job in ended[:50]],
     }
 
+
+COMMANDS = {
+    name.removeprefix("cmd_").replace("_", "-"): function
+    for name, function in globals().items()
+    if name.startswith("cmd_")
+}
 
 # ---------------------------------------------------------------- presentation
 

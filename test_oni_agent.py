@@ -5751,7 +5751,7 @@ def test_the_readme_shows_what_the_agent_answers(tmp_path, template):
 def test_the_readme_tells_of_every_command():
     text = README.read_text()
     for name, function in oni_agent.COMMANDS.items():
-        assert f"`{function.about['usage']}`" in text or f"`{name}`" in text
+        assert f"`{oni_agent.texts_of(function)[0]}`" in text or f"`{name}`" in text
 
 
 def test_the_demo_needs_neither_pytest_nor_hypothesis():
@@ -7713,13 +7713,14 @@ def test_a_dumb_terminal_gets_no_colours(shown):
 
 
 NEW_COMMAND = '''
-@command('"disk" takes no arguments')
 def cmd_disk(request):
     """disk
 
     Says how full the disk is.
 
-    disk
+    ssh -p 2222 nobody@localhost disk
+
+    "disk" takes no arguments
     """
     return {"free_bytes": 12345, "largest": ["logs/7.err", "logs/\\x1b3.err"]}
 
@@ -7730,6 +7731,7 @@ def cmd_disk(request):
 def test_all_that_a_new_command_answers_is_shown_to_a_person(site):
     altered(site, ("BEGAN = time.", NEW_COMMAND + "BEGAN = time."))
     assert site.call("disk")["free_bytes"] == 12345
+    assert site.call("disk", "full")["message"] == '"disk" takes no arguments'
     said = ssh_run(site, "disk", "-tt").stdout.decode()
     assert said.split("\r\n") == [
         "free_bytes: 12345",
