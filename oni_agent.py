@@ -255,11 +255,6 @@ def path_that(is_right, wrong):
     return read
 
 
-def file_for(mode):
-    """A function that says whether a path is a file that can be read (os.R_OK) or run (X_OK)."""
-    return lambda path: path.is_file() and os.access(path, mode)
-
-
 def state_folder(value):
     """`value` as the absolute path of a folder that the agent can write to, or make."""
     path = Path(value.split(":")[0]).expanduser().resolve()  # systemd may name several
@@ -322,8 +317,14 @@ OWN_VARIABLES = {  # its reader, and what stands for it where it is not set; Non
         "",
     ),
     "ALLOW_FROM": (networks, ""),
-    "AUTHORIZED_KEYS": (path_that(file_for(os.R_OK), "that is not a file that can be read"), ""),
-    "ON_FINISH": (path_that(file_for(os.X_OK), "that is not a file that can be executed"), ""),
+    "AUTHORIZED_KEYS": (
+        path_that(
+            lambda path: path.is_file() and os.access(path, os.R_OK),
+            "that is not a file that can be read",
+        ),
+        "",
+    ),
+    "ON_FINISH": (path_that(shutil.which, "that is not a file that can be executed"), ""),
     "LOG_LEVEL": (log_level, "info"),
     "DB_CONNECTION": (bool, ""),  # whether it is set: it is not needed, and secret
 }
@@ -1850,13 +1851,13 @@ def pieces(path, start, stop=sys.maxsize, over=False, most=MAX_LINE):
 class LogReader:
     """Reads a job's log, as stamped lines, in order. Can be read again for what has come since.
 
-    Only lines of these kinds are given out, without the first `skip` lines of all kinds; each
+    Only lines of these kinds, or of all, are given out, without the first `skip` of all; each
     has the same stamp whichever are wanted.
     """
 
     def __init__(self, job_log, *kinds, skip=0):
         self._log = job_log
-        self._kinds = kinds
+        self._kinds = kinds or (STDOUT, STDERR, NOTE)
         self._skip = skip
         self._index = 0  # bytes of the log that have been read
         self._at = {STDOUT: 0, STDERR: 0}  # bytes of the outputs, each to the end of a line
@@ -2365,10 +2366,10 @@ class JobQueue:
             return self._changed.wait_for(lambda: job.finished, seconds)
 
     def add(self, words, given=None):
-        """A job, on disk when this returns, and whether it is new; None if there is nothing to do.
+        """A job's id, on disk when this returns, and whether it is new; -1: nothing is to be done.
 
         `given` is the file of what came on standard input. A batch's last unfinished job is
-        returned if it is the same, else the new one comes after it. Raises Problem.
+        taken if it is the same, else the new one comes after it. Raises Problem.
         """
         kind = self.kind(words)
         kind.check(given)
@@ -2376,16 +2377,16 @@ class JobQueue:
         with self._changed:
             last = self._last_on(words)  # which may have come while Open ONI was asked
             if reached and not last:
-                return None, False
+                return -1, False
             if self._closed:
                 raise Problem("the agent is stopping; ask again in a moment")
             if last and last.words == words and not (last.cancelled or given):
-                return last, False
+                return last.id, False
             job = self._store.add(words, given)
             self._jobs[job.id] = job
             self._waiting.put(job)
             self._announce()
-            return job, True
+            return job.id, True
 
     def _last_on(self, words):
         """The newest unfinished job on the same batch, or None."""
@@ -2591,9 +2592,9 @@ class Request(Agent):
     The exit status is 0, error or not (NCA needs it), but for what tells of a job or of faults.
     """
 
-    read_input: Callable  # copies stdin into a file, at most so many bytes
-    check_client: Callable  # raises ClientGone
-    words: list[str] = field(default_factory=list)
+    client: Session
+    tell: Callable | None  # shows a person how far a job is
+    words: Iterable = ()
     keys: dict = field(default_factory=dict)  # of the object, if there is one; or of an error, too
     lines: Iterable = ()  # some at a time, as they come; a person is shown them after the object
     exit_status: int = 0  # once the lines have been read
@@ -2612,16 +2613,16 @@ class Request(Agent):
 
     def submit(self, given=None):
         """Makes a job of the words, and of the file `given` on standard input. Raises Problem."""
-        job, new = self.queue.add(self.words, given)
-        if not job:
-            return {"message": "No-op: job is redundant or already completed", "job": {"id": -1}}
+        id, new = self.queue.add(self.words, given)
         message = "Job added to queue" if new else "Job already in queue"
-        return {"message": message, "job": {"id": job.id}}
+        if id == -1:
+            message = "No-op: job is redundant or already completed"
+        return {"message": message, "job": {"id": id}}
 
     def submit_with_input(self, limit):
         """Makes a job of the words and of standard input. Raises Problem."""
         with self.store.new_input() as given:
-            self.read_input(given, limit)
+            self.client.read_input(given, limit)
             return self.submit(Path(given.name))
 
 
@@ -2644,9 +2645,9 @@ def command_named(name):
     return COMMANDS[name]
 
 
-def answer(agent, line, read_input, check_client):
+def answer(agent, line, client, tell):
     """Has a command line, in bytes, answered: its Request. Raises ClientGone and nothing else."""
-    request = Request(**vars(agent), read_input=read_input, check_client=check_client)
+    request = Request(**vars(agent), client=client, tell=tell)
     try:
         request.words = split_words(line)
         perform(request)
@@ -2889,8 +2890,12 @@ def cmd_job_wait(request, job):
 
     You must supply a job ID
     """
-    while not request.queue.wait(job, 1):
-        request.check_client()
+    over = False
+    while not over:
+        over = request.queue.wait(job, 1)
+        request.client.check()
+        if request.tell:
+            request.tell(job_with_place(request, job))
     request.exit_status = int(job.status != SUCCESSFUL)
     return cmd_job_status(request, job)
 
@@ -2904,13 +2909,13 @@ def cmd_job_follow(request, job):
 
     You must supply a job ID
     """
-    reader = LogReader(request.store.log(job), STDOUT, STDERR, NOTE)
+    reader = LogReader(request.store.log(job))
 
     def lines():
         over = False
         while not over:
             over = request.queue.wait(job, 0.2)
-            request.check_client()
+            request.client.check()
             yield from reader.read(over)
         request.exit_status = int(job.status != SUCCESSFUL)
 
@@ -2934,8 +2939,8 @@ def cmd_job_logs(request, job, count=""):
     if count:
         if not re.fullmatch("[0-9]{1,9}", count):
             raise Refused(f'"{count}" is not a number of lines')
-        skip = max(0, sum(map(len, read(STDOUT, STDERR, NOTE))) - int(count))
-    request.lines = read(STDOUT, STDERR, NOTE)
+        skip = max(0, sum(map(len, read())) - int(count))
+    request.lines = read()
     return {"job": {**job_object(job), "stdout": read(STDOUT, NOTE), "stderr": read(STDERR)}}
 
 
@@ -3032,7 +3037,7 @@ def cmd_batch_check(request, name):
     "{}" cannot be checked
     """
     request.site.must_be_there(name)
-    go_on = lambda *_: request.check_client()
+    go_on = lambda *_: request.client.check()
     found = request.site.check(name, go_on, go_on)
     request.exit_status = int(bool(found.faults))
     what = faults_in(found) if found.faults else "Nothing"
@@ -3132,9 +3137,11 @@ def how_far(job):
     """The place in the queue; or of a load a bar, issues, pages a second and time left."""
     if "place" in job:
         return f"It is number {job['place']} in the queue."
+    if job["status"] != STARTED:
+        return ""
     wanted = job.get("pages")
     if not wanted:
-        return ""
+        return f"It has been at work for {span(job['seconds'])}."
     pages = job["pages_loaded"]
     bar = "#" * (20 * pages // wanted)
     text = f"[{bar:.<20}] {job['issues_loaded']} of {job['issues']} issues"
@@ -3216,29 +3223,22 @@ def answer_lines(keys, most=None):
 def show(line, terminal, ask, send):
     """Shows a person what a command line is answered; the exit status. Raises ClientGone.
 
-    `ask` takes a command line and gives its answered Request, `send` takes text.
+    `ask` takes a command line, and what tells of a job meanwhile, and gives the answered Request;
+    `send` takes text.
     """
     if line.strip() in (b"", b"board"):
         return show_board(terminal, ask, send)
-    if line.startswith(b"job-wait") and terminal.colour:
-        watch(line.replace(b"wait", b"status", 1), terminal, ask, send)
-    reply = ask(line)
+
+    def tell(job):
+        """Shows how far a job is, on one line, each time anew."""
+        if terminal.colour:
+            send(f"\x1b[K{how_far(job)[: terminal.width - 1]}\r")
+
+    reply = ask(line, tell)
     send(drawn(fitted(answer_lines(reply.keys), terminal), terminal))
     for lines in reply.lines:  # which the terminal itself may wrap: they can be copied whole
         send(drawn(map(plain, lines), terminal))
     return reply.exit_status
-
-
-def watch(job_status, terminal, ask, send):
-    """Shows how far a job is until it ends, on one line, each second anew."""
-    while True:
-        job = ask(job_status).keys.get("job", {})
-        if job.get("status") not in (PENDING, STARTED):
-            send("\x1b[K")
-            return
-        text = how_far(job) or job_line(job)
-        send(f"\x1b[K{wrapped(text, terminal.width)[0]}\r")
-        terminal.key(1)
 
 
 def show_board(terminal, ask, send):
@@ -3524,8 +3524,8 @@ class Session(threading.Thread):
         self._status = reply.keys.get("status", "followed")
         return reply.exit_status
 
-    def _ask(self, line):
-        reply = answer(self.connection.agent, line, self._read_input, self._check_client)
+    def _ask(self, line, tell=None):
+        reply = answer(self.connection.agent, line, self, tell)
         self._lines = reply.lines
         return reply
 
@@ -3547,14 +3547,14 @@ class Session(threading.Thread):
         # A view: paramiko copies what is left to send each time it has sent some.
         self._channel.sendall(memoryview(text.encode("utf-8", "replace")))
 
-    def _check_client(self):
+    def check(self):
         """Raises ClientGone if the client has closed its channel, or a person typed Ctrl-C."""
         if self._terminal and self._channel.recv_ready():
             self._terminal.key(0)
         if self._channel.closed:  # as each is when its connection ends
             raise ClientGone
 
-    def _read_input(self, into, limit):
+    def read_input(self, into, limit):
         """Copies standard input to its trailer or its end. Raises ClientGone, Problem."""
         if self._terminal:
             raise Problem("this command reads a file: leave out -t, and give it < FILE")
@@ -3570,7 +3570,7 @@ class Session(threading.Thread):
             raise Problem(f"{into.name} cannot be written: {error}") from error
 
     def _copy_input(self, into, limit):
-        """As _read_input. Raises socket.timeout, and OSError for the file, too."""
+        """As read_input. Raises socket.timeout, and OSError for the file, too."""
         size = 0
         tail = b""  # of what has come, which may be the trailer
         while piece := self._channel.recv(CHUNK):
