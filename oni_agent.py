@@ -2593,7 +2593,7 @@ class Request(Agent):
     """
 
     client: Session
-    tell: Callable | None  # shows a person how far a job is
+    tell: Callable | None  # tells a person what job-status answers, while a job is waited for
     words: Iterable = ()
     keys: dict = field(default_factory=dict)  # of the object, if there is one; or of an error, too
     lines: Iterable = ()  # some at a time, as they come; a person is shown them after the object
@@ -2610,6 +2610,17 @@ class Request(Agent):
         if not job:
             raise Refused("Job not found", job={"id": id})
         return job
+
+    def until_ended(self, job, seconds):
+        """Says every so many seconds whether a job has ended, until it has, and the exit status
+        tells of its success. Raises ClientGone.
+        """
+        over = False
+        while not over:
+            over = self.queue.wait(job, seconds)
+            self.client.check()
+            yield over
+        self.exit_status = int(job.status != SUCCESSFUL)
 
     def submit(self, given=None):
         """Makes a job of the words, and of the file `given` on standard input. Raises Problem."""
@@ -2640,8 +2651,9 @@ def texts_of(function):
 def command_named(name):
     """The function of a command. Raises Refused, and guesses what was meant."""
     if name not in COMMANDS:
-        hint = f"see help{nearly(name, COMMANDS, 0.7)}"
-        raise Refused(f'"{name}" is not a valid command name', error=hint)
+        raise Refused(
+            f'"{name}" is not a valid command name', error=f"see help{nearly(name, COMMANDS, 0.7)}"
+        )
     return COMMANDS[name]
 
 
@@ -2669,14 +2681,13 @@ def perform(request):
     try:
         bound = inspect.signature(function).bind(request, *arguments)
     except TypeError:
-        raise Refused(wrong, error=f"usage: {usage}") from None
+        raise Refused(wrong, error=f"usage: {usage}")
     if "job" in bound.arguments:
         bound.arguments["job"] = request.job(bound.arguments["job"])
     try:
         keys = function(*bound.args)
     except (Problem, OSError) as problem:
-        text = refusal.format(*arguments)
-        raise Refused(text, error=str(problem), **request.keys) from problem
+        raise Refused(refusal.format(*arguments), error=str(problem), **request.keys)
     if keys:
         request.keys = {"status": "success", **keys}
 
@@ -2705,7 +2716,7 @@ def split_words(line):
         # Lone surrogates are no text, and no answer could hold them.
         "".join(words).encode()
     except ValueError as error:
-        raise Refused("the command line cannot be read", error=str(error)) from None
+        raise Refused("the command line cannot be read", error=str(error))
     return words
 
 
@@ -2734,8 +2745,9 @@ def job_with_place(request, job):
     """The same, with its place in the queue, or how far it is."""
     shown = job_object(job)
     if job.status == PENDING:
-        jobs = request.queue.jobs()
-        shown["place"] = sum(each.id <= job.id and not each.finished for each in jobs)
+        shown["place"] = sum(
+            each.id <= job.id and not each.finished for each in request.queue.jobs()
+        )
     elif job.status == STARTED and job.words[0] == "load-batch":
         shown.update(request.site.progress(job.words[1]))
     return shown
@@ -2864,8 +2876,9 @@ def cmd_list_jobs(request, status=""):
     "list-jobs" takes at most one argument, a status
     """
     if status and status not in STATUS_MESSAGES:
-        known = f"there are {', '.join(STATUS_MESSAGES)}"
-        raise Refused(f'"{status}" is not a job status', error=known)
+        raise Refused(
+            f'"{status}" is not a job status', error=f"there are {', '.join(STATUS_MESSAGES)}"
+        )
     return {"jobs": [job_object(job) for job in request.queue.jobs() if status in ("", job.status)]}
 
 
@@ -2890,13 +2903,9 @@ def cmd_job_wait(request, job):
 
     You must supply a job ID
     """
-    over = False
-    while not over:
-        over = request.queue.wait(job, 1)
-        request.client.check()
+    for _ in request.until_ended(job, 1):
         if request.tell:
-            request.tell(job_with_place(request, job))
-    request.exit_status = int(job.status != SUCCESSFUL)
+            request.tell(cmd_job_status(request, job))
     return cmd_job_status(request, job)
 
 
@@ -2912,12 +2921,8 @@ def cmd_job_follow(request, job):
     reader = LogReader(request.store.log(job))
 
     def lines():
-        over = False
-        while not over:
-            over = request.queue.wait(job, 0.2)
-            request.client.check()
+        for over in request.until_ended(job, 0.2):
             yield from reader.read(over)
-        request.exit_status = int(job.status != SUCCESSFUL)
 
     request.lines = lines()
 
@@ -3083,7 +3088,7 @@ COMMANDS = {
 
 # Answers become lines for a person.
 
-COLOURS = {  # of a line in which such a word fills a column, or stands before a colon
+COLOURS = {  # of a line in which such a word, maybe with a time, fills a column, or has a colon
     31: "failed|couldn't start|partial|error|fault|ERROR",
     32: "successful|complete",
     33: "unknown|warning|WARNING",
@@ -3099,14 +3104,16 @@ def plain(text):
     return "".join(each if each.isprintable() else f"\\x{ord(each):02x}" for each in text)
 
 
-def wrapped(text, width):
-    """A text on as many lines as it takes. A word, or a path, that is longer than a line is broken:
-    nothing is cut off.
+def wrapped(texts, width):
+    """Texts on as many lines as they take, none wider. A word, or a path, that is longer than a
+    line is broken: nothing is cut off.
     """
-    text = plain(text)
-    if any(unicodedata.east_asian_width(each) in "WF" for each in text):
-        width //= 2  # textwrap counts characters, and some of these take two columns
-    return textwrap.wrap(text, width, subsequent_indent=" " * 7, break_on_hyphens=False)
+    for text in map(plain, texts):
+        # textwrap counts characters, and some of these take two columns.
+        wide = any(unicodedata.east_asian_width(each) in "WF" for each in text)
+        yield from textwrap.wrap(
+            text, width // 2 if wide else width, subsequent_indent=" " * 7, break_on_hyphens=False
+        )
 
 
 def ago(stamp):
@@ -3119,29 +3126,35 @@ def ago(stamp):
 
 def span(seconds):
     """A length of time in words."""
-    for size, name in ((86400, "days"), (3600, "h"), (60, "min")):
+    for size, name in {86400: "days", 3600: "h", 60: "min"}.items():
         if seconds >= 2 * size:
             return f"{int(seconds // size)} {name}"
     return f"{int(seconds)} s"
 
 
-def job_line(job, took=""):
-    """A job in a table: how far it is, or why it failed, comes below on a narrow terminal."""
-    when = ago(job.get("ended", job.get("started", job["queued"])))
+def job_line(job):
+    """A job in a table. How far it is, or why it failed, comes below on a narrow terminal."""
+    id = job["id"]
+    if id < 0:
+        return ""
+    if "words" not in job:
+        return f"It is job {id}: job-wait {id} waits for its end, job-follow {id} shows its log."
+    state = job["status"]
+    if "seconds" in job:
+        state += f" {span(job['seconds'])}"
     words = " ".join(job["words"])
-    row = f"{job['id']:>5}  {job['status']:<14}  {words:<36}  {when:<17}  "
-    return f"{row}{took}{how_far(job)}{job.get('error', '')}"
+    when = ago(job.get("ended", job.get("started", job["queued"])))
+    row = f"{id:>4}  {state:<17}  {words:<36}  {when:<17}"
+    return f"{row}  {how_far(job)}{job.get('error', '')}"
 
 
 def how_far(job):
     """The place in the queue; or of a load a bar, issues, pages a second and time left."""
     if "place" in job:
         return f"It is number {job['place']} in the queue."
-    if job["status"] != STARTED:
-        return ""
     wanted = job.get("pages")
     if not wanted:
-        return f"It has been at work for {span(job['seconds'])}."
+        return ""
     pages = job["pages_loaded"]
     bar = "#" * (20 * pages // wanted)
     text = f"[{bar:.<20}] {job['issues_loaded']} of {job['issues']} issues"
@@ -3149,21 +3162,6 @@ def how_far(job):
         rate = pages / max(1, job["seconds"])
         text += f", {rate:.1f} pages a second, {span((wanted - pages) / rate)} left"
     return text
-
-
-def one_job(job):
-    """The job that an answer is about."""
-    if job["id"] < 0:
-        return ""
-    if "words" not in job:
-        return (
-            f"It is job {job['id']}: job-wait {job['id']} waits for its end, job-follow"
-            f" {job['id']} shows its log."
-        )
-    took = ""
-    if "ended" in job and "seconds" in job:
-        took = f"It took {span(job['seconds'])}. "
-    return job_line(job, took)
 
 
 def batch_line(batch):
@@ -3175,24 +3173,22 @@ def batch_line(batch):
     )
 
 
-def oni_line(oni):
-    health = oni.get("problem", f"{oni.get('batches', '?')} batches")
-    return f"Open ONI in {oni['location']}: {health}"
-
-
 SHOWN = {  # what stands under a key, or each thing in a list there, as text; "" is not shown
     "status": "".format,
     "batch": "".format,  # the message says it
     "message": str,
     "version": "ONI Agent {}".format,
     "uptime": lambda seconds: f"up {span(seconds)}",
-    "oni": oni_line,
+    "oni": lambda oni: (
+        f"Open ONI in {oni['location']}: {oni.get('batches', '?')} batches"
+        f"  {oni.get('problem', '')}"
+    ),
     "commands": "{0[usage]:<30}  {0[help]}".format,
     "events": lambda event: f"  {ago(event[0])}  {event[1]}",
     "faults": "fault: {0[file]}: {0[fault]}".format,
     "warnings": "warning: {0[file]}: {0[warning]}".format,
     "batches": batch_line,
-    "job": one_job,
+    "job": job_line,
     "jobs": job_line,
     "at_work": job_line,
     "waiting": job_line,
@@ -3223,19 +3219,20 @@ def answer_lines(keys, most=None):
 def show(line, terminal, ask, send):
     """Shows a person what a command line is answered; the exit status. Raises ClientGone.
 
-    `ask` takes a command line, and what tells of a job meanwhile, and gives the answered Request;
-    `send` takes text.
+    `ask` takes a command line, and what is told meanwhile what job-status would answer, and gives
+    the answered Request; `send` takes text.
     """
     if line.strip() in (b"", b"board"):
         return show_board(terminal, ask, send)
 
-    def tell(job):
-        """Shows how far a job is, on one line, each time anew."""
+    def tell(keys):
+        """Shows how far a job is on one line, which the next time, or the answer, overwrites."""
+        text = how_far(keys["job"]) or keys["message"]
         if terminal.colour:
-            send(f"\x1b[K{how_far(job)[: terminal.width - 1]}\r")
+            send(f"\x1b[K{next(wrapped([text], terminal.width))}\r")
 
     reply = ask(line, tell)
-    send(drawn(fitted(answer_lines(reply.keys), terminal), terminal))
+    send(drawn(wrapped(answer_lines(reply.keys), terminal.width), terminal))
     for lines in reply.lines:  # which the terminal itself may wrap: they can be copied whole
         send(drawn(map(plain, lines), terminal))
     return reply.exit_status
@@ -3247,7 +3244,7 @@ def show_board(terminal, ask, send):
     with contextlib.suppress(ClientGone):  # by Ctrl-C, maybe
         while True:
             texts = answer_lines(ask(b"board").keys, terminal.height // 2)
-            lines = itertools.islice(fitted(texts, terminal), terminal.height - 1)
+            lines = itertools.islice(wrapped(texts, terminal.width), terminal.height - 1)
             text = drawn((f"\x1b[K{line}" for line in lines), terminal)
             send(f"\x1b[H{text}\x1b[J\x1b[{terminal.height}Hq leaves; jobs go on")
             if re.search(b"[q\x04]", terminal.key(1)):
@@ -3256,18 +3253,12 @@ def show_board(terminal, ask, send):
     return 0
 
 
-def fitted(texts, terminal):
-    """Texts as lines, none wider than the terminal."""
-    for text in texts:
-        yield from wrapped(text, terminal.width)
-
-
 def drawn(lines, terminal):
     """Lines as a terminal takes them, each in the colour that one of its words gives it."""
     text = "".join(f"{line}\r\n" for line in lines)
     for colour, words in COLOURS.items():
         if terminal.colour:
-            line = rf"(?m)^.*\b({words})(  |[:\]]).*(?=\r)"
+            line = rf"(?m)^.*\b({words})( \d+ \w+)?(  |[:\]]).*(?=\r)"
             text = re.sub(line, f"\x1b[{colour}m\\g<0>\x1b[0m", text)
     return text
 

@@ -7573,7 +7573,7 @@ def test_ssh_alone_shows_the_board_in_the_terminals_size_until_q(agent):
         assert f"load-batch {ALPHA}" in text
         assert "Waiting: 1" in text
         assert re.search(rf"pending +load-batch {BETA}", text)
-        assert re.search(r"failed +load-batch batch_oru_broken_ver01", text)
+        assert re.search(r"failed \d+ s +load-batch batch_oru_broken_ver01", text)
         assert "unable to load batch: it is too late" in text
         client.resize(50, 12)
         until(lambda: len(frame(client)) == 12)
@@ -7762,16 +7762,17 @@ def test_a_job_that_never_started_is_not_said_to_have_taken_any_time(agent):
     agent.call("job-cancel", "2")
     said = ssh_run(agent, "job-status 2", "-tt").stdout
     assert b"load-batch " + BETA.encode() in said
-    assert b"It took" not in said
+    assert re.search(rb"failed +load-batch", said)
     gate.open()
     agent.ended(1)
-    assert b"It took" in ssh_run(agent, "job-status 1", "-tt").stdout
+    said = ssh_run(agent, "job-status 1", "-tt").stdout
+    assert re.search(rb"successful \d+ s +load-batch", said)
 
 
 @given(strategies.text(), strategies.integers(1, 200))
 @settings(max_examples=300, deadline=None)
 def test_any_text_is_wrapped_to_the_width(text, width):
-    lines = oni_agent.wrapped(text, max(width, 10))
+    lines = [*oni_agent.wrapped([text], max(width, 10))]
     assert all(display_width(line) <= max(width, 10) for line in lines)
     shown = "".join(lines).replace(" ", "")
     assert shown == oni_agent.plain(text).replace(" ", "")  # a path is broken, not cut
