@@ -128,7 +128,6 @@ MAX_COMMAND = 16 * 1024  # bytes of a command line
 MAX_PAYLOAD = 32 * 1024 * 1024  # bytes on standard input
 MAX_MARC_MEMORY = 256 * 1024 * 1024  # bytes, for the process that reads MARC XML
 MAX_INSTRUCTIONS = 1024 * 1024  # bytes on standard input of a batch-patch
-MAX_LINE = 32 * 1024  # bytes of a job's log read at once; a longer line is cut into pieces
 MAX_ATTEMPTS = 3  # starts of a job that never ended
 IDLE_SECONDS = 30  # without a command at work; NCA never closes a connection itself
 STALL_SECONDS = 60  # without a byte to or from a client that is to send or to read
@@ -145,7 +144,7 @@ PROGRESS_SECONDS = 5  # between two questions about how far a load is
 KEEP_DAYS = 90  # how long finished jobs are kept
 KEEP_JOBS = 100  # how many of the newest are kept in any case
 TICK = 0.01  # seconds between two looks at what manage.py has printed
-CHUNK = 64 * 1024  # bytes taken from standard input at once
+CHUNK = 32 * 1024  # bytes read at once, of an input or a job's log, whose longer lines are cut
 
 # ---------------------------------------------------------------- problems
 
@@ -1779,7 +1778,7 @@ class JobLog:
 
     def entries(self, start=0):
         """Each entry from a byte on: an end, in bytes, and the groups of ENTRY. Raises OSError."""
-        for end, text in pieces(self.path, start, most=3 * MAX_LINE):  # release 1.0's had 64 KiB
+        for end, text in pieces(self.path, start, most=3 * CHUNK):  # release 1.0's had 64 KiB
             for groups in ENTRY.findall(text):
                 yield end, *groups
 
@@ -1827,7 +1826,7 @@ def open_to_append(path):
     return open(path, "a", 1 << 20, "utf-8", "replace")
 
 
-def pieces(path, start, stop=sys.maxsize, over=False, most=MAX_LINE):
+def pieces(path, start, stop=sys.maxsize, over=False, most=CHUNK):
     """The whole lines between two bytes of a file; an unfinished one too if what has printed it is
     `over`. A line of more than `most` bytes comes in parts.
 
@@ -2679,13 +2678,13 @@ def perform(request):
     function = command_named(name)
     usage, _, _, wrong, refusal, *_ = texts_of(function)
     try:
-        bound = inspect.signature(function).bind(request, *arguments)
+        bound = inspect.signature(function).bind(request, *arguments).arguments
     except TypeError:
         raise Refused(wrong, error=f"usage: {usage}")
-    if "job" in bound.arguments:
-        bound.arguments["job"] = request.job(bound.arguments["job"])
+    if "job" in bound:
+        bound["job"] = request.job(bound["job"])
     try:
-        keys = function(*bound.args)
+        keys = function(**bound)
     except (Problem, OSError) as problem:
         raise Refused(refusal.format(*arguments), error=str(problem), **request.keys)
     if keys:
@@ -2790,8 +2789,11 @@ def cmd_help(request, name=""):
     "help" takes at most one command
     """
     functions = [command_named(name)] if name else COMMANDS.values()
-    keys = ("usage", "help", "example")
-    return {"commands": [dict(zip(keys, texts_of(function))) for function in functions]}
+    return {
+        "commands": [
+            dict(zip(("usage", "help", "example"), texts_of(function))) for function in functions
+        ]
+    }
 
 
 def cmd_load_batch(request, name):
