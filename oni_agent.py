@@ -2591,10 +2591,10 @@ class Request(Agent):
     The exit status is 0, error or not (NCA needs it), but for what tells of a job or of faults.
     """
 
-    client: Session
-    tell: Callable | None  # tells a person what job-status answers, while a job is waited for
+    client: Session  # reads its input, and knows whether it is still there
+    tell: Callable | None  # is told what job-status answers, while a person waits for a job
     words: Iterable = ()
-    keys: dict = field(default_factory=dict)  # of the object, if there is one; or of an error, too
+    keys: dict = field(default_factory=dict)  # of the object, if any; a Problem adds to them
     lines: Iterable = ()  # some at a time, as they come; a person is shown them after the object
     exit_status: int = 0  # once the lines have been read
 
@@ -2640,20 +2640,18 @@ class Request(Agent):
 # its parameter is called `job` the job of that id, and returns the keys of the answer, if any.
 
 
-def texts_of(function):
+def texts_of(name):
     """The paragraphs of the docstring of a command's function: usage, help, an example, what
-    answers a wrong number of words, and what answers a Problem, whatever that is about.
+    answers a wrong number of words, and what answers a Problem. Without the last, any has this one.
+
+    Raises Refused if there is no such command, and guesses what was meant.
     """
-    return [*inspect.getdoc(function).split("\n\n"), "The agent cannot do this just now"]
-
-
-def command_named(name):
-    """The function of a command. Raises Refused, and guesses what was meant."""
     if name not in COMMANDS:
         raise Refused(
             f'"{name}" is not a valid command name', error=f"see help{nearly(name, COMMANDS, 0.7)}"
         )
-    return COMMANDS[name]
+    paragraphs = inspect.getdoc(COMMANDS[name]).split("\n\n")
+    return [*paragraphs, "The agent cannot do this just now"]
 
 
 def answer(agent, line, client, tell):
@@ -2675,8 +2673,8 @@ def perform(request):
     if not request.words:
         raise Refused("no command specified")
     name, *arguments = request.words
-    function = command_named(name)
-    usage, _, _, wrong, refusal, *_ = texts_of(function)
+    usage, _, _, wrong, refusal, *_ = texts_of(name)
+    function = COMMANDS[name]
     try:
         bound = inspect.signature(function).bind(request, *arguments).arguments
     except TypeError:
@@ -2788,12 +2786,11 @@ def cmd_help(request, name=""):
 
     "help" takes at most one command
     """
-    functions = [command_named(name)] if name else COMMANDS.values()
-    return {
-        "commands": [
-            dict(zip(("usage", "help", "example"), texts_of(function))) for function in functions
-        ]
-    }
+    keys = ("usage", "help", "example")
+    names = [name] if name else COMMANDS
+    commands = [dict(zip(keys, texts_of(each))) for each in names]
+    request.lines = ([each["example"]] for each in commands if name)
+    return {"commands": commands}
 
 
 def cmd_load_batch(request, name):
@@ -2967,8 +2964,10 @@ def cmd_job_cancel(request, job):
     """
     if not request.queue.cancel(job):
         refuse(job, "The job has ended already")
-    message = "Job cancelled" if job.finished else "Job is being cancelled"
-    return {"message": message, "job": job_object(job)}
+    return {
+        "message": "Job cancelled" if job.finished else "Job is being cancelled",
+        "job": job_object(job),
+    }
 
 
 def cmd_job_retry(request, job):
@@ -3144,9 +3143,8 @@ def job_line(job):
     state = job["status"]
     if "seconds" in job:
         state += f" {span(job['seconds'])}"
-    words = " ".join(job["words"])
     when = ago(job.get("ended", job.get("started", job["queued"])))
-    row = f"{id:>4}  {state:<17}  {words:<36}  {when:<17}"
+    row = f"{id:>4}  {state:<17}  {' '.join(job['words']):<36}  {when:<17}"
     return f"{row}  {how_far(job)}{job.get('error', '')}"
 
 
@@ -3214,15 +3212,13 @@ def answer_lines(keys, most=None):
                 yield SHOWN[key](each)
             else:
                 yield f"{key}: {each}"
-    if len(keys.get("commands", [])) == 1:
-        yield keys["commands"][0]["example"]
 
 
 def show(line, terminal, ask, send):
     """Shows a person what a command line is answered; the exit status. Raises ClientGone.
 
-    `ask` takes a command line, and what is told meanwhile what job-status would answer, and gives
-    the answered Request; `send` takes text.
+    `ask` takes a command line, and a function that is told meanwhile what job-status answers, and
+    gives the answered Request; `send` takes text.
     """
     if line.strip() in (b"", b"board"):
         return show_board(terminal, ask, send)
