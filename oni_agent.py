@@ -143,7 +143,7 @@ SHELL_SECONDS = 600  # without a question, after which the manage.py that answer
 PROGRESS_SECONDS = 5  # between two questions about how far a load is
 KEEP_DAYS = 90  # how long finished jobs are kept
 KEEP_JOBS = 100  # how many of the newest are kept in any case
-TICK = 0.01  # seconds between two looks at what manage.py has printed
+TICK = 0.005  # seconds between two looks at what manage.py has printed
 CHUNK = 32 * 1024  # bytes read at once, of an input or a job's log, whose longer lines are cut
 
 # ---------------------------------------------------------------- problems
@@ -1870,7 +1870,7 @@ class LogReader:
                 self._index, second, nanosecond, out, err, kind, text = entry
                 self._stamp = max(self._stamp, (second, int(nanosecond)))
                 if kind:  # a note; or a line in a log of release 1.0
-                    yield self._stamped(kind, text)
+                    yield from self._stamped(kind, text)
                 else:  # where a command begins, those before it have ended
                     yield from self._printed([int(out), int(err)], over=bool(text))
         if over:
@@ -1883,7 +1883,7 @@ class LogReader:
             with contextlib.suppress(OSError):  # somebody has removed it
                 for end, text in pieces(self._log.outputs[output], self._at[output], size, over):
                     self._at[output] = end
-                    yield self._stamped(output, text)
+                    yield from self._stamped(output, text)
 
     def _stamped(self, kind, text):
         """The lines of a text that are wanted, with stamps of one second."""
@@ -1895,10 +1895,9 @@ class LogReader:
         self._stamp = (second, first + len(lines))
         skip = self._skip
         self._skip = max(0, skip - len(lines))
-        if kind not in self._kinds:
-            return []
-        numbered = enumerate(lines[skip:], first + skip)
-        return [f"[{second}.{number:09d}Z] {line}" for number, line in numbered]
+        if kind in self._kinds and skip < len(lines):
+            numbered = enumerate(lines[skip:], first + skip)
+            yield [f"[{second}.{number:09d}Z] {line}" for number, line in numbered]
 
 
 # ---------------------------------------------------------------- manage.py at work
@@ -2617,7 +2616,7 @@ class Request(Agent):
         over = False
         while not over:
             over = self.queue.wait(job, seconds)
-            self.client.check()
+            self.client.hear()
             yield over
         self.exit_status = int(job.status != SUCCESSFUL)
 
@@ -3043,7 +3042,7 @@ def cmd_batch_check(request, name):
     "{}" cannot be checked
     """
     request.site.must_be_there(name)
-    go_on = lambda *_: request.client.check()
+    go_on = lambda *_: request.client.hear()
     found = request.site.check(name, go_on, go_on)
     request.exit_status = int(bool(found.faults))
     what = faults_in(found) if found.faults else "Nothing"
@@ -3245,7 +3244,7 @@ def show_board(terminal, ask, send):
             lines = itertools.islice(wrapped(texts, terminal.width), terminal.height - 1)
             text = drawn((f"\x1b[K{line}" for line in lines), terminal)
             send(f"\x1b[H{text}\x1b[J\x1b[{terminal.height}Hq leaves; jobs go on")
-            if re.search(b"[q\x04]", terminal.key(1)):
+            if re.search(b"[q\x04]", terminal.hear(1)):
                 break
     send("\x1b[?25h\x1b[?1049l")
     return 0
@@ -3277,7 +3276,7 @@ ALGORITHMS = {
     "hmac-sha2-512-etm@openssh.com",
 }
 TRAILER = b"\n\nEND\n"  # ends what comes on standard input; so does its end
-BROKEN = (OSError, EOFError, paramiko.SSHException)  # what paramiko raises of a client that left
+GONE = (ClientGone, OSError, EOFError, paramiko.SSHException)  # what is raised when a client left
 SESSION_NUMBERS = itertools.count(1)
 
 
@@ -3291,7 +3290,7 @@ def load_host_key(path):
         raise Problem(f"HOST_KEY_FILE is {path}, which cannot be used: {problem}") from problem
     for kind in (paramiko.Ed25519Key, paramiko.ECDSAKey, paramiko.RSAKey):
         with contextlib.suppress(Exception):  # paramiko tells a foreign file in many ways
-            return kind(filename=str(path))
+            return kind(filename=path)
     raise Problem(
         f"HOST_KEY_FILE is {path}, which holds no ed25519, ECDSA or RSA key without a passphrase;"
         " it was left as it is"
@@ -3309,10 +3308,10 @@ def make_host_key(path):
         with tempfile.NamedTemporaryFile(dir=path.parent) as file:  # mode 0600
             file.write(private)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.name)
             key = paramiko.Ed25519Key(filename=file.name)
             public = f"{key.get_name()} {key.get_base64()} oni-agent\n"
-            path.with_name(f"{path.name}.pub").write_text(public)
+            Path(f"{path}.pub").write_text(public)
             os.link(file.name, path)  # under its name only when whole
             return key
     except OSError as error:
@@ -3329,18 +3328,17 @@ def encoded(keys):
 
     def later(lines):
         logs.append(lines)
-        return LINES_HERE
+        return [LINES_HERE]
 
     compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=later)
     rest = compact.encode(keys)
     for lines in logs:
         before, _, rest = rest.partition(f'"{LINES_HERE}"')
-        yield before + "["
+        yield before
         comma = ""
-        for some in filter(None, lines):
+        for some in lines:
             yield comma + compact.encode(some)[1:-1]
             comma = ","
-        yield "]"
     yield rest + "\n"
 
 
@@ -3353,14 +3351,14 @@ class ClientSocket(socket.socket):
 
     requested = None  # the session whose request paramiko is about to answer
 
-    def recv(self, size, flags=0):
+    def recv(self, size):
         """Receives, and acknowledges at once: OpenSSH's next packet waits for that (Nagle)."""
         if self.requested:
             self.requested.start()
             self.requested = None
         if size > MAX_PACKET:  # paramiko would believe, and hold, any length
             raise EOFError
-        data = super().recv(size, flags)
+        data = super().recv(size)
         self.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
         return data
 
@@ -3377,9 +3375,9 @@ class Connection(paramiko.ServerInterface, paramiko.Transport):
         self.address = show_address(address)
         self.admitted = "ALLOW_FROM" if agent.settings.allow_from else "anyone"
         self.idle_since = time.monotonic()
+        self._sessions = []
         self._host = host_of(address)
-        self._keys_file = agent.settings.authorized_keys
-        # paramiko would have a timer thread for each.
+        # paramiko would have a timer thread for each, which goes on when the client has gone.
         self.packetizer.start_handshake = lambda timeout: None
         self.local_version = f"SSH-2.0-ONI_Agent_{VERSION}"
         self.add_server_key(host_key)
@@ -3389,167 +3387,151 @@ class Connection(paramiko.ServerInterface, paramiko.Transport):
             setattr(options, kind, sorted(ALGORITHMS.intersection(offered)))
         self.start_server(event=threading.Event(), server=self)
 
-    # What paramiko asks, on the connection's thread: no work here.
+    # What paramiko asks and tells, on the connection's thread: no work here.
 
     def get_allowed_auths(self, username):
-        return "publickey" if self._keys_file else "none"
+        return "publickey"  # whatever key that is, where there are no AUTHORIZED_KEYS
 
-    def check_auth_none(self, username):
-        return paramiko.AUTH_FAILED if self._keys_file else paramiko.AUTH_SUCCESSFUL
-
-    def check_auth_publickey(self, username, key):
-        if self._keys_file:
+    def check_auth_publickey(self, username, key=None):
+        keys_file = self.agent.settings.authorized_keys
+        if not keys_file:
+            return paramiko.AUTH_SUCCESSFUL
+        if key:
             self.admitted = fingerprint(key)
-            if not key_is_authorized(self._keys_file, key, self._host):
-                log.warning(
-                    "connection from=%s user=%r refused key=%s",
-                    self.address,
-                    username,
-                    self.admitted,
-                )
-                return paramiko.AUTH_FAILED
-        return paramiko.AUTH_SUCCESSFUL
+            if key_is_authorized(keys_file, key, self._host):
+                return paramiko.AUTH_SUCCESSFUL
+            log.warning(
+                "connection from=%s user=%r refused key=%s", self.address, username, self.admitted
+            )
+        return paramiko.AUTH_FAILED
+
+    check_auth_none = check_auth_publickey  # without a key
 
     def check_channel_request(self, kind, chanid):
         if kind != "session":
             return paramiko.OPEN_FAILED_ADMINISTRATIVELY_PROHIBITED
-        # Those that have no command yet; paramiko would keep each for ever.
-        self.server_accepts = [each for each in self.server_accepts if not each.closed]
-        sessions = alive(Session)
-        mine = [each for each in sessions if each.connection is self]
-        if len(self.server_accepts) + len(mine) >= MAX_CHANNELS or len(sessions) >= MAX_SESSIONS:
+        self._sessions = [
+            each for each in self._sessions if each.is_alive() or not each.channel.closed
+        ]
+        if len(self._sessions) >= MAX_CHANNELS:
             return paramiko.OPEN_FAILED_RESOURCE_SHORTAGE
         return paramiko.OPEN_SUCCEEDED
 
+    def _queue_incoming_channel(self, channel):
+        """A channel is open. paramiko itself would keep each for ever, for accept()."""
+        channel.session = Session(channel)
+        self._sessions.append(channel.session)
+
     def check_channel_pty_request(self, channel, term, width, height, *_):
-        channel.terminal = Terminal(channel, term, width, height)
-        return True
+        channel.session.colour = term not in (b"", b"dumb")
+        return self.check_channel_window_change_request(channel, width, height)
 
     def check_channel_window_change_request(self, channel, width, height, *_):
-        if hasattr(channel, "terminal"):
-            channel.terminal.resize(width, height)
+        # 0 is said by a client whose own input is no terminal.
+        channel.session.width = max(20, min(width or 80, 500))
+        channel.session.height = min(height or 24, 500)
         return True
 
-    def check_channel_shell_request(self, channel):
-        return self.check_channel_exec_request(channel, b"")  # no shell, but an answer
-
-    def check_channel_exec_request(self, channel, command):
-        if channel not in self.server_accepts or len(alive(Session)) >= MAX_SESSIONS:
+    def check_channel_exec_request(self, channel, command=b""):
+        session = channel.session
+        if session.line is not None or len(alive(Session)) >= MAX_SESSIONS:
             return False  # RFC 4254, 6.5: one to a channel
-        self.server_accepts.remove(channel)
-        self.sock.requested = Session(self, channel, command)
+        session.line = command
+        self.sock.requested = session
         return True
 
+    check_channel_shell_request = check_channel_exec_request  # no shell, but an answer
 
-class Terminal:
-    """The terminal at the other end of a channel, as the presentation uses it."""
 
-    def __init__(self, channel, kind, width, height):
+class Session(threading.Thread):
+    """A channel, and the one command on it, from its words to the last byte of its answer.
+
+    As the presentation uses it, it is the terminal at the channel's other end.
+    """
+
+    line = None  # bytes; until there is a command
+    width = 0  # of a person's terminal, if there is one
+    height = 0
+    colour = False
+    _reply = None  # the newest answer
+
+    def __init__(self, channel):
+        super().__init__()
         self.channel = channel
-        self.colour = kind not in (b"", b"dumb")
-        self.resize(width, height)
 
-    def resize(self, width, height):
-        """Takes a new size; 0 is said by a client whose own input is no terminal."""
-        self.width = max(20, min(width or 80, 500))
-        self.height = min(height or 24, 500)
+    def run(self):
+        """Answers, and closes the channel in the order that loses nothing."""
+        connection = self.channel.transport
+        self._number = next(SESSION_NUMBERS)
+        begun = time.monotonic()
+        status = "client went away"
+        try:
+            with contextlib.suppress(*GONE), self.channel:
+                self._answer()
+                status = self._reply.keys.get("status", "followed")
+                self.channel.send_exit_status(self._reply.exit_status)
+        except Exception:
+            log.exception("a session stumbled over a fault of the agent")
+        if self._reply:
+            vars(self._reply).clear()  # so the logs that it was read from are closed at once
+        connection.idle_since = time.monotonic()
+        log.info(
+            "session=%d from=%s user=%r admitted=%s command=%r status=%r ms=%d",
+            self._number,
+            connection.address,
+            connection.auth_handler.get_username(),
+            connection.admitted,
+            self.line[:200].decode("utf-8", "replace"),
+            status,
+            (time.monotonic() - begun) * 1000,
+        )
 
-    def key(self, seconds):
-        """What is typed in so many seconds; Ctrl-D at the end of input.
+    def _answer(self):
+        """Sends the answer, to a person or a program."""
+        if self.width:
+            show(self.line, self, self._ask, self._send)
+            return
+        reply = self._ask(self.line)
+        if reply.keys:
+            for piece in encoded({**reply.keys, "session": {"id": self._number}}):
+                self._send(piece)
+        else:
+            for lines in reply.lines:
+                self._send("\n".join(lines) + "\n")
 
-        Raises ClientGone, at Ctrl-C too.
+    def _ask(self, line, tell=None):
+        self._reply = answer(self.channel.transport.agent, line, self, tell)
+        return self._reply
+
+    def _send(self, text):
+        """Sends text to the client. Raises OSError, EOFError, SSHException."""
+        self.channel.settimeout(STALL_SECONDS)
+        # A view: paramiko copies what is left to send each time it has sent some.
+        self.channel.sendall(memoryview(text.encode("utf-8", "replace")))
+
+    def hear(self, seconds=0):
+        """What comes on standard input in so many seconds; Ctrl-D when it has ended.
+
+        Raises ClientGone if the client has closed its channel, or a person typed Ctrl-C.
         """
         self.channel.settimeout(seconds)
         try:
             typed = self.channel.recv(1024)
         except socket.timeout:
             return b""
-        if b"\x03" in typed or self.channel.closed:
+        if self.channel.closed or (self.width and b"\x03" in typed):
             raise ClientGone
-        if not typed:
-            time.sleep(seconds)
-        return typed or b"\x04"
-
-
-class Session(threading.Thread):
-    """One command on one channel, from its words to the last byte of its answer."""
-
-    def __init__(self, connection, channel, line):
-        super().__init__()
-        self.connection = connection
-        self._number = next(SESSION_NUMBERS)
-        self._channel = channel
-        self._line = line
-        self._begun = time.monotonic()
-        self._terminal = getattr(channel, "terminal", None)
-        self._status = "client went away"
-        self._lines = ()  # of the newest answer
-
-    def run(self):
-        """Answers, and closes the channel in the order that loses nothing."""
-        try:
-            with contextlib.suppress(ClientGone, *BROKEN), self._channel:
-                self._channel.send_exit_status(self._answer())
-        except Exception:
-            log.exception("a session stumbled over a fault of the agent")
-        if self._lines:
-            self._lines.close()  # and the log that they are read from
-        self.connection.idle_since = time.monotonic()
-        self._log()
-
-    def _answer(self):
-        """Sends the answer, to a person or a program; the exit status."""
-        if self._terminal:
-            status = show(self._line, self._terminal, self._ask, self._send)
-            self._status = "shown"
-            return status
-        reply = self._ask(self._line)
-        if not reply.keys:
-            for lines in reply.lines:
-                self._send("".join(f"{line}\n" for line in lines))
-        else:
-            for piece in encoded({**reply.keys, "session": {"id": self._number}}):
-                self._send(piece)
-        self._status = reply.keys.get("status", "followed")
-        return reply.exit_status
-
-    def _ask(self, line, tell=None):
-        reply = answer(self.connection.agent, line, self, tell)
-        self._lines = reply.lines
-        return reply
-
-    def _log(self):
-        log.info(
-            "session=%d from=%s user=%r admitted=%s command=%r status=%r ms=%d",
-            self._number,
-            self.connection.address,
-            self.connection.auth_handler.get_username(),
-            self.connection.admitted,
-            self._line[:200].decode("utf-8", "replace"),
-            self._status,
-            (time.monotonic() - self._begun) * 1000,
-        )
-
-    def _send(self, text):
-        """Sends text to the client. Raises OSError, EOFError, SSHException."""
-        self._channel.settimeout(STALL_SECONDS)
-        # A view: paramiko copies what is left to send each time it has sent some.
-        self._channel.sendall(memoryview(text.encode("utf-8", "replace")))
-
-    def check(self):
-        """Raises ClientGone if the client has closed its channel, or a person typed Ctrl-C."""
-        if self._terminal and self._channel.recv_ready():
-            self._terminal.key(0)
-        if self._channel.closed:  # as each is when its connection ends
-            raise ClientGone
+        if typed:
+            return typed
+        time.sleep(seconds)
+        return b"\x04"
 
     def read_input(self, into, limit):
         """Copies standard input to its trailer or its end. Raises ClientGone, Problem."""
-        if self._terminal:
+        if self.width:
             raise Problem("this command reads a file: leave out -t, and give it < FILE")
-        self._channel.settimeout(STALL_SECONDS)
         try:
-            self._copy_input(into, limit)
+            copy_input(self.channel, into, limit)
         except socket.timeout:
             raise Problem(
                 "standard input gave nothing for too long and has not ended: close it, or send"
@@ -3558,23 +3540,26 @@ class Session(threading.Thread):
         except OSError as error:
             raise Problem(f"{into.name} cannot be written: {error}") from error
 
-    def _copy_input(self, into, limit):
-        """As read_input. Raises socket.timeout, and OSError for the file, too."""
-        size = 0
-        tail = b""  # of what has come, which may be the trailer
-        while piece := self._channel.recv(CHUNK):
-            size += len(piece)
-            length = size - len(TRAILER)  # of what is before it
-            if length > limit:
-                raise Problem(f"there are more than {limit >> 20} MiB on standard input")
-            tail = (tail + piece)[-len(TRAILER) :]
-            while piece:  # a disk that fills up takes a part, and only then refuses
-                piece = piece[into.write(piece) :]
-            if tail == TRAILER and not self._channel.recv_ready():
-                into.truncate(length)
-                return
-        if not self._channel.eof_received:
-            raise ClientGone  # half an input must not pass for a whole one
+
+def copy_input(channel, into, limit):
+    """Copies what a client sends, to its trailer or its end, into a file that has no buffer.
+
+    Raises ClientGone, Problem, socket.timeout, and OSError for the file.
+    """
+    channel.settimeout(STALL_SECONDS)
+    tail = b""  # of what has come, which may be the trailer
+    while piece := channel.recv(CHUNK):
+        tail = (tail + piece)[-len(TRAILER) :]
+        while piece:  # a disk that fills up takes a part, and only then refuses
+            piece = piece[into.write(piece) :]
+        length = into.tell() - len(TRAILER)  # of what is before it
+        if length > limit:
+            raise Problem(f"there are more than {limit >> 20} MiB on standard input")
+        if tail == TRAILER and not channel.recv_ready():
+            into.truncate(length)
+            return
+    if not channel.eof_received:
+        raise ClientGone  # half an input must not pass for a whole one
 
 
 def serve(agent, host_key, listener, stop):
@@ -3582,7 +3567,7 @@ def serve(agent, host_key, listener, stop):
     while stop not in (ready := select.select([listener, stop], [], [], 1)[0]):
         if ready:
             accept(agent, host_key, listener)
-        drop_idle()
+        drop_idle(len(alive(Connection)) - MAX_CONNECTIONS)
     log.info("stopping on %s; manage.py goes on", signal.Signals(stop.recv(1)[0]).name)
     agent.queue.stop()
     listener.close()
@@ -3597,18 +3582,17 @@ def accept(agent, host_key, listener):
         accepted, address = listener.accept()
     except OSError as error:
         log.error("a connection could not be taken: %s", error)
-        drop_idle(len(alive(Connection)) - 1)
+        drop_idle(1)
         time.sleep(0.1)  # out of descriptors, say: the loop must not spin
         return
     host = host_of(address)
     allowed = agent.settings.allow_from
-    if allowed and not any(host in network for network in allowed):
-        log.warning("connection from=%s refused='not in ALLOW_FROM'", host)
-        accepted.close()
-        return
     # It may be gone already, or there is no thread to be had.
-    with contextlib.suppress(RuntimeError, *BROKEN):
-        Connection(agent, host_key, accepted, address)
+    with accepted, contextlib.suppress(RuntimeError, *GONE):
+        if not allowed or any(host in network for network in allowed):
+            Connection(agent, host_key, accepted, address)
+        else:
+            log.warning("connection from=%s refused='not in ALLOW_FROM'", host)
 
 
 def alive(kind):
@@ -3617,20 +3601,17 @@ def alive(kind):
 
 
 def at_work():
-    """The connections on which a command is at work, or about to begin."""
-    about_to = {each for each in alive(Connection) if each.sock.requested}
-    return about_to | {session.connection for session in alive(Session)}
+    """The connections on which a command is at work."""
+    return {session.channel.transport for session in alive(Session)}
 
 
-def drop_idle(most=MAX_CONNECTIONS):
-    """Ends connections that have been without a command for too long; if there are more than `most`
-    connections in all, those as well that have been so longest.
+def drop_idle(surplus):
+    """Ends connections that have been without a command for too long, and the `surplus` that have
+    been so longest, however long that is.
     """
-    connections = alive(Connection)
-    surplus = len(connections) - most
     if surplus > 0:
         log.warning("too many connections: %d that have been idle longest are ended", surplus)
-    idle = sorted(connections - at_work(), key=lambda each: each.idle_since)
+    idle = sorted(alive(Connection) - at_work(), key=lambda each: each.idle_since)
     for number, connection in enumerate(idle):
         if number < surplus or time.monotonic() - connection.idle_since > IDLE_SECONDS:
             with contextlib.suppress(OSError):
@@ -3694,8 +3675,8 @@ def key_is_authorized(path, key, host):
         log.error("AUTHORIZED_KEYS: it cannot be read, so nobody is admitted: %s", error)
         return False
     blob = re.escape(key.get_base64())
-    form = rf'^[ \t]*(?:from="([^"\n]+)"[ \t]+)?{key.get_name()}[ \t]+{blob}(?:[ \t].*)?$'
-    for sources in re.findall(form, text, re.MULTILINE):
+    form = rf'(?m)^[ \t]*(?:from="([^"\n]+)"[ \t]+)?{key.get_name()}[ \t]+{blob}(?:[ \t].*)?$'
+    for sources in re.findall(form, text):
         with contextlib.suppress(ValueError):
             if not sources or any(host in network for network in networks(sources)):
                 return True
@@ -3709,7 +3690,7 @@ def looked(name, advice, look, *about):
     """Takes a look: whether all is well there, and what to say."""
     try:
         return True, f"{name}: {look(*about)}"
-    except (Problem, OSError, ValueError, KeyError) as problem:
+    except Exception as problem:  # whatever it is, the other looks are taken
         return False, f"{name}: {problem}; {advice}"
 
 
@@ -3727,28 +3708,24 @@ def looks_at_oni(oni):
     yield looked("Solr", advice, lambda: f"{oni.ask('documents')} pages")
     advice = "run the agent as the site's user; under systemd, name it in ReadWritePaths="
     for name, (folder, is_shared) in places.items():
-        look = ours if is_shared else writable
-        yield looked(f"ONI's {name}", advice, look, oni.location / folder)
+        yield looked(f"ONI's {name}", advice, writable, oni.location / folder, is_shared)
 
 
-def writable(folder):
-    """Tries to write to a folder, through links. Raises OSError."""
-    tempfile.TemporaryFile(dir=folder.resolve()).close()
-    return f"{folder} can be written"
+def writable(folder, is_shared=False):
+    """Tries to write to a folder, through links.
 
-
-def ours(folder):
-    """Looks at a folder, maybe yet to be made, that the website reads as its own user.
-
-    Raises Problem, OSError, ValueError; KeyError, where its owner has no name.
+    One that is shared with the website may be yet to be made, and must not be another user's.
     """
     place = folder.resolve()
-    if place.exists() and place.stat().st_uid != os.geteuid():
-        raise Problem(
-            f"{place} belongs to user {place.owner()}, as whom the agent does not run: what it"
-            " writes there the website could not use"
-        )
-    return writable(nearest_folder(place))
+    if is_shared:
+        if place.exists() and place.stat().st_uid != os.geteuid():
+            raise Problem(
+                f"{place} belongs to user {place.owner()}, as whom the agent does not run: what it"
+                " writes there the website could not use"
+            )
+        place = nearest_folder(place)
+    tempfile.TemporaryFile(dir=place).close()
+    return f"{place} can be written"
 
 
 def looks_at_own(settings):
@@ -3809,8 +3786,6 @@ def check_all():
 
 # ---------------------------------------------------------------- main
 
-STOPS = (signal.SIGTERM, signal.SIGINT)
-
 
 class JournalFormatter(logging.Formatter):
     """A log line as the journal takes it (sd-daemon(3)): a priority in front, and no time."""
@@ -3826,7 +3801,7 @@ def set_up_logging(level):
     logging.basicConfig(level=others, format="%(asctime)s %(levelname)s %(message)s")
     log.setLevel(level)
     if stderr_is_journal():
-        logging.root.handlers[0].setFormatter(JournalFormatter("%(message)s"))
+        logging.root.handlers[0].setFormatter(JournalFormatter())
 
 
 def tell_systemd(state):
@@ -3848,7 +3823,7 @@ def run_on_finish(program, job, job_log, environ):
         "ONI_JOB_COMMAND": shlex.join(job.words),
         "ONI_JOB_STATUS": job.status,
         "ONI_JOB_ERROR": job.error.replace("\0", ""),
-        "ONI_JOB_LOG": str(job_log),
+        "ONI_JOB_LOG": str(job_log.path),
     }
     try:
         status = subprocess.run(
@@ -3867,18 +3842,22 @@ def run_on_finish(program, job, job_log, environ):
         log.error("job=%d ON_FINISH failed: %s", job.id, error)
 
 
+def on_stop(handler):
+    """Sets what is done on SIGTERM and SIGINT, as signal.signal does."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
+
+
 def stop_on_signals():
     """A socket that can be read once SIGTERM or SIGINT has come; a second one ends the agent."""
     reader, writer = socket.socketpair()
 
     def stop(number, _):
-        for each in STOPS:
-            signal.signal(each, signal.SIG_DFL)  # such an end is a clean one for systemd
+        on_stop(signal.SIG_DFL)  # such an end is a clean one for systemd
         # No more than that: the signal may have come amid a line of the log.
         writer.send(bytes([number]))
 
-    for each in STOPS:
-        signal.signal(each, stop)
+    on_stop(stop)
     return reader
 
 
@@ -3889,8 +3868,7 @@ def be_init():
     agent = os.fork()
     if not agent:
         return
-    for each in STOPS:
-        signal.signal(each, lambda number, _: os.kill(agent, number))
+    on_stop(lambda number, _: os.kill(agent, number))
     ended = None
     while ended != agent:
         ended, status = os.wait()
@@ -3919,7 +3897,6 @@ def main():
         settings = Settings(os.environ)
         host_key = load_host_key(settings.host_key_file)
         set_up_logging(settings.log_level)
-        tell_systemd("STATUS=starting")
         stop = stop_on_signals()
         raise_limits()
         exit_status = 1  # what fails from here on may go well the next time
@@ -3950,9 +3927,9 @@ def build(settings):
 
     def ended(job):
         if settings.on_finish:
-            path = store.log(job).path
+            job_log = store.log(job)
             with contextlib.suppress(RuntimeError):  # no thread to be had
-                ASIDE.submit(run_on_finish, settings.on_finish, job, path, oni.environment)
+                ASIDE.submit(run_on_finish, settings.on_finish, job, job_log, oni.environment)
 
     jobs = JobQueue(store, site, ended, lambda text: tell_systemd(f"STATUS={text}"))
     return Agent(settings, site, store, jobs)
