@@ -2154,6 +2154,7 @@ class LoadBatch(BatchKind):
             if done % 100 == 0:
                 work.note(f"checked the files of {done} of {issues} issues")
 
+        self.check(None)
         found = self.site.check(self.name, progress, work.go_on)
         for warning in found.warnings:
             work.note(f"warning: {warning['file']}: {warning['warning']}")

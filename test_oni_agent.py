@@ -2242,7 +2242,7 @@ def test_a_load_whose_files_have_gone_before_its_turn_purges_nothing(agent):
     gate.open()
     job = agent.ended(id)
     assert job["status"] == "failed"
-    assert "data/batch.xml: no such file" in job["error"]
+    assert f"{batch}/data/batch.xml: no such file" in job["error"]
     assert agent.held(ALPHA) == held == (1, 2, 3)
 
 
