@@ -36,8 +36,8 @@ unattended. An agent written in Go speaks the same protocol: words that look odd
 To add a command, write a function cmd_… under "commands", as it is described there; a person at a
 terminal sees each key of its answer as `key: value`, or as SHOWN under "presentation" says. To add
 a kind of job, write a class under "kinds of job", enter it in KINDS, and give it a command of the
-same name. To add a setting, enter it in OWN_VARIABLES with its reader, and in the list above;
-neither manage.py nor ON_FINISH gets to see it.
+same name. To add a setting, enter it in OWN_VARIABLES with its reader, in DEFAULTS if it has one,
+and in the list above; neither manage.py nor ON_FINISH gets to see it.
 """
 
 from __future__ import annotations
@@ -302,30 +302,31 @@ def log_level(value):
     return value.upper()
 
 
+OWN_VARIABLES = {  # and their readers
+    "ONI_LOCATION": path_that(
+        lambda path: (path / "manage.py").is_file(), "that folder holds no manage.py"
+    ),
+    "BATCH_SOURCE": path_that(Path.is_dir, "that is not a folder"),
+    "BA_BIND": bind_address,
+    "STATE_DIRECTORY": state_folder,
+    "HOST_KEY_FILE": path_that(
+        lambda path: path.parent.is_dir(), "that is in a folder that does not exist"
+    ),
+    "ALLOW_FROM": networks,
+    "AUTHORIZED_KEYS": path_that(
+        lambda path: path.is_file() and os.access(path, os.R_OK),
+        "that is not a file that can be read",
+    ),
+    "ON_FINISH": path_that(shutil.which, "that is not a file that can be executed"),
+    "LOG_LEVEL": log_level,
+    "DB_CONNECTION": bool,  # whether it is set: it is not needed, and secret
+}
+REQUIRED = ("ONI_LOCATION", "BATCH_SOURCE")
 STATES = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-OWN_VARIABLES = {  # its reader, and what stands for it where it is not set; None: it must be
-    "ONI_LOCATION": (
-        path_that(lambda path: (path / "manage.py").is_file(), "that folder holds no manage.py"),
-        None,
-    ),
-    "BATCH_SOURCE": (path_that(Path.is_dir, "that is not a folder"), None),
-    "BA_BIND": (bind_address, "127.0.0.1:2222"),
-    "STATE_DIRECTORY": (state_folder, f"{STATES}/oni-agent"),
-    "HOST_KEY_FILE": (
-        path_that(lambda path: path.parent.is_dir(), "that is in a folder that does not exist"),
-        "",
-    ),
-    "ALLOW_FROM": (networks, ""),
-    "AUTHORIZED_KEYS": (
-        path_that(
-            lambda path: path.is_file() and os.access(path, os.R_OK),
-            "that is not a file that can be read",
-        ),
-        "",
-    ),
-    "ON_FINISH": (path_that(shutil.which, "that is not a file that can be executed"), ""),
-    "LOG_LEVEL": (log_level, "info"),
-    "DB_CONNECTION": (bool, ""),  # whether it is set: it is not needed, and secret
+DEFAULTS = {
+    "BA_BIND": "127.0.0.1:2222",
+    "STATE_DIRECTORY": f"{STATES}/oni-agent",
+    "LOG_LEVEL": "info",
 }
 
 
@@ -337,13 +338,13 @@ class Settings:
 
     def __init__(self, environ):
         problems = []
-        for name, (reader, default) in OWN_VARIABLES.items():
-            value = environ.get(name) or default
+        for name, read in OWN_VARIABLES.items():
+            value = environ.get(name) or DEFAULTS.get(name)
             try:
-                setattr(self, name.lower(), value and reader(value))
+                setattr(self, name.lower(), value and read(value))
             except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: no home for ~
                 problems.append(f"{name} is {value!r}; {error}")
-            if value is None:
+            if name in REQUIRED and not value:
                 problems.append(f"{name} is not set; --help says which folder it names")
         if problems:
             raise Problem(*problems)
