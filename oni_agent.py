@@ -365,6 +365,9 @@ from django.db.models import Count, Q
 from core import solr_index
 from core.models import Awardee, Batch, Issue, LoadBatchEvent, Page, Title
 
+class Problem(Exception):
+    """Why there is no answer, in a sentence for whoever has asked."""
+
 def answer_questions(channel):
     """Answers each JSON line [question, word, ...] on a socket by a JSON line."""
     logging.getLogger("pysolr").setLevel(logging.WARNING)  # ONI has a log file a process
@@ -376,9 +379,13 @@ def answer_questions(channel):
         try:
             close_old_connections()
             reply = {"answer": globals()[question](*words)}
+        except Problem as problem:
+            reply = {"problem": str(problem)}
         except Exception as error:
-            reply = {"error": "%s: %s" % (type(error).__name__, error)}
+            reply = {"problem": "Open ONI cannot answer: %s: %s" % (type(error).__name__, error)}
         channel.sendall(json.dumps(reply, default=str).encode() + b"\\n")
+        if question == "lccns":  # its file has maybe taken all the memory that there may be
+            return
 
 def is_ready():
     """It is, if it answers this."""
@@ -390,15 +397,15 @@ def check():
     call_command("check", stdout=printed, stderr=printed)
     return printed.getvalue().strip().rpartition("\\n")[2]
 
-def lccns(path, most):
-    """The LCCNs of the MARC records in a file as load_titles finds them ("" if there is none).
+def lccns(path):
+    """The LCCNs of the MARC records in a file as load_titles finds them. Raises Problem.
 
-    The second of the two answers is what is wrong with the file. It may be hostile: this is for
-    a process of its own, which may have so many bytes of memory and no more.
+    The file may be hostile: this is for a process of its own, which ends after its answer.
     """
     import pymarc, xml.sax
-    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    resource.setrlimit(resource.RLIMIT_DATA, (MAX_MARC_MEMORY, MAX_MARC_MEMORY))
     found = []
+    problem = ""  # which is raised when the memory that the file has taken is free again
 
     def enter(record):
         if record and record.get_fields():  # an answer of OCLC's has other records around them
@@ -409,15 +416,22 @@ def lccns(path, most):
 
     with open(path, "rb") as file:
         if b"<!DOCTYPE" in file.read().replace(b"\\0", b""):  # of entities that grow, or point away
-            return [], "a DOCTYPE is not allowed"
+            raise Problem("a DOCTYPE is not allowed")
         file.seek(0)
         try:
             pymarc.map_xml(enter, file)
         except xml.sax.SAXParseException as error:
-            return [], "%s: line %d" % (error.getMessage(), error.getLineNumber())
+            problem = "%s: line %d" % (error.getMessage(), error.getLineNumber())
         except Exception as error:  # MemoryError, too
-            return [], "it cannot be read as MARC XML: %s %s" % (type(error).__name__, error)
-    return found, ""
+            problem = "it cannot be read as MARC XML: %s %s" % (type(error).__name__, error)
+    if problem:
+        raise Problem(problem)
+    if not found:
+        raise Problem("there is no MARC record in it")
+    if not all(found):
+        raise Problem("there is a MARC record without an LCCN (010 $a) in it, which Open ONI would"
+                      " not store")
+    return found
 
 def batch(name, with_index):
     """What database and, if asked for, index hold of one batch, in the words of BatchState."""
@@ -473,39 +487,46 @@ def pages_with_holders(name):
         for page in pages:
             yield page, holders.get(page.url)
 
-def overview():
-    """What is quickly told of all batches: rows, issues, newest events, documents."""
+def overview(names):
+    """What is quickly told of these batches and of all that ONI holds, as BatchState names it."""
     issues = dict(Issue.objects.order_by().values_list("batch_id").annotate(Count("pk")))
     newest = {}
     for name, key, message in (LoadBatchEvent.objects.order_by("pk")
                                .values_list("batch_name", "pk", "message")):
         newest[name] = [[key, message or ""]]
+    held = {name: {"name": name, "pages": 0} for name in names}
+    for row in Batch.objects.all():
+        held[row.name] = {
+            "name": row.name,
+            "row": True,
+            "loaded": row.created.isoformat(),
+            "issues": issues.get(row.name, 0),
+            "events": newest.get(row.name, []),
+            "storage": settings.BATCH_STORAGE,
+        }
     try:
         found = patient_solr().search("type:page", rows=0, facet="true",
                                       **{"facet.field": "batch", "facet.limit": -1})
         facets = found.facets["facet_fields"]["batch"]
         documents = dict(zip(facets[::2], facets[1::2]))
+        for name in held:
+            # Whether they are those of its pages, batch-status says.
+            held[name].update(documents=documents.get(name, 0), lost=None)
     except Exception:
-        documents = None
-    batches = [{
-        "name": row.name,
-        "row": True,
-        "loaded": row.created.isoformat(),
-        "issues": issues.get(row.name, 0),
-        "events": newest.get(row.name, []),
-        "storage": settings.BATCH_STORAGE,
-    } for row in Batch.objects.all()]
-    return batches, documents
+        pass
+    return [held[name] for name in sorted(held)]
 
 def pages_held(name):
     pages = Page.objects.filter(issue__batch_id=name)
     return pages.aggregate(pages=Count("pk"), indexed=Count("pk", filter=Q(indexed=True)))
 
 def place(name):
-    """The awardee that a load of a batch lacks, if any; the folder for a link to its files."""
+    """The folder for a link to a batch's files. Raises Problem if ONI lacks its awardee."""
     code = name.split("_")[1]
-    lacking = "" if Awardee.objects.filter(org_code=code).exists() else code
-    return lacking, settings.BATCH_STORAGE
+    if not Awardee.objects.filter(org_code=code).exists():
+        raise Problem('Open ONI has no awardee "%s"; to make it: ensure-awardee %s "NAME"'
+                      % (code, code))
+    return settings.BATCH_STORAGE
 
 def batch_count():
     return Batch.objects.count()
@@ -516,10 +537,10 @@ def names():
 def title(lccn):
     return lccn in Title.objects.filter(lccn=lccn).values_list("lccn", flat=True)
 
-def titles_to_fetch(lccns):
+def titles_to_fetch(issues):
     """For each LCCN that ONI lacks: the URL where load_batch would look, and what is wrong."""
     fetch = {}
-    for lccn in lccns:
+    for lccn in sorted(set(lccn for lccn, _, _ in issues if lccn)):
         if Title.objects.filter(lccn=lccn).exists():
             continue
         url, wrong = settings.MARC_RETRIEVAL_URLFORMAT % lccn, ""
@@ -545,11 +566,16 @@ def other_holders(name, issues):
             if (lccn, date.isoformat(), edition) in wanted]
 
 def awardee(code, name):
-    """The code of an awardee, "" if there is none and no name to make it by; whether it is new."""
+    """Makes an awardee that ONI does not have; whether it is new. Raises Problem."""
     row, new = Awardee.objects.filter(org_code=code).first(), False
     if name and not row:
         row, new = Awardee.objects.get_or_create(org_code=code, defaults={"name": name})
-    return row.org_code if row else "", new
+    if not row:
+        raise Problem("awardee name must be given to auto-create awardees")
+    if row.org_code != code:
+        raise Problem('Open ONI has the awardee "%s", and its database takes the two codes for one'
+                      % row.org_code)
+    return new
 
 def places():
     """How many batches there are, and where loads write.
@@ -634,8 +660,12 @@ class OpenONI:
 
     def start_task(self, task, *words, **options):
         """A manage.py shell that runs one function of INSIDE_ONI."""
-        limits = f"SHELL_SECONDS, SOLR_SECONDS = {SHELL_SECONDS}, {SOLR_SECONDS}"
-        program = f"{limits}\n{INSIDE_ONI}\n{task}(*{words!r})"
+        program = (
+            f"SHELL_SECONDS = {SHELL_SECONDS}\n"
+            f"SOLR_SECONDS = {SOLR_SECONDS}\n"
+            f"MAX_MARC_MEMORY = {MAX_MARC_MEMORY}\n"
+            f"{INSIDE_ONI}\n{task}(*{words!r})"
+        )
         code = "import os; exec(os.environ.pop('INSIDE_ONI'), {})"  # short, for ps
         environment = {**self.environment, "INSIDE_ONI": program}
         return self.start("shell", "-c", code, env=environment, **options)
@@ -650,13 +680,13 @@ class OpenONI:
         reply = in_time(
             lambda: self._reply([question, *words], until), within, self._asking, who="Open ONI"
         )
-        if "error" in reply:
-            raise Problem(f"Open ONI cannot answer: {reply['error']}")
+        if "problem" in reply:
+            raise Problem(reply["problem"])
         return reply["answer"]
 
     def _reply(self, question, until):
         if self._shell:
-            with contextlib.suppress(ShellEnded):  # since its last answer
+            with contextlib.suppress(ConnectionError):  # it has ended since its last answer
                 return self._shell.reply(question, until)
         self._shell = Shell(self)
         return self._shell.reply(question, until)
@@ -667,12 +697,8 @@ class OpenONI:
             self._asking.submit(self._shell.end).result()
 
 
-class ShellEnded(Problem):
-    """The manage.py that answers questions is no longer there."""
-
-
 class Shell:
-    """A manage.py that answers questions; where it does not start: ShellEnded, socket.timeout."""
+    """A manage.py that answers questions; where it does not start, raises as reply does."""
 
     def __init__(self, oni):
         self._stderr = open(os.memfd_create("stderr"), "a+b", buffering=0)
@@ -690,9 +716,9 @@ class Shell:
         self.reply(["is_ready"], time.monotonic() + PATIENT_SECONDS)
 
     def reply(self, question, until):
-        """What it replies to a question. Raises ShellEnded, or socket.timeout at a moment `until`.
+        """What it replies to a question. One that it does not reply to in time has no effect.
 
-        A question that it does not reply to in time has no effect.
+        Raises socket.timeout at a moment `until`, ConnectionError if manage.py has ended.
         """
         left = until - time.monotonic()
         if left <= 0:  # the start may have taken that long
@@ -709,7 +735,7 @@ class Shell:
             self._stderr.seek(0)
             printed = self._stderr.read().decode("utf-8", "replace").strip()
             said = printed.rpartition("\n")[2] or "manage.py shell ended"
-            raise ShellEnded(f"Open ONI cannot be asked: {said}") from None
+            raise ConnectionError(f"Open ONI cannot be asked: {said}") from None
         self._stderr.truncate(0)  # its last words are to be about a later question
         return reply
 
@@ -1286,17 +1312,13 @@ class BatchState:
     @property
     def verdict(self):
         """absent, partial, complete or unknown."""
-        found = [*self._agreements(), agree(self.lost, 0), not self.stray]
+        index = self.documents == self.indexed or agree(self.lost, 0)
+        found = [*self._agreements(), index, not self.stray]
         if not self.row:
             return "absent"
         if False in found:
             return "partial"
         return "unknown" if None in found else "complete"
-
-    @property
-    def nothing_left(self):
-        """Whether neither database nor index holds anything; False if Solr cannot be asked."""
-        return not self.row and self.documents == 0
 
     def __str__(self):
         whole = self.rows_whole
@@ -1336,11 +1358,11 @@ class BatchState:
 class Site:
     """An Open ONI and its batches: answers what ONI holds of one, from all three places."""
 
-    def __init__(self, settings, oni, counts):
+    def __init__(self, settings, oni):
         self.source = settings.batch_source
         self.oni = oni
         self._marc_reader = OpenONI(oni.location, oni.environment)
-        self._remembered = counts
+        self._remembered = RememberedCounts(settings.state_directory / "counts.json")
         self._counting = futures.ThreadPoolExecutor(1, "counting")
         self.progress = Glance(self._ask_progress)  # of the batch that is being loaded
         self.health = Glance(self._ask_health)  # whether ONI answers
@@ -1353,20 +1375,7 @@ class Site:
 
     def lccns(self, path):
         """The LCCNs of the MARC records in a file. Raises Problem where ONI could not store one."""
-        try:
-            found, problem = self._marc_reader.ask(
-                "lccns", str(path), MAX_MARC_MEMORY, within=PATIENT_SECONDS
-            )
-        finally:
-            self._marc_reader.close()
-        if not found:
-            raise Problem(problem or "there is no MARC record in it")
-        if not all(found):
-            raise Problem(
-                "there is a MARC record without an LCCN (010 $a) in it, which Open ONI would not"
-                " store"
-            )
-        return found
+        return self._marc_reader.ask("lccns", str(path), within=PATIENT_SECONDS)
 
     def batch(self, name, within=ANSWER_SECONDS):
         """What ONI holds of a batch now. Raises Problem if the database cannot be asked."""
@@ -1410,20 +1419,11 @@ class Site:
 
         What cannot be counted in LIST_SECONDS is there the next time. Raises Problem.
         """
-        rows, documents = self.oni.ask("overview")
-        states = {row["name"]: BatchState(**row) for row in rows}
-        for name in self._on_disk():
-            states.setdefault(name, BatchState(name, pages=0))
-        listed = [states[name] for name in sorted(states)]
+        listed = [BatchState(**held) for held in self.oni.ask("overview", list(self._on_disk()))]
         in_time(lambda: self._fill_all(listed, self._remembered.recall))
         count = lambda: self._fill_all(listed, self._remembered.count)
         with contextlib.suppress(Problem):  # it goes on, and is remembered
             in_time(count, LIST_SECONDS, self._counting)
-        if documents is not None:
-            for state in listed:
-                state.documents = documents.get(state.name, 0)
-                if state.documents != state.indexed:
-                    state.lost = None  # batch-status says which
         return listed
 
     def _on_disk(self):
@@ -1459,8 +1459,7 @@ class Site:
             self.check_place(name)
         except Problem as problem:
             found.add("fault", problem)
-        lccns = sorted({lccn for lccn, _, _ in found.issues if lccn})
-        found.titles = self.oni.ask("titles_to_fetch", lccns, within=PATIENT_SECONDS)
+        found.titles = self.oni.ask("titles_to_fetch", found.issues, within=PATIENT_SECONDS)
         for lccn, (url, wrong) in found.titles.items():
             if wrong:
                 found.add("fault", f"ONI does not have the title {lccn}, nor has {url}: {wrong}")
@@ -1471,12 +1470,7 @@ class Site:
 
     def check_place(self, name):
         """Raises Problem unless ONI has the awardee of a batch, and a place for its link."""
-        lacking, storage = self.oni.ask("place", name)
-        if lacking:
-            raise Problem(
-                f'Open ONI has no awardee "{lacking}"; to make it: ensure-awardee {lacking} "NAME"'
-            )
-        link = Path(storage) / name
+        link = Path(self.oni.ask("place", name)) / name
         here = link.resolve() == self.folder(name)  # BATCH_SOURCE is ONI's own storage
         if link.exists() and not link.is_symlink() and not here:
             raise Problem(
@@ -1490,14 +1484,7 @@ class Site:
             raise Problem(
                 "an awardee code has 1 to 50 characters, a name at most 100, none of them NUL"
             )
-        kept, new = self.oni.ask("awardee", code, name)
-        if not kept:
-            raise Problem("awardee name must be given to auto-create awardees")
-        if kept != code:
-            raise Problem(
-                f'Open ONI has the awardee "{kept}", and its database takes the two codes for one'
-            )
-        return new
+        return self.oni.ask("awardee", code, name)
 
     def must_be_there(self, name):
         """Raises Problem unless the batch is in BATCH_SOURCE."""
@@ -2206,7 +2193,7 @@ class PurgeBatch(BatchKind):
     title = "Purge batch"
 
     def is_goal(self, state):
-        return state.nothing_left
+        return not state.row and state.documents == 0  # None: Solr cannot be asked
 
     def bring(self, work):
         state = self.state()
@@ -3925,7 +3912,7 @@ def build(settings):
     """Wires together what commands work on. Raises Problem, OSError."""
     store = JobStore(settings.state_directory)
     oni = OpenONI(settings.oni_location, os.environ)
-    site = Site(settings, oni, RememberedCounts(settings.state_directory / "counts.json"))
+    site = Site(settings, oni)
 
     def ended(job):
         if settings.on_finish:

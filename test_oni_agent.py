@@ -6311,9 +6311,8 @@ def agents_verdicts(site: oni_agent.Site, made: list[Draft]) -> list[list[dict]]
 
 def own_site(oni: Path, source: Path, state: Path, environment: dict[str, str]) -> oni_agent.Site:
     """The part of an agent that looks at ONI and at batches, without the rest of it."""
-    settings = types.SimpleNamespace(batch_source=source)
-    memory = oni_agent.RememberedCounts(state / "counts.json")
-    return oni_agent.Site(settings, oni_agent.OpenONI(oni, environment), memory)
+    settings = types.SimpleNamespace(batch_source=source, state_directory=state)
+    return oni_agent.Site(settings, oni_agent.OpenONI(oni, environment))
 
 
 def disagreements(site: oni_agent.Site, made: list[Draft]) -> tuple[list[str], list[str]]:
