@@ -487,14 +487,14 @@ def pages_with_holders(name):
         for page in pages:
             yield page, holders.get(page.url)
 
-def overview(names):
+def overview(on_disk):
     """What is quickly told of these batches and of all that ONI holds, as BatchState names it."""
     issues = dict(Issue.objects.order_by().values_list("batch_id").annotate(Count("pk")))
     newest = {}
     for name, key, message in (LoadBatchEvent.objects.order_by("pk")
                                .values_list("batch_name", "pk", "message")):
         newest[name] = [[key, message or ""]]
-    held = {name: {"name": name, "pages": 0} for name in names}
+    held = {name: {"name": name, "pages": 0} for name in on_disk}
     for row in Batch.objects.all():
         held[row.name] = {
             "name": row.name,
@@ -567,6 +567,9 @@ def other_holders(name, issues):
 
 def awardee(code, name):
     """Makes an awardee that ONI does not have; whether it is new. Raises Problem."""
+    if not 0 < len(code) <= 50 or len(name) > 100 or "\\0" in code + name:
+        raise Problem("an awardee code has 1 to 50 characters, a name at most 100, none of them"
+                      " NUL")
     row, new = Awardee.objects.filter(org_code=code).first(), False
     if name and not row:
         row, new = Awardee.objects.get_or_create(org_code=code, defaults={"name": name})
@@ -694,7 +697,7 @@ class OpenONI:
     def close(self):
         """Ends the warm shell; the next question starts another."""
         if self._shell:
-            self._asking.submit(self._shell.end).result()
+            self._shell.end()
 
 
 class Shell:
@@ -846,7 +849,7 @@ def beside(path, href):
 
 def check_listed(folder, path):
     """Raises Problem unless a METS file that a batch names is there, and inside its folder."""
-    if Path(os.path.realpath(folder)) not in Path(os.path.realpath(path)).parents:
+    if not os.path.realpath(path).startswith(f"{os.path.realpath(folder)}/"):
         raise Problem(
             f"reading file: {path}, which {batch_file(folder).name} names, lies outside the"
             " batch's folder"
@@ -1074,7 +1077,7 @@ class Patch:
         listing = old / LISTING
         self._gone = {listing.with_name(name) for name in BATCH_FILES}
         root = parse_xml(listing, ET.TreeBuilder(insert_comments=True, insert_pis=True))
-        lines = removals(instructions.decode("utf-8", "replace"))
+        lines = removals(instructions)
         named = []
         staying = []
         for issue in root.findall(f"{NDNP}issue"):
@@ -1290,13 +1293,9 @@ class BatchState:
     storage: str = ""  # where ONI has links to the batches that it has loaded
 
     @property
-    def event(self):
-        """What the newest event says. Without any it was loaded long ago, and they were pruned."""
-        return self.events[-1][1] if self.events else "processed"
-
-    @property
     def ended_well(self):
-        return self.event.startswith("processed")
+        """As the newest event says. Without any it was loaded long ago, and they were pruned."""
+        return not self.events or self.events[-1][1].startswith("processed")
 
     def _agreements(self):
         """Whether database and files agree on each thing; None if that is not known."""
@@ -1351,7 +1350,7 @@ class BatchState:
         if self.pages == self.pages_in_mets and self.indexed != self.pages_with_ocr:
             held += f", {self.indexed} of {self.pages_with_ocr} with their text"
         if not self.ended_well:
-            held += f', and its last event is "{self.event}"'
+            held += f', and its last event is "{self.events[-1][1]}"'
         return held
 
 
@@ -1408,27 +1407,26 @@ class Site:
                 folder = Path(state.storage) / name
             vars(state).update(way(f"{name} in files", listing_key(folder), count_files, folder))
 
-    def _fill_all(self, states, way):
-        """The same for many. Whoever asked may have left with what there is."""
-        for state in states:
-            with contextlib.suppress(Problem, OSError):
-                self._fill(state, way)
-
     def batches(self):
         """What is quickly told of every batch, in BATCH_SOURCE or ONI; the rest is None.
 
         What cannot be counted in LIST_SECONDS is there the next time. Raises Problem.
         """
-        listed = [BatchState(**held) for held in self.oni.ask("overview", list(self._on_disk()))]
-        in_time(lambda: self._fill_all(listed, self._remembered.recall))
-        count = lambda: self._fill_all(listed, self._remembered.count)
+        listed = [BatchState(**held) for held in self.oni.ask("overview", self._on_disk())]
+
+        def fill_all(way):
+            for state in listed:
+                with contextlib.suppress(Problem, OSError):
+                    self._fill(state, way)
+
+        in_time(lambda: fill_all(self._remembered.recall))
         with contextlib.suppress(Problem):  # it goes on, and is remembered
-            in_time(count, LIST_SECONDS, self._counting)
+            in_time(lambda: fill_all(self._remembered.count), LIST_SECONDS, self._counting)
         return listed
 
     def _on_disk(self):
         """The names of the batches in BATCH_SOURCE. Raises Problem."""
-        return in_time(lambda: set(filter(BATCH_NAME.fullmatch, os.listdir(self.source))))
+        return in_time(lambda: list(filter(BATCH_NAME.fullmatch, os.listdir(self.source))))
 
     def _ask_health(self):
         try:
@@ -1478,14 +1476,6 @@ class Site:
                 " move it away"
             )
 
-    def ensure_awardee(self, code, name):
-        """Makes an awardee that ONI does not have; whether it is new. Raises Problem."""
-        if not 0 < len(code) <= 50 or len(name) > 100 or "\0" in code + name:
-            raise Problem(
-                "an awardee code has 1 to 50 characters, a name at most 100, none of them NUL"
-            )
-        return self.oni.ask("awardee", code, name)
-
     def must_be_there(self, name):
         """Raises Problem unless the batch is in BATCH_SOURCE."""
         if not in_time(self.folder(name).exists):
@@ -1497,7 +1487,7 @@ class Site:
         """A question that suggests the batch which a wrong name may be meant to be."""
         there = self._on_disk()
         with contextlib.suppress(Problem):
-            there.update(self.oni.ask("names"))
+            there += self.oni.ask("names")
         return nearly(name, there)
 
 
@@ -2275,7 +2265,7 @@ class BatchPatch(Kind):
         return in_time(lambda: self._patch(given))
 
     def _patch(self, given):
-        return Patch(self.source, given.read_bytes())
+        return Patch(self.source, given.read_text("utf-8", "replace"))
 
     def bring(self, work):
         patch = self._possible_patch(work.input)
@@ -2835,7 +2825,7 @@ def cmd_ensure_awardee(request, code, name=""):
     Unable to create awardee
     """
     request.keys = {"org_code": code, "name": name}
-    new = request.site.ensure_awardee(code, name)
+    new = request.site.oni.ask("awardee", code, name)
     return {"message": "Awardee created" if new else "Awardee already exists"}
 
 
