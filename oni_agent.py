@@ -384,8 +384,6 @@ def answer_questions(channel):
         except Exception as error:
             reply = {"problem": "Open ONI cannot answer: %s: %s" % (type(error).__name__, error)}
         channel.sendall(json.dumps(reply, default=str).encode() + b"\\n")
-        if question == "lccns":  # its file has maybe taken all the memory that there may be
-            return
 
 def is_ready():
     """It is, if it answers this."""
@@ -400,7 +398,7 @@ def check():
 def lccns(path):
     """The LCCNs of the MARC records in a file as load_titles finds them. Raises Problem.
 
-    The file may be hostile: this is for a process of its own, which ends after its answer.
+    The file may be hostile: this is for a process of its own, which is ended after its answer.
     """
     import pymarc, xml.sax
     resource.setrlimit(resource.RLIMIT_DATA, (MAX_MARC_MEMORY, MAX_MARC_MEMORY))
@@ -1374,7 +1372,10 @@ class Site:
 
     def lccns(self, path):
         """The LCCNs of the MARC records in a file. Raises Problem where ONI could not store one."""
-        return self._marc_reader.ask("lccns", str(path), within=PATIENT_SECONDS)
+        try:
+            return self._marc_reader.ask("lccns", str(path), within=PATIENT_SECONDS)
+        finally:
+            self._marc_reader.close()  # it has maybe taken all the memory that it may
 
     def batch(self, name, within=ANSWER_SECONDS):
         """What ONI holds of a batch now. Raises Problem if the database cannot be asked."""
