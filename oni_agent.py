@@ -1694,7 +1694,8 @@ class JobStore:
         vars(job).update(changes)
 
     def log(self, job):
-        return JobLog(self.folder / "logs" / f"{job.id}.log")
+        """Where a job's log is, for JobLog."""
+        return self.folder / "logs" / f"{job.id}.log"
 
     def remove(self, job):
         """Forgets a job: its files first, so that a crash in between leaves none without a job."""
@@ -1729,71 +1730,23 @@ def timestamp(nanoseconds):
 
 
 class JobLog:
-    """What manage.py has printed for a job, and what the agent has to say of it.
+    """The files of what manage.py has printed for a job, and of what the agent has to say of it.
 
     manage.py itself writes its output to ID.out and ID.err. Beside them ID.log has one line for
     each moment: `[2026-11-22T11:07:19.061730250Z] K text`, K being A (a note of the agent's),
     = (text: how many bytes the two files have by now) or $ (the same, and the command that begins
-    with the next byte). From these the stamped lines of the protocol are made when they are read.
+    with the next byte). Work writes it; from it LogReader makes the stamped lines of the protocol.
     """
 
     def __init__(self, path):
         self.path = path
         self.outputs = {STDOUT: path.with_suffix(".out"), STDERR: path.with_suffix(".err")}
-        self.commands = []  # all that have begun
-        self._sizes = [0, 0]  # bytes of the outputs, as last written down
-        self._begun = 0  # bytes of stderr when the newest command began
-
-    def open(self):
-        """Makes the log ready to go on, after whatever an earlier agent has left."""
-        self._file = open_to_append(self.path)
-        whole = 0
-        for end, *_, begun, kind, command in self.entries():
-            whole = end
-            if command and not kind:
-                self._begun = int(begun)
-                self.commands.append(command)
-        self._file.truncate(whole)  # a crash may have cut the last entry short
 
     def entries(self, start=0):
         """Each entry from a byte on: an end, in bytes, and the groups of ENTRY. Raises OSError."""
         for end, text in pieces(self.path, start, most=3 * CHUNK):  # release 1.0's had 64 KiB
             for groups in ENTRY.findall(text):
                 yield end, *groups
-
-    def close(self):
-        """Puts the log safely on disk."""
-        with contextlib.suppress(OSError):
-            self._file.close()
-            sync(self.path)
-
-    def begin(self, command):
-        """Says that what follows after the last look is a command's output."""
-        out, self._begun = self._sizes
-        self.commands.append(command)
-        self.note(f"{out} {self._begun} {command}", "$")
-
-    def look(self):
-        """Writes down how much has been printed by now, if that has changed."""
-        with contextlib.suppress(OSError):  # nothing has, or somebody has removed it
-            sizes = [path.stat().st_size for path in self.outputs.values()]
-            if sizes != self._sizes:
-                self._sizes = sizes
-                self.note(f"{sizes[0]} {sizes[1]}", "=")
-
-    def note(self, text, kind=NOTE):
-        """Enters what the agent does, or what an entry of another kind says."""
-        entry = f"[{timestamp(time.time_ns())}] {kind} {text}".replace("\n", " ")
-        try:
-            print(entry, file=self._file, flush=True)
-        except OSError as error:
-            log.error("%s cannot be written for now: %s", self.path, error)
-
-    def complaints(self):
-        """The lines that the newest command has printed on stderr, but for empty ones."""
-        with contextlib.suppress(OSError):
-            for _, text in pieces(self.outputs[STDERR], self._begun, over=True):
-                yield from re.findall(r"(?m)^.*\S", text)
 
 
 def open_to_append(path):
@@ -1826,15 +1779,15 @@ def pieces(path, start, stop=sys.maxsize, over=False, most=CHUNK):
         yield start, text.removesuffix("\n")
 
 
-class LogReader:
+class LogReader(JobLog):
     """Reads a job's log, as stamped lines, in order. Can be read again for what has come since.
 
     Only lines of these kinds, or of all, are given out, without the first `skip` of all; each
     has the same stamp whichever are wanted.
     """
 
-    def __init__(self, job_log, *kinds, skip=0):
-        self._log = job_log
+    def __init__(self, path, *kinds, skip=0):
+        super().__init__(path)
         self._kinds = kinds or (STDOUT, STDERR, NOTE)
         self._skip = skip
         self._index = 0  # bytes of the log that have been read
@@ -1845,7 +1798,7 @@ class LogReader:
     def read(self, over):
         """Some lines at a time, `[stamp] text` each; if the job is `over`, unfinished ones too."""
         with contextlib.suppress(OSError):  # there is none yet, say
-            for entry in self._log.entries(self._index):
+            for entry in self.entries(self._index):
                 self._index, second, nanosecond, out, err, kind, text = entry
                 self._stamp = max(self._stamp, (second, int(nanosecond)))
                 if kind:  # a note; or a line in a log of release 1.0
@@ -1860,7 +1813,7 @@ class LogReader:
         """The lines of both outputs within these sizes."""
         for output, size in zip(self._at, sizes):
             with contextlib.suppress(OSError):  # somebody has removed it
-                for end, text in pieces(self._log.outputs[output], self._at[output], size, over):
+                for end, text in pieces(self.outputs[output], self._at[output], size, over):
                     self._at[output] = end
                     yield from self._stamped(output, text)
 
@@ -1882,38 +1835,81 @@ class LogReader:
 # ---------------------------------------------------------------- manage.py at work
 
 
-def holders(path):
-    """The process groups, the agent's own apart, of the processes that have a file open."""
-    groups = set()
-    for entry in Path("/proc").glob("[0-9]*/fd/*"):
-        # The process may end meanwhile, or be another user's.
-        with contextlib.suppress(OSError):
-            if entry.readlink() == path:
-                groups.add(os.getpgid(int(entry.parts[2])))
-    return groups - {os.getpgrp()}
-
-
 def signal_name(number):
     """SIGKILL for 9; real-time signals have none."""
     return next((each.name for each in signal.Signals if each == number), "of no name")
 
 
-class Work:
-    """One job at work: runs one manage.py after another for it, each to its end.
+class Work(JobLog):
+    """One job at work: keeps its log, and runs one manage.py after another, each to its end.
 
     manage.py runs in a session of its own, prints to files and inherits a locked file, so that it
     outlives this agent, and the next one can tell that it is still at work, and wait for its end.
     """
 
     def __init__(self, job, store, oni, stopping):
+        """Makes the log ready to go on, after whatever an earlier agent left. Raises OSError."""
+        super().__init__(store.log(job))
         self.job = job
-        self.log = store.log(job)
         self.input = store.input(job)
-        self.note = self.log.note
+        self.commands = []  # all that have begun
         self.undoing = False  # a cancelled job is tidied up, which is not to be cancelled
         self._oni = oni
         self._lock = store.folder / "run.lock"
         self._stopping = stopping
+        self._sizes = [0, 0]  # bytes of the outputs, as last written down
+        self._begun = 0  # bytes of stderr when the newest command began
+        self._file = open_to_append(self.path)
+        whole = 0
+        for end, *_, begun, kind, command in self.entries():
+            whole = end
+            if command and not kind:
+                self._begun = int(begun)
+                self.commands.append(command)
+        self._file.truncate(whole)  # a crash may have cut the last entry short
+
+    def close(self):
+        """Puts the log safely on disk."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+            sync(self.path)
+
+    def note(self, text, kind=NOTE):
+        """Enters what the agent does, or what an entry of another kind says."""
+        entry = f"[{timestamp(time.time_ns())}] {kind} {text}".replace("\n", " ")
+        try:
+            print(entry, file=self._file, flush=True)
+        except OSError as error:
+            log.error("%s cannot be written for now: %s", self.path, error)
+
+    def _look(self):
+        """Enters how much has been printed by now, if that has changed."""
+        with contextlib.suppress(OSError):  # nothing has, or somebody has removed it
+            sizes = [path.stat().st_size for path in self.outputs.values()]
+            if sizes != self._sizes:
+                self._sizes = sizes
+                self.note(f"{sizes[0]} {sizes[1]}", "=")
+
+    def _enter(self, command):
+        """Enters that what follows after the last look is a command's output."""
+        out, self._begun = self._sizes
+        self.commands.append(command)
+        self.note(f"{out} {self._begun} {command}", "$")
+
+    def complaints(self):
+        """The lines that the newest manage.py has printed on stderr, but for empty ones."""
+        with contextlib.suppress(OSError):
+            for _, text in pieces(self.outputs[STDERR], self._begun, over=True):
+                yield from re.findall(r"(?m)^.*\S", text)
+
+    def complaint(self):
+        """The first line that the newest manage.py has logged as an error, else its last."""
+        last = "nothing"
+        for last in self.complaints():
+            error = re.match(r"\[ERROR\] |ERROR:[\w.]+:", last)  # ONI 1.1 and 1.0
+            if error:
+                return last[error.end() :]
+        return last
 
     @property
     def cancelled(self):
@@ -1921,18 +1917,21 @@ class Work:
         return self.job.cancelled and not self.undoing
 
     def go_on(self):
-        """Raises Cancelled if the job is to end."""
-        if self.cancelled:
+        """Raises Cancelled if the job is to end, or has ended before it began."""
+        if self.cancelled or self.job.finished:
             raise Cancelled
 
-    def complaint(self):
-        """The first line that the newest manage.py has logged as an error, else its last."""
-        last = "nothing"
-        for last in self.log.complaints():
-            error = re.match(r"\[ERROR\] |ERROR:[\w.]+:", last)  # ONI 1.1 and 1.0
-            if error:
-                return last[error.end() :]
-        return last
+    def step(self, action):
+        """Takes a step, a function of this work, anew while the machine lacks something for it.
+
+        Raises Problem, also for any other OSError; Cancelled.
+        """
+
+        def take():
+            self.go_on()
+            action(self)
+
+        patiently(take, is_scarce)
 
     def manage(self, *words):
         """Runs manage.py with `words`. Raises Problem, Cancelled, Stopping.
@@ -1946,7 +1945,8 @@ class Work:
         self._run("manage.py shell:", self._oni.start_task, name, *words)
 
     def _run(self, program, start, *words):
-        process = patiently(lambda: self._begin(program, start, *words))
+        process = patiently(lambda: self._begin(start, *words))
+        self._enter(f"{program} {shlex.join(words)}")
         self._follow()
         status = process.wait()
         self.go_on()
@@ -1957,22 +1957,24 @@ class Work:
         if status:
             raise Problem(f"exit status {status}: {self.complaint()}")
 
-    def _begin(self, program, start, *words):
+    def _begin(self, start, *words):
         self.go_on()
-        out, err = map(open_to_append, self.log.outputs.values())
+        out, err = map(open_to_append, self.outputs.values())
         with out, err, locked(self._lock) as lock:
-            self.log.look()
-            process = start(*words, stdout=out, stderr=err, pass_fds=[lock.fileno()])
-        self.log.begin(f"{program} {shlex.join(words)}")
-        return process
+            self._look()
+            return start(*words, stdout=out, stderr=err, pass_fds=[lock.fileno()])
 
     def take_over(self):
-        """Waits for the end of what an earlier agent has begun."""
+        """Waits for the end of what an earlier agent, or a cancelled step, has begun, if anything.
+
+        From then on there is nothing to end, and a cancelled job is undone.
+        """
         if patiently(self._is_at_work):
             log.warning("job=%d adopted=yes: its manage.py is at work", self.job.id)
-            if not self.log.commands:  # somebody has deleted the log
-                self.log.begin("manage.py, begun by an earlier agent")
+            if not self.commands:  # somebody has deleted the log
+                self._enter("manage.py, begun by an earlier agent")
         self._follow()
+        self.undoing = self.job.cancelled
 
     def _is_at_work(self):
         """Whether manage.py, or what it has left behind, holds the lock. Raises OSError."""
@@ -1989,25 +1991,31 @@ class Work:
         next_signal = 0.0
         while patiently(self._is_at_work):
             time.sleep(TICK)
-            self.log.look()
+            self._look()
             with contextlib.suppress(OSError):  # somebody has removed the folder
-                full = full or not shutil.disk_usage(self.log.path.parent).free
+                full = full or not shutil.disk_usage(self.path.parent).free
             if self.cancelled and time.monotonic() > next_signal:
-                self._signal_all(number)
+                self._signal(number)
                 number = signal.SIGKILL
                 next_signal = time.monotonic() + TERM_SECONDS
-        self.log.look()
+        self._look()
         if full:
             self.note(
                 "the state folder was full meanwhile: lines that manage.py printed may be missing"
             )
 
-    def _signal_all(self, number):
+    def _signal(self, number):
+        """Sends a signal to the process groups, but the agent's own, that have the lock open."""
+        groups = set()
         with contextlib.suppress(OSError):  # nobody can tell just now: the next time, then
-            for group in holders(self._lock):
-                self.note(f"cancelled: {number.name} to process group {group}")
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(group, number)
+            for entry in Path("/proc").glob("[0-9]*/fd/*"):
+                with contextlib.suppress(OSError):  # it has ended, or is another user's
+                    if entry.readlink() == self._lock:
+                        groups.add(os.getpgid(int(entry.parts[2])))
+        for group in groups - {os.getpgrp()}:
+            self.note(f"cancelled: {number.name} to process group {group}")
+            with contextlib.suppress(OSError):
+                os.killpg(group, number)
 
 
 # ---------------------------------------------------------------- kinds of job
@@ -2082,15 +2090,15 @@ class BatchKind(Kind):
     def verify(self, work):
         state = self.state()
         if not self.is_goal(state):
-            said = f"; manage.py said: {work.complaint()}" if work.log.commands else ""
+            said = f"; manage.py said: {work.complaint()}" if work.commands else ""
             raise Problem(f"{state}{said}")
-        if not work.log.commands:
+        if not work.commands:
             work.note(f"nothing to do: {state}")
         elif state.index_problem:
             work.note(str(state))
 
     def remains(self, work):
-        if not work.log.commands and not work.undoing:
+        if not work.commands and not work.undoing:
             return ""  # nothing has changed, and the error says what was in the way
         try:
             return str(self.state())
@@ -2162,7 +2170,7 @@ class LoadBatch(BatchKind):
     def undo(self, work):
         # As _run and take_over write them down; the others leave the rows as they are.
         changing = ("manage.py load_batch", "manage.py purge_batch", "manage.py, begun")
-        if any(command.startswith(changing) for command in work.log.commands):
+        if any(command.startswith(changing) for command in work.commands):
             PurgeBatch(self.site, self.name).bring(work)
 
 
@@ -2222,7 +2230,7 @@ class LoadTitle(Kind):
         why = f"load_titles said: {work.complaint()}"
         if missing:
             raise Problem(f"ONI has no title {', '.join(missing)}; {why}")
-        said = "\n".join(work.log.complaints())
+        said = "\n".join(work.complaints())
         if not re.search("ERRORS: 0$", said, re.MULTILINE):
             raise Problem(f"ONI has not stored every record; {why}")
         counts = re.findall(r"TITLES (?:CREATED|UPDATED): (\d+)", said)
@@ -2403,105 +2411,79 @@ class JobQueue:
 
         Wherever a cancel stops it, it is taken up anew from there, and then undone.
         """
-        work = Work(job, self._store, self._site.oni, self._stopping)
-        patiently(work.log.open)
-        with contextlib.closing(work.log):
+        work = patiently(lambda: Work(job, self._store, self._site.oni, self._stopping))
+        with contextlib.closing(work):
             while not job.finished:
                 with contextlib.suppress(Cancelled):
-                    self._record(work, *self._outcome(work))
+                    outcome = self._outcome(work)
+                    patiently(lambda: self._record(work, *outcome))
 
     def _outcome(self, work):
         """The status that a job is to get, and its error, after all that it does.
 
         Raises Cancelled, Stopping, and nothing else: a fault of the agent's is the job's end.
         """
-        job = work.job
         try:
-            kind = self.kind(job.words)
+            work.take_over()
+            kind = self.kind(work.job.words)
             try:
                 self._reach(work, kind)
                 return SUCCESSFUL, ""
             except Problem as problem:
                 return self._failure(work, kind, problem)
         except Exception as fault:
-            log.exception("job=%d stumbled over a fault of the agent", job.id)
-            work.undoing = True  # a cancel would come to the same fault
+            log.exception("job=%d stumbled over a fault of the agent", work.job.id)
             return FAILED, f"a fault of the agent, see its log: {fault!r}"
+
+    def _reach(self, work, kind):
+        """Reaches what a job is to reach, from where the job is now, or undoes it.
+
+        Raises Problem (in any case for a cancelled job), Cancelled, Stopping.
+        """
+        if work.undoing:
+            try:
+                work.step(kind.undo)
+            except Problem as problem:
+                raise Problem(f"cancelled; {problem}") from problem
+            raise Problem("cancelled")
+        if work.job.status == STARTED:
+            try:
+                work.step(kind.verify)
+                return
+            except Problem as problem:
+                log.warning("job=%d was interrupted: %s", work.job.id, problem)
+                work.note(f"interrupted: the agent went before the job's end; {problem}")
+        for step in (self._begin, kind.bring, kind.verify):
+            work.step(step)
 
     @staticmethod
     def _failure(work, kind, problem):
         """The status and the error of an unsuccessful job, which says what there is now, too."""
-        never_ran = isinstance(problem, CouldNotStart) and not work.log.commands
+        never_ran = isinstance(problem, CouldNotStart) and not work.commands
         error = str(problem)
         remains = kind.remains(work)
         if remains not in error:
             error = f"{error}; {remains}"
         return COULD_NOT_START if never_ran else FAILED, error
 
-    def _reach(self, work, kind):
-        """Reaches what a job is to reach, from where the job is now.
-
-        Raises Problem (in any case for a cancelled job, which is undone), Cancelled, Stopping.
-        """
-        if work.job.status == STARTED:
-            work.take_over()
-            if work.job.cancelled:
-                self._undo(work, kind)
-            try:
-                self._step(kind.verify, work)
-                return
-            except Problem as problem:
-                log.warning("job=%d was interrupted: %s", work.job.id, problem)
-                work.note(f"interrupted: the agent went before the job's end; {problem}")
-        self._begin(work.job)
-        self._step(kind.bring, work)
-        self._step(kind.verify, work)
-
-    def _undo(self, work, kind):
-        """Takes back what a cancelled job has half done. Raises Problem, in any case."""
-        work.undoing = True
-        try:
-            self._step(kind.undo, work)
-        except Problem as problem:
-            raise Problem(f"cancelled; {problem}") from problem
-        raise Problem("cancelled")
-
-    @staticmethod
-    def _step(step, work):
-        """Takes a step of a job, again and again while the machine lacks something for it."""
-
-        def take():
-            work.go_on()
-            step(work)
-
-        patiently(take, is_scarce)
-
-    def _begin(self, job):
-        """Enters that a job has begun. Raises Problem if it has too often; Cancelled."""
+    def _begin(self, work):
+        """Enters that a job has begun. Raises Scarce; Problem if it has too often; Cancelled."""
+        job = work.job
         if job.attempts >= MAX_ATTEMPTS:
             raise Problem(f"given up: {MAX_ATTEMPTS} times the agent was gone before its end")
-
-        def begin():
-            with self._changed:
-                if job.finished:  # cancelled as it was to begin
-                    raise Cancelled
-                started = job.started or time.time_ns()
-                self._change(job, status=STARTED, started=started, attempts=job.attempts + 1)
-
-        patiently(begin)
+        with self._changed:
+            work.go_on()
+            started = job.started or time.time_ns()
+            self._change(job, status=STARTED, started=started, attempts=job.attempts + 1)
         log.info("job=%d command=%r begins", job.id, shlex.join(job.words))
 
     def _record(self, work, status, error):
-        """Records the end of the job at work, unless it is to be undone first. Raises Stopping."""
-
-        def record():
-            with self._changed:
-                if self._stopping.is_set() and status != SUCCESSFUL:
-                    raise Stopping
-                if not work.cancelled and not work.job.finished:
-                    self._end(work.job, status, error)
-
-        patiently(record)
+        """Records the end of the job at work. Raises Scarce, Stopping; Cancelled to undo it."""
+        with self._changed:
+            if self._stopping.is_set() and status != SUCCESSFUL:
+                raise Stopping
+            work.go_on()
+            self._end(work.job, status, error)
 
     def _end(self, job, status, error):
         """Records a job's end, and tells of it. Raises Scarce."""
@@ -3795,7 +3777,7 @@ def tell_systemd(state):
 ASIDE = futures.ThreadPoolExecutor(8, "aside")  # for what nobody waits for
 
 
-def run_on_finish(program, job, job_log, environ):
+def run_on_finish(program, job, log_path, environ):
     """Runs ON_FINISH for a job that has ended; what becomes of it is only logged."""
     environment = {
         **environ,
@@ -3803,7 +3785,7 @@ def run_on_finish(program, job, job_log, environ):
         "ONI_JOB_COMMAND": shlex.join(job.words),
         "ONI_JOB_STATUS": job.status,
         "ONI_JOB_ERROR": job.error.replace("\0", ""),
-        "ONI_JOB_LOG": str(job_log.path),
+        "ONI_JOB_LOG": str(log_path),
     }
     try:
         status = subprocess.run(
@@ -3907,9 +3889,9 @@ def build(settings):
 
     def ended(job):
         if settings.on_finish:
-            job_log = store.log(job)
+            log_path = store.log(job)
             with contextlib.suppress(RuntimeError):  # no thread to be had
-                ASIDE.submit(run_on_finish, settings.on_finish, job, job_log, oni.environment)
+                ASIDE.submit(run_on_finish, settings.on_finish, job, log_path, oni.environment)
 
     jobs = JobQueue(store, site, ended, lambda text: tell_systemd(f"STATUS={text}"))
     return Agent(settings, site, store, jobs)
