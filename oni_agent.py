@@ -180,18 +180,13 @@ def is_scarce(error):
     return isinstance(error, Scarce) or error.errno in SCARCE
 
 
-def patiently(action, passes=lambda error: True):
-    """What `action` returns, which is begun again each second while the system refuses something.
-
-    Raises Problem for an OSError of which `passes` says that it will not pass.
-    """
+def patiently(action):
+    """What `action` returns, which is begun again each second while it raises OSError."""
     warned = False
     while True:
         try:
             return action()
         except OSError as error:
-            if not passes(error):
-                raise Problem(str(error)) from error
             if not warned:
                 log.error("%s; trying again every second", error)
             warned = True
@@ -1924,14 +1919,19 @@ class Work(JobLog):
     def step(self, action):
         """Takes a step, a function of this work, anew while the machine lacks something for it.
 
-        Raises Problem, also for any other OSError; Cancelled.
+        Raises Problem, also for any other OSError; Cancelled, Stopping.
         """
 
         def take():
             self.go_on()
-            action(self)
+            try:
+                action(self)
+            except OSError as error:
+                if is_scarce(error):
+                    raise
+                raise Problem(str(error)) from error
 
-        patiently(take, is_scarce)
+        patiently(take)
 
     def manage(self, *words):
         """Runs manage.py with `words`. Raises Problem, Cancelled, Stopping.
@@ -2419,7 +2419,7 @@ class JobQueue:
                     patiently(lambda: self._record(work, *outcome))
 
     def _outcome(self, work):
-        """The status that a job is to get, and its error, after all that it does.
+        """The status that a job is to get, and its error, which says what there is now, too.
 
         Raises Cancelled, Stopping, and nothing else: a fault of the agent's is the job's end.
         """
@@ -2430,7 +2430,12 @@ class JobQueue:
                 self._reach(work, kind)
                 return SUCCESSFUL, ""
             except Problem as problem:
-                return self._failure(work, kind, problem)
+                error = str(problem)
+                never_ran = isinstance(problem, CouldNotStart) and not work.commands
+            remains = kind.remains(work)
+            if remains not in error:
+                error = f"{error}; {remains}"
+            return COULD_NOT_START if never_ran else FAILED, error
         except Exception as fault:
             log.exception("job=%d stumbled over a fault of the agent", work.job.id)
             return FAILED, f"a fault of the agent, see its log: {fault!r}"
@@ -2455,16 +2460,6 @@ class JobQueue:
                 work.note(f"interrupted: the agent went before the job's end; {problem}")
         for step in (self._begin, kind.bring, kind.verify):
             work.step(step)
-
-    @staticmethod
-    def _failure(work, kind, problem):
-        """The status and the error of an unsuccessful job, which says what there is now, too."""
-        never_ran = isinstance(problem, CouldNotStart) and not work.commands
-        error = str(problem)
-        remains = kind.remains(work)
-        if remains not in error:
-            error = f"{error}; {remains}"
-        return COULD_NOT_START if never_ran else FAILED, error
 
     def _begin(self, work):
         """Enters that a job has begun. Raises Scarce; Problem if it has too often; Cancelled."""
@@ -2513,7 +2508,7 @@ class JobQueue:
         finished = sorted((job for job in self.jobs() if job.finished), key=lambda job: job.ended)
         for job in finished[:-KEEP_JOBS]:
             if job.ended < horizon:
-                with self._changed, contextlib.suppress(Problem, OSError):
+                with self._changed, contextlib.suppress(OSError):
                     self._store.remove(job)  # else the next time
                     del self._jobs[job.id]
 
