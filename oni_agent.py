@@ -1060,9 +1060,10 @@ class Findings:
 
 
 class Patch:
-    """The batch that instructions make of the batch in `old`.
+    """The batch that a file of instructions makes of the batch in `old`.
 
-    Raises Problem where one is not `RemoveIssue LCCN/YYYYMMDDEE`, or the batch has no such issue.
+    Raises Problem where one is not `RemoveIssue LCCN/YYYYMMDDEE`, or the batch has no such issue;
+    OSError.
     """
 
     def __init__(self, old, instructions):
@@ -1070,7 +1071,7 @@ class Patch:
         listing = old / LISTING
         self._gone = {listing.with_name(name) for name in BATCH_FILES}
         root = parse_xml(listing, ET.TreeBuilder(insert_comments=True, insert_pis=True))
-        lines = removals(instructions)
+        lines = removals(instructions.read_text("utf-8", "replace"))
         named = []
         staying = []
         for issue in root.findall(f"{NDNP}issue"):
@@ -1579,8 +1580,8 @@ class JobStore:
             self._database = sqlite3.connect(
                 self._path, check_same_thread=False, isolation_level=None
             )
-            self._execute("PRAGMA journal_mode = WAL")
-            self._execute("PRAGMA synchronous = FULL")  # what is answered is on disk
+            # What is answered is on disk.
+            self._database.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL")
             if is_new:
                 self._database.executescript(self.SCHEMA)
             self._newest = self._newest_id()
@@ -2271,10 +2272,7 @@ class BatchPatch(Kind):
         if not self.site.oni.ask("batch", self.old, False)["row"]:
             raise Problem("batch does not exist")
         in_time(lambda: check_listing(self.source))
-        return in_time(lambda: self._patch(given))
-
-    def _patch(self, given):
-        return Patch(self.source, given.read_text("utf-8", "replace"))
+        return in_time(lambda: Patch(self.source, given))
 
     def bring(self, work):
         patch = self._possible_patch(work.input)
@@ -2287,7 +2285,7 @@ class BatchPatch(Kind):
             work.note(f"{self.target} is whole")
 
     def verify(self, work):
-        if not self._patch(work.input).is_made(self.target):
+        if not Patch(self.source, work.input).is_made(self.target):
             raise Problem(f"{self.target} is not there")
 
     def remains(self, work):
@@ -2307,13 +2305,12 @@ KINDS = {
 class JobQueue:
     """The jobs in order, and the one thread that works on them."""
 
-    def __init__(self, store, site, on_end, tell):
+    def __init__(self, store, site, on_end):
         self._store = store
         self._site = site
         self._on_end = on_end
-        self._tell = tell  # takes a sentence on what is being done
         self._changed = threading.Condition()  # guards the jobs, and the store; re-entrant
-        self._stopping = threading.Event()
+        self.stopping = threading.Event()  # no end is recorded that this may have caused
         self._closed = False
         self._jobs = {job.id: job for job in store.jobs()}
         self._waiting = queue.Queue()
@@ -2324,10 +2321,6 @@ class JobQueue:
     def start(self):
         self._announce()
         threading.Thread(target=self._run, name="worker", daemon=True).start()
-
-    def stop(self):
-        """From now on no end is recorded that the stop may have caused."""
-        self._stopping.set()
 
     def close(self):
         """From now on no job is accepted, since its answer might not be sent any more."""
@@ -2411,7 +2404,7 @@ class JobQueue:
 
         Wherever a cancel stops it, it is taken up anew from there, and then undone.
         """
-        work = patiently(lambda: Work(job, self._store, self._site.oni, self._stopping))
+        work = patiently(lambda: Work(job, self._store, self._site.oni, self.stopping))
         with contextlib.closing(work):
             while not job.finished:
                 with contextlib.suppress(Cancelled):
@@ -2475,7 +2468,7 @@ class JobQueue:
     def _record(self, work, status, error):
         """Records the end of the job at work. Raises Scarce, Stopping; Cancelled to undo it."""
         with self._changed:
-            if self._stopping.is_set() and status != SUCCESSFUL:
+            if self.stopping.is_set() and status != SUCCESSFUL:
                 raise Stopping
             work.go_on()
             self._end(work.job, status, error)
@@ -2501,7 +2494,7 @@ class JobQueue:
         at_work = [
             f"{shlex.join(job.words)} (job {job.id})" for job in jobs if job.status == STARTED
         ]
-        self._tell(f"at work: {', '.join(at_work) or 'nothing'}; waiting: {waiting}")
+        tell_systemd(f"STATUS=at work: {', '.join(at_work) or 'nothing'}; waiting: {waiting}")
 
     def _forget_old(self):
         horizon = time.time_ns() - KEEP_DAYS * 86400 * 10**9
@@ -3526,7 +3519,7 @@ def serve(agent, host_key, listener, stop):
             accept(agent, host_key, listener)
         drop_idle(len(alive(Connection)) - MAX_CONNECTIONS)
     log.info("stopping on %s; manage.py goes on", signal.Signals(stop.recv(1)[0]).name)
-    agent.queue.stop()
+    agent.queue.stopping.set()
     listener.close()
     wait_for_answers(STOP_SECONDS)
     agent.queue.close()
@@ -3888,8 +3881,7 @@ def build(settings):
             with contextlib.suppress(RuntimeError):  # no thread to be had
                 ASIDE.submit(run_on_finish, settings.on_finish, job, log_path, oni.environment)
 
-    jobs = JobQueue(store, site, ended, lambda text: tell_systemd(f"STATUS={text}"))
-    return Agent(settings, site, store, jobs)
+    return Agent(settings, site, store, JobQueue(store, site, ended))
 
 
 def tell_where(settings, address):
