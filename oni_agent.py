@@ -1946,7 +1946,14 @@ class Work(JobLog):
         self._run("manage.py shell:", self._oni.start_task, name, *words)
 
     def _run(self, program, start, *words):
-        process = patiently(lambda: self._begin(start, *words))
+        def begin():
+            self.go_on()
+            out, err = map(open_to_append, self.outputs.values())
+            with out, err, locked(self._lock) as lock:
+                self._look()
+                return start(*words, stdout=out, stderr=err, pass_fds=[lock.fileno()])
+
+        process = patiently(begin)
         self._enter(f"{program} {shlex.join(words)}")
         self._follow()
         status = process.wait()
@@ -1957,13 +1964,6 @@ class Work(JobLog):
             raise Problem(f"killed by signal {-status} ({signal_name(-status)})")
         if status:
             raise Problem(f"exit status {status}: {self.complaint()}")
-
-    def _begin(self, start, *words):
-        self.go_on()
-        out, err = map(open_to_append, self.outputs.values())
-        with out, err, locked(self._lock) as lock:
-            self._look()
-            return start(*words, stdout=out, stderr=err, pass_fds=[lock.fileno()])
 
     def take_over(self):
         """Waits for the end of what an earlier agent, or a cancelled step, has begun, if anything.
@@ -2193,7 +2193,7 @@ class PurgeBatch(BatchKind):
     title = "Purge batch"
 
     def is_goal(self, state):
-        return not state.row and state.documents == 0  # None: Solr cannot be asked
+        return not state.row and state.documents == 0  # None, if Solr cannot be asked
 
     def bring(self, work):
         state = self.state()
@@ -2310,7 +2310,7 @@ class JobQueue:
         self._site = site
         self._on_end = on_end
         self._changed = threading.Condition()  # guards the jobs, and the store; re-entrant
-        self.stopping = threading.Event()  # no end is recorded that this may have caused
+        self.stopping = threading.Event()  # once set: no end is recorded that it may have caused
         self._closed = False
         self._jobs = {job.id: job for job in store.jobs()}
         self._waiting = queue.Queue()
@@ -2331,6 +2331,10 @@ class JobQueue:
         """Every job, oldest first."""
         with self._changed:
             return list(self._jobs.values())
+
+    def ended(self):
+        """Every job that has ended, the last one to do so first."""
+        return sorted((job for job in self.jobs() if job.finished), key=lambda job: -job.ended)
 
     def get(self, id):
         return self._jobs.get(id)
@@ -2498,8 +2502,7 @@ class JobQueue:
 
     def _forget_old(self):
         horizon = time.time_ns() - KEEP_DAYS * 86400 * 10**9
-        finished = sorted((job for job in self.jobs() if job.finished), key=lambda job: job.ended)
-        for job in finished[:-KEEP_JOBS]:
+        for job in self.ended()[KEEP_JOBS:]:
             if job.ended < horizon:
                 with self._changed, contextlib.suppress(OSError):
                     self._store.remove(job)  # else the next time
@@ -3017,14 +3020,13 @@ def cmd_board(request):
     "board" takes no arguments
     """
     jobs = request.queue.jobs()
-    ended = sorted((job for job in jobs if job.finished), key=lambda job: -job.ended)
     return {
         "version": VERSION,
         "uptime": int(time.monotonic() - BEGAN),
         "oni": {"location": str(request.site.oni.location), **request.site.health()},
         "at_work": [job_with_place(request, job) for job in jobs if job.status == STARTED],
         "waiting": [job_object(job) for job in jobs if job.status == PENDING],
-        "ended": [job_object(job) for job in ended[:50]],
+        "ended": [job_object(job) for job in request.queue.ended()[:50]],
     }
 
 
@@ -3877,9 +3879,10 @@ def build(settings):
 
     def ended(job):
         if settings.on_finish:
-            log_path = store.log(job)
             with contextlib.suppress(RuntimeError):  # no thread to be had
-                ASIDE.submit(run_on_finish, settings.on_finish, job, log_path, oni.environment)
+                ASIDE.submit(
+                    run_on_finish, settings.on_finish, job, store.log(job), oni.environment
+                )
 
     return Agent(settings, site, store, JobQueue(store, site, ended))
 

@@ -6791,7 +6791,7 @@ def altered(site: Site, *changes: tuple[str, str]) -> Site:
 
 FORGETS_ALL_BUT_ONE = (
     ("KEEP_DAYS * 86400", "0 * 86400"),
-    ("finished[:-KEEP_JOBS]", "finished[:-1]"),
+    ("ended()[KEEP_JOBS:]", "ended()[1:]"),
 )
 
 
