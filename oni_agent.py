@@ -2015,7 +2015,7 @@ class Work(JobLog):
                         groups.add(os.getpgid(int(entry.parts[2])))
         for group in groups - {os.getpgrp()}:
             self.note(f"cancelled: {number.name} to process group {group}")
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # it has ended meanwhile
                 os.killpg(group, number)
 
 
