@@ -67,7 +67,6 @@ import shutil
 import signal
 import socket
 import sqlite3
-import stat
 import subprocess
 import sys
 import tempfile
@@ -78,7 +77,6 @@ import unicodedata
 import urllib.parse
 import warnings
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterable
 from concurrent import futures
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -255,7 +253,7 @@ def state_folder(value):
     place = nearest_folder(path)
     if not os.access(place, os.W_OK | os.X_OK):
         raise ValueError(f"the agent's user cannot write to {place}")
-    if path == place and path.stat().st_mode & stat.S_IWOTH and not is_an_agents(path):
+    if path == place and path.stat().st_mode & 0o002 and not is_an_agents(path):
         raise ValueError("others use that folder: name one of the agent's own")
     return path
 
@@ -292,7 +290,7 @@ def networks(value):
 
 def log_level(value):
     """`value` as logging writes it."""
-    if value.lower() not in ("debug", "info", "warning", "error"):
+    if not re.fullmatch("(?ai)debug|info|warning|error", value):
         raise ValueError("write debug, info, warning or error")
     return value.upper()
 
@@ -2343,13 +2341,13 @@ class JobQueue:
         """What a job of these words is to reach. Raises Problem if one cannot be a batch's name."""
         return KINDS[words[0]](self._site, *words[1:])
 
-    def wait(self, job, seconds):
-        """Waits for a job's end, so long at most; whether it has ended."""
+    def wait(self, job):
+        """Waits for a job's end, for a moment at most; whether it has ended."""
         with self._changed:
-            return self._changed.wait_for(lambda: job.finished, seconds)
+            return self._changed.wait_for(lambda: job.finished, 0.2)
 
     def add(self, words, given=None):
-        """A job's id, on disk when this returns, and whether it is new; -1: nothing is to be done.
+        """A job's id, on disk when this returns, and a sentence; -1: nothing is to be done.
 
         `given` is the file of what came on standard input. A batch's last unfinished job is
         taken if it is the same, else the new one comes after it. Raises Problem.
@@ -2360,16 +2358,16 @@ class JobQueue:
         with self._changed:
             last = self._last_on(words)  # which may have come while Open ONI was asked
             if reached and not last:
-                return -1, False
+                return -1, "No-op: job is redundant or already completed"
             if self._closed:
                 raise Problem("the agent is stopping; ask again in a moment")
             if last and last.words == words and not (last.cancelled or given):
-                return last.id, False
+                return last.id, "Job already in queue"
             job = self._store.add(words, given)
             self._jobs[job.id] = job
             self._waiting.put(job)
             self._announce()
-            return job.id, True
+            return job.id, "Job added to queue"
 
     def _last_on(self, words):
         """The newest unfinished job on the same batch, or None."""
@@ -2543,12 +2541,12 @@ class Request(Agent):
     The exit status is 0, error or not (NCA needs it), but for what tells of a job or of faults.
     """
 
-    client: Session  # reads its input, and knows whether it is still there
-    tell: Callable | None  # is told what job-status answers, while a person waits for a job
-    words: Iterable = ()
-    keys: dict = field(default_factory=dict)  # of the object, if any; a Problem adds to them
-    lines: Iterable = ()  # some at a time, as they come; a person is shown them after the object
-    exit_status: int = 0  # once the lines have been read
+    client: Session  # reads its input, knows whether it is still there, and is its terminal
+    # Until there is more:
+    words = ()
+    keys = {}  # of the object, if any; a Problem adds to them
+    lines = ()  # some at a time, as they come; a person is shown them after the object
+    exit_status = 0  # once the lines have been read
 
     def job(self, word):
         """The job whose id a word is. Raises Refused."""
@@ -2562,23 +2560,19 @@ class Request(Agent):
             raise Refused("Job not found", job={"id": id})
         return job
 
-    def until_ended(self, job, seconds):
-        """Says every so many seconds whether a job has ended, until it has, and the exit status
-        tells of its success. Raises ClientGone.
+    def until_ended(self, job):
+        """Says again and again whether a job has ended, until it has, and the exit status tells of
+        its success. Raises ClientGone.
         """
-        over = False
-        while not over:
-            over = self.queue.wait(job, seconds)
+        while not self.queue.wait(job):
             self.client.hear()
-            yield over
+            yield False
+        yield True
         self.exit_status = int(job.status != SUCCESSFUL)
 
     def submit(self, given=None):
         """Makes a job of the words, and of the file `given` on standard input. Raises Problem."""
-        id, new = self.queue.add(self.words, given)
-        message = "Job added to queue" if new else "Job already in queue"
-        if id == -1:
-            message = "No-op: job is redundant or already completed"
+        id, message = self.queue.add(self.words, given)
         return {"message": message, "job": {"id": id}}
 
     def submit_with_input(self, limit):
@@ -2590,11 +2584,14 @@ class Request(Agent):
 
 # To each function cmd_… belongs a command. It gets a Request and the words after the command, where
 # its parameter is called `job` the job of that id, and returns the keys of the answer, if any.
+#
+# Its docstring is data: labels, and a line of text each, or the next line if it is long. usage,
+# help and example, in this order, are what `help` answers; misuse answers a wrong number of words,
+# and failure a Problem, where that is not to be the usual one.
 
 
-def texts_of(name):
-    """The paragraphs of the docstring of a command's function: usage, help, an example, what
-    answers a wrong number of words, and what answers a Problem. Without the last, any has this one.
+def texts_of(name, labels=r"\w+"):
+    """The texts with these labels, or all, in the docstring of a command.
 
     Raises Refused if there is no such command, and guesses what was meant.
     """
@@ -2602,13 +2599,12 @@ def texts_of(name):
         raise Refused(
             f'"{name}" is not a valid command name', error=f"see help{nearly(name, COMMANDS, 0.7)}"
         )
-    paragraphs = inspect.getdoc(COMMANDS[name]).split("\n\n")
-    return [*paragraphs, "The agent cannot do this just now"]
+    return dict(re.findall(rf"(?m)^ *({labels}):\s+(.+)", COMMANDS[name].__doc__))
 
 
-def answer(agent, line, client, tell):
+def answer(line, client):
     """Has a command line, in bytes, answered: its Request. Raises ClientGone and nothing else."""
-    request = Request(**vars(agent), client=client, tell=tell)
+    request = Request(**vars(client.agent), client=client)
     try:
         request.words = split_words(line)
         perform(request)
@@ -2625,18 +2621,19 @@ def perform(request):
     if not request.words:
         raise Refused("no command specified")
     name, *arguments = request.words
-    usage, _, _, wrong, refusal, *_ = texts_of(name)
+    texts = {"failure": "The agent cannot do this just now", **texts_of(name)}
     function = COMMANDS[name]
     try:
         bound = inspect.signature(function).bind(request, *arguments).arguments
     except TypeError:
-        raise Refused(wrong, error=f"usage: {usage}")
+        raise Refused(texts["misuse"], error=f"usage: {texts['usage']}")
     if "job" in bound:
         bound["job"] = request.job(bound["job"])
     try:
         keys = function(**bound)
     except (Problem, OSError) as problem:
-        raise Refused(refusal.format(*arguments), error=str(problem), **request.keys)
+        failure = texts["failure"].format(*arguments)
+        raise Refused(failure, error=str(problem), **request.keys)
     if keys:
         request.keys = {"status": "success", **keys}
 
@@ -2645,7 +2642,6 @@ GO_WORD = (
     r'"(?:[^"\\\x00-\x1f\x7f]'
     r'|\\(?:[abfnrtv\\"]|x[0-9a-f]{2}|u[0-9a-f]{4}|U00(?:0[0-9a-f]|10)[0-9a-f]{4}))*"'
 )
-GO_LINE = re.compile(rf"[ \t]*{GO_WORD}(?:[ \t]+{GO_WORD})*[ \t]*")
 
 
 def split_words(line):
@@ -2658,7 +2654,7 @@ def split_words(line):
         raise Refused(f"the command line has more than {MAX_COMMAND} bytes")
     try:
         text = line.decode()
-        if GO_LINE.fullmatch(text):
+        if re.fullmatch(rf"[ \t]*(?:{GO_WORD}[ \t]+)*", f"{text} "):
             words = [ast.literal_eval(word) for word in re.findall(GO_WORD, text)]
         else:
             words = shlex.split(text)
@@ -2718,85 +2714,70 @@ def batch_object(state):
 
 
 def cmd_version(request):
-    """version
-
-    Says which version of the agent is running.
-
-    ssh -p 2222 nobody@localhost version
-
-    "version" takes no arguments
+    """
+    usage: version
+    help: Says which version of the agent is running.
+    example: ssh -p 2222 nobody@localhost version
+    misuse: "version" takes no arguments
     """
     return {"version": VERSION}
 
 
 def cmd_help(request, name=""):
-    """help [COMMAND]
-
-    Lists the commands, or tells of one.
-
-    ssh -p 2222 nobody@localhost help load-batch
-
-    "help" takes at most one command
     """
-    keys = ("usage", "help", "example")
+    usage: help [COMMAND]
+    help: Lists the commands, or tells of one.
+    example: ssh -p 2222 nobody@localhost help load-batch
+    misuse: "help" takes at most one command
+    """
     names = [name] if name else COMMANDS
-    commands = [dict(zip(keys, texts_of(each))) for each in names]
-    request.lines = ([each["example"]] for each in commands if name)
+    commands = [texts_of(each, "usage|help|example") for each in names]
+    if name:
+        request.lines = [[commands[0]["example"]]]
     return {"commands": commands}
 
 
 def cmd_load_batch(request, name):
-    """load-batch BATCH
-
-    Loads a batch from BATCH_SOURCE into Open ONI, as a job.
-
-    ssh -p 2222 nobody@localhost load-batch batch_oru_alpha_ver01
-
-    "load-batch" requires exactly one batch name
-
-    "{}" cannot be loaded
+    """
+    usage: load-batch BATCH
+    help: Loads a batch from BATCH_SOURCE into Open ONI, as a job.
+    example: ssh -p 2222 nobody@localhost load-batch batch_oru_alpha_ver01
+    misuse: "load-batch" requires exactly one batch name
+    failure: "{}" cannot be loaded
     """
     return request.submit()
 
 
 def cmd_purge_batch(request, name):
-    """purge-batch BATCH
-
-    Removes a batch from Open ONI, as a job; its files stay.
-
-    ssh -p 2222 nobody@localhost purge-batch batch_oru_alpha_ver01
-
-    "purge-batch" requires exactly one batch name
-
-    "{}" cannot be purged
+    """
+    usage: purge-batch BATCH
+    help: Removes a batch from Open ONI, as a job; its files stay.
+    example: ssh -p 2222 nobody@localhost purge-batch batch_oru_alpha_ver01
+    misuse: "purge-batch" requires exactly one batch name
+    failure: "{}" cannot be purged
     """
     return request.submit()
 
 
 def cmd_load_title(request):
-    """load-title < MARC.xml
-
-    Loads or updates titles from MARC XML on standard input, as a job.
-
-    ssh -p 2222 nobody@localhost load-title < marc.xml
-
-    "load-title" takes no arguments; the MARC XML comes on standard input
-
-    Invalid data
+    """
+    usage: load-title < MARC.xml
+    help: Loads or updates titles from MARC XML on standard input, as a job.
+    example: ssh -p 2222 nobody@localhost load-title < marc.xml
+    misuse: "load-title" takes no arguments; the MARC XML comes on standard input
+    failure: Invalid data
     """
     return request.submit_with_input(MAX_PAYLOAD)
 
 
 def cmd_ensure_awardee(request, code, name=""):
-    """ensure-awardee CODE [NAME]
-
-    Makes sure that Open ONI has an awardee, at once and without a job.
-
-    ssh -p 2222 nobody@localhost ensure-awardee oru "'University of Oregon'"
-
+    """
+    usage: ensure-awardee CODE [NAME]
+    help: Makes sure that Open ONI has an awardee, at once and without a job.
+    example: ssh -p 2222 nobody@localhost ensure-awardee oru "'University of Oregon'"
+    misuse:
     "ensure-awardee" requires one or two arguments: an awardee code and, to create it, a name
-
-    Unable to create awardee
+    failure: Unable to create awardee
     """
     request.keys = {"org_code": code, "name": name}
     new = request.site.oni.ask("awardee", code, name)
@@ -2804,88 +2785,70 @@ def cmd_ensure_awardee(request, code, name=""):
 
 
 def cmd_batch_patch(request, old, new):
-    """batch-patch OLD NEW < INSTRUCTIONS
-
-    Makes a batch NEW from OLD, without the issues of the lines `RemoveIssue LCCN/YYYYMMDDEE`.
-
+    """
+    usage: batch-patch OLD NEW < INSTRUCTIONS
+    help: Makes a batch NEW from OLD, without the issues of the lines `RemoveIssue LCCN/YYYYMMDDEE`.
+    example:
     ssh -p 2222 nobody@localhost batch-patch batch_oru_a_ver01 batch_oru_a_ver02 < instructions.txt
-
-    "batch-patch" requires exactly two batch names
-
-    "{}" cannot be modified
+    misuse: "batch-patch" requires exactly two batch names
+    failure: "{}" cannot be modified
     """
     return request.submit_with_input(MAX_INSTRUCTIONS)
 
 
 def cmd_list_jobs(request, status=""):
-    """list-jobs [STATUS]
-
-    Lists all jobs, oldest first; or those that are pending, started, successful, failed, …
-
-    ssh -p 2222 nobody@localhost list-jobs failed
-
-    "list-jobs" takes at most one argument, a status
+    """
+    usage: list-jobs [STATUS]
+    help: Lists all jobs, oldest first; or those that are pending, started, successful, failed, …
+    example: ssh -p 2222 nobody@localhost list-jobs failed
+    misuse: "list-jobs" takes at most one argument, a status
+    failure: "{}" is not a job status
     """
     if status and status not in STATUS_MESSAGES:
-        raise Refused(
-            f'"{status}" is not a job status', error=f"there are {', '.join(STATUS_MESSAGES)}"
-        )
+        raise Problem(f"there are {', '.join(STATUS_MESSAGES)}")
     return {"jobs": [job_object(job) for job in request.queue.jobs() if status in ("", job.status)]}
 
 
 def cmd_job_status(request, job):
-    """job-status ID
-
-    Says what has become of a job: its place in the queue, or how far a running load is.
-
-    ssh -p 2222 nobody@localhost job-status 7
-
-    You must supply a job ID
+    """
+    usage: job-status ID
+    help: Says what has become of a job: its place in the queue, or how far a running load is.
+    example: ssh -p 2222 nobody@localhost job-status 7
+    misuse: You must supply a job ID
     """
     return {"message": STATUS_MESSAGES[job.status], "job": job_with_place(request, job)}
 
 
 def cmd_job_wait(request, job):
-    """job-wait ID
-
-    Answers as job-status when the job has ended; the exit status is 1 if it was unsuccessful.
-
-    ssh -p 2222 nobody@localhost job-wait 7
-
-    You must supply a job ID
     """
-    for _ in request.until_ended(job, 1):
-        if request.tell:
-            request.tell(cmd_job_status(request, job))
+    usage: job-wait ID
+    help: Answers as job-status when the job has ended; the exit status is 1 if it was unsuccessful.
+    example: ssh -p 2222 nobody@localhost job-wait 7
+    misuse: You must supply a job ID
+    """
+    for _ in request.until_ended(job):
+        if request.client.colour:
+            show_progress(job_with_place(request, job), request.client)
     return cmd_job_status(request, job)
 
 
 def cmd_job_follow(request, job):
-    """job-follow ID
-
-    Shows a job's log as it comes, until the job ends; then the exit status is as job-wait's.
-
-    ssh -p 2222 nobody@localhost job-follow 7
-
-    You must supply a job ID
+    """
+    usage: job-follow ID
+    help: Shows a job's log as it comes, until the job ends; then the exit status is as job-wait's.
+    example: ssh -p 2222 nobody@localhost job-follow 7
+    misuse: You must supply a job ID
     """
     reader = LogReader(request.store.log(job))
-
-    def lines():
-        for over in request.until_ended(job, 0.2):
-            yield from reader.read(over)
-
-    request.lines = lines()
+    request.lines = (lines for over in request.until_ended(job) for lines in reader.read(over))
 
 
 def cmd_job_logs(request, job, count=""):
-    """job-logs ID [LINES]
-
-    Shows what a job has printed so far, or the last LINES of it, each line with its time.
-
-    ssh -p 2222 nobody@localhost job-logs 7 20
-
-    You must supply a job ID
+    """
+    usage: job-logs ID [LINES]
+    help: Shows what a job has printed so far, or the last LINES of it, each line with its time.
+    example: ssh -p 2222 nobody@localhost job-logs 7 20
+    misuse: You must supply a job ID
     """
     skip = 0
 
@@ -2900,22 +2863,17 @@ def cmd_job_logs(request, job, count=""):
     return {"job": {**job_object(job), "stdout": read(STDOUT, NOTE), "stderr": read(STDERR)}}
 
 
-def refuse(job, message):
-    """Raises Refused, and says what has become of the job."""
-    raise Refused(message, error=STATUS_MESSAGES[job.status], job=job_object(job))
-
-
 def cmd_job_cancel(request, job):
-    """job-cancel ID
-
-    Ends a job: a pending one never starts, one at work is terminated, and its load purged.
-
-    ssh -p 2222 nobody@localhost job-cancel 7
-
-    You must supply a job ID
+    """
+    usage: job-cancel ID
+    help: Ends a job: a pending one never starts, one at work is terminated, and its load purged.
+    example: ssh -p 2222 nobody@localhost job-cancel 7
+    misuse: You must supply a job ID
     """
     if not request.queue.cancel(job):
-        refuse(job, "The job has ended already")
+        raise Refused(
+            "The job has ended already", error=STATUS_MESSAGES[job.status], job=job_object(job)
+        )
     return {
         "message": "Job cancelled" if job.finished else "Job is being cancelled",
         "job": job_object(job),
@@ -2923,48 +2881,43 @@ def cmd_job_cancel(request, job):
 
 
 def cmd_job_retry(request, job):
-    """job-retry ID
-
-    Queues a job that was not successful again, as a new job.
-
-    ssh -p 2222 nobody@localhost job-retry 7
-
-    You must supply a job ID
-
-    The job cannot be retried
+    """
+    usage: job-retry ID
+    help: Queues a job that was not successful again, as a new job.
+    example: ssh -p 2222 nobody@localhost job-retry 7
+    misuse: You must supply a job ID
+    failure: The job cannot be retried
     """
     kind = KINDS.get(job.words[0])
     if job.status not in (FAILED, COULD_NOT_START) or not kind:
-        refuse(job, "Only a failed job can be retried")
+        raise Refused(
+            "Only a failed job can be retried",
+            error=STATUS_MESSAGES[job.status],
+            job=job_object(job),
+        )
     request.words = job.words
     given = request.store.input(job) if kind.takes_input else None
     return {**request.submit(given), "retry_of": job.id}
 
 
 def cmd_list_batches(request):
-    """list-batches
-
-    Lists every batch in BATCH_SOURCE or Open ONI: absent, partial, complete, or unknown.
-
-    ssh -p 2222 nobody@localhost list-batches
-
-    "list-batches" takes no arguments
-
-    The batches cannot be listed
+    """
+    usage: list-batches
+    help: Lists every batch in BATCH_SOURCE or Open ONI: absent, partial, complete, or unknown.
+    example: ssh -p 2222 nobody@localhost list-batches
+    misuse: "list-batches" takes no arguments
+    failure: The batches cannot be listed
     """
     return {"batches": [batch_object(state) for state in request.site.batches()]}
 
 
 def cmd_batch_status(request, name):
-    """batch-status BATCH
-
-    Says what Open ONI holds of a batch, and its newest events and jobs.
-
-    ssh -p 2222 nobody@localhost batch-status batch_oru_alpha_ver01
-
-    "batch-status" requires exactly one batch name
-
-    "{}" cannot be looked up
+    """
+    usage: batch-status BATCH
+    help: Says what Open ONI holds of a batch, and its newest events and jobs.
+    example: ssh -p 2222 nobody@localhost batch-status batch_oru_alpha_ver01
+    misuse: "batch-status" requires exactly one batch name
+    failure: "{}" cannot be looked up
     """
     request.site.folder(name)
     state = request.site.batch(name)
@@ -2984,15 +2937,12 @@ def cmd_batch_status(request, name):
 
 
 def cmd_batch_check(request, name):
-    """batch-check BATCH
-
-    Reads all files of a batch and says what would go wrong with a load; ONI is left as it is.
-
-    ssh -p 2222 nobody@localhost batch-check batch_oru_alpha_ver01
-
-    "batch-check" requires exactly one batch name
-
-    "{}" cannot be checked
+    """
+    usage: batch-check BATCH
+    help: Reads all files of a batch and says what would go wrong with a load; ONI is left as it is.
+    example: ssh -p 2222 nobody@localhost batch-check batch_oru_alpha_ver01
+    misuse: "batch-check" requires exactly one batch name
+    failure: "{}" cannot be checked
     """
     request.site.must_be_there(name)
     go_on = lambda *_: request.client.hear()
@@ -3011,13 +2961,11 @@ BEGAN = time.monotonic()
 
 
 def cmd_board(request):
-    """board
-
-    Shows what is at work, what waits and what has ended; on a terminal, anew each second.
-
-    ssh -p 2222 nobody@localhost -t board
-
-    "board" takes no arguments
+    """
+    usage: board
+    help: Shows what is at work, what waits and what has ended; on a terminal, anew each second.
+    example: ssh -p 2222 nobody@localhost -t board
+    misuse: "board" takes no arguments
     """
     jobs = request.queue.jobs()
     return {
@@ -3165,41 +3113,33 @@ def answer_lines(keys, most=None):
                 yield f"{key}: {each}"
 
 
-def show(line, terminal, ask, send):
-    """Shows a person what a command line is answered; the exit status. Raises ClientGone.
-
-    `ask` takes a command line, and a function that is told meanwhile what job-status answers, and
-    gives the answered Request; `send` takes text.
-    """
-    if line.strip() in (b"", b"board"):
-        return show_board(terminal, ask, send)
-
-    def tell(keys):
-        """Shows how far a job is on one line, which the next time, or the answer, overwrites."""
-        text = how_far(keys["job"]) or keys["message"]
-        if terminal.colour:
-            send(f"\x1b[K{next(wrapped([text], terminal.width))}\r")
-
-    reply = ask(line, tell)
-    send(drawn(wrapped(answer_lines(reply.keys), terminal.width), terminal))
+def shown(reply, terminal):
+    """What a person is shown of an answered Request, in pieces."""
+    yield drawn(wrapped(answer_lines(reply.keys), terminal.width), terminal)
     for lines in reply.lines:  # which the terminal itself may wrap: they can be copied whole
-        send(drawn(map(plain, lines), terminal))
-    return reply.exit_status
+        yield drawn(map(plain, lines), terminal)
 
 
-def show_board(terminal, ask, send):
-    """Draws the board anew each second, until q; the exit status."""
-    send("\x1b[?1049h\x1b[?25l")  # another screen, and no cursor
+def show_progress(job, terminal):
+    """Shows how far a job is on one line, which the next time, or the answer, overwrites."""
+    text = how_far(job) or STATUS_MESSAGES[job["status"]]
+    terminal.send(f"\x1b[K{next(wrapped([text], terminal.width))}\r")
+
+
+def show_board(terminal):
+    """Draws the board anew each second, until q: its newest Request."""
+    terminal.send("\x1b[?1049h\x1b[?25l")  # another screen, and no cursor
     with contextlib.suppress(ClientGone):  # by Ctrl-C, maybe
         while True:
-            texts = answer_lines(ask(b"board").keys, terminal.height // 2)
+            reply = answer(b"board", terminal)
+            texts = answer_lines(reply.keys, terminal.height // 2)
             lines = itertools.islice(wrapped(texts, terminal.width), terminal.height - 1)
             text = drawn((f"\x1b[K{line}" for line in lines), terminal)
-            send(f"\x1b[H{text}\x1b[J\x1b[{terminal.height}Hq leaves; jobs go on")
+            terminal.send(f"\x1b[H{text}\x1b[J\x1b[{terminal.height}Hq leaves; jobs go on")
             if re.search(b"[q\x04]", terminal.hear(1)):
                 break
-    send("\x1b[?25h\x1b[?1049l")
-    return 0
+    terminal.send("\x1b[?25h\x1b[?1049l")
+    return reply
 
 
 def drawn(lines, terminal):
@@ -3405,31 +3345,29 @@ class Session(threading.Thread):
     width = 0  # of a person's terminal, if there is one
     height = 0
     colour = False
-    _reply = None  # the newest answer
 
     def __init__(self, channel):
         super().__init__()
         self.channel = channel
+        self.agent = channel.transport.agent
 
     def run(self):
         """Answers, and closes the channel in the order that loses nothing."""
         connection = self.channel.transport
-        self._number = next(SESSION_NUMBERS)
+        number = next(SESSION_NUMBERS)
         begun = time.monotonic()
         status = "client went away"
         try:
             with contextlib.suppress(*GONE), self.channel:
-                self._answer()
-                status = self._reply.keys.get("status", "followed")
-                self.channel.send_exit_status(self._reply.exit_status)
+                reply = self._answer(number)
+                status = reply.keys.get("status", "followed")
+                self.channel.send_exit_status(reply.exit_status)
         except Exception:
             log.exception("a session stumbled over a fault of the agent")
-        if self._reply:
-            vars(self._reply).clear()  # so the logs that it was read from are closed at once
         connection.idle_since = time.monotonic()
         log.info(
             "session=%d from=%s user=%r admitted=%s command=%r status=%r ms=%d",
-            self._number,
+            number,
             connection.address,
             connection.auth_handler.get_username(),
             connection.admitted,
@@ -3438,24 +3376,25 @@ class Session(threading.Thread):
             (time.monotonic() - begun) * 1000,
         )
 
-    def _answer(self):
-        """Sends the answer, to a person or a program."""
+    def _answer(self, number):
+        """Sends a person or a program the answer, and gives the answered Request.
+
+        Nothing else holds it, so the logs that it was read from are let go of with it.
+        """
+        if self.width and self.line.strip() in (b"", b"board"):
+            return show_board(self)
+        reply = answer(self.line, self)
         if self.width:
-            show(self.line, self, self._ask, self._send)
-            return
-        reply = self._ask(self.line)
-        if reply.keys:
-            for piece in encoded({**reply.keys, "session": {"id": self._number}}):
-                self._send(piece)
+            texts = shown(reply, self)
+        elif reply.keys:
+            texts = encoded({**reply.keys, "session": {"id": number}})
         else:
-            for lines in reply.lines:
-                self._send("\n".join(lines) + "\n")
+            texts = ("\n".join(lines) + "\n" for lines in reply.lines)
+        for text in texts:
+            self.send(text)
+        return reply
 
-    def _ask(self, line, tell=None):
-        self._reply = answer(self.channel.transport.agent, line, self, tell)
-        return self._reply
-
-    def _send(self, text):
+    def send(self, text):
         """Sends text to the client. Raises OSError, EOFError, SSHException."""
         self.channel.settimeout(STALL_SECONDS)
         # A view: paramiko copies what is left to send each time it has sent some.

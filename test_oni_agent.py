@@ -5752,7 +5752,7 @@ def test_the_readme_shows_what_the_agent_answers(tmp_path, template):
 def test_the_readme_tells_of_every_command():
     text = README.read_text()
     for name in oni_agent.COMMANDS:
-        assert f"`{oni_agent.texts_of(name)[0]}`" in text or f"`{name}`" in text
+        assert f"`{oni_agent.texts_of(name)['usage']}`" in text or f"`{name}`" in text
 
 
 def test_the_demo_needs_neither_pytest_nor_hypothesis():
@@ -7714,13 +7714,11 @@ def test_a_dumb_terminal_gets_no_colours(shown):
 
 NEW_COMMAND = '''
 def cmd_disk(request):
-    """disk
-
-    Says how full the disk is.
-
-    ssh -p 2222 nobody@localhost disk
-
-    "disk" takes no arguments
+    """
+    usage: disk
+    help: Says how full the disk is.
+    example: ssh -p 2222 nobody@localhost disk
+    misuse: "disk" takes no arguments
     """
     return {"free_bytes": 12345, "largest": ["logs/7.err", "logs/\\x1b3.err"]}
 
