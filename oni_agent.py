@@ -525,8 +525,13 @@ def batch_count():
 def names():
     return list(Batch.objects.values_list("name", flat=True))
 
-def title(lccn):
-    return lccn in Title.objects.filter(lccn=lccn).values_list("lccn", flat=True)
+def lacking(lccns):
+    """Those of which ONI has no title."""
+    there = set()
+    for start in range(0, len(lccns), 500):
+        rows = Title.objects.filter(lccn__in=lccns[start:start + 500])
+        there.update(rows.values_list("lccn", flat=True))
+    return [lccn for lccn in lccns if lccn not in there]
 
 def titles_to_fetch(issues):
     """For each LCCN that ONI lacks: the URL where load_batch would look, and what is wrong."""
@@ -1501,7 +1506,7 @@ def nearly(word, words, likeness=0.85):
     Names of batches begin and end alike, and so must be more alike than other words.
     """
     closest = difflib.get_close_matches(word, words, 1, likeness)
-    return f'; did you mean "{closest[0]}"?' if closest else ""
+    return f'; did you mean "{closest[0]}"?' if closest and closest[0] != word else ""
 
 
 # ---------------------------------------------------------------- jobs and their store
@@ -2114,8 +2119,7 @@ class LoadBatch(BatchKind):
         try:
             in_time(lambda: check_listing(self.folder))
         except Problem as problem:
-            hint = "" if in_time(self.folder.exists) else self.site.similar(self.name)
-            raise Problem(f"{problem}{hint}") from None
+            raise Problem(f"{problem}{self.site.similar(self.name)}") from None
         self.site.check_place(self.name)
 
     def is_goal(self, state):
@@ -2151,7 +2155,7 @@ class LoadBatch(BatchKind):
         for lccn, (url, _) in found.titles.items():
             work.note(f"ONI lacks the title {lccn}; fetching it")
             work.manage("load_titles", url)
-            if not self.site.oni.ask("title", lccn, within=PATIENT_SECONDS):
+            if self.site.oni.ask("lacking", [lccn], within=PATIENT_SECONDS):
                 raise Problem(f"{url} did not give ONI the title {lccn}: {work.complaint()}")
 
     def _make_room(self, work, state):
@@ -2224,8 +2228,7 @@ class LoadTitle(Kind):
 
     def verify(self, work):
         lccns = self.site.lccns(work.input)
-        ask = self.site.oni.ask
-        missing = [lccn for lccn in lccns if not ask("title", lccn, within=PATIENT_SECONDS)]
+        missing = self.site.oni.ask("lacking", lccns, within=PATIENT_SECONDS)
         why = f"load_titles said: {work.complaint()}"
         if missing:
             raise Problem(f"ONI has no title {', '.join(missing)}; {why}")
