@@ -2335,7 +2335,8 @@ class JobQueue:
 
     def ended(self):
         """Every job that has ended, the last one to do so first."""
-        return sorted((job for job in self.jobs() if job.finished), key=lambda job: -job.ended)
+        finished = [job for job in self.jobs() if job.finished]
+        return sorted(finished, key=lambda job: (job.ended, job.id), reverse=True)
 
     def get(self, id):
         return self._jobs.get(id)
@@ -3226,15 +3227,14 @@ def encoded(keys):
         return [LINES_HERE]
 
     compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=later)
-    rest = compact.encode(keys)
-    for lines in logs:
-        before, _, rest = rest.partition(f'"{LINES_HERE}"')
-        yield before
+    before, *parts = f"{compact.encode(keys)}\n".split(f'"{LINES_HERE}"')
+    yield before
+    for lines, after in zip(logs, parts):
         comma = ""
         for some in lines:
             yield comma + compact.encode(some)[1:-1]
             comma = ","
-    yield rest + "\n"
+        yield after
 
 
 class ClientSocket(socket.socket):
@@ -3415,10 +3415,7 @@ class Session(threading.Thread):
             return b""
         if self.channel.closed or (self.width and b"\x03" in typed):
             raise ClientGone
-        if typed:
-            return typed
-        time.sleep(seconds)
-        return b"\x04"
+        return typed or b"\x04"
 
     def read_input(self, into, limit):
         """Copies standard input to its trailer or its end. Raises ClientGone, Problem."""
@@ -3462,7 +3459,7 @@ def serve(agent, host_key, listener, stop):
         if ready:
             accept(agent, host_key, listener)
         drop_idle(len(alive(Connection)) - MAX_CONNECTIONS)
-    log.info("stopping on %s; manage.py goes on", signal.Signals(stop.recv(1)[0]).name)
+    log.info("stopping on %s; manage.py goes on", signal_name(stop.recv(1)[0]))
     agent.queue.stopping.set()
     listener.close()
     wait_for_answers(STOP_SECONDS)
@@ -3495,8 +3492,9 @@ def alive(kind):
 
 
 def at_work():
-    """The connections on which a command is at work."""
-    return {session.channel.transport for session in alive(Session)}
+    """The connections on which a command is at work, or about to begin."""
+    about_to = {each for each in alive(Connection) if each.sock.requested}
+    return about_to | {session.channel.transport for session in alive(Session)}
 
 
 def drop_idle(surplus):
@@ -3508,8 +3506,7 @@ def drop_idle(surplus):
     idle = sorted(alive(Connection) - at_work(), key=lambda each: each.idle_since)
     for number, connection in enumerate(idle):
         if number < surplus or time.monotonic() - connection.idle_since > IDLE_SECONDS:
-            with contextlib.suppress(OSError):
-                connection.sock.shutdown(socket.SHUT_RDWR)  # its thread sees that, and ends
+            connection.packetizer.close()  # its thread sees that, and ends
 
 
 def wait_for_answers(seconds):
@@ -3529,8 +3526,8 @@ def listen(host, port):
             (name, port), family=family, backlog=512, dualstack_ipv6=everywhere
         )
     except (OSError, UnicodeError) as error:  # UnicodeError: it cannot be a host's name
-        why = getattr(error, "strerror", error)
-        raise Problem(f"BA_BIND: nothing can listen on {host}:{port}: {why}") from error
+        # Its first argument may be a number, its last one is in words.
+        raise Problem(f"BA_BIND: nothing can listen on {host}:{port}: {error.args[-1]}") from error
     # Accepted sockets inherit these.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -3622,8 +3619,8 @@ def writable(folder, is_shared=False):
     return f"{place} can be written"
 
 
-def looks_at_own(settings):
-    """Looks at what there is beside Open ONI, before an agent runs."""
+def looks_at_all(settings):
+    """Looks at all that an agent needs, before one runs."""
 
     def state():
         if (settings.state_directory / "jobs.db").exists():
@@ -3649,6 +3646,9 @@ def looks_at_own(settings):
     yield looked("host key", "see HOST_KEY_FILE", host_key)
     yield looked("address", "set BA_BIND to a free port", address)
     yield looked("batch source", "let the agent's user read it", source)
+    oni = OpenONI(settings.oni_location, os.environ)
+    yield from looks_at_oni(oni)
+    oni.close()
 
 
 def look_once(oni):
@@ -3668,13 +3668,11 @@ def check_all():
             print("✗", text)
         return 1
     print("✓ settings")
-    oni = OpenONI(settings.oni_location, os.environ)
     exit_status = 0
-    for well, text in itertools.chain(looks_at_own(settings), looks_at_oni(oni)):
+    for well, text in looks_at_all(settings):
         print("✓" if well else "✗", text)
         if not well:
             exit_status = 1
-    oni.close()
     return exit_status
 
 
