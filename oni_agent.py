@@ -451,7 +451,7 @@ def index(name, wanted):
                 lost += holder is None
                 replaced += holder not in (None, name)
             stray = documents - (wanted - lost - replaced)
-        return {"documents": documents, "lost": lost, "replaced": replaced, "stray": stray}
+        return {"pages_in_solr": documents, "lost": lost, "replaced": replaced, "stray": stray}
     except Exception as error:
         return {"index_problem": first_line(error)}
 
@@ -502,7 +502,7 @@ def overview(on_disk):
         documents = dict(zip(facets[::2], facets[1::2]))
         for name in held:
             # Whether they are those of its pages, batch-status says.
-            held[name].update(documents=documents.get(name, 0), lost=None)
+            held[name].update(pages_in_solr=documents.get(name, 0), lost=None)
     except Exception:
         pass
     return [held[name] for name in sorted(held)]
@@ -1282,7 +1282,7 @@ class BatchState:
     pages_in_mets: int | None = None
     pages_with_ocr: int | None = None  # in METS files, too
     problem: str = ""  # why it is not known what the files say
-    documents: int | None = None  # in Solr
+    pages_in_solr: int | None = None  # documents there
     lost: int | None = 0  # pages of which Solr has no document at all
     replaced: int = 0  # pages whose document is another batch's page of the same URL
     stray: int = 0  # documents in Solr that are no page's
@@ -1306,9 +1306,9 @@ class BatchState:
         return all(self._agreements())
 
     @property
-    def verdict(self):
+    def state(self):
         """absent, partial, complete or unknown."""
-        index = self.documents == self.indexed or agree(self.lost, 0)
+        index = self.pages_in_solr == self.indexed or agree(self.lost, 0)
         found = [*self._agreements(), index, not self.stray]
         if not self.row:
             return "absent"
@@ -1321,8 +1321,8 @@ class BatchState:
         facts = {
             self._of_database(): True,
             f"Solr cannot be asked ({self.index_problem})": self.index_problem,
-            f"Solr still has {self.documents} of its pages, which lead nowhere": (
-                self.documents and not self.row
+            f"Solr still has {self.pages_in_solr} of its pages, which lead nowhere": (
+                self.pages_in_solr and not self.row
             ),
             f"Solr lacks {self.lost} of {self.indexed} pages": self.lost and whole,
             f"Solr has documents under its name that are none of its pages ({self.stray})": (
@@ -1342,7 +1342,7 @@ class BatchState:
         if self.problem:
             held = f"ONI holds {self.issues} issues and {self.pages} pages, and what it should hold"
             held += f" is not known: {self.problem}"
-        if self.verdict == "complete":
+        if self.state == "complete":
             return f"the batch is complete: {held}"
         if self.pages == self.pages_in_mets and self.indexed != self.pages_with_ocr:
             held += f", {self.indexed} of {self.pages_with_ocr} with their text"
@@ -2082,30 +2082,30 @@ class BatchKind(Kind):
     def __post_init__(self):
         self.folder = self.site.folder(self.name)
 
-    def is_goal(self, state):
+    def is_goal(self, held):
         """Whether it is what the job is to reach."""
 
-    def state(self, within=PATIENT_SECONDS):
+    def held(self, within=PATIENT_SECONDS):
         return self.site.batch(self.name, within)
 
     def reached(self):
-        return self.is_goal(self.state(ANSWER_SECONDS))
+        return self.is_goal(self.held(ANSWER_SECONDS))
 
     def verify(self, work):
-        state = self.state()
-        if not self.is_goal(state):
+        held = self.held()
+        if not self.is_goal(held):
             said = f"; manage.py said: {work.complaint()}" if work.commands else ""
-            raise Problem(f"{state}{said}")
+            raise Problem(f"{held}{said}")
         if not work.commands:
-            work.note(f"nothing to do: {state}")
-        elif state.index_problem:
-            work.note(str(state))
+            work.note(f"nothing to do: {held}")
+        elif held.index_problem:
+            work.note(str(held))
 
     def remains(self, work):
         if not work.commands and not work.undoing:
             return ""  # nothing has changed, and the error says what was in the way
         try:
-            return str(self.state())
+            return str(self.held())
         except (Problem, OSError) as problem:
             return f"what ONI holds of the batch now is not known: {problem}"
 
@@ -2122,18 +2122,18 @@ class LoadBatch(BatchKind):
             raise Problem(f"{problem}{self.site.similar(self.name)}") from None
         self.site.check_place(self.name)
 
-    def is_goal(self, state):
-        return state.verdict == "complete"
+    def is_goal(self, held):
+        return held.state == "complete"
 
     def bring(self, work):
-        state = self.state()
-        if not state.rows_whole:
+        held = self.held()
+        if not held.rows_whole:
             self._check_files(work)
-            self._make_room(work, state)
+            self._make_room(work, held)
             work.manage("load_batch", str(self.folder))
-            state = self.state()
-        if state.lost or state.stray:
-            work.note(f"{state}; mending the index")
+            held = self.held()
+        if held.lost or held.stray:
+            work.note(f"{held}; mending the index")
             work.task("mend_index", self.name)
 
     def _check_files(self, work):
@@ -2158,13 +2158,13 @@ class LoadBatch(BatchKind):
             if self.site.oni.ask("lacking", [lccn], within=PATIENT_SECONDS):
                 raise Problem(f"{url} did not give ONI the title {lccn}: {work.complaint()}")
 
-    def _make_room(self, work, state):
+    def _make_room(self, work, held):
         """Takes away what would keep load_batch from loading the whole of this very folder."""
-        if state.verdict == "unknown":  # it may be complete
-            raise Problem(str(state))
-        if state.row or state.documents:  # load_batch would leave a part of a batch as it is
+        if held.state == "unknown":  # it may be complete
+            raise Problem(str(held))
+        if held.row or held.pages_in_solr:  # load_batch would leave a part of a batch as it is
             PurgeBatch(self.site, self.name).bring(work)
-        link = Path(state.storage) / self.name
+        link = Path(held.storage) / self.name
         # One that a killed load of another copy has left would make ONI load that copy again.
         if link.is_symlink() and link.resolve() != self.folder.resolve():
             work.note(f"removing {link}, a leftover link to {os.readlink(link)}")
@@ -2194,21 +2194,21 @@ class PurgeBatch(BatchKind):
 
     title = "Purge batch"
 
-    def is_goal(self, state):
-        return not state.row and state.documents == 0  # None, if Solr cannot be asked
+    def is_goal(self, held):
+        return not held.row and held.pages_in_solr == 0  # None, if Solr cannot be asked
 
     def bring(self, work):
-        state = self.state()
+        held = self.held()
         failure = None
-        if state.row:
-            work.note(f"{state}; purging that")
+        if held.row:
+            work.note(f"{held}; purging that")
             try:
                 work.manage("purge_batch", self.name)
             except Problem as problem:
                 failure = problem
-            state = self.state()
-        if state.documents and not state.row:
-            work.note(f"{state}; deleting those")
+            held = self.held()
+        if held.pages_in_solr and not held.row:
+            work.note(f"{held}; deleting those")
             work.task("forget_documents", self.name)
         elif failure:
             raise failure
@@ -2702,19 +2702,22 @@ def job_with_place(request, job):
     return shown
 
 
-def batch_object(state):
+BATCH_KEYS = (  # of a BatchState, for all to see
+    "name",
+    "on_disk",
+    "state",
+    "issues",
+    "pages",
+    "issues_in_batch_xml",
+    "pages_in_mets",
+    "pages_in_solr",
+    "loaded",
+)
+
+
+def batch_object(held):
     """A batch as answers show it; null is what was not looked at, or could not be."""
-    return {
-        "name": state.name,
-        "on_disk": state.on_disk,
-        "state": state.verdict,
-        "issues": state.issues,
-        "pages": state.pages,
-        "issues_in_batch_xml": state.issues_in_batch_xml,
-        "pages_in_mets": state.pages_in_mets,
-        "pages_in_solr": state.documents,
-        "loaded": state.loaded,
-    }
+    return {key: getattr(held, key) for key in BATCH_KEYS}
 
 
 def cmd_version(request):
@@ -2925,7 +2928,7 @@ def cmd_batch_status(request, name):
     """
     request.site.folder(name)
     state = request.site.batch(name)
-    if not state.row and not state.documents:
+    if not state.row and not state.pages_in_solr:
         request.site.must_be_there(name)
     message = str(state)
     jobs = [job for job in request.queue.jobs() if name in job.words]
