@@ -191,8 +191,8 @@ def patiently(action):
             time.sleep(1)
 
 
-FILES = futures.ThreadPoolExecutor(16, "files")  # for what may wait for a hung file system
-CHECKS = futures.ThreadPoolExecutor(2, "checks")  # the same, for reading whole batches
+FILES = futures.ThreadPoolExecutor(16)  # for what may wait for a hung file system
+CHECKS = futures.ThreadPoolExecutor(2)  # the same, for reading whole batches
 
 
 def in_time(
@@ -273,7 +273,7 @@ def nearest_folder(path):
 
 def bind_address(value):
     """`host:port`, `[v6 address]:port` or `:port` as a pair; host "" means every address."""
-    match = re.fullmatch(r"(?:\[([^\[\]]+)\]|([^:\[\]]*)):(\d{1,5})", value, re.ASCII)
+    match = re.fullmatch(r"(?:\[([^\[\]]+)\]|([^:\[\]]*)):([0-9]{1,5})", value)
     if not match or int(match[3]) > 65535:
         raise ValueError("write host:port, [IPv6 address]:port or :port")
     return match[1] or match[2], int(match[3])
@@ -633,7 +633,7 @@ class OpenONI:
         )
         for name in (*OWN_VARIABLES, "PYTHONHOME", "NOTIFY_SOCKET"):
             self.environment.pop(name, None)
-        self._asking = futures.ThreadPoolExecutor(1, "asking")
+        self._asking = futures.ThreadPoolExecutor(1)
         self._shell = None  # the manage.py that answers
 
     def start(self, *words, **options):
@@ -1210,7 +1210,7 @@ class Glance:
 
     def __init__(self, make):
         self._make = make  # a function that returns a dict
-        self._pool = futures.ThreadPoolExecutor(1, "glance")
+        self._pool = futures.ThreadPoolExecutor(1)
         self._answers = {}  # the newest one, by the words that it is about
         self._due = 0.0  # when they are to be made anew
 
@@ -1359,7 +1359,7 @@ class Site:
         self.oni = oni
         self._marc_reader = OpenONI(oni.location, oni.environment)
         self._remembered = RememberedCounts(settings.state_directory / "counts.json")
-        self._counting = futures.ThreadPoolExecutor(1, "counting")
+        self._counting = futures.ThreadPoolExecutor(1)
         self.progress = Glance(self._ask_progress)  # of the batch that is being loaded
         self.health = Glance(self._ask_health)  # whether ONI answers
 
@@ -1574,8 +1574,7 @@ class JobStore:
             if is_an_agents(folder):
                 folder.chmod(0o700)
             self._keep_others_out()
-            for name in ("logs", "inputs"):
-                (folder / name).mkdir(mode=0o700, exist_ok=True)
+            (folder / "inputs").mkdir(mode=0o700, exist_ok=True)
             for unready in folder.glob("inputs/unready-*"):
                 unready.unlink()
             is_new = not self._path.exists() or self._is_empty()
@@ -1627,7 +1626,7 @@ class JobStore:
 
     def _newest_id(self):
         """The highest id given so far: jobs.db may be new, or an older copy, but logs remain."""
-        names = " ".join(os.listdir(self.folder / "logs"))
+        names = " ".join(path.name for path in self.folder.glob("logs/*"))
         ids = map(int, re.findall(r"\b([0-9]{1,18})\.log\b", names))
         [[newest]] = self._execute("SELECT ifnull(max(seq), 0) FROM sqlite_sequence")
         return max([newest, *ids])
@@ -2233,7 +2232,7 @@ class LoadTitle(Kind):
         if missing:
             raise Problem(f"ONI has no title {', '.join(missing)}; {why}")
         said = "\n".join(work.complaints())
-        if not re.search("ERRORS: 0$", said, re.MULTILINE):
+        if not re.search("(?m)ERRORS: 0$", said):
             raise Problem(f"ONI has not stored every record; {why}")
         counts = re.findall(r"TITLES (?:CREATED|UPDATED): (\d+)", said)
         left = len(lccns) - sum(map(int, counts))
@@ -3707,7 +3706,7 @@ def tell_systemd(state):
             notify.sendto(state.encode(), address)
 
 
-ASIDE = futures.ThreadPoolExecutor(8, "aside")  # for what nobody waits for
+ASIDE = futures.ThreadPoolExecutor(8)  # for what nobody waits for
 
 
 def run_on_finish(program, job, log_path, environ):
