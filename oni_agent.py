@@ -3430,6 +3430,8 @@ class Session(threading.Thread):
                 "standard input gave nothing for too long and has not ended: close it, or send"
                 " an empty line and END"
             ) from None
+        except EOFError:  # paramiko could not ask for more
+            raise ClientGone
         except OSError as error:
             raise Problem(f"{into.name} cannot be written: {error}") from error
 
