@@ -2333,9 +2333,9 @@ class JobQueue:
             return list(self._jobs.values())
 
     def ended(self):
-        """Every job that has ended, the last one to do so first."""
+        """Every job that has ended, the last one to do so first; of several at once, the newest."""
         finished = [job for job in self.jobs() if job.finished]
-        return sorted(finished, key=lambda job: (job.ended, job.id), reverse=True)
+        return sorted(finished, key=lambda job: job.ended)[::-1]
 
     def get(self, id):
         return self._jobs.get(id)
