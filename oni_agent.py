@@ -36,8 +36,9 @@ unattended. An agent written in Go speaks the same protocol: words that look odd
 To add a command, write a function cmd_… under "commands", as it is described there; a person at a
 terminal sees each key of its answer as `key: value`, or as SHOWN under "presentation" says. To add
 a kind of job, write a class under "kinds of job", enter it in KINDS, and give it a command of the
-same name. To add a setting, enter it in OWN_VARIABLES with its reader, in DEFAULTS if it has one,
-and in the list above; neither manage.py nor ON_FINISH gets to see it.
+same name. To add a setting, enter it in OWN_VARIABLES with its reader, in DEFAULTS (as text) if it
+has one, and in the list above. It is then settings.its_name, and `build` hands it to what needs
+it; neither manage.py nor ON_FINISH gets to see it.
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ PROGRESS_SECONDS = 5  # between two questions about how far a load is
 KEEP_DAYS = 90  # how long finished jobs are kept
 KEEP_JOBS = 100  # how many of the newest are kept in any case
 TICK = 0.005  # seconds between two looks at what manage.py has printed
-CHUNK = 32 * 1024  # bytes read at once, of an input or a job's log, whose longer lines are cut
+CHUNK = 32 * 1024  # bytes read at once, of an input or a job's log; a longer line comes in parts
 
 # ---------------------------------------------------------------- problems
 
@@ -346,9 +347,9 @@ class Settings:
 
 # ---------------------------------------------------------------- Open ONI
 
-# What runs inside a manage.py shell, with ONI's models. Its functions are questions (see ask),
-# or tasks of a job (see start_task). It keeps to what Python 3.6 and Django 2.2 know, since ONI's
-# may be old ones.
+# What runs inside a manage.py shell, with ONI's models: questions (see ask), tasks of a job (see
+# start_task), and their helpers. It keeps to what Python 3.6 and Django 2.2 know, since ONI's may
+# be old ones. This is no raw string: a backslash is written twice.
 INSIDE_ONI = '''
 import io, json, logging, re, resource, signal, socket, time, urllib.request
 from django.conf import settings
@@ -442,7 +443,11 @@ def batch(name, with_index):
     return held
 
 def index(name, wanted):
-    """How many documents Solr has of a batch; unless as many as wanted: why."""
+    """How many documents Solr has of a batch.
+
+    If that is not what is wanted: how many pages are lost or replaced, and how many documents
+    stray, as in BatchState.
+    """
     try:
         documents = patient_solr().search('batch:"%s"' % name, rows=0).hits
         lost = replaced = stray = 0
@@ -579,7 +584,7 @@ def awardee(code, name):
 def places():
     """How many batches there are, and where loads write.
 
-    With each place: whether the website reads there, as its own user.
+    Of each place, by its name: the folder, and whether the website reads there, as its own user.
     """
     found = {
         "log/": [settings.LOG_LOCATION if hasattr(settings, "LOG_LOCATION") else "log", False],
@@ -732,7 +737,7 @@ class Shell:
         except (ConnectionError, ValueError):  # ValueError: there is no line, or a part of one
             self.end()
             self._stderr.seek(0)
-            printed = self._stderr.read().decode("utf-8", "replace").strip()
+            printed = self._stderr.read().decode("utf-8", "replace").strip("\0 \n")
             said = printed.rpartition("\n")[2] or "manage.py shell ended"
             raise ConnectionError(f"Open ONI cannot be asked: {said}") from None
         self._stderr.truncate(0)  # its last words are to be about a later question
@@ -1065,8 +1070,8 @@ class Findings:
 class Patch:
     """The batch that a file of instructions makes of the batch in `old`.
 
-    Raises Problem where one is not `RemoveIssue LCCN/YYYYMMDDEE`, or the batch has no such issue;
-    OSError.
+    Raises Problem if an instruction is not `RemoveIssue LCCN/YYYYMMDDEE`, or names no issue of the
+    batch; OSError.
     """
 
     def __init__(self, old, instructions):
@@ -1242,12 +1247,12 @@ class RememberedCounts:
             self._kept = json.loads(path.read_text())[VERSION]
 
     def recall(self, what, key, *_):
-        """The counts that were kept under this key, if it is the newest; else none."""
+        """The counts that were kept last, if under this key; else {}. Makes none."""
         kept, counts = self._kept.get(what, (None, {}))
         return counts if kept == key else {}
 
     def count(self, what, key, make, *about):
-        """The counts that `make` makes now, which are kept unless they have a problem."""
+        """The counts that `make` makes anew, kept for `recall` unless they have a problem."""
         counts = make(*about)
         if key and "problem" not in counts and self.recall(what, key) != counts:
             with self._lock, contextlib.suppress(OSError):
@@ -1266,8 +1271,8 @@ class BatchState:
     """What ONI's database and index hold of a batch, beside what the batch's files say they should.
 
     It is complete when all of these agree (no one of them alone is proof): the row, the issues, the
-    pages and those indexed, the newest event, and the documents in Solr. None is what was not
-    looked at, or could not be.
+    pages and those indexed, the newest event, and the documents in Solr, unless that cannot be
+    asked, as it then says. None is what was not looked at, or could not be.
     """
 
     name: str
@@ -1387,6 +1392,7 @@ class Site:
         try:
             in_time(lambda: self._fill(state, self._remembered.count), within)
         except Problem as problem:
+            state = BatchState(**vars(state))  # the thread may go on with the other one
             state.problem = str(problem)
         return state
 
@@ -1710,7 +1716,7 @@ def locked(path):
     return file
 
 
-STDOUT = "O"  # whose line it is, in a job's log
+STDOUT = "O"  # of manage.py; in logs of release 1.0 they are the kinds of their lines, too
 STDERR = "E"
 NOTE = "A"
 # An entry of a job's log: its second and nanosecond; then the sizes of both outputs, and a command
@@ -1974,7 +1980,7 @@ class Work(JobLog):
         """
         if patiently(self._is_at_work):
             log.warning("job=%d adopted=yes: its manage.py is at work", self.job.id)
-            if not self.commands:  # somebody has deleted the log
+            if not self.commands:  # the log was deleted, or the agent killed before it said so
                 self._enter("manage.py, begun by an earlier agent")
         self._follow()
         self.undoing = self.job.cancelled
@@ -2036,7 +2042,8 @@ class Kind:
     `bring`, then `verify`. A job that an earlier agent had begun is asked for `verify` first, and
     is begun again if that fails; one that was cancelled after it began is given to `undo`. An
     unsuccessful one is asked for `remains`. So `bring` can be begun again from its first line at
-    any time, and ends in the same place.
+    any time, and ends in the same place; and `verify` tells a job that was cut short from one that
+    is done.
 
     `work` is a Work: it runs manage.py, takes notes for the job's log, and knows the file of what
     came on standard input. An OSError is a Problem, too, but if it is scarce: then the same method
@@ -2045,7 +2052,7 @@ class Kind:
 
     site: Site
 
-    title = "No-op job"  # as answers name it
+    title = "No-op job"  # as answers name it; this one is that of job -1, see Request.job
     takes_input = False  # on standard input; else a job's words say all that is asked for
 
     def check(self, given):
@@ -2373,7 +2380,7 @@ class JobQueue:
             return job.id, "Job added to queue"
 
     def _last_on(self, words):
-        """The newest unfinished job on the same batch, or None."""
+        """The newest unfinished job with the same words after the command's name, or None."""
         for job in reversed(self.jobs()):
             if not job.finished and job.words[1:] == words[1:]:
                 return job
@@ -2541,7 +2548,8 @@ class Agent:
 class Request(Agent):
     """One command of a client, and its answer: an object, or the lines of a job's log.
 
-    The exit status is 0, error or not (NCA needs it), but for what tells of a job or of faults.
+    The exit status is 0 even for an error, since NCA needs that; job-wait, job-follow and
+    batch-check may set 1.
     """
 
     client: Session  # reads its input, knows whether it is still there, and is its terminal
@@ -2588,9 +2596,10 @@ class Request(Agent):
 # To each function cmd_… belongs a command. It gets a Request and the words after the command, where
 # its parameter is called `job` the job of that id, and returns the keys of the answer, if any.
 #
-# Its docstring is data: labels, and a line of text each, or the next line if it is long. usage,
-# help and example, in this order, are what `help` answers; misuse answers a wrong number of words,
-# and failure a Problem, where that is not to be the usual one.
+# Its docstring is data: labels, and a line of text each, or the next line if it is long. All have
+# usage, help and example, which are, in this order, what `help` answers, and misuse, which answers
+# a wrong number of words. failure answers a Problem, {} being the words after the command; without
+# it the usual sentence does.
 
 
 def texts_of(name, labels=r"\w+"):
@@ -2994,7 +3003,8 @@ COMMANDS = {
 
 # Answers become lines for a person.
 
-COLOURS = {  # of a line in which such a word, maybe with a time, fills a column, or has a colon
+# A line has the colour of such a word, maybe with a time, before two blanks, a colon or a bracket.
+COLOURS = {
     31: "failed|couldn't start|partial|error|fault|ERROR",
     32: "successful|complete",
     33: "unknown|warning|WARNING",
@@ -3133,7 +3143,7 @@ def show_progress(job, terminal):
 
 
 def show_board(terminal):
-    """Draws the board anew each second, until q: its newest Request."""
+    """Draws the board anew each second, until q or Ctrl-C; gives its newest Request."""
     terminal.send("\x1b[?1049h\x1b[?25l")  # another screen, and no cursor
     with contextlib.suppress(ClientGone):  # by Ctrl-C, maybe
         while True:
@@ -3203,9 +3213,8 @@ def make_host_key(path):
         serialization.NoEncryption(),
     )
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent) as file:  # mode 0600
+        with tempfile.NamedTemporaryFile(dir=path.parent, buffering=0) as file:  # mode 0600
             file.write(private)
-            file.flush()
             sync(file.name)
             key = paramiko.Ed25519Key(filename=file.name)
             public = f"{key.get_name()} {key.get_base64()} oni-agent\n"
@@ -3280,8 +3289,7 @@ class Connection(paramiko.ServerInterface, paramiko.Transport):
         self.add_server_key(host_key)
         options = self.get_security_options()
         for kind in ("kex", "ciphers", "digests"):
-            offered = getattr(options, kind)
-            setattr(options, kind, sorted(ALGORITHMS.intersection(offered)))
+            setattr(options, kind, sorted(ALGORITHMS.intersection(getattr(options, kind))))
         self.start_server(event=threading.Event(), server=self)
 
     # What paramiko asks and tells, on the connection's thread: no work here.
@@ -3347,8 +3355,7 @@ class Session(threading.Thread):
     """
 
     line = None  # bytes; until there is a command
-    width = 0  # of a person's terminal, if there is one
-    height = 0
+    width = 0  # of a person's terminal, if there is one; then it has a height, too
     colour = False
 
     def __init__(self, channel):
