@@ -7022,6 +7022,32 @@ def test_a_batch_whose_files_cannot_be_counted_in_time_is_not_purged_for_that(si
     assert site.logs(job["id"]) == []
 
 
+COUNTED_LATE = (
+    ("FILES = futures", "GO = threading.Event()\nLOOKS = []\nFILES = futures"),
+    ("    counts = {", "    GO.wait(600)\n    counts = {"),
+    ("_fill(state, self._remembered.count), within)", "_fill(state, self._remembered.count), 1)"),
+    (
+        "        future = pool.submit(look)\n",
+        "        future = pool.submit(look)\n        pool is FILES and LOOKS.append(future)\n",
+    ),
+    (
+        "            self._check_files(work)\n",
+        "            self._check_files(work)\n"
+        "            GO.set()\n"
+        "            futures.wait(LOOKS)\n",
+    ),
+)
+
+
+def test_a_count_that_comes_too_late_is_no_reason_to_purge_a_whole_batch(site):
+    site.manage("load_batch", str(site.batch(ALPHA)))
+    held = site.held(ALPHA)
+    altered(site, *COUNTED_LATE)
+    job = site.run("load-batch", ALPHA)
+    assert job["status"] == "failed" and "did not answer within 1 s" in job["error"]
+    assert site.held(ALPHA) == held != (0, 0, 0)
+
+
 @pytest.mark.parametrize("cancelled", [0, 1])
 def test_a_fault_of_the_agent_is_the_end_of_one_job_and_stops_no_other(site, cancelled):
     """Here it does not know the kind of a job that an agent of another release has begun."""
