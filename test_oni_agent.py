@@ -3410,6 +3410,7 @@ def past_jobs(site: Site, *rows: tuple) -> None:
                 for words, status, queued, ended in rows
             ],
         )
+        (site.state / "logs").mkdir(exist_ok=True)
         for (id,) in database.execute("SELECT id FROM jobs WHERE ended IS NOT NULL").fetchall():
             (site.state / "logs" / f"{id}.log").write_bytes(
                 b"[2026-01-01T00:00:00.000000000Z] E a line\n"
