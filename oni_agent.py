@@ -222,7 +222,7 @@ def in_time(
                 raise late
         return future.result()
     except socket.timeout:
-        raise late from None
+        raise late
     except OSError as error:
         if is_scarce(error):
             raise
@@ -739,7 +739,7 @@ class Shell:
             self._stderr.seek(0)
             printed = self._stderr.read().decode("utf-8", "replace").strip("\0 \n")
             said = printed.rpartition("\n")[2] or "manage.py shell ended"
-            raise ConnectionError(f"Open ONI cannot be asked: {said}") from None
+            raise ConnectionError(f"Open ONI cannot be asked: {said}")
         self._stderr.truncate(0)  # its last words are to be about a later question
         return reply
 
@@ -1079,7 +1079,7 @@ class Patch:
         listing = old / LISTING
         self._gone = {listing.with_name(name) for name in BATCH_FILES}
         root = parse_xml(listing, ET.TreeBuilder(insert_comments=True, insert_pis=True))
-        lines = removals(instructions.read_text("utf-8", "replace"))
+        lines = removals(instructions.read_text("utf-8-sig", "replace"))
         named = []
         staying = []
         for issue in root.findall(f"{NDNP}issue"):
@@ -1365,7 +1365,7 @@ class Site:
         self._marc_reader = OpenONI(oni.location, oni.environment)
         self._remembered = RememberedCounts(settings.state_directory / "counts.json")
         self._counting = futures.ThreadPoolExecutor(1)
-        self.progress = Glance(self._ask_progress)  # of the batch that is being loaded
+        self.progress = Glance(self._ask_progress)  # of a batch, as a job loads it
         self.health = Glance(self._ask_health)  # whether ONI answers
 
     def folder(self, name):
@@ -1440,7 +1440,8 @@ class Site:
         except Problem as problem:
             return {"answers": False, "problem": str(problem)}
 
-    def _ask_progress(self, name):
+    def _ask_progress(self, name, _job_id):
+        """How far a job is; an answer about an earlier job on the batch is none about this one."""
         state = BatchState(**self.oni.ask("batch", name, False, within=PATIENT_SECONDS))
         self._fill(state, self._remembered.recall)
         self._fill(state, self._remembered.count)
@@ -2125,7 +2126,7 @@ class LoadBatch(BatchKind):
         try:
             in_time(lambda: check_listing(self.folder))
         except Problem as problem:
-            raise Problem(f"{problem}{self.site.similar(self.name)}") from None
+            raise Problem(f"{problem}{self.site.similar(self.name)}")
         self.site.check_place(self.name)
 
     def is_goal(self, held):
@@ -2692,7 +2693,7 @@ def job_object(job):
         shown["attempts"] = job.attempts
     if job.started:
         shown["started"] = timestamp(job.started)
-        shown["seconds"] = ((job.ended or time.time_ns()) - job.started) // 10**6 / 1000
+        shown["seconds"] = max(0, (job.ended or time.time_ns()) - job.started) // 10**6 / 1000
     if job.ended:
         shown["ended"] = timestamp(job.ended)
     return shown
@@ -2706,7 +2707,7 @@ def job_with_place(request, job):
             each.id <= job.id and not each.finished for each in request.queue.jobs()
         )
     elif job.status == STARTED and job.words[0] == "load-batch":
-        shown.update(request.site.progress(job.words[1]))
+        shown.update(request.site.progress(job.words[1], job.id))
     return shown
 
 
@@ -3035,7 +3036,7 @@ def wrapped(texts, width):
 def ago(stamp):
     """How long ago, and when: `12 min ago, 14:05`."""
     then = datetime.fromisoformat(stamp[:19] + "+00:00").astimezone()
-    seconds = max(0, time.time() - then.timestamp())
+    seconds = time.time() - then.timestamp()
     form = "%H:%M" if seconds < 43200 else "%Y-%m-%d %H:%M"
     return f"{span(seconds)} ago, {then:{form}}"
 
@@ -3045,7 +3046,7 @@ def span(seconds):
     for size, name in {86400: "days", 3600: "h", 60: "min"}.items():
         if seconds >= 2 * size:
             return f"{int(seconds // size)} {name}"
-    return f"{int(seconds)} s"
+    return f"{int(max(0, seconds))} s"  # a clock may have been set back
 
 
 def job_line(job):
