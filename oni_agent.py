@@ -813,7 +813,7 @@ def parse_xml(path, builder=None):
             content = content.decode(declared[1].decode())
         return ET.fromstring(content, ET.XMLParser(target=builder))
     except (ET.ParseError, LookupError, ValueError) as error:  # LookupError: the encoding
-        raise Problem(f"reading file: {path}: {error}") from error
+        raise Problem(f"reading file: {path}: {error}")
 
 
 def batch_file(folder):
@@ -1010,7 +1010,7 @@ def check_ocr(path):
     try:
         parser.Parse(read_regular(path), True)
     except (ExpatError, LookupError, ValueError) as error:  # LookupError: unknown encoding
-        raise Problem(f"not well-formed: {error}") from error
+        raise Problem(f"not well-formed: {error}")
 
 
 def count_files(folder):
@@ -1773,15 +1773,16 @@ def pieces(path, start, stop=sys.maxsize, over=False, most=CHUNK):
         with open(path, "rb") as file:
             file.seek(start)
             data = file.read(min(most + 1, stop - start))
-        whole = data[: data.rfind(b"\n") + 1]
-        if not whole and (over or len(data) > most):
-            whole = data[:most]
-        # No part ends amid a character.
-        text, size = codecs.utf_8_decode(whole, "replace", len(data) <= most)
+        is_long = len(data) > most
+        end = data.rfind(b"\n") + 1
+        if not end and (over or is_long):
+            end = most
+        # No part ends amid a character. It is kept as text alone: a slow reader may take long.
+        data, size = codecs.utf_8_decode(data[:end], "replace", not is_long)
         if not size:
             return
         start += size
-        yield start, text.removesuffix("\n")
+        yield start, data
 
 
 class LogReader(JobLog):
@@ -1807,7 +1808,7 @@ class LogReader(JobLog):
                 self._index, second, nanosecond, out, err, kind, text = entry
                 self._stamp = max(self._stamp, (second, int(nanosecond)))
                 if kind:  # a note; or a line in a log of release 1.0
-                    yield from self._stamped(kind, text)
+                    yield self._stamped(kind, text)
                 else:  # where a command begins, those before it have ended
                     yield from self._printed([int(out), int(err)], over=bool(text))
         if over:
@@ -1820,21 +1821,23 @@ class LogReader(JobLog):
             with contextlib.suppress(OSError):  # somebody has removed it
                 for end, text in pieces(self.outputs[output], self._at[output], size, over):
                     self._at[output] = end
-                    yield from self._stamped(output, text)
+                    yield self._stamped(output, text)
 
     def _stamped(self, kind, text):
         """The lines of a text that are wanted, with stamps of one second."""
-        lines = text.split("\n")
+        text = text.removesuffix("\n")
+        count = text.count("\n") + 1
         second, first = self._stamp
-        if first + len(lines) > 10**9:
+        if first + count > 10**9:
             second = (datetime.fromisoformat(second) + timedelta(seconds=1)).isoformat()
             first = 0
-        self._stamp = (second, first + len(lines))
+        self._stamp = (second, first + count)
         skip = self._skip
-        self._skip = max(0, skip - len(lines))
-        if kind in self._kinds and skip < len(lines):
-            numbered = enumerate(lines[skip:], first + skip)
-            yield [f"[{second}.{number:09d}Z] {line}" for number, line in numbered]
+        self._skip = max(0, skip - count)
+        if kind not in self._kinds or skip >= count:
+            return []
+        numbered = enumerate(text.split("\n")[skip:], first + skip)
+        return [f"[{second}.{number:09d}Z] {line}" for number, line in numbered]
 
 
 # ---------------------------------------------------------------- manage.py at work
@@ -3244,8 +3247,10 @@ def encoded(keys):
     for lines, after in zip(logs, parts):
         comma = ""
         for some in lines:
-            yield comma + compact.encode(some)[1:-1]
-            comma = ","
+            yield ""  # so that it is noticed if the client has gone
+            if some:
+                yield comma + compact.encode(some)[1:-1]
+                comma = ","
         yield after
 
 
@@ -3408,7 +3413,9 @@ class Session(threading.Thread):
         return reply
 
     def send(self, text):
-        """Sends text to the client. Raises OSError, EOFError, SSHException."""
+        """Sends text to the client. Raises ClientGone, OSError, EOFError, SSHException."""
+        if self.channel.closed:
+            raise ClientGone
         self.channel.settimeout(STALL_SECONDS)
         # A view: paramiko copies what is left to send each time it has sent some.
         self.channel.sendall(memoryview(text.encode("utf-8", "replace")))
@@ -3437,7 +3444,7 @@ class Session(threading.Thread):
             raise Problem(
                 "standard input gave nothing for too long and has not ended: close it, or send"
                 " an empty line and END"
-            ) from None
+            )
         except EOFError:  # paramiko could not ask for more
             raise ClientGone
         except OSError as error:
