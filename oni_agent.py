@@ -1802,7 +1802,10 @@ class LogReader(JobLog):
         self._stamp = ("1970-01-01T00:00:00", 0)
 
     def read(self, over):
-        """Some lines at a time, `[stamp] text` each; if the job is `over`, unfinished ones too."""
+        """Some lines at a time, `[stamp] text` each; if the job is `over`, unfinished ones too.
+
+        A list of none stands for some that are not wanted, so that a reader can look up meanwhile.
+        """
         with contextlib.suppress(OSError):  # there is none yet, say
             for entry in self.entries(self._index):
                 self._index, second, nanosecond, out, err, kind, text = entry
@@ -2560,7 +2563,7 @@ class Request(Agent):
     # Until there is more:
     words = ()
     keys = {}  # of the object, if any; a Problem adds to them
-    lines = ()  # some at a time, as they come; a person is shown them after the object
+    lines = ()  # lists of some, as they come; a person is shown them after the object
     exit_status = 0  # once the lines have been read
 
     def job(self, word):

@@ -9778,7 +9778,7 @@ class OwnBench(Bench):
                     for _ in range(10):
                         held.append(client.channel(f"job-logs {id}"))
             yield "1,000 job-logs that nobody reads", memory(self.site, "VmHWM"), "MB"
-        # What nobody reads is read on for a while.
+        # Their ends take a moment, which is no part of what follows.
         until(lambda: resources_now(self.site)[0] < 30)
         self.forget_peak()
         title = b"<a>" + b"<b/>" * (8 * 2**20 - 2) + b"</a>"
