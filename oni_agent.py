@@ -78,11 +78,14 @@ import unicodedata
 import urllib.parse
 import warnings
 import xml.etree.ElementTree as ET
+import zlib
 from concurrent import futures
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from hashlib import blake2b
 from pathlib import Path
-from xml.parsers.expat import ExpatError, ParserCreate
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, Iterator, List, Mapping
+from typing import Optional, Sequence, Set, Tuple
 
 
 def stderr_is_journal():
@@ -125,7 +128,6 @@ MAX_CHANNELS = 10  # open at once on one connection, as OpenSSH's MaxSessions
 MAX_PACKET = 256 * 1024  # bytes of one SSH packet, as OpenSSH takes them
 MAX_COMMAND = 16 * 1024  # bytes of a command line
 MAX_PAYLOAD = 32 * 1024 * 1024  # bytes on standard input
-MAX_MARC_MEMORY = 256 * 1024 * 1024  # bytes, for the process that reads MARC XML
 MAX_INSTRUCTIONS = 1024 * 1024  # bytes on standard input of a batch-patch
 MAX_ATTEMPTS = 3  # starts of a job that never ended
 IDLE_SECONDS = 30  # without a command at work; NCA never closes a connection itself
@@ -135,10 +137,15 @@ ANSWER_SECONDS = 10  # for Open ONI, or the batches' file system, to answer a co
 PATIENT_SECONDS = 60  # the same, when a job at work asks
 SOLR_SECONDS = 4  # for Solr to answer a question about one batch
 CHECK_SECONDS = 3600  # for reading every file of a batch
-LIST_SECONDS = 0.7  # for list-batches to count what is not remembered
+LIST_SECONDS = 1.5  # for list-batches to count what is not remembered
+LIST_PATIENCE = 60  # for Open ONI to tell of all batches at once
+MAX_PARTS = 4  # processes in which a batch is checked at once, each on a core of its own
 TERM_SECONDS = 10  # between SIGTERM and SIGKILL for a cancelled manage.py
 HOOK_SECONDS = 60  # for ON_FINISH
 SHELL_SECONDS = 600  # without a question, after which the manage.py that answers them ends
+MAX_QUESTIONS = 8  # of clients, asked of Open ONI at once
+KEPT_WORKERS = 2  # processes that wait for the next question, once they have answered one
+MAX_REPLY = 64 * 1024 * 1024  # bytes of what one of them answers
 PROGRESS_SECONDS = 5  # between two questions about how far a load is
 KEEP_DAYS = 90  # how long finished jobs are kept
 KEEP_JOBS = 100  # how many of the newest are kept in any case
@@ -193,7 +200,7 @@ def patiently(action):
 
 
 FILES = futures.ThreadPoolExecutor(16)  # for what may wait for a hung file system
-CHECKS = futures.ThreadPoolExecutor(2)  # the same, for reading whole batches
+COUNTS = futures.ThreadPoolExecutor(4)  # for what counts batches, maybe for minutes
 
 
 def in_time(
@@ -345,290 +352,1573 @@ class Settings:
         self.host_key_file = self.host_key_file or self.state_directory / "host_key"
 
 
-# ---------------------------------------------------------------- Open ONI
+# ---------------------------------------------------------------- inside Open ONI
 
-# What runs inside a manage.py shell, with ONI's models: questions (see ask), tasks of a job (see
-# start_task), and their helpers. It keeps to what Python 3.6 and Django 2.2 know, since ONI's may
-# be old ones. This is no raw string: a backslash is written twice.
-INSIDE_ONI = '''
-import io, json, logging, re, resource, signal, socket, time, urllib.request
-from django.conf import settings
-from django.core.management import call_command
-from django.db import close_old_connections
-from django.db.models import Count, Q
-from core import solr_index
-from core.models import Awardee, Batch, Issue, LoadBatchEvent, Page, Title
+# What stands between this banner and the next one runs in manage.py processes alone, beside ONI's
+# own models, loader and index; OpenONI cuts it out of this file and carries it there. It therefore
+# uses nothing of the rest of this file, and keeps to Python 3.6 and Django 2.2.
+#
+# Three kinds of function can be asked for, by name: answer_… (a quick question; the process is kept
+# for the next one), study_… (reads files, MARC records or the network; its process ends with the
+# answer) and task_… (changes something; a step of a job, in a manage.py of its own).
 
-class Problem(Exception):
+INSIDE = __name__ == "inside Open ONI"
+if INSIDE or TYPE_CHECKING:
+    import base64
+    import io
+    import itertools
+    import json
+    import logging
+    import os
+    import re
+    import resource
+    import select
+    import signal
+    import socket
+    import stat
+    import sys
+    import threading
+    import time
+    import urllib.parse
+    import urllib.request
+    import zlib
+    from datetime import date
+    from hashlib import blake2b
+    from types import SimpleNamespace
+    from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional
+    from typing import Sequence, Set, Tuple
+    from urllib.request import HTTPRedirectHandler
+    from xml.parsers import expat
+
+    from core import batch_loader, models, solr_index, title_loader
+    from core.batch_loader import BatchLoader, BatchLoaderException
+    from core.title_loader import TitleLoader
+    from django.conf import settings
+    from django.core.management import call_command
+    from django.db import connection, transaction
+    from django.db import models as fields
+    from django.db.backends.signals import connection_created
+    from django.db.models import Count, Q
+    from django.db.utils import DatabaseError, DataError, IntegrityError, InterfaceError
+else:
+    # The agent itself makes none of the classes below.
+    BatchLoader = TitleLoader = HTTPRedirectHandler = object
+
+WORKER_MEMORY = 1 << 30  # bytes that a worker may take
+WORKER_IDLE_SECONDS = 60  # without a question, after which a worker ends
+TITLE_SECONDS = 20  # for the MARC site to give one record
+MAX_RECORD = 32 << 20  # bytes of one record of the MARC site
+MAX_ADDRESSES = 200000  # pages of one batch that are told of
+TRANSIENT = (1040, 1053, 1205, 1213, 1927, 2002, 2003, 2006, 2013)  # MariaDB's: it may pass
+
+Tell = Callable[..., None]  # sends news (keywords) to whoever has asked, before the answer
+
+
+class CannotAnswer(Exception):
     """Why there is no answer, in a sentence for whoever has asked."""
 
-def answer_questions(channel):
-    """Answers each JSON line [question, word, ...] on a socket by a JSON line."""
-    logging.getLogger("pysolr").setLevel(logging.WARNING)  # ONI has a log file a process
-    channel = socket.socket(fileno=channel)
-    signal.alarm(SHELL_SECONDS)
-    for line in channel.makefile(encoding="utf-8"):  # one file for both ways would lose lines
-        signal.alarm(SHELL_SECONDS)
-        question, *words = json.loads(line)
-        try:
-            close_old_connections()
-            reply = {"answer": globals()[question](*words)}
-        except Problem as problem:
-            reply = {"problem": str(problem)}
-        except Exception as error:
-            reply = {"problem": "Open ONI cannot answer: %s: %s" % (type(error).__name__, error)}
-        channel.sendall(json.dumps(reply, default=str).encode() + b"\\n")
 
-def is_ready():
-    """It is, if it answers this."""
+# Workers
+
+
+def serve_workers(control_number: int, idle_seconds: int) -> None:
+    """Fork a worker for each socket that arrives over `control_number`, a socket's descriptor.
+
+    This process is the zygote: it has all of ONI in memory and never connects to the database, so
+    that a fork of it can begin at once. A message is either "fork", with a socket for the worker,
+    or "kill PID": only the zygote kills, since it alone knows that the PID is still its child's.
+    It ends with the agent, or after `idle_seconds` without a message.
+    """
+    control = socket.socket(fileno=control_number)
+    warm_up()
+    control.send(b"ready")
+    children: Set[int] = set()
+    quiet_since = time.monotonic()
+    while children or time.monotonic() - quiet_since < idle_seconds:
+        readable = select.select([control], [], [], 1)[0]
+        children.difference_update(ended_children())
+        if not readable:
+            continue
+        quiet_since = time.monotonic()
+        message, ancillary = control.recvmsg(100, socket.CMSG_SPACE(4))[:2]
+        if not message:
+            return
+        word, _, number = message.decode().partition(" ")
+        if word == "kill" and int(number) in children:
+            os.kill(int(number), signal.SIGKILL)
+        if word == "fork":
+            channel = socket.socket(fileno=int.from_bytes(ancillary[0][2][:4], sys.byteorder))
+            child = os.fork()
+            if not child:
+                control.close()
+                be_worker(channel)
+            channel.close()
+            children.add(child)
+
+
+def ended_children() -> Iterator[int]:
+    """Bury the children that have ended, and yield their PIDs, which may now be used again."""
+    while True:
+        try:
+            child, _ = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if not child:
+            return
+        yield child
+
+
+def warm_up() -> None:
+    """Have in memory, before the first fork, what nearly every question needs."""
+    # ONI has a log file for each process, and pysolr would tell it of every question.
+    logging.getLogger("pysolr").setLevel(logging.WARNING)
+    assert connection.vendor  # imports the database's driver, and connects to nothing
+    title = models.Title(lccn="sn00000000")
+    issue = models.Issue(title=title, date_issued=date(1900, 1, 1), edition=1)
+    assert models.Page(issue=issue, sequence=1).url  # reads the site's URL patterns
+
+
+def be_worker(channel: socket.socket) -> None:
+    """Answer the questions that come over `channel`, a JSON line each; never return.
+
+    A question is [name, words, seconds]. When the seconds are over, SIGALRM, which nothing here
+    handles, ends this process, whatever it hangs in.
+    """
+    try:
+        resource.setrlimit(resource.RLIMIT_DATA, (WORKER_MEMORY, WORKER_MEMORY))
+        send(channel, pid=os.getpid())
+        signal.alarm(WORKER_IDLE_SECONDS)
+        for line in channel.makefile(encoding="utf-8"):
+            name, words, seconds = json.loads(line)
+            signal.alarm(int(seconds) + 1)
+            send(channel, **reply_to(name, words, channel))
+            if name.startswith("study_"):
+                break
+            signal.alarm(WORKER_IDLE_SECONDS)
+    finally:
+        os._exit(0)  # without the exit handlers of the process that this is a fork of
+
+
+def send(channel: socket.socket, **news: Any) -> None:
+    """Send `news` to the agent as one JSON line."""
+    channel.sendall(json.dumps(news, default=str).encode() + b"\n")
+
+
+def reply_to(name: str, words: List[Any], channel: socket.socket) -> Dict[str, Any]:
+    """Return the answer to a question, or the problem, and whether that may pass by itself."""
+    if not name.startswith(("answer_", "study_")):
+        return {"problem": "%s is no question" % name}
+    arguments = list(words)
+    if name.startswith("study_"):
+        arguments.insert(0, lambda **news: send(channel, **news))
+    try:
+        try:
+            return {"answer": globals()[name](*arguments)}
+        except DatabaseErrors:
+            if connection.connection is None or connection.is_usable():
+                raise
+            # The server, or a firewall, has cut a connection that was idle for long.
+            connection.close()
+            return {"answer": globals()[name](*arguments)}
+    except CannotAnswer as problem:
+        return {"problem": str(problem)}
+    except MemoryError:
+        return {"problem": "reading it takes more than %d MiB" % (WORKER_MEMORY >> 20)}
+    except Exception as error:
+        told = "Open ONI cannot answer: %s: %s" % (type(error).__name__, first_line(error))
+        return {"problem": told, "transient": may_pass(error)}
+
+
+DatabaseErrors = (DatabaseError, InterfaceError) if INSIDE or TYPE_CHECKING else ()
+
+
+def may_pass(error: Exception) -> bool:
+    """Return whether `error` is one of the database's that may be gone a moment later."""
+    if isinstance(error, InterfaceError):
+        return True
+    if not isinstance(error, DatabaseError):
+        return False
+    return bool(error.args) and (error.args[0] in TRANSIENT or "locked" in str(error))
+
+
+def first_line(error: Any) -> str:
+    """Return the first line of what an exception says, of 150 characters at the most."""
+    return str(str(error).strip() or type(error).__name__).splitlines()[0][:150]
+
+
+# Quick questions
+
+
+def answer_ready() -> bool:
+    """Return true: whoever gets this answer knows that ONI's code can be run."""
     return True
 
-def check():
-    """The last line of what `manage.py check` prints."""
-    printed = io.StringIO()
-    call_command("check", stdout=printed, stderr=printed)
-    return printed.getvalue().strip().rpartition("\\n")[2]
 
-def lccns(path):
-    """The LCCNs of the MARC records in a file as load_titles finds them. Raises Problem.
+def answer_health() -> Dict[str, Any]:
+    """Return how many batches ONI holds, and how many pages Solr finds, or why it cannot say."""
+    health: Dict[str, Any] = {"batches": models.Batch.objects.count()}
+    try:
+        health["documents"] = patient_solr(4).search("type:page", rows=0).hits
+    except Exception as error:
+        health["solr_problem"] = first_line(error)
+    return health
 
-    The file may be hostile: this is for a process of its own, which is ended after its answer.
+
+def answer_documents() -> int:
+    """Return how many pages Solr finds."""
+    return int(patient_solr(4).search("type:page", rows=0).hits)
+
+
+def answer_batch(name: str, solr_seconds: float) -> Dict[str, Any]:
+    """Return what database and index hold of the batch `name`, in the words of Holdings.
+
+    Solr has `solr_seconds` for each of its answers.
     """
-    import pymarc, xml.sax
-    resource.setrlimit(resource.RLIMIT_DATA, (MAX_MARC_MEMORY, MAX_MARC_MEMORY))
-    found = []
-    problem = ""  # which is raised when the memory that the file has taken is free again
-
-    def enter(record):
-        if record and record.get_fields():  # an answer of OCLC's has other records around them
-            try:
-                found.append(re.sub(r"\\s", "", record["010"]["a"] or "").rstrip("/:,"))
-            except (KeyError, TypeError):
-                found.append("")
-
-    with open(path, "rb") as file:
-        if b"<!DOCTYPE" in file.read().replace(b"\\0", b""):  # of entities that grow, or point away
-            raise Problem("a DOCTYPE is not allowed")
-        file.seek(0)
-        try:
-            pymarc.map_xml(enter, file)
-        except xml.sax.SAXParseException as error:
-            problem = "%s: line %d" % (error.getMessage(), error.getLineNumber())
-        except Exception as error:  # MemoryError, too
-            problem = "it cannot be read as MARC XML: %s %s" % (type(error).__name__, error)
-    if problem:
-        raise Problem(problem)
-    if not found:
-        raise Problem("there is no MARC record in it")
-    if not all(found):
-        raise Problem("there is a MARC record without an LCCN (010 $a) in it, which Open ONI would"
-                      " not store")
-    return found
-
-def batch(name, with_index):
-    """What database and, if asked for, index hold of one batch, in the words of BatchState."""
-    row = Batch.objects.filter(name=name).first()
-    events = LoadBatchEvent.objects.filter(batch_name=name).order_by("-pk")[:5]
-    held = {
-        "name": row.name if row else name,
-        "row": row is not None,
-        "loaded": row.created.isoformat() if row else "",
-        "issues": Issue.objects.filter(batch_id=name).count(),
-        "events": [[event.created.isoformat(), event.message or ""] for event in events][::-1],
-        "storage": settings.BATCH_STORAGE,
-    }
-    held.update(pages_held(name))
-    if with_index:
-        held.update(index(name, held["indexed"]))
+    held = answer_counts(name)
+    row = models.Batch.objects.filter(name=name).first()
+    events = models.LoadBatchEvent.objects.filter(batch_name=name).order_by("-pk")[:5]
+    pages = pages_of(name)
+    with_text = {address for address, indexed in pages if indexed}
+    held.update(
+        name=row.name if row else name,
+        row=row is not None,
+        loaded=row.created.isoformat() if row else "",
+        events=[[event.created.isoformat(), event.message or ""] for event in events][::-1],
+        storage=str(settings.BATCH_STORAGE),
+        rows_digest=digest_of(address for address, _ in pages),
+        text_digest=digest_of(with_text),
+    )
+    try:
+        held.update(compare_index(name, with_text, solr_seconds))
+    except Exception as error:
+        held["index_problem"] = first_line(error)
     return held
 
-def index(name, wanted):
-    """How many documents Solr has of a batch.
 
-    If that is not what is wanted: how many pages are lost or replaced, and how many documents
-    stray, as in BatchState.
+def answer_counts(name: str) -> Dict[str, Any]:
+    """Return how many issues and pages of the batch `name` are rows of ONI's."""
+    pages = models.Page.objects.filter(issue__batch_id=name)
+    return {
+        "issues": models.Issue.objects.filter(batch_id=name).count(),
+        "pages": pages.count(),
+        "indexed": pages.filter(indexed=True).count(),
+    }
+
+
+def pages_of(name: str) -> List[Tuple[str, bool]]:
+    """Return the address of each page of the batch `name`, and whether its text went to Solr."""
+    rows = models.Page.objects.filter(issue__batch_id=name).select_related("issue__title")
+    rows = rows.only("sequence", "indexed", "issue__date_issued", "issue__edition",
+                     "issue__title__lccn")  # fmt: skip
+    return [(address_of(page), page.indexed) for page in rows]
+
+
+def address_of(page: Any) -> str:
+    """Return a page's address, which is also the id of its document in Solr.
+
+    A title whose LCCN has other characters than ONI's URL patterns allow has no addresses. What
+    stands for one then is equal to no document's id.
     """
     try:
-        documents = patient_solr().search('batch:"%s"' % name, rows=0).hits
-        lost = replaced = stray = 0
-        if wanted and documents != wanted:
-            for page, holder in pages_with_holders(name):
-                lost += holder is None
-                replaced += holder not in (None, name)
-            stray = documents - (wanted - lost - replaced)
-        return {"pages_in_solr": documents, "lost": lost, "replaced": replaced, "stray": stray}
+        return str(page.url)
     except Exception as error:
-        return {"index_problem": first_line(error)}
+        return "page %s has no address: %s" % (page.pk, first_line(error))
 
-def patient_solr():
-    """ONI's connection to Solr, which else would wait for a minute."""
+
+def digest_of(addresses: Iterable[str]) -> str:
+    """Return a text that two sets of addresses share only if they are equal."""
+    together = 0
+    for address in set(addresses):
+        together += int.from_bytes(blake2b(address.encode(), digest_size=16).digest(), "big")
+    return "%x" % (together % (1 << 128))
+
+
+def patient_solr(seconds: float) -> Any:
+    """Return ONI's connection to Solr, which here waits for `seconds`, and not for a minute."""
     solr = solr_index.conn()
-    solr.timeout = SOLR_SECONDS
+    solr.timeout = seconds
     return solr
 
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:150]
 
-def pages_with_holders(name):
-    """Each page of a batch that has OCR, and the batch whose document Solr has at its URL."""
-    solr = patient_solr()
-    keys = list(Page.objects.filter(issue__batch_id=name, indexed=True)
-                .order_by("issue__date_issued", "issue", "sequence").values_list("pk", flat=True))
-    for start in range(0, len(keys), 100):
-        pages = list(Page.objects.filter(pk__in=keys[start:start + 100])
-                     .select_related("issue__title", "issue__batch"))
-        found = solr.search("{!terms f=id}" + ",".join(page.url for page in pages),
-                            fl="id,batch", rows=len(pages))
-        holders = {document["id"]: document.get("batch", "") for document in found}
-        for page in pages:
-            yield page, holders.get(page.url)
+def compare_index(name: str, wanted: Set[str], seconds: float) -> Dict[str, Any]:
+    """Return how the documents under a batch's name differ from the addresses in `wanted`.
 
-def overview(on_disk):
-    """What is quickly told of these batches and of all that ONI holds, as BatchState names it."""
-    issues = dict(Issue.objects.order_by().values_list("batch_id").annotate(Count("pk")))
-    newest = {}
-    for name, key, message in (LoadBatchEvent.objects.order_by("pk")
-                               .values_list("batch_name", "pk", "message")):
-        newest[name] = [[key, message or ""]]
-    held = {name: {"name": name, "pages": 0} for name in on_disk}
-    for row in Batch.objects.all():
-        held[row.name] = {
-            "name": row.name,
-            "row": True,
-            "loaded": row.created.isoformat(),
-            "issues": issues.get(row.name, 0),
-            "events": newest.get(row.name, []),
-            "storage": settings.BATCH_STORAGE,
-        }
+    Of those that have no such document, `replaced` ones have another batch's, `lost` ones none.
+    """
+    solr = patient_solr(seconds)
+    documents = documents_of(solr, name)
+    missing = sorted(wanted - documents)
+    others: Set[str] = set()
+    replaced = 0
+    for start in range(0, len(missing), 100):
+        some = missing[start : start + 100]
+        found = solr.search("{!terms f=id}" + ",".join(some), fl="id,batch", rows=len(some))
+        replaced += len(found.docs)
+        others.update(str(document.get("batch", "")) for document in found)
+    return {
+        "pages_in_solr": len(documents),
+        "lost": len(missing) - replaced,
+        "replaced": replaced,
+        "other_batches": sorted(others)[:3],
+        "stray": len(documents - wanted),
+    }
+
+
+def documents_of(solr: Any, name: str) -> Set[str]:
+    """Return the ids of the documents that Solr has under the name of a batch."""
+    query = 'batch:"%s"' % name
+    count = solr.search(query, rows=0).hits
+    return {document["id"] for document in solr.search(query, fl="id", rows=count)}
+
+
+def answer_load(name: str, folder: str, solr_seconds: float) -> Dict[str, Any]:
+    """Return what answer_batch says of the batch in `folder`, if it may be loaded.
+
+    Raises CannotAnswer if not: its list of issues cannot be read, say, or ONI lacks its awardee.
+    """
+    look_at_listing(folder)
+    look_at_place(name, folder)
+    return answer_batch(name, solr_seconds)
+
+
+def look_at_listing(folder: str) -> None:
+    """Raise CannotAnswer unless the file that lists a batch's issues, and these, can be read.
+
+    The sentences are the Go agent's, since people search for them.
+    """
+    data = os.path.join(folder, "data", "")
+    batch = SimpleNamespace(storage_url="file://" + data, path=data)
     try:
-        found = patient_solr().search("type:page", rows=0, facet="true",
-                                      **{"facet.field": "batch", "facet.limit": -1})
-        facets = found.facets["facet_fields"]["batch"]
-        documents = dict(zip(facets[::2], facets[1::2]))
-        for name in held:
-            # Whether they are those of its pages, batch-status says.
-            held[name].update(pages_in_solr=documents.get(name, 0), lost=None)
-    except Exception:
-        pass
-    return [held[name] for name in sorted(held)]
+        listing = data + BatchLoader(process_ocr=False)._find_batch_file(batch)
+    except BatchLoaderException:
+        listing = data + "batch.xml"
+    look_at_file(listing)
+    try:
+        root = batch_loader.etree.parse("file://" + listing)
+    except Exception as error:
+        raise CannotAnswer("reading file: %s: %s" % (listing, first_line(error)))
+    issues = root.xpath("ndnp:issue", namespaces=batch_loader.ns)
+    if not issues:
+        raise CannotAnswer("%s names no issue, so ONI would load nothing" % listing)
+    for issue in issues:
+        path = local_path(urllib.parse.urljoin("file://" + data, issue.text or ""))
+        # lxml opens a name with its percent escapes as they are, or decoded.
+        if path is not None and not os.path.exists(path):
+            path = urllib.parse.unquote(path)
+        if path is not None:
+            look_at_file(path)
 
-def pages_held(name):
-    pages = Page.objects.filter(issue__batch_id=name)
-    return pages.aggregate(pages=Count("pk"), indexed=Count("pk", filter=Q(indexed=True)))
 
-def place(name):
-    """The folder for a link to a batch's files. Raises Problem if ONI lacks its awardee."""
+def look_at_file(path: str) -> None:
+    """Raise CannotAnswer, in the Go agent's words, unless `path` is a regular file."""
+    try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):
+            raise CannotAnswer("reading file: %s is not a regular file" % path)
+        os.close(os.open(path, os.O_RDONLY))
+    except OSError as error:
+        reason = os.strerror(error.errno or 0).lower()
+        raise CannotAnswer("reading file: open %s: %s" % (path, reason))
+
+
+def local_path(url: str) -> Optional[str]:
+    """Return the path that a file: URL names, or None if `url` is of another kind."""
+    if not url.lower().startswith("file:"):
+        return None
+    path = url[len("file:") :]
+    return path[2:] if path.startswith("///") else path
+
+
+def look_at_place(name: str, folder: str) -> None:
+    """Raise CannotAnswer unless ONI has the batch's awardee, and a place for its link."""
     code = name.split("_")[1]
-    if not Awardee.objects.filter(org_code=code).exists():
-        raise Problem('Open ONI has no awardee "%s"; to make it: ensure-awardee %s "NAME"'
-                      % (code, code))
-    return settings.BATCH_STORAGE
+    if not models.Awardee.objects.filter(org_code=code).exists():
+        raise CannotAnswer(
+            'Open ONI has no awardee "%s"; to make it: ensure-awardee %s "NAME"' % (code, code)
+        )
+    link = os.path.join(str(settings.BATCH_STORAGE), name)
+    is_the_batch = os.path.realpath(link) == os.path.realpath(folder)
+    if os.path.exists(link) and not os.path.islink(link) and not is_the_batch:
+        raise CannotAnswer(
+            "%s is a real folder or file, not a link, and load_batch cannot replace it:"
+            " move it away" % link
+        )
 
-def batch_count():
-    return Batch.objects.count()
 
-def names():
-    return list(Batch.objects.values_list("name", flat=True))
+def answer_listing(folder: str) -> bool:
+    """Return true if the batch in `folder` has a list of issues, and all that it lists.
 
-def lacking(lccns):
-    """Those of which ONI has no title."""
-    there = set()
-    for start in range(0, len(lccns), 500):
-        rows = Title.objects.filter(lccn__in=lccns[start:start + 500])
-        there.update(rows.values_list("lccn", flat=True))
-    return [lccn for lccn in lccns if lccn not in there]
+    Raises CannotAnswer if not.
+    """
+    look_at_listing(folder)
+    return True
 
-def titles_to_fetch(issues):
-    """For each LCCN that ONI lacks: the URL where load_batch would look, and what is wrong."""
-    fetch = {}
-    for lccn in sorted(set(lccn for lccn, _, _ in issues if lccn)):
-        if Title.objects.filter(lccn=lccn).exists():
-            continue
-        url, wrong = settings.MARC_RETRIEVAL_URLFORMAT % lccn, ""
-        try:
-            with urllib.request.urlopen(url, timeout=SOLR_SECONDS) as reply:
-                if lccn not in re.sub(r"\\s", "", reply.read(2**22).decode("utf-8", "replace")):
-                    wrong = "it answers with another record"
-        except Exception as error:
-            wrong = first_line(error)
-        fetch[lccn] = [url, wrong]
-    return fetch
 
-def other_holders(name, issues):
-    """Which of these issues, [lccn, date, edition] each, are in other batches that ONI holds."""
-    wanted = set(tuple(issue) for issue in issues if None not in issue)
-    if not wanted:
-        return []
-    dates = sorted(date for _, date, _ in wanted)
-    rows = Issue.objects.exclude(batch_id=name).filter(
-        title_id__in={lccn for lccn, _, _ in wanted}, date_issued__range=(dates[0], dates[-1]))
-    rows = rows.values_list("title_id", "date_issued", "edition", "batch_id")
-    return [[lccn, date.isoformat(), edition, batch] for lccn, date, edition, batch in rows
-            if (lccn, date.isoformat(), edition) in wanted]
+def answer_holds(name: str) -> bool:
+    """Return whether ONI has a row for the batch `name`."""
+    return bool(models.Batch.objects.filter(name=name).exists())
 
-def awardee(code, name):
-    """Makes an awardee that ONI does not have; whether it is new. Raises Problem."""
-    if not 0 < len(code) <= 50 or len(name) > 100 or "\\0" in code + name:
-        raise Problem("an awardee code has 1 to 50 characters, a name at most 100, none of them"
-                      " NUL")
-    row, new = Awardee.objects.filter(org_code=code).first(), False
-    if name and not row:
-        row, new = Awardee.objects.get_or_create(org_code=code, defaults={"name": name})
-    if not row:
-        raise Problem("awardee name must be given to auto-create awardees")
-    if row.org_code != code:
-        raise Problem('Open ONI has the awardee "%s", and its database takes the two codes for one'
-                      % row.org_code)
-    return new
 
-def places():
-    """How many batches there are, and where loads write.
+def answer_names() -> List[str]:
+    """Return the names of all batches that ONI holds."""
+    return list(models.Batch.objects.values_list("name", flat=True))
+
+
+def answer_awardee(code: str, name: str) -> Dict[str, Any]:
+    """Make an awardee, if ONI lacks it; return whether it is `new`, and its code in `spelling`."""
+    if not 0 < len(code) <= 50 or len(name) > 100 or "\0" in code + name:
+        raise CannotAnswer(
+            "an awardee code has 1 to 50 characters, a name at most 100, none of them NUL"
+        )
+    row = models.Awardee.objects.filter(org_code=code).first()
+    if row is not None:
+        return {"new": False, "spelling": row.org_code}
+    if not name:
+        raise CannotAnswer("awardee name must be given to auto-create awardees")
+    row, new = models.Awardee.objects.get_or_create(org_code=code, defaults={"name": name})
+    return {"new": new, "spelling": row.org_code}
+
+
+def answer_titles(lccns: List[str], solr_seconds: float) -> Dict[str, Any]:
+    """Return, for each LCCN, the version of its row in seconds since 1970, and whether Solr has
+    its document; for one that is no title of ONI's, nothing.
+    """
+    solr = patient_solr(solr_seconds)
+    found = {}
+    for title in models.Title.objects.filter(lccn__in=lccns):
+        hits = solr.search("{!terms f=id}" + title.url, rows=0).hits
+        found[title.lccn] = [title.version.timestamp(), hits > 0]
+    return found
+
+
+def answer_places() -> Dict[str, Any]:
+    """Return where loads write, and what ONI has in the tables that it never fills itself.
 
     Of each place, by its name: the folder, and whether the website reads there, as its own user.
     """
-    found = {
-        "log/": [settings.LOG_LOCATION if hasattr(settings, "LOG_LOCATION") else "log", False],
-        "batch storage": [settings.BATCH_STORAGE, False],
+    places: Dict[str, List[Any]] = {
+        "log/": [str(getattr(settings, "LOG_LOCATION", "log")), False],
+        "batch storage": [str(settings.BATCH_STORAGE), False],
     }
     for cache in getattr(settings, "CACHES", {}).values():
         if "filebased" in cache["BACKEND"].lower():
-            found["cache %s" % cache["LOCATION"]] = [cache["LOCATION"], True]
+            places["cache %s" % cache["LOCATION"]] = [str(cache["LOCATION"]), True]
     if getattr(settings, "COORD_STORAGE", ""):
-        found["word coordinates"] = [settings.COORD_STORAGE, True]
-    return Batch.objects.count(), found
+        places["word coordinates"] = [str(settings.COORD_STORAGE), True]
+    tables = (models.Awardee, models.Country, models.Language)
+    rows = {model.__name__.lower(): model.objects.count() for model in tables}
+    return {"batches": models.Batch.objects.count(), "places": places, "rows": rows}
 
-def documents():
-    return patient_solr().search("type:page", rows=0).hits
 
-def mend_index(name):
-    """A task: makes the index hold each page of a batch, and nothing else under its name."""
+def answer_check() -> str:
+    """Return the last line of what `manage.py check` prints."""
+    printed = io.StringIO()
+    call_command("check", stdout=printed, stderr=printed)
+    return printed.getvalue().strip().rpartition("\n")[2]
+
+
+# The list of all batches
+
+
+def study_overview(tell: Tell, wanted: List[List[Any]]) -> Dict[str, Any]:
+    """Return what is quickly told of every batch.
+
+    `wanted` has for each batch in BATCH_SOURCE its name, its folder, and what `watched` told
+    of it, or "". Of each batch that is there, or that ONI holds, the answer has the counts of
+    answer_batch, as numbers alone, and whether the watched files are `unchanged`.
+    """
+    batches: Dict[str, Dict[str, Any]] = {}
+    for name, folder, watched in wanted:
+        batches[name] = {"name": name, "unchanged": answer_unchanged(folder, watched)}
+    issues = counts_by_batch(models.Issue.objects.order_by(), "batch_id")
+    pages = counts_by_batch(models.Page.objects.order_by(), "issue__batch_id")
+    indexed = counts_by_batch(models.Page.objects.order_by().filter(indexed=True),
+                              "issue__batch_id")  # fmt: skip
+    newest = {}
+    events = models.LoadBatchEvent.objects.order_by("pk")
+    for name, key, message in events.values_list("batch_name", "pk", "message"):
+        newest[name] = [[key, message or ""]]
+    for row in models.Batch.objects.all():
+        held = batches.setdefault(row.name, {"name": row.name, "unchanged": False})
+        held.update(
+            row=True,
+            loaded=row.created.isoformat(),
+            issues=issues.get(row.name, 0),
+            pages=pages.get(row.name, 0),
+            indexed=indexed.get(row.name, 0),
+            events=newest.get(row.name, []),
+        )
+    answer: Dict[str, Any] = {"batches": batches, "storage": str(settings.BATCH_STORAGE)}
+    try:
+        answer["index_version"], documents = index_overview()
+        for name, held in batches.items():
+            held["pages_in_solr"] = documents.get(name, 0)
+    except Exception as error:
+        answer["index_problem"] = first_line(error)
+    return answer
+
+
+def counts_by_batch(rows: Any, batch: str) -> Dict[str, int]:
+    """Return how many `rows` there are for each batch, which is their field `batch`."""
+    return dict(rows.values_list(batch).annotate(Count("pk")))
+
+
+def index_overview() -> Tuple[str, Dict[str, int]]:
+    """Return a text that changes when Solr's index does, and the number of documents by batch.
+
+    The text is "" where Solr does not tell (Solr Reference Guide, Luke Request Handler).
+    """
+    solr = patient_solr(10)
+    found = solr.search("type:page", rows=0, facet="true",
+                        **{"facet.field": "batch", "facet.limit": -1})  # fmt: skip
+    facets = found.facets["facet_fields"]["batch"]
+    documents = dict(zip(facets[::2], facets[1::2]))
+    version = ""
+    try:
+        url = "%s/admin/luke?numTerms=0&wt=json" % settings.SOLR
+        with urllib.request.urlopen(url, timeout=4) as reply:
+            index = json.loads(reply.read().decode())["index"]
+        version = "%s %s" % (index["version"], index["lastModified"])
+    except (OSError, ValueError, LookupError):
+        pass
+    return version, documents
+
+
+def study_index(tell: Tell) -> Dict[str, List[Any]]:
+    """Return, for each batch in Solr, how many documents it has, and their digest."""
+    solr = patient_solr(60)
+    sums: Dict[str, List[int]] = {}
+    mark = "*"
+    while True:
+        found = solr.search("type:page", fl="id,batch", rows=5000, sort="id asc", cursorMark=mark)
+        for document in found:
+            total = sums.setdefault(str(document.get("batch", "")), [0, 0])
+            total[0] += 1
+            total[1] += int(digest_of([document["id"]]), 16)
+        if found.nextCursorMark in (mark, None):
+            break
+        mark = found.nextCursorMark
+    return {name: [count, "%x" % (total % (1 << 128))] for name, (count, total) in sums.items()}
+
+
+def study_rows(tell: Tell, names: List[str]) -> None:
+    """Tell, for each batch, the digests of its pages and of those with text."""
+    for name in names:
+        pages = pages_of(name)
+        with_text = (address for address, indexed in pages if indexed)
+        tell(name=name, rows_digest=digest_of(address for address, _ in pages),
+             text_digest=digest_of(with_text))  # fmt: skip
+
+
+def study_files(tell: Tell, batches: List[List[str]]) -> None:
+    """Tell what the files of each batch, [name, folder], name, as `rehearse` does."""
+    for name, folder in batches:
+        try:
+            tell(name=name, **count_files(folder))
+        except CannotAnswer as problem:
+            tell(name=name, problem=str(problem))
+
+
+def study_part(tell: Tell, folder: str, part: int, parts: int) -> Dict[str, Any]:
+    """Return what `rehearse` says of every `parts`-th issue, without a look at images and OCR."""
+    return rehearse(folder, Rehearsal(None, part, parts, counting=True))
+
+
+def count_files(folder: str) -> Dict[str, Any]:
+    """Return what the files of the batch in `folder` name, as Files has it."""
+    return files_of([rehearse(folder, Rehearsal(counting=True))])
+
+
+def files_of(parts: Sequence[Mapping[str, Any]]) -> Dict[str, Any]:
+    """Return what a batch's files name, as Files has it, from what `rehearse` says of each part.
+
+    What ONI would leave out is in the files all the same: its fault stands for its address.
+    """
+    problem = ""
+    issues = 0
+    addresses: List[str] = []
+    with_text: List[str] = []
+    watched: Dict[str, Any] = {}
+    for part in parts:
+        issues += part["issues"]
+        watched.update(unpacked(part["watched"]))
+        for fault in part["faults"]:
+            told = "%s: %s" % (fault["file"], fault["fault"])
+            addresses.append(told)
+            if fault["ends_load"]:
+                problem = problem or told
+        for issue in part["found"]:
+            addresses += [address for address, _ in issue["pages"]]
+            with_text += [address for address, has_text in issue["pages"] if has_text]
+    return {
+        "problem": problem,
+        "issues": issues,
+        "pages": len(addresses),
+        "with_text": len(with_text),
+        "rows_digest": digest_of(addresses),
+        "text_digest": digest_of(with_text),
+        "watched": packed(watched),
+    }
+
+
+def sizes_and_times(folder: str, paths: Iterable[str]) -> Dict[str, Any]:
+    """Return, for each of `paths` in `folder`, its size and when it was changed; None: not there.
+
+    A text of them, as `packed` makes it, is what Files calls `watched`.
+    """
+    seen: Dict[str, Any] = {}
+    for path in paths:
+        try:
+            found = os.stat(os.path.join(folder, path))
+            seen[path] = [found.st_size, found.st_mtime_ns]
+        except (OSError, ValueError):
+            seen[path] = None
+    return seen
+
+
+def packed(facts: Any) -> str:
+    """Return what JSON can hold as a short text."""
+    return base64.b64encode(zlib.compress(json.dumps(facts).encode())).decode()
+
+
+def unpacked(text: str) -> Any:
+    """Return what `packed` has made a text of."""
+    return json.loads(zlib.decompress(base64.b64decode(text)).decode())
+
+
+def answer_unchanged(folder: str, watched: str) -> bool:
+    """Return whether the files in `folder` of which `watched` tells are as they were then."""
+    if not watched:
+        return False
+    seen = unpacked(watched)
+    return sizes_and_times(folder, seen) == seen
+
+
+# The rehearsal: ONI's own loader loads a batch, and nothing is written
+
+
+def study_rehearsal(tell: Tell, folder: str, part: int, parts: int) -> Dict[str, Any]:
+    """Rehearse every `parts`-th issue of the batch in `folder`, from the `part`-th on.
+
+    Returns what `rehearse` does. Tells `done` and `of`, the numbers of issues.
+    """
+    os.nice(10)
+    return rehearse(folder, Rehearsal(tell, part, parts))
+
+
+def rehearse(folder: str, loader: "Rehearsal") -> Dict[str, Any]:
+    """Let ONI's loader load the batch in `folder`; return what would come of it.
+
+    The answer has `issues` (how many were looked at), `faults` and `warnings` (`file`, and a
+    sentence under `fault` or `warning`), `found` (the pages of each issue), `titles` (records that
+    ONI lacks, by LCCN) and `watched`. load_batch runs from its first line to its last; what it does
+    to the world is taken away in `pretend`. Raises CannotAnswer where the database is gone.
+    """
+    name = os.path.basename(folder)
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        raise CannotAnswer("reading file: open %s: %s" % (folder, os.strerror(error.errno or 0)))
+    pretend(name, loader)
+    # One transaction for all: `notes.set` would begin one for each page otherwise.
+    with transaction.atomic(), connection.execute_wrapper(send_only_select):
+        try:
+            # load_batch makes no link to a batch that is called by its link.
+            loader.load_batch(Links.link)
+            loader.load_postponed()
+            loader.look_for_unlisted_issues()
+        except DatabaseGone as error:
+            raise CannotAnswer("Open ONI cannot answer: the database is gone: %s" % error)
+        except BatchLoaderException as error:
+            loader.enter_fault("", "ONI would break off the load", error, ends_load=True)
+        finally:
+            transaction.set_rollback(True)
+    return loader.result()
+
+
+class DatabaseGone(Exception):
+    """The database has gone during a rehearsal, which is no fault of the batch."""
+
+
+class Links:
+    """The link to the batch in BATCH_STORAGE, which load_batch would make, and which is not made.
+
+    The batch's folder is this process's working directory, and /proc/self/cwd is a link to it that
+    is always there. So all that ONI opens below `link` is opened below HERE, while the names that
+    ONI computes, and the words of its errors, are those of a real load.
+    """
+
+    HERE = "/proc/self/cwd/"
+    link = ""
+
+    @classmethod
+    def opened(cls, name: str) -> str:
+        """Return the path or URL that is opened for `name`, a path or URL as ONI has it."""
+        for scheme in ("", "file:", "file://"):
+            if name.startswith(scheme + cls.link + "/"):
+                return scheme + cls.HERE + name[len(scheme + cls.link) + 1 :]
+        return name
+
+    @classmethod
+    def within_batch(cls, text: str) -> str:
+        """Return a text in which the batch's files are named relative to its folder."""
+        for folder in (cls.link + "/", os.getcwd() + "/", cls.HERE):
+            for scheme in ("file://", "file:", ""):
+                text = text.replace(scheme + folder, "")
+        return text
+
+
+class PretendedXML:
+    """Stands for lxml.etree in ONI's loader: parses below the pretended link."""
+
+    def __init__(self, etree: Any, loader: "Rehearsal") -> None:
+        self._etree = etree
+        self._loader = loader
+
+    def parse(self, url: str) -> Any:
+        """Parse as ONI's loader does, and have the document say that it came from `url`."""
+        document = self._etree.parse(Links.opened(url))
+        came_from = document.docinfo.URL or ""
+        if came_from.startswith("file://" + Links.HERE):
+            came_from = "file://%s/%s" % (Links.link, came_from[len("file://" + Links.HERE) :])
+            document.docinfo.URL = came_from
+        self._loader.see_document(url, document)
+        return document
+
+
+def pretend(name: str, loader: "Rehearsal") -> None:
+    """Take from this process whatever would let ONI's loader write, for good.
+
+    Two safeties stand behind the single replacements: no statement but SELECT is sent, and the
+    database's session is read-only. So this must only happen in a worker of its own.
+    """
+    Links.link = os.path.join(str(settings.BATCH_STORAGE), name)
+    if fields.Model.save is look_at_values:
+        return
+    fields.Model.save = look_at_values
+    batch_loader.etree = PretendedXML(batch_loader.etree, loader)
+    batch_loader.Batch = PretendedBatches()
+    batch_loader.Title = batch_loader.management = loader.titles
+    batch_loader.Image = loader.images
+    batch_loader.set_fulltext_range = lambda: None  # it would write to ONI's cache
+    batch_loader.ocr_extractor = loader.extract
+    models.Reel.objects = PretendedReels()
+    remember_title_documents()
+    logging.disable(logging.CRITICAL)
+    socket.setdefaulttimeout(30)
+    real_urlopen = urllib.request.urlopen
+
+    def urlopen(url: Any, *rest: Any, **options: Any) -> Any:
+        return real_urlopen(Links.opened(url) if isinstance(url, str) else url, *rest, **options)
+
+    urllib.request.urlopen = urlopen
+    connection.close()
+    connection_created.connect(make_read_only)
+    learn_columns()
+
+
+def make_read_only(connection: Any, **_: Any) -> None:
+    """Have the database itself refuse to write; each new connection must be told anew."""
+    with connection.cursor() as cursor:
+        if connection.vendor == "mysql":
+            cursor.execute("SET SESSION TRANSACTION READ ONLY")
+        if connection.vendor == "sqlite":
+            cursor.execute("PRAGMA query_only = ON")
+
+
+def send_only_select(execute: Any, sql: str, params: Any, many: bool, context: Any) -> Any:
+    """Send a statement to the database only if it reads, or sets up the connection.
+
+    TitleLoader deletes, clears and creates rows in bulk, past Model.save.
+    """
+    if re.match(r"\s*\(?\s*(SELECT|SET|PRAGMA)\b", sql, re.I):
+        return execute(sql, params, many, context)
+    return None
+
+
+def remember_title_documents() -> None:
+    """Have Title.solr_doc, nine queries a page otherwise, asked once for each title."""
+    real = models.Title.solr_doc.fget
+    documents: Dict[Any, Dict[str, Any]] = {}
+
+    def solr_doc(title: Any) -> Dict[str, Any]:
+        if title.pk not in documents:
+            documents[title.pk] = real(title)
+        return dict(documents[title.pk])  # a copy, since Page.solr_doc takes keys away
+
+    models.Title.solr_doc = property(solr_doc)
+
+
+# What the database's columns take, by table and column: most characters, and whether none of them
+# may lie beyond U+FFFF (MariaDB's utf8mb3).
+COLUMNS: Dict[Tuple[str, str], Tuple[int, bool]] = {}
+MADE_UP_KEYS = itertools.count(-1, -1)  # none is a row's
+
+
+def learn_columns() -> None:
+    """Fill COLUMNS with what the database says of itself; it may differ from ONI's models."""
+    narrow_connection = False
+    with connection.cursor() as cursor:
+        if connection.vendor == "mysql":
+            cursor.execute("SELECT @@character_set_client, @@sql_mode")
+            charset, mode = cursor.fetchone()
+            if "STRICT" not in mode and "TRADITIONAL" not in mode:
+                return  # it cuts off, without an error, what does not fit
+            narrow_connection = charset in ("utf8", "utf8mb3")
+        try:
+            cursor.execute(
+                "SELECT table_name, column_name, character_maximum_length, character_set_name"
+                " FROM information_schema.columns WHERE table_schema = %s"
+                " AND character_maximum_length IS NOT NULL",
+                [connection.settings_dict["NAME"]],
+            )
+        except DatabaseError:
+            return  # this kind of database has no such table
+        for table, column, most, charset in cursor.fetchall():
+            narrow = narrow_connection or charset in ("utf8", "utf8mb3")
+            COLUMNS[table, column] = (most, narrow)
+
+
+def look_at_values(row: Any, *_: Any, **__: Any) -> None:
+    """Stand for Model.save: raise what a strict database, or Django before it, would raise.
+
+    Issue.save, which saves its title too, still runs, and so do `create` and `notes.set`: they all
+    end here. A key that the database would give is made up.
+    """
+    for column in row._meta.concrete_fields:
+        value = column.pre_save(row, row._state.adding)
+        if column.primary_key and value is None:
+            setattr(row, column.attname, next(MADE_UP_KEYS))
+        else:
+            look_at_value(row, column, column.get_db_prep_save(value, connection))
+    row._state.adding = False
+    row._state.db = connection.alias
+
+
+def look_at_value(row: Any, field: Any, value: Any) -> None:
+    """Raise DataError or IntegrityError where the column of `field` cannot hold `value`."""
+    column = field.column
+    if value is None:
+        if not field.null:
+            raise IntegrityError("Column '%s' cannot be null" % column)
+    elif isinstance(value, str):
+        limit = field.max_length or 0
+        most, narrow = COLUMNS.get((row._meta.db_table, column), (limit, False))
+        if most and len(value) > most:
+            told = "Data too long for column '%s': %d characters, and it holds %d"
+            raise DataError(told % (column, len(value), most))
+        if narrow and value and max(value) > "\uffff":
+            told = "Incorrect string value for column '%s': it cannot hold U+%X"
+            raise DataError(told % (column, ord(max(value))))
+    elif isinstance(field, fields.IntegerField):
+        low, high = connection.ops.integer_field_range(field.get_internal_type())
+        if low is not None and not low <= value <= high:
+            raise DataError("Out of range value for column '%s': %d" % (column, value))
+
+
+class PretendedBatches:
+    """Stands for Batch in ONI's loader: no batch of any name is there yet."""
+
+    def __init__(self) -> None:
+        self.objects = self
+        self.DoesNotExist = models.Batch.DoesNotExist
+
+    def __call__(self) -> Any:
+        return models.Batch()
+
+    def get(self, **_: Any) -> Any:
+        raise self.DoesNotExist
+
+    def filter(self, **_: Any) -> Any:
+        return models.Batch.objects.none()
+
+
+class PretendedReels:
+    """Stands for Reel.objects: a reel is missing once, and the loader makes it then."""
+
+    def __init__(self) -> None:
+        self._reels: Dict[Tuple[int, str], Any] = {}
+
+    def get(self, number: str, batch: Any) -> Any:
+        key = (id(batch), number)
+        if key not in self._reels:
+            self._reels[key] = models.Reel(pk=next(MADE_UP_KEYS), number=number, batch=batch)
+            raise models.Reel.DoesNotExist
+        return self._reels[key]
+
+
+class PretendedImages:
+    """Stands for PIL.Image where only addresses are wanted, and no file is to be opened."""
+
+    size = (1, 1)
+
+    def open(self, path: str) -> "PretendedImages":
+        return self
+
+
+class LinkedImages:
+    """Stands for PIL.Image in ONI's loader: opens below the pretended link."""
+
+    def __init__(self, image: Any) -> None:
+        self._image = image
+
+    def open(self, path: str) -> Any:
+        return self._image.open(Links.opened(path))
+
+
+class TitleNeeded(Exception):
+    """ONI lacks a title, whose record is yet to be fetched: the issue is looked at again later."""
+
+
+class NoTitle(Exception):
+    """ONI lacks a title and cannot have it; the text says why."""
+
+
+class Titles(TitleLoader):  # type: ignore[misc]
+    """Stands for Title and `management` in ONI's loader, and loads records as ONI does.
+
+    A title that ONI lacks is first noted in `needed`; `fetch` gets all of these from the MARC site
+    at once, and ONI's own TitleLoader makes titles of them. `outcomes` has, for each record that
+    was loaded, its LCCN and what came of it.
+    """
+
+    def __init__(self, counting: bool = False) -> None:
+        super().__init__()
+        self.objects = self
+        self.DoesNotExist = models.Title.DoesNotExist
+        self.needed: Set[str] = set()
+        self.records: Dict[str, bytes] = {}
+        self.outcomes: List[Dict[str, Any]] = []
+        self._known: Dict[str, Any] = {}
+        self._missing: Dict[str, str] = {}  # why ONI cannot have it, by LCCN
+        self._asked = ""
+        self._counting = counting
+
+    def get(self, lccn: str) -> Any:
+        """Return the title that ONI's loader asks for. Raises Title.DoesNotExist."""
+        self._asked = lccn
+        if lccn not in self._known:
+            try:
+                self._known[lccn] = models.Title.objects.get(lccn=lccn)
+            except self.DoesNotExist:
+                if not self._counting:
+                    raise
+                self._known[lccn] = models.Title(lccn=lccn)
+        return self._known[lccn]
+
+    def call_command(self, name: str, url: str) -> None:
+        """Stand for `load_titles URL`, which ONI's loader calls for a title that it lacks."""
+        if not connection.is_usable():
+            raise DatabaseGone(url)
+        if self._asked in self._missing:
+            raise NoTitle(self._missing[self._asked])
+        self.needed.add(self._asked)
+        raise TitleNeeded(self._asked)
+
+    def fetch(self) -> None:
+        """Fetch the records of all titles that are needed, side by side, and load them."""
+        for lccn, url, record, wrong in fetched_records(sorted(self.needed)):
+            if not wrong:
+                wrong = self._load(lccn, record)
+            if wrong:
+                self._missing[lccn] = "ONI does not have the title %s, nor has %s: %s" % (
+                    lccn, url, wrong)  # fmt: skip
+            else:
+                self.records[lccn] = record
+        self.needed.clear()
+
+    def _load(self, lccn: str, record: bytes) -> str:
+        """Have ONI load a record; return why it then lacks the title, or ""."""
+        self.outcomes.clear()
+        try:
+            self.load_record_file(io.BytesIO(record))
+        except Exception as error:
+            return "that is no MARC XML: %s" % first_line(error)
+        if lccn in self._known:
+            return ""
+        for outcome in self.outcomes:
+            if outcome["problem"]:
+                return str(outcome["problem"])
+        return "it answers with another record"
+
+    def load_record_file(self, file: Any) -> None:
+        """Load all records of an open file as load_titles does; fill `outcomes`.
+
+        Raises what the XML parser raises.
+        """
+        map_xml = title_loader.map_xml
+
+        def see_each(load: Callable[[Any], None], opened: Any) -> None:
+            def see(record: Any) -> None:
+                # An answer of OCLC's has an element of the same name around its records.
+                is_one = record and record.get_fields()
+                self._expect()
+                load(record)
+                if is_one:
+                    self._conclude(record)
+
+            map_xml(see, opened)
+
+        title_loader.map_xml = see_each
+        title_loader.urllib = SimpleNamespace(
+            parse=urllib.parse, request=SimpleNamespace(urlopen=lambda _: file)
+        )
+        try:
+            self.load_file("the record")
+        finally:
+            title_loader.map_xml = map_xml
+            title_loader.urllib = urllib
+
+    def _expect(self) -> None:
+        self._made: Any = None
+        self._wrong = ""
+        self._outcome = "ignored"
+
+    def load_bib(self, record: Any) -> Any:
+        """Load a record as ONI does, and remember what came of it."""
+        self._outcome = "unchanged"
+        try:
+            title = super().load_bib(record)
+        except Exception as error:
+            self._wrong = "ONI cannot store it: %s: %s" % (type(error).__name__, first_line(error))
+            raise
+        if title is not None:
+            self._outcome = "stored" if title.pk else "deleted again"
+            self._made = title
+            if title.pk:
+                self._known[title.lccn] = title
+        return title
+
+    def delete_bib(self, record: Any) -> None:
+        """Only remember that ONI would delete this title."""
+        self._outcome = "deleted"
+
+    def _conclude(self, record: Any) -> None:
+        """Enter what came of one record in `outcomes`."""
+        lccn = lccn_of(record)
+        problem = self._wrong
+        if not lccn and self._outcome in ("unchanged", "stored"):
+            problem = problem or "it has no LCCN (010 $a), and Open ONI would not store it"
+        elif self._outcome == "ignored":
+            problem = "leader/06 is %s: ONI would ignore the title %s" % (record.leader[6:7], lccn)
+        elif self._outcome == "deleted":
+            problem = "leader/05 is d: ONI would delete the title %s" % lccn
+        elif self._outcome == "deleted again":
+            problem = "ONI would take %s for its own electronic record, and delete it" % lccn
+        elif self._outcome == "stored":
+            problem = poison_in(self._made)
+        version = None
+        if self._made and record.get_fields("005"):
+            version = self._made.version.timestamp()
+        self.outcomes.append(
+            {"lccn": lccn, "outcome": self._outcome, "problem": problem, "version": version}
+        )
+
+
+def lccn_of(record: Any) -> str:
+    """Return the LCCN of a MARC record as ONI's title loader reads it, or ""."""
+    try:
+        return title_loader._normal_lccn(title_loader._extract(record, "010", "a")) or ""
+    except Exception:
+        return ""
+
+
+def poison_in(title: Any) -> str:
+    """Return why no batch of a title that ONI stores could be loaded, or ""."""
+    try:
+        assert models.Issue(title=title, date_issued=date(1900, 1, 1), edition=1).url
+        assert title.solr_doc
+    except Exception as error:
+        told = "ONI would store the title %r, but no batch of it could be loaded: %s: %s"
+        return told % (title.lccn, type(error).__name__, first_line(error))
+    return ""
+
+
+class SameHost(HTTPRedirectHandler):
+    """Follows a redirect only if it stays on the same host."""
+
+    def redirect_request(self, request: Any, file: Any, code: int, message: str, headers: Any,
+                         url: str) -> Any:  # fmt: skip
+        if urllib.parse.urlsplit(url).hostname != urllib.parse.urlsplit(request.full_url).hostname:
+            raise OSError("it points to another host, %s" % url[:100])
+        return super().redirect_request(request, file, code, message, headers, url)
+
+
+def fetched_records(lccns: List[str]) -> List[Tuple[str, str, bytes, str]]:
+    """Fetch records from the MARC site, side by side; return LCCN, URL, record, problem of each."""
+    found: Dict[str, Tuple[str, str, bytes, str]] = {}
+
+    def fetch_some(some: List[str]) -> None:
+        for lccn in some:
+            url = settings.MARC_RETRIEVAL_URLFORMAT % urllib.parse.quote(lccn, safe="")
+            try:
+                found[lccn] = (lccn, url, fetched(url), "")
+            except Exception as error:
+                found[lccn] = (lccn, url, b"", first_line(error))
+
+    threads = [
+        threading.Thread(target=fetch_some, args=(lccns[start::16],), daemon=True)
+        for start in range(min(16, len(lccns)))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [found[lccn] for lccn in lccns]
+
+
+def fetched(url: str) -> bytes:
+    """Return what a URL gives within TITLE_SECONDS. Raises OSError."""
+    until = time.monotonic() + TITLE_SECONDS
+    data = b""
+    with urllib.request.build_opener(SameHost).open(url, timeout=TITLE_SECONDS / 2) as reply:
+        while True:
+            piece = reply.read1(1 << 16)
+            data += piece
+            if not piece:
+                return data
+            if len(data) > MAX_RECORD:
+                raise OSError("it sends more than %d MiB" % (MAX_RECORD >> 20))
+            if time.monotonic() > until:
+                raise OSError("it did not answer within %d s" % TITLE_SECONDS)
+
+
+def study_records(tell: Tell, path: str) -> List[Dict[str, Any]]:
+    """Return what ONI would make of each record in a file of MARC XML, as Titles has it.
+
+    Raises CannotAnswer where it could not make a title of one.
+    """
+    with open(path, "rb") as file:
+        if b"<!DOCTYPE" in file.read().replace(b"\0", b""):
+            # Entities can grow without bounds, in load_titles too, which has no limits.
+            raise CannotAnswer("a DOCTYPE is not allowed")
+        file.seek(0)
+        loader = Titles()
+        pretend("", Rehearsal())
+        with transaction.atomic(), connection.execute_wrapper(send_only_select):
+            try:
+                loader.load_record_file(file)
+            except Exception as error:
+                raise CannotAnswer(what_sax_says(error))
+            finally:
+                transaction.set_rollback(True)
+    for outcome in loader.outcomes:
+        if outcome["problem"]:
+            raise CannotAnswer(outcome["problem"])
+    if not loader.outcomes:
+        raise CannotAnswer("there is no MARC record in it")
+    return loader.outcomes
+
+
+def what_sax_says(error: Exception) -> str:
+    """Return what is wrong with an XML file, with the line if the parser tells it."""
+    line = getattr(error, "getLineNumber", None)
+    if line:
+        return "%s: line %s" % (error.getMessage(), line())  # type: ignore[attr-defined]
+    return "it cannot be read as MARC XML: %s: %s" % (type(error).__name__, first_line(error))
+
+
+class Rehearsal(BatchLoader):  # type: ignore[misc]
+    """ONI's own BatchLoader, whose errors are entered as faults, and end one issue at the most.
+
+    With `counting`, only addresses matter: no image, OCR file or title is looked at. Of all issues
+    every `parts`-th is looked at, from the `part`-th on.
+    """
+
+    def __init__(self, tell: Optional[Tell] = None, part: int = 0, parts: int = 1,
+                 counting: bool = False) -> None:  # fmt: skip
+        self.PROCESS_OCR = not counting
+        self.PROCESS_COORDINATES = False  # they would be files
+        self.solr = SimpleNamespace(add=lambda document: None, commit=lambda: None)
+        self.titles = Titles(counting)
+        self.images = PretendedImages() if counting else LinkedImages(batch_loader.Image)
+        self._tell = tell
+        self._part = part
+        self._parts = parts
+        self._counting = counting
+        self._extract = batch_loader.ocr_extractor
+        self._languages: Set[str] = set()
+        self.begin_batch()
+
+    def begin_batch(self) -> None:
+        """Forget all that is known of an earlier batch."""
+        self.faults: List[Dict[str, Any]] = []
+        self.warnings: List[Dict[str, Any]] = []
+        self.found: List[Dict[str, Any]] = []
+        self._seen = 0  # issues that the loader has asked for
+        self._of = 0  # issues that it will ask for
+        self._postponed: List[Tuple[int, str]] = []
+        self._told_titles: Set[str] = set()
+        self._watched: List[str] = ["data"]
+        self._document: Any = None
+        self._draws_in_others = False
+        self._outside = ""
+
+    def purge_batch(self, name: str) -> None:
+        """Do nothing, where ONI's loader would purge what it has loaded before a fault."""
+
+    def result(self) -> Dict[str, Any]:
+        """Return what `rehearse` answers."""
+        self.faults.sort(key=lambda fault: fault.pop("order"))
+        records = self.titles.records.items()
+        return {
+            "issues": len(self.found),
+            "of": self._of,
+            "faults": self.faults,
+            "warnings": self.warnings,
+            "found": self.found,
+            "titles": {lccn: base64.b64encode(record).decode() for lccn, record in records},
+            "watched": packed(sizes_and_times(".", self._watched)),
+        }
+
+    def enter_fault(self, path: str, what: str, error: Any = None, ends_load: bool = False) -> None:
+        """Enter what ONI would do (`what`) with a file, and what it says (`error`) if anything."""
+        words = first_line(error)[:300] if error is not None else ""
+        words = Links.within_batch(words).replace("unable to load batch: ", "")
+        if self._draws_in_others:
+            words = "its words are not shown, since the file draws in others"
+        if self._outside:
+            words = "%s lies outside the batch, and cannot be taken" % self._outside
+        if path:
+            words = words.replace("%s: " % path, "").replace(path, "it")
+        text = "%s: %s" % (what, words) if words else what
+        text = "".join(each if each <= "\uffff" else "\\U%08x" % ord(each) for each in text)
+        self.faults.append(
+            {"file": path, "fault": text, "ends_load": ends_load, "order": self._seen}
+        )
+
+    def enter_warning(self, path: str, text: str) -> None:
+        """Enter what a person should know of a file, and ONI does without."""
+        self.warnings.append({"file": path, "warning": text})
+
+    def see_document(self, url: str, document: Any) -> None:
+        """Take note of a document that ONI's loader has just parsed."""
+        self._document = document
+        dtd = document.docinfo.internalDTD
+        entities = dtd.iterentities() if dtd is not None else ()
+        self._draws_in_others = any(getattr(each, "system_url", None) for each in entities)
+        path = local_path(Links.opened(url))
+        if path is not None:
+            self._watched.append(path.replace(Links.HERE, ""))
+        if not self._seen:
+            self._of = len(document.xpath("ndnp:issue", namespaces=batch_loader.ns))
+
+    def _load_issue(self, url: str) -> None:
+        """Load an issue as ONI's loader does; what that raises goes no further."""
+        number = self._seen
+        self._seen += 1
+        if number % self._parts == self._part:
+            self._rehearse_issue(number, url)
+            if self._tell is not None:
+                self._tell(done=len(self.found), of=self._of)
+
+    def load_postponed(self) -> None:
+        """Fetch the titles that ONI lacks, and load the issues that need them."""
+        if self._postponed:
+            self.titles.fetch()
+        postponed, self._postponed = self._postponed, []
+        for number, url in postponed:
+            self._rehearse_issue(number, url)
+
+    def _rehearse_issue(self, number: int, url: str) -> None:
+        path = Links.within_batch(url)
+        self._path = path
+        self._outside = "" if is_within_reach(url) else "it"
+        self._document = None
+        self._issue: Dict[str, Any] = {"file": path, "pages": []}
+        self._pages: List[Tuple[Any, Any]] = []
+        self._lost_pages = 0
+        try:
+            super()._load_issue(url)
+        except TitleNeeded:
+            self._postponed.append((number, url))
+            return
+        except NoTitle as error:
+            if str(error) not in self._told_titles:
+                self.enter_fault(path, "ONI would break off the load", error, ends_load=True)
+            self._told_titles.add(str(error))
+        except ValueError as error:
+            self._enter_loss(path, error)
+        except Exception as error:
+            self._ask_database(error)
+            self.enter_fault(path, "ONI would break off the load", error, ends_load=True)
+        else:
+            self._look_for_leftovers(path)
+            self._look_for_twins(path)
+        finally:
+            # An error inside `notes.set` marks the transaction as one to be rolled back.
+            if connection.in_atomic_block:
+                transaction.set_rollback(False)
+        self.found.append(self._issue)
+        self._outside = ""
+        self._draws_in_others = False
+
+    def _enter_loss(self, path: str, error: ValueError) -> None:
+        """Enter that ONI would leave out an issue, or, in the middle of it, what is left of it."""
+        if self._pages:
+            what = "ONI would leave out the rest of the issue, from page %d on"
+            self.enter_fault(path, what % (len(self._pages) + 1), error)
+        else:
+            self.enter_fault(path, "ONI would leave this issue out", error)
+
+    def _ask_database(self, error: Exception) -> None:
+        """Raise DatabaseGone if that is the reason of `error`."""
+        if not connection.is_usable():
+            raise DatabaseGone(str(error))
+
+    def _load_page(self, document: Any, division: Any, issue: Any) -> Any:
+        """Load a page as ONI's loader does, and look at what that makes of it."""
+        self._document = document
+        number = len(self._pages) + self._lost_pages + 1
+        try:
+            page = super()._load_page(document, division, issue)
+        except BatchLoaderException as error:
+            self._lost_pages += 1
+            self.enter_fault(self._path, "page %d: ONI would leave it out" % number, error)
+            raise
+        self._pages.append((division, page))
+        self._issue["pages"].append([page.url, bool(page.ocr_filename)])
+        if len(self._issue["pages"]) > MAX_ADDRESSES:
+            raise CannotAnswer("it has more than %d pages" % MAX_ADDRESSES)
+        if not self._counting:
+            for kind, name in (("image", page.jp2_filename), ("PDF", page.pdf_filename)):
+                if name:
+                    self._look_at_served_file(kind, name)
+        return page
+
+    def _look_at_served_file(self, kind: str, name: str) -> None:
+        """Warn of a file that the website would serve, and cannot."""
+        path = Links.opened(os.path.join(self.current_batch.path, name))
+        shown = Links.within_batch(path)
+        if not os.path.isfile(path):
+            self.enter_warning(shown, "there is no such %s" % kind)
+        elif not os.path.getsize(path):
+            self.enter_warning(shown, "this %s is empty" % kind)
+        elif not os.access(path, os.R_OK):
+            self.enter_warning(shown, "this %s cannot be read" % kind)
+
+    def _look_for_leftovers(self, path: str) -> None:
+        """Enter what a METS file holds, and no page that the loader has made."""
+        document = self._document
+        divisions = [each for each in document.iter("{*}div")
+                     if each.get("TYPE", "").strip().lower() in ("np:page", "page")]  # fmt: skip
+        left = len(divisions) - len(self._pages) - self._lost_pages
+        if left > 0:
+            what = "ONI would leave out %d of %d pages without a word"
+            self.enter_fault(path, what % (left, len(divisions)))
+        if not self._lost_pages:
+            self._look_for_unread_text(path, document)
+
+    def _look_for_unread_text(self, path: str, document: Any) -> None:
+        """Enter the OCR files that a METS file describes, and that no page has taken."""
+        mets = "{%s}" % batch_loader.ns["mets"]
+        href = "{%s}href" % batch_loader.ns["xlink"]
+        taken = set()
+        for division, page in self._pages:
+            if page.ocr_filename:
+                taken.update(each.get("FILEID") for each in division.iterchildren(mets + "fptr"))
+        without = any(len(division) and not page.ocr_filename for division, page in self._pages)
+        for file in document.iter("{*}file"):
+            use = (file.get("USE") or file.getparent().get("USE") or "").strip().lower()
+            names = [each.get(href, "") for each in file.iterchildren("{*}FLocat")]
+            is_text = use in ("ocr", "alto") or any(each.lower().endswith(".xml") for each in names)
+            if not is_text or file.get("ID") in taken:
+                continue
+            if without:
+                self.enter_fault(path, "ONI would leave out the OCR file %s" % file.get("ID"))
+            else:
+                self.enter_warning(path, "the OCR file %s belongs to no page" % file.get("ID"))
+
+    def _look_for_twins(self, path: str) -> None:
+        """Warn of another batch that holds the issue just loaded."""
+        if self._counting or not self._pages:
+            return
+        issue = self._pages[0][1].issue
+        twins = models.Issue.objects.filter(
+            title_id=issue.title_id, date_issued=issue.date_issued, edition=issue.edition
+        ).exclude(batch_id=self.current_batch.name)
+        for other in twins.values_list("batch_id", flat=True)[:3]:
+            day = str(issue.date_issued)[:10]
+            told = "%s holds %s %s edition %s, too"
+            self.enter_warning(path, told % (other, issue.title_id, day, issue.edition))
+
+    def look_for_unlisted_issues(self) -> None:
+        """Enter the issues that the file which lists them has, and that the loader has not met."""
+        if self._part:
+            return  # the first part has told of them
+        listing = "data/" + self.current_batch.validated_batch_file
+        document = batch_loader.etree.parse("file://%s/%s" % (Links.link, listing))
+        count = len(list(document.iter("{*}issue")))
+        if not self._seen:
+            self.enter_fault(listing, "it names no issue, so ONI would load nothing")
+        elif count > self._seen:
+            what = "ONI would leave out %d of its %d issues without a word"
+            self.enter_fault(listing, what % (count - self._seen, count))
+
+    def process_ocr(self, page: Any, index: bool = True) -> None:
+        """Index a page as ONI's loader does.
+
+        In most cases it is plain that ONI's reader takes the OCR file; in all others that reader
+        reads it.
+        """
+        url = urllib.parse.urljoin(self.current_batch.storage_url, page.ocr_filename)
+        if not is_within_reach(url):
+            self._outside = "an OCR file"
+        if plainly_fine(Links.opened(url), self._languages):
+            assert page.url and page.issue.title.solr_doc  # what Page.solr_doc can fail on
+        else:
+            self._reading = url
+            super().process_ocr(page, index)
+        self._outside = ""
+
+    def extract(self, url: str) -> Any:
+        """Stand for ONI's ocr_extractor: have that read, and warn of a file without a text."""
+        texts, coordinates = self._extract(url)
+        if not any(text.strip() for text in texts.values()):
+            self.enter_warning(Links.within_batch(url), "this OCR file has no text")
+        return texts, coordinates
+
+
+def is_within_reach(url: str) -> bool:
+    """Return whether what `url` names lies in the batch, in ONI's storage, or on the network.
+
+    Of other files of this host nothing but their being elsewhere is told.
+    """
+    path = local_path(Links.opened(url))
+    if path is None:
+        return not url.startswith("/")
+    real = os.path.realpath(path)
+    storage = os.path.realpath(str(settings.STORAGE))
+    return any(real.startswith(folder + "/") for folder in (os.getcwd(), storage))
+
+
+BEYOND = bytes(range(0xF0, 0x100)) + b"\0"  # in UTF-8 these begin the characters beyond U+FFFF
+
+
+def plainly_fine(url: str, languages: Set[str]) -> bool:
+    """Return whether ONI's OCR reader surely takes the file at `url`, which has a text.
+
+    False says nothing. `languages` has the codes that ONI's table is known to take, and grows.
+    """
+    seen: Set[str] = set()
+    counts = {"Page": 0, "String": 0}
+
+    def start(tag: str, attributes: List[str]) -> None:
+        # The attributes are a list of name, value, name, value: half the time of a dict.
+        if tag == "String":
+            attributes.index("CONTENT")  # raises ValueError if there is none
+            counts["String"] += 1
+        elif tag == "Page":
+            counts["Page"] += 1
+        elif tag == "TextBlock" and "language" in attributes:
+            seen.add(attributes[attributes.index("language") + 1])
+
+    try:
+        with urllib.request.urlopen(url) as file:
+            data = file.read()
+        if len(data.translate(None, BEYOND)) < len(data) or b"&#" in data or b"<!DOCTYPE" in data:
+            return False  # it may have characters beyond U+FFFF, UTF-16, entities
+        parser = expat.ParserCreate()
+        parser.ordered_attributes = True
+        parser.StartElementHandler = start
+        parser.Parse(data, True)
+        for code in seen - languages:
+            if not language_is_known(code):
+                return False
+            languages.add(code)
+    except Exception:
+        return False
+    return counts["Page"] < 2 and counts["String"] > 0
+
+
+def language_is_known(code: str) -> bool:
+    """Return whether ONI's loader finds one row for a language code (BatchLoader.process_ocr)."""
+    rows = models.Language.objects.filter(Q(code=code) | Q(lingvoj__iendswith=code))
+    return bool(rows.count() == 1)
+
+
+# Tasks
+
+
+def task_mend_index(name: str) -> None:
+    """Make the index hold each page of a batch, and nothing else under its name.
+
+    A page whose document is another batch's is left alone: to take it would only move the fault.
+    """
     solr = solr_index.conn()
-    own = set()
-    for page, holder in pages_with_holders(name):
-        own.add(page.url)
-        if holder is None:
-            print("indexing", page.url, flush=True)
-            solr.add([page.solr_doc])
-    for document in solr.search('batch:"%s"' % name, fl="id", rows=2**20):
-        if document["id"] not in own:
-            print("deleting", document["id"], flush=True)
-            solr.delete(id=document["id"])
+    pages = dict(pages_with_text(name))
+    documents = documents_of(solr, name)
+    missing = sorted(set(pages) - documents)
+    for start in range(0, len(missing), 100):
+        some = missing[start : start + 100]
+        found = solr.search("{!terms f=id}" + ",".join(some), fl="id", rows=len(some))
+        elsewhere = {document["id"] for document in found}
+        for address in some:
+            if address not in elsewhere:
+                print("indexing", address, flush=True)
+                solr.add([models.Page.objects.get(pk=pages[address]).solr_doc])
+    for address in sorted(documents - set(pages)):
+        print("deleting", address, flush=True)
+        solr.delete(id=address)
     solr.commit()
     print("the index is mended", flush=True)
 
-def forget_documents(name):
-    """A task: deletes from the index what a failed purge has left of a batch."""
+
+def pages_with_text(name: str) -> Iterator[Tuple[str, int]]:
+    """Yield the address and key of each page of a batch whose text went to Solr."""
+    rows = models.Page.objects.filter(issue__batch_id=name, indexed=True)
+    for page in rows.select_related("issue__title").iterator():
+        yield address_of(page), page.pk
+
+
+def task_forget_documents(name: str) -> None:
+    """Delete from the index what a failed purge has left of a batch."""
     solr = solr_index.conn()
     solr.delete(q='batch:"%s"' % name)
     solr.commit()
     print("deleted the documents of", name, flush=True)
-'''
+
+
+def task_index_titles(*lccns: str) -> None:
+    """Put the documents of titles into the index, which load_titles does for new titles alone."""
+    solr = solr_index.conn()
+    for title in models.Title.objects.filter(lccn__in=lccns):
+        print("indexing title", title.lccn, flush=True)
+        solr.add([title.solr_doc])
+    solr.commit()
+
+
+# ---------------------------------------------------------------- Open ONI
+
+
+def inside_room() -> str:
+    """Return the room "inside Open ONI" of this file, on the lines that it has here.
+
+    It is read once, when the agent starts: an upgrade may replace the file later.
+    """
+    lines = Path(__file__).read_text("utf-8").split("\n")
+    first, end = (
+        number for number, line in enumerate(lines) if re.search(r"^# -+ (inside )?Open ONI$", line)
+    )
+    return "\n" * first + "\n".join(lines[first:end])
+
+
+class Passing(Problem):
+    """A problem that may be gone in a moment: a job asks again, until its deadline."""
+
+
+class WorkerEnded(Exception):
+    """A worker has ended without an answer; the text has its last words."""
 
 
 class OpenONI:
-    """How ONI's manage.py is called, and how ONI's database and index are asked through it."""
+    """How ONI's manage.py is run, and how ONI's database, index and loader are asked through it.
 
-    def __init__(self, location, environ):
+    Questions are functions of the room above. A zygote, a manage.py shell that has all of ONI in
+    memory, forks a worker for each; a few that have only asked the database wait for the next one.
+    """
+
+    def __init__(self, location: Path, environ: Mapping[str, str]) -> None:
         self.location = location
         self.environment = dict(
             environ,
@@ -638,119 +1928,292 @@ class OpenONI:
         )
         for name in (*OWN_VARIABLES, "PYTHONHOME", "NOTIFY_SOCKET"):
             self.environment.pop(name, None)
-        self._asking = futures.ThreadPoolExecutor(1)
-        self._shell = None  # the manage.py that answers
+        self._room = inside_room()
+        self._zygote: Optional[Zygote] = None
+        self._starting = threading.Lock()
+        self._slots = threading.BoundedSemaphore(MAX_QUESTIONS)
+        self._idle: List[Worker] = []  # list's append and pop need no lock
 
-    def start(self, *words, **options):
-        """manage.py with `words`, in a session of its own, so that it outlives the agent.
+    def start(self, *words: Any, **options: Any) -> "subprocess.Popen[bytes]":
+        """Start manage.py with `words`, in a session of its own, so that it outlives the agent.
 
-        Raises CouldNotStart, and Scarce where it can be tried again.
+        `options` are subprocess.Popen's. Raises CouldNotStart, or Scarce where it is to be tried
+        again.
         """
         manage = self.location / "manage.py"
-        program = [manage, *words]
+        program = [str(manage), *map(str, words)]
         if not os.access(manage, os.X_OK):
-            program.insert(0, self.location / "ENV/bin/python3")
+            program.insert(0, f"{self.location}/ENV/bin/python3")
+        options.setdefault("stdin", subprocess.DEVNULL)
+        options.setdefault("env", self.environment)
         try:
             manage.stat()
             return subprocess.Popen(
-                program,
-                cwd=self.location,
-                start_new_session=True,
-                **{"stdin": subprocess.DEVNULL, "env": self.environment, **options},
+                program, cwd=str(self.location), start_new_session=True, **options
             )
         except OSError as error:
             kind = Scarce if is_scarce(error) else CouldNotStart
             raise kind(f"couldn't run {manage}: {error}") from error
 
-    def start_task(self, task, *words, **options):
-        """A manage.py shell that runs one function of INSIDE_ONI."""
-        program = (
-            f"SHELL_SECONDS = {SHELL_SECONDS}\n"
-            f"SOLR_SECONDS = {SOLR_SECONDS}\n"
-            f"MAX_MARC_MEMORY = {MAX_MARC_MEMORY}\n"
-            f"{INSIDE_ONI}\n{task}(*{words!r})"
+    def start_task(self, task: str, *words: Any, **options: Any) -> "subprocess.Popen[bytes]":
+        """Start a manage.py shell that calls one function of the room above with `words`."""
+        program = f"{self._room}\n{task}(*{words!r})\n"
+        # What ps shows is short. The name is the file's own, so that a traceback leads there.
+        code = (
+            f"import os; exec(compile(os.environ.pop('INSIDE_ONI'), {__file__!r}, 'exec'),"
+            " {'__name__': 'inside Open ONI'})"
         )
-        code = "import os; exec(os.environ.pop('INSIDE_ONI'), {})"  # short, for ps
         environment = {**self.environment, "INSIDE_ONI": program}
         return self.start("shell", "-c", code, env=environment, **options)
 
-    def ask(self, question, *words, within=ANSWER_SECONDS):
-        """What a function of INSIDE_ONI answers. Raises Problem, after `within` seconds at most.
+    def ask(self, question: str, *words: Any, within: float = ANSWER_SECONDS) -> Any:
+        """Return the answer to a client's question, after `within` seconds at the most.
 
-        A manage.py shell is kept warm for it: its first answer takes half a second, later ones
-        milliseconds. It ends at a question that takes too long, and after SHELL_SECONDS idle.
+        One that may pass by itself is asked once more. Raises Problem.
         """
         until = time.monotonic() + within
-        reply = in_time(
-            lambda: self._reply([question, *words], until), within, self._asking, who="Open ONI"
-        )
-        if "problem" in reply:
-            raise Problem(reply["problem"])
-        return reply["answer"]
+        if not self._slots.acquire(timeout=within):
+            raise Passing(f"Open ONI did not answer within {within:g} s: too many ask it")
+        try:
+            try:
+                return self._answer(question, words, until)
+            except Passing:
+                if time.monotonic() + 0.5 > until:
+                    raise
+                time.sleep(0.2)
+                return self._answer(question, words, until)
+        finally:
+            self._slots.release()
 
-    def _reply(self, question, until):
-        if self._shell:
-            with contextlib.suppress(ConnectionError):  # it has ended since its last answer
-                return self._shell.reply(question, until)
-        self._shell = Shell(self)
-        return self._shell.reply(question, until)
+    def insist(self, question: str, *words: Any, within: float = PATIENT_SECONDS) -> Any:
+        """Return the answer to a job's question, which is asked anew for `within` seconds while
+        what is wrong may pass by itself. Raises Problem.
+        """
+        until = time.monotonic() + within
+        while True:
+            try:
+                return self._answer(question, words, until)
+            except Passing:
+                if time.monotonic() + 1 > until:
+                    raise
+                time.sleep(1)
 
-    def close(self):
-        """Ends the warm shell; the next question starts another."""
-        if self._shell:
-            self._shell.end()
+    def study(
+        self,
+        questions: Sequence[Sequence[Any]],
+        within: float,
+        hear: Callable[[int, Dict[str, Any]], None],
+        go_on: Callable[[], None],
+    ) -> List[Any]:
+        """Return the answers to several questions, [name, words…], each asked of a new worker.
+
+        `hear` gets the number of a question, and the news that comes before its answer. `go_on` is
+        called about each second; what it raises ends all of them. Raises Problem.
+        """
+        until = time.monotonic() + within
+
+        def study_one(number: int) -> Any:
+            name, *words = questions[number]
+            worker = self._new_worker(until)
+            try:
+                reply = worker.reply(name, words, until, lambda news: hear(number, news), go_on)
+            except WorkerEnded as error:
+                raise Passing(str(error)) from error
+            worker.end()
+            return answer_in(reply)
+
+        with futures.ThreadPoolExecutor(len(questions)) as pool:
+            begun = [pool.submit(study_one, number) for number in range(len(questions))]
+            return [future.result() for future in begun]
+
+    def _answer(self, question: str, words: Sequence[Any], until: float) -> Any:
+        try:
+            worker = self._idle.pop()
+        except IndexError:
+            return self._answer_of_new(question, words, until)
+        try:
+            return self._answer_of(worker, question, words, until)
+        except WorkerEnded:  # it had been idle for too long
+            return self._answer_of_new(question, words, until)
+
+    def _answer_of_new(self, question: str, words: Sequence[Any], until: float) -> Any:
+        try:
+            return self._answer_of(self._new_worker(until), question, words, until)
+        except WorkerEnded as error:
+            raise Passing(str(error)) from error
+
+    def _answer_of(
+        self, worker: "Worker", question: str, words: Sequence[Any], until: float
+    ) -> Any:
+        reply = worker.reply(question, words, until)
+        is_kept = question.startswith("answer_") and len(self._idle) < KEPT_WORKERS
+        if is_kept and "transient" not in reply:
+            self._idle.append(worker)
+        else:
+            worker.end()
+        return answer_in(reply)
+
+    def _new_worker(self, until: float) -> "Worker":
+        """Return a new worker. Raises Problem."""
+        zygote = self._living_zygote(until)
+        try:
+            return zygote.fork(until)
+        except OSError:  # it has ended since, having nothing to do
+            zygote.end()
+            return self._living_zygote(until).fork(until)
+
+    def _living_zygote(self, until: float) -> "Zygote":
+        """Return the zygote, which is started if there is none. Raises Problem."""
+        if not self._starting.acquire(timeout=max(0, until - time.monotonic())):
+            raise Passing("Open ONI did not start in time")
+        try:
+            if self._zygote is None or self._zygote.has_ended():
+                self._zygote = Zygote(self, until)
+            return self._zygote
+        finally:
+            self._starting.release()
+
+    def close(self) -> None:
+        """End the zygote and its workers; the next question starts another."""
+        if self._zygote:
+            self._zygote.end()
 
 
-class Shell:
-    """A manage.py that answers questions; where it does not start, raises as reply does."""
+def answer_in(reply: Dict[str, Any]) -> Any:
+    """Return the answer in a worker's reply. Raises Problem; Passing if it may pass by itself."""
+    if "problem" in reply:
+        raise (Passing if reply.get("transient") else Problem)(reply["problem"])
+    return reply["answer"]
 
-    def __init__(self, oni):
+
+class Zygote:
+    """A manage.py shell that forks workers. Raises Problem where it does not start in time."""
+
+    def __init__(self, oni: OpenONI, until: float) -> None:
+        # Messages have bounds here, so that no two threads' can get mixed up.
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._stderr = open(os.memfd_create("stderr"), "a+b", buffering=0)
-        # In a socket pair nothing that site code prints gets between question and answer.
-        self._channel, theirs = socket.socketpair()
-        self._replies = self._channel.makefile("rb")
         with theirs:
             self._process = oni.start_task(
-                "answer_questions",
+                "serve_workers",
                 theirs.fileno(),
+                SHELL_SECONDS,
                 stdout=subprocess.DEVNULL,
                 stderr=self._stderr,
                 pass_fds=[theirs.fileno()],
             )
-        self.reply(["is_ready"], time.monotonic() + PATIENT_SECONDS)
-
-    def reply(self, question, until):
-        """What it replies to a question. One that it does not reply to in time has no effect.
-
-        Raises socket.timeout at a moment `until`, ConnectionError if manage.py has ended.
-        """
-        left = until - time.monotonic()
-        if left <= 0:  # the start may have taken that long
-            raise socket.timeout
+        self._control.settimeout(max(0.1, until - time.monotonic()))
         try:
-            self._channel.settimeout(left)
-            self._channel.sendall(json.dumps(question).encode() + b"\n")
-            reply = json.loads(self._replies.readline())
+            ready = self._control.recv(100)
         except socket.timeout:
             self.end()
-            raise
-        except (ConnectionError, ValueError):  # ValueError: there is no line, or a part of one
+            raise Passing("Open ONI did not start in time")
+        if not ready:
             self.end()
-            self._stderr.seek(0)
-            printed = self._stderr.read().decode("utf-8", "replace").strip("\0 \n")
-            said = printed.rpartition("\n")[2] or "manage.py shell ended"
-            raise ConnectionError(f"Open ONI cannot be asked: {said}")
-        self._stderr.truncate(0)  # its last words are to be about a later question
-        return reply
+            raise Problem(f"Open ONI cannot be asked: {self.last_words()}")
+        self._control.settimeout(1)
 
-    def end(self):
-        """Ends it at once: it is never amid a change."""
+    def fork(self, until: float) -> "Worker":
+        """Return a new worker. Raises OSError if the zygote has ended."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            number = theirs.fileno().to_bytes(4, sys.byteorder)
+            self._control.sendmsg([b"fork"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, number)])
+        return Worker(self, ours, until)
+
+    def kill(self, pid: int) -> None:
+        """Have a worker killed, if it is still there."""
+        with contextlib.suppress(OSError):  # the zygote has ended, and so its workers do
+            self._control.send(b"kill %d" % pid)
+
+    def last_words(self) -> str:
+        """Return the last line that this process, or one of its workers, has printed on stderr."""
+        size = os.fstat(self._stderr.fileno()).st_size
+        printed = os.pread(self._stderr.fileno(), 4096, max(0, size - 4096))
+        last = printed.decode("utf-8", "replace").strip("\0 \n").rpartition("\n")[2]
+        return last[:300] or "manage.py shell ended"
+
+    def has_ended(self) -> bool:
+        """Return whether there is no such process any more."""
+        return self._process.poll() is not None
+
+    def end(self) -> None:
+        """End it at once, with its workers: they are never amid a change."""
         if self._process.returncode is None:  # its number cannot be another's yet
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._channel.shutdown(socket.SHUT_RDWR)
+            with contextlib.suppress(OSError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        self._control.close()
         # A hung file system may hold it for ever.
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(1)
+
+
+class Worker:
+    """A fork of the zygote, which answers one question at a time. Raises OSError, Problem."""
+
+    def __init__(self, zygote: Zygote, channel: socket.socket, until: float) -> None:
+        self._zygote = zygote
+        self._channel = channel
+        self._received = b""
+        try:
+            self._pid = int(self._message(until)["pid"])
+        except WorkerEnded as error:
+            raise ConnectionError(str(error)) from error
+
+    def reply(
+        self,
+        question: str,
+        words: Sequence[Any],
+        until: float,
+        hear: Callable[[Dict[str, Any]], None] = lambda news: None,
+        go_on: Callable[[], None] = lambda: None,
+    ) -> Dict[str, Any]:
+        """Return the reply to a question. `hear` and `go_on` are as for OpenONI.study.
+
+        Raises Problem if there is none at the monotonic time `until`, WorkerEnded if the worker
+        ends, and what `go_on` raises; in all these cases the worker is no more.
+        """
+        is_answered = False
+        try:
+            seconds = max(1, until - time.monotonic())
+            self._channel.settimeout(seconds)
+            self._channel.sendall(json.dumps([question, words, seconds]).encode() + b"\n")
+            while True:
+                news = self._message(until, go_on)
+                if "answer" in news or "problem" in news:
+                    is_answered = True
+                    return news
+                hear(news)
+        except OSError as error:
+            raise WorkerEnded(f"Open ONI cannot be asked: {error}") from error
+        finally:
+            if not is_answered:
+                self.end()
+
+    def _message(self, until: float, go_on: Callable[[], None] = lambda: None) -> Dict[str, Any]:
+        """Return the next message; see `reply`."""
+        parts = [self._received]
+        size = 0
+        while b"\n" not in parts[-1]:
+            if time.monotonic() >= until:
+                raise Passing("Open ONI did not answer in time")
+            go_on()
+            self._channel.settimeout(max(0.01, min(1, until - time.monotonic())))
+            with contextlib.suppress(socket.timeout):
+                parts.append(self._channel.recv(1 << 16))
+                size += len(parts[-1])
+                if not parts[-1]:
+                    raise WorkerEnded(f"Open ONI cannot be asked: {self._zygote.last_words()}")
+            if size > MAX_REPLY:
+                raise Problem(f"Open ONI's answer has more than {MAX_REPLY >> 20} MiB")
+        line, _, self._received = b"".join(parts).partition(b"\n")
+        message: Dict[str, Any] = json.loads(line)
+        return message
+
+    def end(self) -> None:
+        """End this worker at once, whatever it is doing."""
+        self._zygote.kill(self._pid)
+        self._channel.close()
 
 
 # ---------------------------------------------------------------- batch files
@@ -766,30 +2229,6 @@ BATCH_FILES = (  # load_batch reads the first that is there
 )
 LISTING = "data/batch.xml"  # of a patched batch, which has no validated one
 NDNP = "{http://www.loc.gov/ndnp}"
-METS = "{http://www.loc.gov/METS/}"
-MODS = "{http://www.loc.gov/mods/v3}"
-MIX = "{http://www.loc.gov/mix/}"
-SPATIAL_METRICS = (
-    f"{METS}mdWrap/{METS}xmlData/{MIX}mix/{MIX}ImagingPerformanceAssessment/{MIX}SpatialMetrics"
-)
-IMAGES = (
-    b"\0\0\0\x0cjP  ",
-    b"\xff\x4f\xff\x51",
-    b"\xff\xd8\xff",
-    b"\x89PNG",
-    b"II",
-    b"MM",
-    b"GIF8",
-    b"BM",
-)
-MISSING = {  # by the USE of a file that ONI does without
-    "derivative": "there is no such PDF",
-    "service": "there is no such image: the page will have no picture",
-}
-HREF = "{http://www.w3.org/1999/xlink}href"
-NOTHING = ET.Element("nothing")  # stands for an element that is not there
-
-
 def read_regular(path, size=-1):
     """The first bytes of a regular file, or all. Raises Problem, in the Go agent's words."""
     without_waiting = lambda name, flags: os.open(name, flags | os.O_NONBLOCK)  # it may be a FIFO
@@ -806,39 +2245,10 @@ def read_regular(path, size=-1):
 
 def parse_xml(path, builder=None):
     """The root of an XML file. Raises Problem."""
-    content = read_regular(path)
-    declared = re.match(rb"""<\?xml[^>]*\sencoding=["']([\w.-]+)["']""", content)
     try:
-        if declared:  # Python knows encodings that its XML parser does not, as ONI's parser does
-            content = content.decode(declared[1].decode())
-        return ET.fromstring(content, ET.XMLParser(target=builder))
+        return ET.fromstring(read_regular(path), ET.XMLParser(target=builder))
     except (ET.ParseError, LookupError, ValueError) as error:  # LookupError: the encoding
         raise Problem(f"reading file: {path}: {error}")
-
-
-def batch_file(folder):
-    """The file of a batch that names its issues: the first that load_batch could read, or none."""
-    for name in BATCH_FILES:
-        path = folder / "data" / name
-        if os.access(path, os.R_OK) and not path.is_dir():
-            break
-    return path
-
-
-def issue_files(folder):
-    """The METS files that a batch's file names, as load_batch takes them. Raises Problem."""
-    path = batch_file(folder)
-    root = parse_xml(path)
-    if root.findall(f"{NDNP}reel") != root.findall(f"{NDNP}reel[@reelNumber]"):
-        raise Problem(f"{path} names a reel without a reelNumber")
-    found = []
-    for issue in root.findall(f"{NDNP}issue"):  # children of the root only
-        written = beside(path, issue.text)
-        unquoted = Path(urllib.parse.unquote(str(written)))
-        found.append(next(filter(os.path.exists, [written, unquoted]), written))
-    if not found:
-        raise Problem(f"{path} names no issue, so ONI would load nothing")
-    return found
 
 
 def beside(path, href):
@@ -846,225 +2256,6 @@ def beside(path, href):
     target = re.sub(r"[\n\r\t]", "", href or "").lstrip()
     target = re.sub("^file:(//)?(?=/)", "", target)
     return Path(os.path.normpath(path.parent / target)) if target else path
-
-
-def check_listed(folder, path):
-    """Raises Problem unless a METS file that a batch names is there, and inside its folder."""
-    if not os.path.realpath(path).startswith(f"{os.path.realpath(folder)}/"):
-        raise Problem(
-            f"reading file: {path}, which {batch_file(folder).name} names, lies outside the"
-            " batch's folder"
-        )
-    read_regular(path, 0)
-
-
-def check_listing(folder):
-    """The quick look at a batch: its file, and that the METS files it names are there.
-
-    Raises Problem.
-    """
-    for path in issue_files(folder):
-        check_listed(folder, path)
-
-
-class IssueFile:
-    """An issue's METS file, read as ONI's BatchLoader reads it. Raises Problem if it cannot be."""
-
-    def __init__(self, path):
-        self.path = path
-        root = parse_xml(path)
-        files = by_id(root, f"{METS}file")
-        descriptions = by_id(root, f"{METS}dmdSec", f".//{MODS}mods")
-        self._metrics = by_id(root, f"{METS}techMD", SPATIAL_METRICS)
-        division = root.find(f".//{METS}div[@TYPE='np:issue']")
-        if division is None:
-            raise Problem(f"{path} has no np:issue, and ONI cannot load it")
-        mods = descriptions.get(division.get("DMDID"))
-        if mods is None:
-            raise Problem(f"np:issue has no description (DMDID) in {path}")
-        self._edition = mods.findtext(f".//{MODS}detail[@type='edition']/{MODS}number", "")
-        self._date = mods.findtext(f".//{MODS}dateIssued", "")
-        lccn = mods.findtext(f".//{MODS}identifier[@type='lccn']", "").strip()
-        self.key = [lccn, date_in(self._date), number_in(self._edition)]
-        self.pages = []  # of each its description, and its files by their USE; None: not described
-        for page in division.findall(f".//{METS}div[@TYPE='np:page']"):
-            by_use = {}
-            for pointer in page.findall(f"{METS}fptr"):
-                file = files.get(pointer.get("FILEID"), NOTHING)
-                by_use[file.get("USE")] = file
-            self.pages.append((descriptions.get(page.get("DMDID")), by_use))
-
-    def findings(self):
-        """What is wrong with the issue: "fault" or "warning", sentence and file each."""
-        for fault in self._faults():
-            yield "fault", fault, self.path
-        folder = self.path.parent.name
-        edition = self.key[2]
-        if re.fullmatch(r"\d{10}", folder) and edition not in (None, int(folder[8:])):
-            yield "warning", f"the folder {folder} names another edition than {edition}", self.path
-        for _, files in self.pages:
-            for use, file in files.items():
-                yield from self._file_findings(use, file)
-
-    def _faults(self):
-        """What in the METS file makes ONI refuse the batch, or drop something without a word.
-
-        A ValueError skips the issue, a BatchLoaderException the page, anything else ends the load.
-        """
-        lccn, date, edition = self.key
-        if not lccn:
-            yield "there is no LCCN: ONI could not tell which title this is"
-        if date is None:
-            yield f"the dateIssued is {self._date!r}: ONI would leave this issue out"
-        if edition is None:
-            yield f"the edition is {self._edition!r}: ONI would leave this issue out"
-        for number, (mods, files) in enumerate(self.pages, 1):
-            if None in files:
-                yield f"a page of {self.path} points to a file that is not described"
-            if not self._has_dimensions(files.get("service", NOTHING).get("ADMID")):
-                yield f"page {number} has no dimensions of its image: ONI would drop it"
-            if mods is None:
-                yield f"np:page has no description (DMDID) in {self.path}"
-                continue
-            sequence = mods.findtext(f".//{MODS}extent/{MODS}start", "")
-            if number_in(sequence) is None:
-                yield f"page {number} has the sequence {sequence!r}: ONI would leave it out"
-
-    def _has_dimensions(self, admid):
-        """Whether ONI finds an image's dimensions, as numbers, in the MIX that its ADMID refers to.
-
-        Without an ADMID it opens the image.
-        """
-        if admid is None:
-            return True
-        for identifier in admid.split(" "):
-            metrics = self._metrics.get(identifier, NOTHING)
-            length = metrics.findtext(f"{MIX}ImageLength")
-            width = metrics.findtext(f"{MIX}ImageWidth")
-            if length and width:
-                return all(number_in(text, -(2**31)) is not None for text in (length, width))
-        return False
-
-    def _file_findings(self, use, file):
-        """What is wrong with a file of a page, as findings tells it."""
-        href = next(file.iter(f"{METS}FLocat"), NOTHING).get(HREF, "")
-        if use == "ocr":  # opened as a URL; the others by their names
-            href = urllib.parse.unquote(href.partition("#")[0].strip())
-        path = beside(self.path, href)
-        unmeasured = use == "service" and file.get("ADMID") is None  # so ONI opens the image
-        if use == "ocr":
-            try:
-                check_ocr(path)
-            except Problem as problem:
-                yield "fault", f"{problem}: ONI could not index this page", path
-        elif unmeasured and not path.is_file():
-            yield "fault", "there is no such image, and the METS file has no dimensions", path
-        elif unmeasured and not read_regular(path, 16).startswith(IMAGES):
-            yield "fault", "this is no image, and the METS file has no dimensions", path
-        elif use in MISSING and not path.is_file():
-            yield "warning", MISSING[use], path
-
-
-def by_id(root, tag, part="."):
-    """What is at a path in the elements with a tag, by their ID; of several with one, the first."""
-    found = {}
-    for element in root.iterfind(f".//{tag}[@ID]"):
-        inside = element.find(part)
-        if inside is not None:
-            found.setdefault(element.get("ID"), inside)
-    return found
-
-
-def number_in(text, least=0):
-    """The number in a text if ONI's database, and its addresses, can hold it; else None."""
-    with contextlib.suppress(ValueError):
-        if least <= int(text) < 2**31:
-            return int(text)
-    return None
-
-
-def date_in(text):
-    """A date as text, if ONI can read it, else None."""
-    with contextlib.suppress(ValueError):
-        return datetime.strptime(text, "%Y-%m-%d").date().isoformat()
-    return None
-
-
-def check_ocr(path):
-    """Raises Problem if ONI's OCRHandler would fail on an ALTO file."""
-    measured = False  # whether a Page with a size has begun: ONI asserts that none has
-
-    def start(tag, attributes):
-        nonlocal measured
-        if tag == "String" and "CONTENT" not in attributes:
-            raise Problem(f"line {parser.CurrentLineNumber}: a String without CONTENT")
-        if tag == "TextBlock" and len(attributes.get("language", "eng")) < 2:
-            raise Problem(f"line {parser.CurrentLineNumber}: a language of less than two letters")
-        if tag == "Page":
-            if measured:
-                raise Problem(f"line {parser.CurrentLineNumber}: a second Page")
-            measured = "WIDTH" in attributes or "HEIGHT" in attributes
-
-    parser = ParserCreate()
-    parser.StartElementHandler = start
-    try:
-        parser.Parse(read_regular(path), True)
-    except (ExpatError, LookupError, ValueError) as error:  # LookupError: unknown encoding
-        raise Problem(f"not well-formed: {error}")
-
-
-def count_files(folder):
-    """What ONI should hold by the files of a batch, as BatchState names it.
-
-    Where a METS file cannot be read, that is a problem, and its pages are not known. Raises Problem
-    where the file that names the issues cannot be read.
-    """
-    paths = issue_files(folder)
-    counts = {"issues_in_batch_xml": len(paths)}
-    try:
-        with_ocr = ["ocr" in files for path in paths for _, files in IssueFile(path).pages]
-        counts["pages_in_mets"] = len(with_ocr)
-        counts["pages_with_ocr"] = sum(with_ocr)
-    except Problem as problem:
-        counts["problem"] = str(problem)
-    return counts
-
-
-class Findings:
-    """What a look at every file of a batch finds that ONI would read.
-
-    Tells `progress` of each issue, which may raise.
-    """
-
-    def __init__(self, folder, progress):
-        self.faults = []  # dicts, as answers show them
-        self.warnings = []
-        self.issues = []  # LCCN, date, edition
-        self.titles = {}  # to be fetched, by LCCN: URL, and what is wrong there
-        self._folder = folder
-        self._listing = batch_file(folder)
-        paths = []
-        try:
-            paths = issue_files(folder)
-        except Problem as problem:
-            self.add("fault", problem)
-        for done, path in enumerate(paths, 1):
-            try:
-                check_listed(folder, path)
-                issue = IssueFile(path)
-                self.issues.append(issue.key)
-                for finding in issue.findings():
-                    self.add(*finding)
-            except Problem as problem:
-                self.add("fault", problem, path)
-            progress(done, len(paths))
-
-    def add(self, kind, text, path=None):
-        """Enters a "fault" or a "warning" of a file, or of the whole: a sentence, or a Problem."""
-        path = path or self._listing
-        text = str(text).replace(f"reading file: open {path}: ", "")
-        entries = self.faults if kind == "fault" else self.warnings
-        entries.append({"file": os.path.relpath(path, self._folder), kind: text})
 
 
 class Patch:
@@ -1124,7 +2315,6 @@ class Patch:
         try:
             self._copy(unready, tell, go_on)
             (unready / LISTING).write_bytes(self.listing)
-            check_listing(unready)
             os.sync()  # whole on disk before it is seen
             unready.rename(new)
             sync(new.parent)
@@ -1213,66 +2403,89 @@ def sync(path):
 class Glance:
     """Makes an answer in the background, every PROGRESS_SECONDS at most, however many ask."""
 
-    def __init__(self, make):
-        self._make = make  # a function that returns a dict
+    def __init__(self, make: Callable[..., Dict[str, Any]]) -> None:
+        self._make = make
         self._pool = futures.ThreadPoolExecutor(1)
-        self._answers = {}  # the newest one, by the words that it is about
-        self._due = 0.0  # when they are to be made anew
+        self._answers: Dict[Tuple[Any, ...], Dict[str, Any]] = {}  # by the words it is about
+        self._due = 0.0  # the monotonic time when they are to be made anew
 
-    def __call__(self, *words):
-        """What `make` has last answered, after a second at the most; {} if it has not yet."""
+    def __call__(self, *words: Any) -> Dict[str, Any]:
+        """Return what `make` has last answered, after a second at the most; {} if nothing yet."""
         with contextlib.suppress(Problem, OSError):
             in_time(lambda: self._look(words), 1, self._pool)
         return self._answers.get(words, {})
 
-    def _look(self, words):
-        """Asks, if that is due, in the pool's one thread; an answer may come after its time."""
+    def _look(self, words: Tuple[Any, ...]) -> None:
+        """Ask, if that is due, in the pool's one thread; an answer may come after its time."""
         if words not in self._answers or time.monotonic() >= self._due:
             self._answers.setdefault(words, {})  # it is asked, whether it will answer or not
             self._due = time.monotonic() + PROGRESS_SECONDS
             self._answers = {words: self._make(*words)}
 
 
-class RememberedCounts:
-    """Dicts of counts that are slow to make, each kept with a key that changes when they may have.
+class Memory:
+    """Facts that are slow to find out, in a table of jobs.db; they may be lost at any time.
 
-    In counts.json, so that a restart does not lose them; they may be lost at any time.
+    The worst that an error of the database can do here is that something is counted again.
     """
 
-    def __init__(self, path):
-        self._path = path
+    def __init__(self, path: Path) -> None:
         self._lock = threading.Lock()
-        self._kept = {}
-        with contextlib.suppress(OSError, LookupError, TypeError, ValueError):
-            self._kept = json.loads(path.read_text())[VERSION]
+        self._database = sqlite3.connect(
+            str(path), timeout=1, check_same_thread=False, isolation_level=None
+        )
+        with contextlib.suppress(sqlite3.Error):
+            self._database.execute("PRAGMA synchronous = OFF")
+            self._database.execute(
+                "CREATE TABLE IF NOT EXISTS remembered (what TEXT PRIMARY KEY, facts TEXT NOT NULL)"
+            )
 
-    def recall(self, what, key, *_):
-        """The counts that were kept last, if under this key; else {}. Makes none."""
-        kept, counts = self._kept.get(what, (None, {}))
-        return counts if kept == key else {}
+    def recall(self, what: str) -> Dict[str, Any]:
+        """Return the facts that were kept last under `what`, or {}."""
+        return self.recall_all(what).get(what, {})
 
-    def count(self, what, key, make, *about):
-        """The counts that `make` makes anew, kept for `recall` unless they have a problem."""
-        counts = make(*about)
-        if key and "problem" not in counts and self.recall(what, key) != counts:
-            with self._lock, contextlib.suppress(OSError):
-                self._kept[what] = [key, counts]
-                self._path.write_text(json.dumps({VERSION: self._kept}))
-        return counts
+    def recall_all(self, pattern: str) -> Dict[str, Dict[str, Any]]:
+        """Return all facts whose names match an SQL GLOB pattern, by their names."""
+        try:
+            with self._lock:
+                rows = self._database.execute(
+                    "SELECT what, facts FROM remembered WHERE what GLOB ?", [pattern]
+                ).fetchall()
+        except sqlite3.Error:
+            return {}
+        return {what: json.loads(facts) for what, facts in rows}
+
+    def keep(self, facts: Mapping[str, Mapping[str, Any]]) -> None:
+        """Keep facts, by their names, in the place of earlier ones."""
+        rows = [(what, json.dumps(each)) for what, each in facts.items()]
+        with self._lock, contextlib.suppress(sqlite3.Error):
+            self._database.execute("BEGIN IMMEDIATE")
+            try:
+                self._database.executemany("REPLACE INTO remembered VALUES (?, ?)", rows)
+            finally:
+                self._database.execute("COMMIT")
 
 
-def agree(held, wanted):
-    """Whether two counts are the same; None if one of them is not known."""
-    return None if None in (held, wanted) else held == wanted
+@dataclass
+class Files:
+    """What the files of a batch name, as ONI's own loader reads them (see count_files)."""
+
+    issues: int = 0
+    pages: int = 0
+    with_text: int = 0  # pages that have an OCR file
+    rows_digest: str = ""  # the digest of all pages' addresses
+    text_digest: str = ""  # the same, of the pages with an OCR file
+    watched: str = ""  # see watched_files
+    problem: str = ""  # why ONI cannot read them; then nothing else is known
 
 
 @dataclass
 class BatchState:
-    """What ONI's database and index hold of a batch, beside what the batch's files say they should.
+    """A batch as three sets of page addresses: of its files, in ONI's database, in Solr.
 
-    It is complete when all of these agree (no one of them alone is proof): the row, the issues, the
-    pages and those indexed, the newest event, and the documents in Solr, unless that cannot be
-    asked, as it then says. None is what was not looked at, or could not be.
+    It is complete when these are equal, and the newest event says that the load has ended; partial
+    when they are known to differ; unknown when one of them could not be had. None is what is not
+    known. Numbers are for people: equal numbers prove nothing.
     """
 
     name: str
@@ -1280,239 +2493,558 @@ class BatchState:
     row: bool = False
     loaded: str = ""  # when the row was made
     issues: int = 0
-    pages: int | None = None
-    indexed: int | None = None  # pages whose text went to Solr
-    events: list = field(default_factory=list)  # the newest ones, [time or number, message]
-    issues_in_batch_xml: int | None = None
-    pages_in_mets: int | None = None
-    pages_with_ocr: int | None = None  # in METS files, too
-    problem: str = ""  # why it is not known what the files say
-    pages_in_solr: int | None = None  # documents there
-    lost: int | None = 0  # pages of which Solr has no document at all
-    replaced: int = 0  # pages whose document is another batch's page of the same URL
-    stray: int = 0  # documents in Solr that are no page's
+    pages: int = 0
+    indexed: int = 0  # pages whose text went to Solr
+    rows_digest: Optional[str] = None  # the digest of all pages' addresses
+    text_digest: Optional[str] = None  # the same, of those whose text went to Solr
+    events: List[List[Any]] = field(default_factory=list)  # the newest ones, [time, message]
+    files: Optional[Files] = None
+    files_problem: str = ""  # why it is not known what the files name
+    pages_in_solr: Optional[int] = None  # documents under its name
+    index_is_right: Optional[bool] = None  # whether they are those of its pages
+    lost: int = 0  # pages of which Solr has no document at all
+    replaced: int = 0  # pages whose document is another batch's
+    other_batches: List[str] = field(default_factory=list)  # whose documents these are
+    stray: int = 0  # documents that are none of its pages'
     index_problem: str = ""  # why Solr could not be asked
-    storage: str = ""  # where ONI has links to the batches that it has loaded
+    storage: str = ""  # ONI's folder of links to batches
 
     @property
-    def ended_well(self):
-        """As the newest event says. Without any it was loaded long ago, and they were pruned."""
+    def issues_in_batch_xml(self) -> Optional[int]:
+        """How many issues the batch's files name."""
+        return self.files.issues if self.files else None
+
+    @property
+    def pages_in_mets(self) -> Optional[int]:
+        """How many pages the batch's files name."""
+        return self.files.pages if self.files else None
+
+    @property
+    def ended_well(self) -> bool:
+        """Whether the newest event is a load's end. Without any, they were pruned long ago."""
         return not self.events or self.events[-1][1].startswith("processed")
 
-    def _agreements(self):
-        """Whether database and files agree on each thing; None if that is not known."""
-        held = [self.issues, self.pages, self.indexed]
-        wanted = [self.issues_in_batch_xml, self.pages_in_mets, self.pages_with_ocr]
-        return [self.ended_well, *map(agree, held, wanted)]
+    @property
+    def rows_are_right(self) -> Optional[bool]:
+        """Whether the database holds what the files name, or None if that is not known."""
+        if not self.ended_well:
+            return False
+        if self.files is None:
+            return None
+        held = (self.issues, self.rows_digest, self.text_digest)
+        if held == (self.files.issues, self.files.rows_digest, self.files.text_digest):
+            return True
+        if self.rows_digest is None and self.pages == self.files.pages:
+            return None
+        return False
 
     @property
-    def rows_whole(self):
-        """Whether the database is known to hold all that the files name."""
-        return all(self._agreements())
-
-    @property
-    def state(self):
-        """absent, partial, complete or unknown."""
-        index = self.pages_in_solr == self.indexed or agree(self.lost, 0)
-        found = [*self._agreements(), index, not self.stray]
+    def state(self) -> str:
+        """The word for it: absent, partial, complete or unknown."""
         if not self.row:
             return "absent"
-        if False in found:
+        sides = (self.rows_are_right, self.index_is_right)
+        if False in sides:
             return "partial"
-        return "unknown" if None in found else "complete"
+        return "unknown" if None in sides else "complete"
 
-    def __str__(self):
-        whole = self.rows_whole
-        facts = {
-            self._of_database(): True,
-            f"Solr cannot be asked ({self.index_problem})": self.index_problem,
-            f"Solr still has {self.pages_in_solr} of its pages, which lead nowhere": (
-                self.pages_in_solr and not self.row
-            ),
-            f"Solr lacks {self.lost} of {self.indexed} pages": self.lost and whole,
-            f"Solr has documents under its name that are none of its pages ({self.stray})": (
-                self.stray and whole
-            ),
-            f"{self.replaced} pages are found under another batch, which has the same pages": (
-                self.replaced
-            ),
-        }
-        return "; ".join(fact for fact, holds in facts.items() if holds)
+    def __str__(self) -> str:
+        """Return the state in sentences, without a stop."""
+        facts = [self._of_database()]
+        if self.index_problem:
+            facts.append(f"Solr cannot be asked ({self.index_problem})")
+        elif self.pages_in_solr and not self.row:
+            facts.append(f"Solr still has {self.pages_in_solr} of its pages, which lead nowhere")
+        elif self.rows_are_right is not False:
+            facts += self._of_index()
+        return "; ".join(facts)
 
-    def _of_database(self):
+    def _of_database(self) -> str:
         if not self.row:
             return "ONI holds nothing of the batch"
-        held = f"ONI holds {self.issues} of the {self.issues_in_batch_xml} issues"
-        held += f" and {self.pages} of the {self.pages_in_mets} pages"
-        if self.problem:
+        if self.files is None:
             held = f"ONI holds {self.issues} issues and {self.pages} pages, and what it should hold"
-            held += f" is not known: {self.problem}"
+            return f"{held} is not known: {self.files_problem or 'it is yet to be counted'}"
+        held = f"ONI holds {self.issues} of the {self.files.issues} issues"
+        held += f" and {self.pages} of the {self.files.pages} pages"
         if self.state == "complete":
             return f"the batch is complete: {held}"
-        if self.pages == self.pages_in_mets and self.indexed != self.pages_with_ocr:
-            held += f", {self.indexed} of {self.pages_with_ocr} with their text"
+        if self.indexed != self.files.with_text and self.pages == self.files.pages:
+            held += f", {self.indexed} of {self.files.with_text} with their text"
+        elif self.rows_are_right is False and self.pages == self.files.pages and self.ended_well:
+            held += ", but not the same ones: the files have changed since"
         if not self.ended_well:
             held += f', and its last event is "{self.events[-1][1]}"'
         return held
+
+    def _of_index(self) -> Iterator[str]:
+        """Yield how the index differs from the database."""
+        if self.lost:
+            yield f"Solr lacks {self.lost} of {self.indexed} pages"
+        if self.stray:
+            yield f"Solr has documents under its name that are none of its pages ({self.stray})"
+        if self.replaced:
+            others = ", ".join(self.other_batches)
+            yield (
+                f"{self.replaced} pages are found under another batch, which has the same pages"
+                f" ({others}): purge the one that should not have them"
+            )
+
+
+class Check:
+    """What a rehearsal has found: what would go wrong with a load of a batch."""
+
+    def __init__(self, parts: Sequence[Mapping[str, Any]]) -> None:
+        """Put together what several workers have found, each in its part of the issues."""
+        self.faults: List[Dict[str, str]] = []
+        self.warnings: List[Dict[str, str]] = []
+        self.titles: Dict[str, bytes] = {}  # the records of titles that ONI lacks, by LCCN
+        self.files = Files(**files_of(parts))
+        self._places: Dict[str, List[str]] = {}  # the METS files that have a page, by its address
+        for part in parts:
+            self.faults += part["faults"]
+            self.warnings += part["warnings"]
+            for lccn, record in part["titles"].items():
+                self.titles[lccn] = base64.b64decode(record)
+            for issue in part["found"]:
+                for address, _ in issue["pages"]:
+                    self._places.setdefault(address, []).append(issue["file"])
+        self.pages = sum(len(places) for places in self._places.values())
+        self._warn_of_twins()
+
+    def _warn_of_twins(self) -> None:
+        for address, places in self._places.items():
+            if len(places) > 1:
+                where = " and in ".join(dict.fromkeys(places))
+                told = f"{len(places)} pages have the address {address}: in {where}"
+                self.warnings.append({"file": places[0], "warning": told})
+
+    @property
+    def summary(self) -> str:
+        """The first faults, in a sentence."""
+        shown = [f"{fault['file']}: {fault['fault']}" for fault in self.faults[:3]]
+        if len(self.faults) > 3:
+            shown.append(f"and {len(self.faults) - 3} more")
+        return f"{self.count} in the batch's files: {'; '.join(shown)}"
+
+    @property
+    def count(self) -> str:
+        """`1 fault`, or `2 faults`."""
+        return f"{len(self.faults)} fault{'' if len(self.faults) == 1 else 's'}"
+
+
+class SharedCheck:
+    """A check that several clients wait for, and that ends when none of them is left."""
+
+    def __init__(self) -> None:
+        self.clients = 0
+        self.done = threading.Event()
+        self.found: Optional[Check] = None
+        self.problem = ""
 
 
 class Site:
     """An Open ONI and its batches: answers what ONI holds of one, from all three places."""
 
-    def __init__(self, settings, oni):
+    def __init__(self, settings: Settings, oni: OpenONI) -> None:
         self.source = settings.batch_source
         self.oni = oni
-        self._marc_reader = OpenONI(oni.location, oni.environment)
-        self._remembered = RememberedCounts(settings.state_directory / "counts.json")
-        self._counting = futures.ThreadPoolExecutor(1)
+        self.memory = Memory(settings.state_directory / "jobs.db")
         self.progress = Glance(self._ask_progress)  # of a batch, as a job loads it
         self.health = Glance(self._ask_health)  # whether ONI answers
+        self.batch_list = BatchList(self)
+        self.checked: Dict[str, Tuple[int, int]] = {}  # issues that a job's check has done, of all
+        self._counts: Dict[str, "futures.Future[Dict[str, Any]]"] = {}  # by a batch's name
+        self._counting = threading.Lock()  # guards _counts
+        self._checks: Dict[str, SharedCheck] = {}
+        self._checking = threading.Lock()  # guards _checks and the clients in them
+        self._client_checks = threading.BoundedSemaphore(1)  # each takes all cores
 
-    def folder(self, name):
-        """Where the batch `name` lies, or would. Raises Problem unless it is a batch's name."""
+    def folder(self, name: str) -> Path:
+        """Return where the batch `name` lies, or would. Raises Problem if it is no batch's name."""
         if not BATCH_NAME.fullmatch(name):
             raise Problem(f'"{name}" is not a batch name: Open ONI takes batch_AWARDEE_NAME_verNN')
         return self.source / name
 
-    def lccns(self, path):
-        """The LCCNs of the MARC records in a file. Raises Problem where ONI could not store one."""
-        try:
-            return self._marc_reader.ask("lccns", str(path), within=PATIENT_SECONDS)
-        finally:
-            self._marc_reader.close()  # it has maybe taken all the memory that it may
+    def records(self, path: Path, within: float = PATIENT_SECONDS) -> List[Dict[str, Any]]:
+        """Return what ONI would make of the MARC records in a file, as study_records has it.
 
-    def batch(self, name, within=ANSWER_SECONDS):
-        """What ONI holds of a batch now. Raises Problem if the database cannot be asked."""
-        state = BatchState(**self.oni.ask("batch", name, True, within=within))
-        if state.name != name:
+        Raises Problem where ONI could not make a title of one.
+        """
+        return list(self.oni.ask("study_records", str(path), within=within))
+
+    def batch(self, name: str, within: float = ANSWER_SECONDS) -> BatchState:
+        """Return what there is of a batch now, for a client. Raises Problem."""
+        until = time.monotonic() + within
+        held = self.oni.ask("answer_batch", name, SOLR_SECONDS, within=within)
+        return self.state(name, held, until, self.oni.ask)
+
+    def patient_batch(self, name: str) -> BatchState:
+        """Return the same for a job, which asks database and Solr anew until PATIENT_SECONDS are
+        over. What is still not known then is None. Raises Problem.
+        """
+        until = time.monotonic() + PATIENT_SECONDS
+        while True:
+            left = max(1.0, until - time.monotonic())
+            held = self.oni.insist("answer_batch", name, left, within=left)
+            state = self.state(name, held, until, self.oni.insist)
+            if not state.index_problem or time.monotonic() + 1 > until:
+                return state
+            time.sleep(1)
+
+    def state(
+        self, name: str, held: Mapping[str, Any], until: float, ask: Callable[..., Any]
+    ) -> BatchState:
+        """Return a batch's state from what answer_batch has said, and what its files name.
+
+        `ask` is a method of OpenONI. Raises Problem if the row is another batch's.
+        """
+        if held["name"] != name:
             raise Problem(
-                f'Open ONI has the batch "{state.name}", and its database takes the two names'
+                f'Open ONI has the batch "{held["name"]}", and its database takes the two names'
                 " for one"
             )
+        state = BatchState(**held)
+        if state.pages_in_solr is not None:
+            state.index_is_right = not (state.lost or state.replaced or state.stray)
         try:
-            in_time(lambda: self._fill(state, self._remembered.count), within)
+            self._add_files(state, until, ask)
         except Problem as problem:
-            state = BatchState(**vars(state))  # the thread may go on with the other one
-            state.problem = str(problem)
+            state.files_problem = str(problem)
         return state
 
-    def _fill(self, state, way):
-        """Adds what is not known yet of a batch's pages, and of what its files say.
+    def _add_files(self, state: BatchState, until: float, ask: Callable[..., Any]) -> None:
+        """Add what a batch's files name. Raises Problem if that is not known in time."""
+        folder = self.source / state.name
+        left = max(0.5, until - time.monotonic())
+        state.on_disk = in_time(folder.is_dir, left)
+        if not state.on_disk:  # but ONI has a link to where it has loaded it from
+            folder = Path(state.storage) / state.name
+            if not state.row:
+                return
+        facts = self.memory.recall(f"files {state.name}")
+        watched = facts.get("watched", "")
+        if not ask("answer_unchanged", str(folder), watched, within=left):
+            facts = self._counted(state.name, str(folder), until)
+        if facts["problem"]:
+            raise Problem(facts["problem"])
+        state.files = Files(**facts)
 
-        `way` is a method of RememberedCounts. Raises Problem, OSError.
+    def _counted(self, name: str, folder: str, until: float) -> Dict[str, Any]:
+        """Return what a batch's files name, counted now, once for all who ask for it meanwhile.
+
+        Raises Problem at the monotonic time `until`; the counting goes on, to be remembered.
         """
-        name = state.name
-        if state.pages is None:
-            # They change without these only while the batch is loaded or purged.
-            key = [state.loaded, state.issues, state.events] if state.ended_well else None
-            vars(state).update(way(f"{name} in ONI", key, self.oni.ask, "pages_held", name))
-        if state.pages_in_mets is None:
-            folder = self.source / name
-            state.on_disk = folder.is_dir()
-            if not state.on_disk:  # but ONI has a link to where it has loaded it from
-                folder = Path(state.storage) / name
-            vars(state).update(way(f"{name} in files", listing_key(folder), count_files, folder))
+        with self._counting:
+            future = self._counts.get(name)
+            if future is None or future.done():
+                future = self._counts[name] = COUNTS.submit(self._count, name, folder)
+        try:
+            return future.result(max(0.1, until - time.monotonic()))
+        except futures.TimeoutError:
+            raise Passing("its files are still being counted; ask again") from None
 
-    def batches(self):
-        """What is quickly told of every batch, in BATCH_SOURCE or ONI; the rest is None.
+    def _count(self, name: str, folder: str) -> Dict[str, Any]:
+        parts = cores()
+        questions = [["study_part", folder, part, parts] for part in range(parts)]
+        found = self.oni.study(questions, CHECK_SECONDS, lambda part, news: None, lambda: None)
+        facts = files_of(found)
+        self.keep_files({name: Files(**facts)})
+        return facts
 
-        What cannot be counted in LIST_SECONDS is there the next time. Raises Problem.
-        """
-        listed = [BatchState(**held) for held in self.oni.ask("overview", self._on_disk())]
+    def keep_files(self, files: Mapping[str, Files]) -> None:
+        """Remember what the files of batches name, as long as these files do not change."""
+        self.memory.keep({f"files {name}": vars(each) for name, each in files.items()})
 
-        def fill_all(way):
-            for state in listed:
-                with contextlib.suppress(Problem, OSError):
-                    self._fill(state, way)
-
-        in_time(lambda: fill_all(self._remembered.recall))
-        with contextlib.suppress(Problem):  # it goes on, and is remembered
-            in_time(lambda: fill_all(self._remembered.count), LIST_SECONDS, self._counting)
-        return listed
-
-    def _on_disk(self):
-        """The names of the batches in BATCH_SOURCE. Raises Problem."""
+    def on_disk(self) -> List[str]:
+        """Return the names of the batches in BATCH_SOURCE. Raises Problem."""
         return in_time(lambda: list(filter(BATCH_NAME.fullmatch, os.listdir(self.source))))
 
-    def _ask_health(self):
+    def _ask_health(self) -> Dict[str, Any]:
         try:
-            return {"answers": True, "batches": self.oni.ask("batch_count")}
+            return {"answers": True, **self.oni.ask("answer_health")}
         except Problem as problem:
             return {"answers": False, "problem": str(problem)}
 
-    def _ask_progress(self, name, _job_id):
-        """How far a job is; an answer about an earlier job on the batch is none about this one."""
-        state = BatchState(**self.oni.ask("batch", name, False, within=PATIENT_SECONDS))
-        self._fill(state, self._remembered.recall)
-        self._fill(state, self._remembered.count)
+    def _ask_progress(self, name: str, _job_id: int) -> Dict[str, Any]:
+        """Return how far a load is; an answer about an earlier job on the batch is none of it."""
+        if name in self.checked:
+            done, of = self.checked[name]
+            return {"checked": done, "to_check": of}
+        counts = self.oni.insist("answer_counts", name)
+        files = self.memory.recall(f"files {name}")
         return {
-            "issues_loaded": state.issues,
-            "issues": state.issues_in_batch_xml,
-            "pages_loaded": state.pages,
-            "pages": state.pages_in_mets,
+            "issues_loaded": counts["issues"],
+            "issues": files.get("issues"),
+            "pages_loaded": counts["pages"],
+            "pages": files.get("pages"),
         }
 
-    def check(self, name, progress, go_on):
-        """What would go wrong with a load of a batch, as Findings. Raises Problem.
+    def check(
+        self, name: str, progress: Callable[[int, int], None], go_on: Callable[[], None]
+    ) -> Check:
+        """Return what would go wrong with a load of a batch. Raises Problem.
 
-        ONI is only asked. `progress` is told of issues done and issues in all; it may raise, to end
-        the check, and so may `go_on`, which is called each second.
+        `progress` is told of issues done and issues in all; what `go_on`, which is called each
+        second, raises, ends the check.
         """
-        folder = self.folder(name)
-        found = in_time(lambda: Findings(folder, progress), CHECK_SECONDS, CHECKS, go_on)
-        try:
-            self.check_place(name)
-        except Problem as problem:
-            found.add("fault", problem)
-        found.titles = self.oni.ask("titles_to_fetch", found.issues, within=PATIENT_SECONDS)
-        for lccn, (url, wrong) in found.titles.items():
-            if wrong:
-                found.add("fault", f"ONI does not have the title {lccn}, nor has {url}: {wrong}")
-        others = self.oni.ask("other_holders", name, found.issues, within=PATIENT_SECONDS)
-        for lccn, date, edition, other in others:
-            found.add("warning", f"{other} holds {lccn} {date} edition {edition}, too")
+        folder = str(self.folder(name))
+        parts = cores()
+        done = [0] * parts
+
+        def hear(part: int, news: Dict[str, Any]) -> None:
+            done[part] = news["done"]
+            progress(sum(done), news["of"])
+
+        questions = [["study_rehearsal", folder, part, parts] for part in range(parts)]
+        found = Check(self.oni.study(questions, CHECK_SECONDS, hear, go_on))
+        if not found.faults:
+            self.keep_files({name: found.files})
         return found
 
-    def check_place(self, name):
-        """Raises Problem unless ONI has the awardee of a batch, and a place for its link."""
-        link = Path(self.oni.ask("place", name)) / name
-        here = link.resolve() == self.folder(name)  # BATCH_SOURCE is ONI's own storage
-        if link.exists() and not link.is_symlink() and not here:
-            raise Problem(
-                f"{link} is a real folder or file, not a link, and load_batch cannot replace it:"
-                " move it away"
-            )
+    def client_check(self, name: str, go_on: Callable[[], None]) -> Check:
+        """Return the same for a client, who shares it with others that ask for it meanwhile.
 
-    def must_be_there(self, name):
-        """Raises Problem unless the batch is in BATCH_SOURCE."""
+        Raises Problem, and what `go_on` raises when the client has gone.
+        """
+        with self._checking:
+            shared = self._checks.get(name)
+            if shared is None:
+                shared = self._checks[name] = SharedCheck()
+                thread = threading.Thread(
+                    target=self._run_check, args=(name, shared), name="check", daemon=True
+                )
+                thread.start()
+            shared.clients += 1
+        try:
+            while not shared.done.wait(0.2):
+                go_on()
+        finally:
+            with self._checking:
+                shared.clients -= 1
+        if shared.found is None:
+            raise Problem(shared.problem)
+        return shared.found
+
+    def _run_check(self, name: str, shared: SharedCheck) -> None:
+        """Make a check that clients share, when it is its turn."""
+
+        def go_on() -> None:
+            if not shared.clients:
+                raise Problem("nobody waits for this check any more")
+
+        try:
+            while not self._client_checks.acquire(timeout=0.2):
+                go_on()
+            try:
+                shared.found = self.check(name, lambda done, of: None, go_on)
+            finally:
+                self._client_checks.release()
+        except (Problem, OSError) as problem:
+            shared.problem = str(problem)
+        finally:
+            with self._checking:
+                self._checks.pop(name)
+                shared.done.set()
+
+    def must_be_there(self, name: str) -> None:
+        """Raise Problem unless the batch is in BATCH_SOURCE, or in Open ONI."""
         if not in_time(self.folder(name).exists):
             raise Problem(
                 f"there is no such batch, in BATCH_SOURCE or in Open ONI{self.similar(name)}"
             )
 
-    def similar(self, name):
-        """A question that suggests the batch which a wrong name may be meant to be."""
-        there = self._on_disk()
+    def similar(self, name: str) -> str:
+        """Return a question that suggests the batch which a wrong name may be meant to be."""
+        there = self.on_disk()
         with contextlib.suppress(Problem):
-            there += self.oni.ask("names")
+            there += self.oni.ask("answer_names")
         return nearly(name, there)
 
 
-def listing_key(folder):
-    """What changes when the file that names a batch's issues does; None: there is none."""
-    path = batch_file(folder)
-    with contextlib.suppress(OSError):
-        found = path.stat()
-        return f"{path} of {found.st_size} bytes, changed at {found.st_mtime_ns}"
-    return None
+class BatchList:
+    """The states of all batches, looked at anew whenever somebody asks for them.
+
+    What is slow to find out is remembered: the digests of files (with the sizes and times of the
+    files), of rows (with the numbers and the newest event of the batch) and of the index (with
+    Solr's own version of it). What is not known is counted in the background, for the next time.
+    """
+
+    def __init__(self, site: "Site") -> None:
+        self._site = site
+        self._lock = threading.Lock()
+        self._counter: Optional[threading.Thread] = None
+
+    def get(self) -> List[BatchState]:
+        """Return the states now. Raises Problem.
+
+        What cannot be counted within LIST_SECONDS is None in them.
+        """
+        listed = ListedBatches(self._site)
+        if listed.is_known():
+            return listed.in_order()
+        with self._lock:
+            if self._counter is None or not self._counter.is_alive():
+                self._counter = threading.Thread(target=self._count, name="counter", daemon=True)
+                self._counter.start()
+            counter = self._counter
+        counter.join(LIST_SECONDS)
+        listed.recall()
+        return listed.in_order()
+
+    def _count(self) -> None:
+        """Count, for the memory, all that is not known by a look of its own."""
+        try:
+            listed = ListedBatches(self._site)
+            listed.count_index()
+            listed.count_rows()
+            listed.count_files()
+        except (Problem, OSError) as problem:
+            log.warning("the batches could not be counted: %s", problem)
 
 
-def nearly(word, words, likeness=0.85):
-    """A question that suggests what a wrong word may mean: one that is so like it, if any.
+class ListedBatches:
+    """One look at all batches. Raises Problem."""
+
+    def __init__(self, site: "Site") -> None:
+        self._site = site
+        names = set(site.on_disk())
+        files = site.memory.recall_all("files *")
+        wanted = []
+        for name in sorted(names):
+            watched = files.get(f"files {name}", {}).get("watched", "")
+            wanted.append([name, str(site.source / name), watched])
+        seen = site.oni.ask("study_overview", wanted, within=LIST_PATIENCE)
+        self._storage = seen["storage"]
+        self._index_version = seen.get("index_version", "")
+        self._watched = {name: watched for name, _, watched in wanted}
+        self.states: Dict[str, BatchState] = {}
+        for name, held in seen["batches"].items():
+            if not held.pop("unchanged"):
+                self._watched.pop(name, None)
+            state = BatchState(**held, on_disk=name in names)
+            state.index_problem = seen.get("index_problem", "")
+            self.states[name] = state
+        self.recall()
+
+    def recall(self) -> None:
+        """Fill in what is remembered, where it still holds by this look."""
+        files = self._site.memory.recall_all("files *")
+        rows = self._site.memory.recall_all("rows *")
+        index = self._site.memory.recall("index")
+        for name, state in self.states.items():
+            self._recall_files(state, files.get(f"files {name}", {}))
+            known = rows.get(f"rows {name}", {})
+            if known.get("key") == row_key(state):
+                state.rows_digest = known["rows_digest"]
+                state.text_digest = known["text_digest"]
+            if self._index_version and index.get("version") == self._index_version:
+                self._compare_index(state, index["batches"].get(name, [0, ""])[1])
+            elif state.pages_in_solr is not None and state.pages_in_solr != state.indexed:
+                state.index_is_right = False
+
+    def _recall_files(self, state: BatchState, facts: Mapping[str, Any]) -> None:
+        """Fill in what a batch's files name, if they have not changed since it was counted.
+
+        What was counted after this look is newer than it, and holds as well.
+        """
+        is_newer = facts.get("watched") != self._watched.get(state.name)
+        is_unchanged = state.name in self._watched or is_newer
+        if not facts or not is_unchanged:
+            return
+        state.files_problem = facts["problem"]
+        if not facts["problem"]:
+            state.files = Files(**facts)
+
+    def _compare_index(self, state: BatchState, digest: str) -> None:
+        """Say whether the documents with this digest are those of a batch's pages, if known."""
+        if state.pages_in_solr != state.indexed:
+            state.index_is_right = False
+        elif not state.indexed:
+            state.index_is_right = True
+        elif state.text_digest is not None:
+            state.index_is_right = digest == state.text_digest
+
+    def in_order(self) -> List[BatchState]:
+        """Return the states by the names of the batches."""
+        return [self.states[name] for name in sorted(self.states)]
+
+    def is_known(self) -> bool:
+        """Return whether there is nothing to count."""
+        return not any(map(self._lacks_files, self.states.values())) and not any(
+            state.row and (state.rows_digest is None or state.index_is_right is None)
+            for state in self.states.values()
+        )
+
+    def _lacks_files(self, state: BatchState) -> bool:
+        return state.files is None and not state.files_problem
+
+    def count_index(self) -> None:
+        """Read the addresses in the whole index, if it may have changed since the last time."""
+        if self._index_version in ("", self._site.memory.recall("index").get("version")):
+            return
+        batches = self._site.oni.insist("study_index", within=CHECK_SECONDS)
+        self._site.memory.keep({"index": {"version": self._index_version, "batches": batches}})
+
+    def count_rows(self) -> None:
+        """Read the addresses of the batches whose rows may have changed."""
+        unknown = [each for each in self.states.values() if each.row and each.rows_digest is None]
+        for some in in_chunks(unknown, 200):
+            facts = {}
+            for news in self._told(["study_rows", [state.name for state in some]]):
+                name = news.pop("name")
+                facts[f"rows {name}"] = {"key": row_key(self.states[name]), **news}
+            self._site.memory.keep(facts)
+
+    def count_files(self) -> None:
+        """Read the files of the batches that may have changed, on all cores."""
+        unknown = [each for each in self.states.values() if self._lacks_files(each)]
+        with futures.ThreadPoolExecutor(cores()) as pool:
+            list(pool.map(self._count_some_files, in_chunks(unknown, 50)))
+
+    def _count_some_files(self, some: Sequence[BatchState]) -> None:
+        batches = [[state.name, self._folder(state)] for state in some]
+        counted = {}
+        for news in self._told(["study_files", batches]):
+            counted[news.pop("name")] = Files(**news)
+        self._site.keep_files(counted)
+
+    def _folder(self, state: BatchState) -> str:
+        """Return the folder of a batch's files: BATCH_SOURCE's, or what ONI has a link to."""
+        folder = self._site.source if state.on_disk else Path(self._storage)
+        return str(folder / state.name)
+
+    def _told(self, question: Sequence[Any]) -> List[Dict[str, Any]]:
+        """Return the news that come before the answer to a question. Raises Problem."""
+        told: List[Dict[str, Any]] = []
+        self._site.oni.study(
+            [question], CHECK_SECONDS, lambda _, news: told.append(news), lambda: None
+        )
+        return told
+
+
+def cores() -> int:
+    """Return how many cores this process may use, MAX_PARTS at the most."""
+    return min(len(os.sched_getaffinity(0)), MAX_PARTS)
+
+
+def row_key(state: BatchState) -> str:
+    """Return a text that changes when rows of a batch come or go."""
+    return json.dumps([state.loaded, state.issues, state.pages, state.indexed, state.events])
+
+
+def in_chunks(things: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """Yield `things` in sequences of `size` each, the last one maybe shorter."""
+    for start in range(0, len(things), size):
+        yield things[start : start + size]
+
+
+def nearly(word: str, words: Iterable[str], likeness: float = 0.85) -> str:
+    """Return a question that suggests what a wrong word may mean: one that is so like it, if any.
 
     Names of batches begin and end alike, and so must be more alike than other words.
     """
-    closest = difflib.get_close_matches(word, words, 1, likeness)
+    closest = difflib.get_close_matches(word, list(words), 1, likeness)
     return f'; did you mean "{closest[0]}"?' if closest and closest[0] != word else ""
 
 
@@ -2092,33 +3624,29 @@ class BatchKind(Kind):
 
     name: str
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.folder = self.site.folder(self.name)
 
-    def is_goal(self, held):
-        """Whether it is what the job is to reach."""
+    def is_goal(self, held: BatchState) -> bool:
+        """Return whether `held` is known to be what the job is to reach."""
+        raise NotImplementedError
 
-    def held(self, within=PATIENT_SECONDS):
-        return self.site.batch(self.name, within)
+    def reached(self) -> bool:
+        return self.is_goal(self.site.batch(self.name))
 
-    def reached(self):
-        return self.is_goal(self.held(ANSWER_SECONDS))
-
-    def verify(self, work):
-        held = self.held()
+    def verify(self, work: "Work") -> None:
+        held = self.site.patient_batch(self.name)
         if not self.is_goal(held):
             said = f"; manage.py said: {work.complaint()}" if work.commands else ""
             raise Problem(f"{held}{said}")
         if not work.commands:
             work.note(f"nothing to do: {held}")
-        elif held.index_problem:
-            work.note(str(held))
 
-    def remains(self, work):
+    def remains(self, work: "Work") -> str:
         if not work.commands and not work.undoing:
             return ""  # nothing has changed, and the error says what was in the way
         try:
-            return str(self.held())
+            return str(self.site.patient_batch(self.name))
         except (Problem, OSError) as problem:
             return f"what ONI holds of the batch now is not known: {problem}"
 
@@ -2128,53 +3656,81 @@ class LoadBatch(BatchKind):
 
     title = "Load batch"
 
-    def check(self, given):
-        try:
-            in_time(lambda: check_listing(self.folder))
-        except Problem as problem:
-            raise Problem(f"{problem}{self.site.similar(self.name)}")
-        self.site.check_place(self.name)
+    def check(self, given: Optional[Path]) -> None:
+        self._held = self._ask_whether_it_may(self.site.oni.ask)
 
-    def is_goal(self, held):
+    def _ask_whether_it_may(self, ask: Callable[..., Any]) -> Any:
+        """Return what answer_load says. Raises Problem if the batch may not be loaded."""
+        try:
+            return ask("answer_load", self.name, str(self.folder), SOLR_SECONDS)
+        except Passing:
+            raise
+        except Problem as problem:
+            raise Problem(f"{problem}{self.site.similar(self.name)}") from problem
+
+    def reached(self) -> bool:
+        until = time.monotonic() + ANSWER_SECONDS
+        return self.is_goal(self.site.state(self.name, self._held, until, self.site.oni.ask))
+
+    def is_goal(self, held: BatchState) -> bool:
         return held.state == "complete"
 
-    def bring(self, work):
-        held = self.held()
-        if not held.rows_whole:
+    def bring(self, work: "Work") -> None:
+        held = self.site.patient_batch(self.name)
+        if held.row and held.rows_are_right is None:
+            raise Problem(str(held))  # it may be complete
+        if not held.row or not held.rows_are_right:
+            self._ask_whether_it_may(self.site.oni.insist)
             self._check_files(work)
             self._make_room(work, held)
             work.manage("load_batch", str(self.folder))
-            held = self.held()
-        if held.lost or held.stray:
+            held = self.site.patient_batch(self.name)
+        if held.rows_are_right and (held.lost or held.stray):
             work.note(f"{held}; mending the index")
-            work.task("mend_index", self.name)
+            work.task("task_mend_index", self.name)
 
-    def _check_files(self, work):
-        """Finds what would go wrong before hours of loading, and fetches titles that ONI lacks."""
+    def _check_files(self, work: "Work") -> None:
+        """Find out what would go wrong before hours of loading, and load titles that ONI lacks."""
+        noted = 0
 
-        def progress(done, issues):
-            work.go_on()
-            if done % 100 == 0:
-                work.note(f"checked the files of {done} of {issues} issues")
+        def progress(done: int, of: int) -> None:
+            nonlocal noted
+            self.site.checked[self.name] = (done, of)
+            if done >= noted + 100:
+                noted = done - done % 100
+                work.note(f"checked the files of {noted} of {of} issues")
 
-        self.check(None)
-        found = self.site.check(self.name, progress, work.go_on)
+        try:
+            found = self.site.check(self.name, progress, work.go_on)
+        finally:
+            self.site.checked.pop(self.name, None)
         for warning in found.warnings:
             work.note(f"warning: {warning['file']}: {warning['warning']}")
         for fault in found.faults:
             work.note(f"fault: {fault['file']}: {fault['fault']}")
         if found.faults:
-            raise Problem(f"{summary(found)}; ONI was left as it is")
-        for lccn, (url, _) in found.titles.items():
-            work.note(f"ONI lacks the title {lccn}; fetching it")
-            work.manage("load_titles", url)
-            if self.site.oni.ask("lacking", [lccn], within=PATIENT_SECONDS):
-                raise Problem(f"{url} did not give ONI the title {lccn}: {work.complaint()}")
+            raise Problem(f"{found.summary}; ONI was left as it is")
+        self._load_titles(work, found.titles)
 
-    def _make_room(self, work, held):
-        """Takes away what would keep load_batch from loading the whole of this very folder."""
-        if held.state == "unknown":  # it may be complete
-            raise Problem(str(held))
+    def _load_titles(self, work: "Work", records: Mapping[str, bytes]) -> None:
+        """Have ONI load the records of titles that it lacks, as the check has fetched them."""
+        if not records:
+            return
+        folder = work.input.parent / "titles"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, mode=0o700)
+        for lccn, record in records.items():
+            work.note(f"ONI lacks the title {lccn}, which was fetched")
+            (folder / f"{hashlib.sha256(lccn.encode()).hexdigest()}.xml").write_bytes(record)
+        work.manage("load_titles", str(folder))
+        loaded = self.site.oni.insist("answer_titles", list(records), PATIENT_SECONDS)
+        for lccn in records:
+            if lccn not in loaded:
+                raise Problem(f"ONI did not store the title {lccn}: {work.complaint()}")
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def _make_room(self, work: "Work", held: BatchState) -> None:
+        """Take away what would keep load_batch from loading the whole of this very folder."""
         if held.row or held.pages_in_solr:  # load_batch would leave a part of a batch as it is
             PurgeBatch(self.site, self.name).bring(work)
         link = Path(held.storage) / self.name
@@ -2183,23 +3739,11 @@ class LoadBatch(BatchKind):
             work.note(f"removing {link}, a leftover link to {os.readlink(link)}")
             link.unlink()
 
-    def undo(self, work):
-        # As _run and take_over write them down; the others leave the rows as they are.
+    def undo(self, work: "Work") -> None:
+        # As Work writes them down; the others leave the rows as they are.
         changing = ("manage.py load_batch", "manage.py purge_batch", "manage.py, begun")
         if any(command.startswith(changing) for command in work.commands):
             PurgeBatch(self.site, self.name).bring(work)
-
-
-def summary(found):
-    """The first faults of a batch in a sentence."""
-    first = "; ".join(f"{fault['file']}: {fault['fault']}" for fault in found.faults[:3])
-    more = f"; and {len(found.faults) - 3} more" if len(found.faults) > 3 else ""
-    return f"{faults_in(found)} in the batch's files: {first}{more}"
-
-
-def faults_in(found):
-    """`1 fault` or `2 faults`."""
-    return f"{len(found.faults)} fault{'' if len(found.faults) == 1 else 's'}"
 
 
 class PurgeBatch(BatchKind):
@@ -2207,11 +3751,11 @@ class PurgeBatch(BatchKind):
 
     title = "Purge batch"
 
-    def is_goal(self, held):
+    def is_goal(self, held: BatchState) -> bool:
         return not held.row and held.pages_in_solr == 0  # None, if Solr cannot be asked
 
-    def bring(self, work):
-        held = self.held()
+    def bring(self, work: "Work") -> None:
+        held = self.site.patient_batch(self.name)
         failure = None
         if held.row:
             work.note(f"{held}; purging that")
@@ -2219,10 +3763,10 @@ class PurgeBatch(BatchKind):
                 work.manage("purge_batch", self.name)
             except Problem as problem:
                 failure = problem
-            held = self.held()
+            held = self.site.patient_batch(self.name)
         if held.pages_in_solr and not held.row:
             work.note(f"{held}; deleting those")
-            work.task("forget_documents", self.name)
+            work.task("task_forget_documents", self.name)
         elif failure:
             raise failure
 
@@ -2233,30 +3777,46 @@ class LoadTitle(Kind):
     title = "load title"
     takes_input = True
 
-    def check(self, given):
-        self.site.lccns(given)
+    def check(self, given: Optional[Path]) -> None:
+        assert given is not None
+        self.site.records(given, ANSWER_SECONDS)
 
-    def bring(self, work):
+    def bring(self, work: "Work") -> None:
+        self._records = self.site.records(work.input)
+        for record in self._records:
+            if record["outcome"] == "unchanged":
+                work.note(
+                    f"the record of {record['lccn']} changes nothing: ONI has that version"
+                    " already, or a newer one"
+                )
         work.manage("load_titles", str(work.input.parent))
+        stored = self._stored()
+        lacking = [lccn for lccn, (_, is_indexed) in stored.items() if not is_indexed]
+        if lacking:  # ONI's load_titles indexes new titles alone
+            work.task("task_index_titles", *lacking)
 
-    def verify(self, work):
-        lccns = self.site.lccns(work.input)
-        missing = self.site.oni.ask("lacking", lccns, within=PATIENT_SECONDS)
-        why = f"load_titles said: {work.complaint()}"
-        if missing:
-            raise Problem(f"ONI has no title {', '.join(missing)}; {why}")
-        said = "\n".join(work.complaints())
-        if not re.search("(?m)ERRORS: 0$", said):
-            raise Problem(f"ONI has not stored every record; {why}")
-        counts = re.findall(r"TITLES (?:CREATED|UPDATED): (\d+)", said)
-        left = len(lccns) - sum(map(int, counts))
-        if left:
-            work.note(
-                f"{left} of {len(lccns)} records changed nothing: ONI has that version already,"
-                " or a newer one"
-            )
+    def _stored(self) -> Dict[str, List[Any]]:
+        lccns = [record["lccn"] for record in self._records]
+        return dict(self.site.oni.insist("answer_titles", lccns, PATIENT_SECONDS))
 
-    def remains(self, work):
+    def verify(self, work: "Work") -> None:
+        self._records = self.site.records(work.input)
+        stored = self._stored()
+        said = f"; load_titles said: {work.complaint()}" if work.commands else ""
+        for record in self._records:
+            lccn = record["lccn"]
+            if lccn not in stored:
+                raise Problem(f"ONI has no title {lccn}{said}")
+            version, is_indexed = stored[lccn]
+            # A record without a date of its own (MARC 005) is newer than ONI's row each time.
+            is_dated = record["version"] is not None
+            since = (work.job.started or 0) / 10**9 - 1
+            if record["outcome"] != "unchanged" and (is_dated or version < since):
+                raise Problem(f"ONI has not stored the title {lccn} as the record has it{said}")
+            if not is_indexed:
+                raise Problem(f"ONI has the title {lccn}, but Solr does not find it{said}")
+
+    def remains(self, work: "Work") -> str:
         return f"the MARC record is kept in {work.input.parent}"
 
 
@@ -2277,15 +3837,15 @@ class BatchPatch(Kind):
     def check(self, given):
         if in_time(lambda: os.path.lexists(self.target)):
             raise Problem(f'"{self.new}" is in BATCH_SOURCE already')
-        if self.site.oni.ask("batch", self.new, False)["row"]:
+        if self.site.oni.ask("answer_holds", self.new):
             raise Problem(f'Open ONI holds a "{self.new}" already; purge that first')
         self._possible_patch(given)
 
     def _possible_patch(self, given):
         """The patch, if ONI holds the old batch and its files are there. Raises Problem."""
-        if not self.site.oni.ask("batch", self.old, False)["row"]:
+        if not self.site.oni.ask("answer_holds", self.old):
             raise Problem("batch does not exist")
-        in_time(lambda: check_listing(self.source))
+        self.site.oni.ask("answer_listing", str(self.source))
         return in_time(lambda: Patch(self.source, given))
 
     def bring(self, work):
@@ -2802,8 +4362,10 @@ def cmd_ensure_awardee(request, code, name=""):
     failure: Unable to create awardee
     """
     request.keys = {"org_code": code, "name": name}
-    new = request.site.oni.ask("awardee", code, name)
-    return {"message": "Awardee created" if new else "Awardee already exists"}
+    made = request.site.oni.ask("answer_awardee", code, name)
+    if made["spelling"] != code:
+        log.warning("ensure-awardee: ONI has %r for %r", made["spelling"], code)
+    return {"message": "Awardee created" if made["new"] else "Awardee already exists"}
 
 
 def cmd_batch_patch(request, old, new):
@@ -2930,7 +4492,7 @@ def cmd_list_batches(request):
     misuse: "list-batches" takes no arguments
     failure: The batches cannot be listed
     """
-    return {"batches": [batch_object(state) for state in request.site.batches()]}
+    return {"batches": [batch_object(state) for state in request.site.batch_list.get()]}
 
 
 def cmd_batch_status(request, name):
@@ -2968,12 +4530,13 @@ def cmd_batch_check(request, name):
     """
     request.site.must_be_there(name)
     go_on = lambda *_: request.client.hear()
-    found = request.site.check(name, go_on, go_on)
+    found = request.site.client_check(name, go_on)
     request.exit_status = int(bool(found.faults))
-    what = faults_in(found) if found.faults else "Nothing"
+    what = found.count if found.faults else "Nothing"
     return {
         "message": f"{what} would keep Open ONI from loading all of this batch",
         "batch": {"name": name},
+        "pages": found.pages,
         "faults": found.faults,
         "warnings": found.warnings,
     }
@@ -3609,16 +5172,17 @@ def looked(name, advice, look, *about):
 
 def looks_at_oni(oni):
     """Looks at Open ONI: whether it answers, and where loads write."""
-    check = lambda: oni.ask("check", within=PATIENT_SECONDS)
+    check = lambda: oni.ask("answer_check", within=PATIENT_SECONDS)
     yield looked("manage.py check", "run it by hand, as the agent's user", check)
     try:
-        batches, places = oni.ask("places", within=PATIENT_SECONDS)
+        seen = oni.ask("answer_places", within=PATIENT_SECONDS)
+        batches, places = seen["batches"], seen["places"]
     except (Problem, OSError) as problem:
         yield False, f"database: {problem}; see ONI's database settings"
         return
     yield True, f"database: {batches} batches"
     advice = "see ONI's SOLR_BASE_URL; loads and purges will fail"
-    yield looked("Solr", advice, lambda: f"{oni.ask('documents')} pages")
+    yield looked("Solr", advice, lambda: f"{oni.ask('answer_documents')} pages")
     advice = "run the agent as the site's user; under systemd, name it in ReadWritePaths="
     for name, (folder, is_shared) in places.items():
         yield looked(f"ONI's {name}", advice, writable, oni.location / folder, is_shared)
