@@ -2,7 +2,7 @@
 # /// script
 # requires-python = ">=3.9"
 # dependencies = [
-#     "paramiko>=2.12", "django>=3.2", "lxml", "pymarc", "pysolr",
+#     "paramiko>=2.12", "django>=3.2", "lxml", "pillow", "pymarc", "pysolr",
 #     "pytest", "pytest-xdist", "hypothesis", "ssh-audit",
 # ]
 # ///
@@ -43,11 +43,13 @@ A test waits for what happens, by a gate, the agent's log or `until(condition)`;
 from __future__ import annotations
 
 import argparse
+import ast
 import base64
 import collections
 import contextlib
 import fcntl
 import functools
+import inspect
 import io
 import json
 import os
@@ -66,6 +68,7 @@ import subprocess
 import sys
 import tempfile
 import termios
+import textwrap
 import threading
 import time
 import types
@@ -2992,8 +2995,9 @@ def half_load(site: Site, batch: Path) -> None:
             [batch.name],
         )
         database.execute(
-            "INSERT INTO core_issue (batch_id, title_id, date_issued, edition, created)"
-            " VALUES (?, 'sn99990001', '1900-01-01', 1, '2026-01-01 00:00:00')",
+            "INSERT INTO core_issue"
+            " (batch_id, title_id, date_issued, number, edition, edition_label, created)"
+            " VALUES (?, 'sn99990001', '1900-01-01', '', 1, '', '2026-01-01 00:00:00')",
             [batch.name],
         )
         database.execute(
@@ -3737,11 +3741,13 @@ if command == "load_batch":  # what matters here is the queue, and this takes no
     database.execute("INSERT INTO core_batch (name, created, validated_batch_file, awardee_id)"
                      " VALUES (?, ?, '', 'oru')", [name, now])
     issue = database.execute(
-        "INSERT INTO core_issue (batch_id, title_id, date_issued, edition, created)"
-        " VALUES (?, 'sn99990001', ?, 1, ?)", [name, day, now]).lastrowid
+        "INSERT INTO core_issue"
+        " (batch_id, title_id, date_issued, number, edition, edition_label, created)"
+        " VALUES (?, 'sn99990001', ?, '', 1, '', ?)", [name, day, now]).lastrowid
     database.execute(
-        "INSERT INTO core_page (issue_id, sequence, number, tiff_filename, indexed, created)"
-        " VALUES (?, 1, '1', '', 1, ?)", [issue, now])
+        "INSERT INTO core_page"
+        " (issue_id, sequence, number, section_label, tiff_filename, indexed, created)"
+        " VALUES (?, 1, '1', '', '', 1, ?)", [issue, now])
     database.execute("INSERT INTO core_loadbatchevent (batch_name, created, message)"
                      " VALUES (?, ?, 'processed 1 pages')", [name, now])
     database.commit()
@@ -7930,939 +7936,2001 @@ def test_the_stand_ins_batch_storage_may_be_text_as_in_release_1_0(site):
 
 
 # --- The stand-in's own files ---------------------------------------------------------------------
+#
+# Each function below that is marked with `oni_file(PATH)` is a file of the stand-in's tree: nobody
+# calls it, its body is written to PATH, one level of indentation less, when a tree is made. So
+# linters and editors see its code, and a traceback of the stand-in shows its lines. The tree is
+# cut as Open ONI's own: modules, classes, methods and attributes have its names, the tables its
+# columns, and the work its order, since what runs inside Open ONI may replace any of them.
 
-ONI_MANAGE = '''\
-#!/usr/bin/env python3
-"""Finds Django only when ENV/bin comes first in PATH, as Open ONI's own manage.py does."""
-import os
-import signal
-import sys
+ONI_FILES: dict[str, Callable[[], None]] = {}
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no signal tidies anything up
-    os.environ.setdefault("DJANGO_SETTINGS_MODULE", "onisite.settings")
-    try:
-        from django.core.management import execute_from_command_line
-    except ImportError as error:
-        raise ImportError(
-            "Couldn't import Django. Are you sure it's installed and available on your PYTHONPATH "
-            "environment variable? Did you forget to activate a virtual environment?") from error
-    execute_from_command_line(sys.argv)
-'''
-ONI_SETTINGS = '''\
-"""What a site may be told by its environment or, last, by a settings_local.py beside this file."""
-import os
-import sys
-from pathlib import Path
 
-BASE_DIR = Path(__file__).resolve().parent.parent
-SECRET_KEY = "a stand-in has no secrets"
-TIME_ZONE = "America/New_York"
-USE_TZ = True
-INSTALLED_APPS = ["core.apps.CoreConfig"]
-DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
-DATABASES = {
-    "default": {
-        "ENGINE": "django.db.backends.sqlite3",
-        "NAME": os.environ.get("ONI_DB_NAME", str(BASE_DIR / "oni.sqlite3")),
-        "OPTIONS": {"timeout": 60},
-    },
-}
-CACHES = {
-    "default": {
-        "BACKEND": "django.core.cache.backends.filebased.FileBasedCache",
-        "LOCATION": os.environ.get("ONI_CACHE_DIR", str(BASE_DIR / "cache")),
-    },
-}
+def oni_file(path: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    """Marks the function whose body is the file at `path` of the stand-in's tree."""
 
-STORAGE = os.environ.get("ONI_STORAGE_PATH", BASE_DIR / "data")
-SOLR_BASE_URL = os.environ.get("ONI_SOLR_URL", "http://127.0.0.1:9")
-MARC_RETRIEVAL_URLFORMAT = os.environ.get(
-    "ONI_MARC_RETRIEVAL_URLFORMAT", "http://127.0.0.1:9/lccn/%s/marc.xml")
+    def keep(function: Callable[[], None]) -> Callable[[], None]:
+        ONI_FILES[path] = function
+        return function
 
-PATHS_ARE_TEXT = False  # True: as in Open ONI 1.0
-PAGE_SECONDS = float(os.environ.get("ONI_PAGE_SECONDS", 0))  # not ONI's: how long a page takes
+    return keep
 
-# Every line goes to standard error, and to log/COMMAND_PID.log.
-LOG_FILE = "{}_{}.log".format("".join(sys.argv[1:2]), os.getpid())
-LOGGING = {
-    "version": 1,
-    "disable_existing_loggers": False,
-    "formatters": {"line": {"format": "[%(levelname)s] %(message)s"}},
-    "handlers": {
-        "stderr": {"class": "logging.StreamHandler", "formatter": "line"},
-        "file": {
-            "class": "logging.FileHandler",
-            "formatter": "line",
-            "filename": str(BASE_DIR / "log" / LOG_FILE),
-            "encoding": "utf-8",
-            "delay": True,
+
+def body_of(function: Callable[[], None]) -> str:
+    """Cuts the body of a function, from its docstring on, out of this file."""
+    lines = inspect.getsourcelines(function)[0]
+    definition = ast.parse("".join(lines)).body[0]
+    assert isinstance(definition, ast.FunctionDef)
+    return textwrap.dedent("".join(lines[definition.body[0].lineno - 1 :]))
+
+
+@oni_file("manage.py")
+def manage_py() -> None:
+    """Finds Django only when ENV/bin comes first in PATH, as Open ONI's own manage.py does."""
+    import os
+    import signal
+    import sys
+
+    if __name__ == "__main__":
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no signal tidies anything up
+        os.environ.setdefault("DJANGO_SETTINGS_MODULE", "onisite.settings")
+        try:
+            from django.core.management import execute_from_command_line
+        except ImportError as error:
+            raise ImportError(
+                "Couldn't import Django. Are you sure it's installed and available on your "
+                "PYTHONPATH environment variable? Did you forget to activate a virtual environment?"
+            ) from error
+        execute_from_command_line(sys.argv)
+
+
+# ruff: disable[F841]
+@oni_file("onisite/settings_base.py")
+def onisite_settings_base() -> None:
+    """What a site may be told by its environment."""
+    import os
+    from pathlib import Path
+
+    BASE_DIR = Path(__file__).resolve().parent.parent
+    SECRET_KEY = "a stand-in has no secrets"
+    TIME_ZONE = "America/New_York"
+    USE_TZ = True
+    INSTALLED_APPS = ["core.apps.CoreConfig"]
+    ROOT_URLCONF = "onisite.urls"
+    DEFAULT_AUTO_FIELD = "django.db.models.AutoField"
+    DATABASES = {
+        "default": {
+            "ENGINE": "onisite.database",
+            "NAME": os.environ.get("ONI_DB_NAME", str(BASE_DIR / "oni.sqlite3")),
+            "OPTIONS": {"timeout": 60},
         },
-    },
-    "root": {"handlers": ["stderr", "file"], "level": "INFO"},
-}
+    }
+    CACHES = {
+        "default": {
+            "BACKEND": "django.core.cache.backends.filebased.FileBasedCache",
+            "LOCATION": os.environ.get("ONI_CACHE_DIR", str(BASE_DIR / "cache")),
+        },
+    }
+    BASE_URL = "http://localhost"
+    TITLE_DISPLAY_MEDIUM = False
+    SOLR_LANGUAGES = (
+        *("ara", "arm", "baq", "bul", "cze", "dan", "dut", "eng", "fin", "fre", "ger", "gle"),
+        *("gre", "hin", "hun", "ind", "ita", "jpn", "lav", "nor", "per", "por", "rum", "rus"),
+        *("spa", "swe", "tha", "tur"),
+    )
+    STORAGE = os.environ.get("ONI_STORAGE_PATH", BASE_DIR / "data")
+    SOLR_BASE_URL = os.environ.get("ONI_SOLR_URL", "http://127.0.0.1:9")
+    MARC_RETRIEVAL_URLFORMAT = os.environ.get(
+        "ONI_MARC_RETRIEVAL_URLFORMAT", "http://127.0.0.1:9/lccn/%s/marc.xml"
+    )
 
-if (BASE_DIR / "onisite" / "settings_local.py").exists():
-    from .settings_local import *
-'''
-ONI_APPS = '''\
-"""Settings that are made of other settings, once these are known: no settings file has them."""
-from pathlib import Path
+    # Every line goes to standard error. Commands that change something also write log files: see
+    # core.management.commands.
+    LOG_LOCATION = BASE_DIR / "log"
+    LOGGING = {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"simple": {"format": "[{levelname}] {message}", "style": "{"}},
+        "handlers": {"console": {"class": "logging.StreamHandler", "formatter": "simple"}},
+        "root": {"handlers": ["console"], "level": os.environ.get("ONI_LOG_LEVEL", "INFO")},
+    }
 
-from django.apps import AppConfig
-from django.conf import settings
-
-
-class CoreConfig(AppConfig):
-    name = "core"
-
-    def ready(self):
-        kind = str if settings.PATHS_ARE_TEXT else Path
-        settings.SOLR = settings.SOLR_BASE_URL + "/solr/openoni"
-        settings.BATCH_STORAGE = kind(Path(settings.STORAGE) / "batches")
-        settings.COORD_STORAGE = kind(Path(settings.STORAGE) / "word_coordinates")
-'''
-ONI_MODELS = '''\
-"""The tables that a batch and a title end up in."""
-import logging
-import os
-from urllib.parse import urljoin
-
-from django.conf import settings
-from django.db import models
-
-
-class Awardee(models.Model):
-    org_code = models.CharField(primary_key=True, max_length=50)
-    name = models.CharField(max_length=100)
-    created = models.DateTimeField(auto_now_add=True)
-
-    def __str__(self):
-        return self.name
+    # These two are the tests' own.
+    PATHS_ARE_TEXT = False  # True: as in Open ONI 1.0
+    PAGE_SECONDS = float(os.environ.get("ONI_PAGE_SECONDS", 0))  # how long a page takes
 
 
-class Country(models.Model):
-    code = models.CharField(primary_key=True, max_length=3)
+@oni_file("onisite/urls.py")
+def onisite_urls() -> None:
+    """Where the site's pages are."""
+    from django.urls import include, path
+
+    urlpatterns = [path("", include("core.urls"))]
 
 
-class Language(models.Model):
-    code = models.CharField(primary_key=True, max_length=3)
-    titles = models.ManyToManyField("Title", related_name="languages")
+@oni_file("core/urls.py")
+def core_urls() -> None:
+    """The addresses that the models ask for; no page of a stand-in can be looked at.
+
+    An LCCN with anything but letters, digits and "_" has no address, nor has a negative number.
+    """
+    from django.http import HttpResponse
+    from django.urls import re_path
+
+    def page(request: object, **parts: str) -> HttpResponse:
+        return HttpResponse("a stand-in has no pages")
+
+    TITLE = r"^lccn/(?P<lccn>\w+)/"
+    ISSUE = TITLE + r"(?P<date>\d{4}-\d{2}-\d{2})/ed-(?P<edition>\d+)/"
+    urlpatterns = [
+        re_path(TITLE + "$", page, name="openoni_title"),
+        re_path(TITLE + "marc.xml$", page, name="openoni_title_marcxml"),
+        re_path(ISSUE + "$", page, name="openoni_issue_pages"),
+        re_path(ISSUE + r"seq-(?P<sequence>\d+)/$", page, name="openoni_page"),
+        re_path("^batches/(?P<batch_name>.+)/$", page, name="openoni_batch"),
+        re_path("^awardees/(?P<institution_code>.+)/$", page, name="openoni_awardee"),
+        re_path(r"^essays/(?P<essay_id>\d+)/$", page, name="openoni_essay"),
+    ]
 
 
-class Title(models.Model):
-    lccn = models.CharField(primary_key=True, max_length=25)
-    name = models.CharField(max_length=250)
-    place_of_publication = models.CharField(null=True, max_length=250)
-    start_year = models.CharField(max_length=10)
-    end_year = models.CharField(max_length=10)
-    country = models.ForeignKey(Country, models.CASCADE)
-    version = models.DateTimeField()
-    created = models.DateTimeField(auto_now_add=True)
-    has_issues = models.BooleanField(default=False)
+# ruff: enable[F841]
+@oni_file("onisite/database/base.py")
+def onisite_database_base() -> None:
+    """SQLite that is as strict as MariaDB with Open ONI's tables, and fails with its numbers.
 
-    def __str__(self):
-        years = f"{self.start_year}-{self.end_year}"
-        return f"{self.name} ({self.place_of_publication}) {years}"
+    Triggers refuse what is too long, out of range, or holds characters beyond U+FFFF, which
+    utf8mb3 has not. Texts compare as utf8_general_ci compares them. information_schema.columns
+    can be asked.
+    """
+    import functools
+    import re
+    import sqlite3
+    import unicodedata
+    from typing import Any, List, Optional, Tuple
 
-    @property
-    def solr_doc(self):
-        return {
-            "id": f"/lccn/{self.lccn}/",
-            "type": "title",
-            "title": self.name,
-            "lccn": self.lccn,
+    from django.apps import apps
+    from django.db import models
+    from django.db.backends.sqlite3 import base, schema
+
+    BEYOND_U_FFFF = "GLOB '*[' || char(65536) || '-' || char(1114111) || ']*'"
+    LONGTEXT = 2**32 - 1
+    LARGEST = {"BigIntegerField": 2**63 - 1, "BigAutoField": 2**63 - 1}  # else 2**31 - 1
+    KINDS = {1048: sqlite3.IntegrityError, 1062: sqlite3.IntegrityError, 1264: sqlite3.DataError}
+    KINDS.update({1406: sqlite3.DataError, 1452: sqlite3.IntegrityError})
+    SENTENCES = {
+        1264: "Out of range value for column '{}' at row 1",
+        1366: "Incorrect string value: '\\xF0\\x9F...' for column `openoni`.`{}`.`{}` at row 1",
+        1406: "Data too long for column '{}' at row 1",
+    }
+
+    def stored_as(field: Any) -> Any:
+        """Return the field whose kind of column `field` has: a foreign key's is its target's."""
+        while field.remote_field:
+            field = field.target_field
+        return field
+
+    def is_text(field: Any) -> bool:
+        return isinstance(stored_as(field), (models.CharField, models.TextField))
+
+    def longest(field: Any) -> int:
+        """Return how many characters a column of text holds."""
+        return stored_as(field).max_length or LONGTEXT
+
+    def refusals(table: str, field: Any) -> List[str]:
+        """Return the SQL that refuses what the column of a field cannot hold."""
+        column = f'NEW."{field.column}"'
+        refusal = f"SELECT RAISE(ABORT, '{{}} {table} {field.column}') WHERE {{}};"
+        if is_text(field):
+            too_long = f"length(rtrim({column}, ' ')) > {longest(field)}"
+            return [
+                refusal.format(1366, f"{column} {BEYOND_U_FFFF}"),
+                refusal.format(1406, too_long),
+            ]
+        if isinstance(stored_as(field), (models.IntegerField, models.AutoField)):
+            high = LARGEST.get(stored_as(field).get_internal_type(), 2**31 - 1)
+            return [refusal.format(1264, f"{column} NOT BETWEEN {-high - 1} AND {high}")]
+        return []
+
+    class SchemaEditor(schema.DatabaseSchemaEditor):
+        def create_model(self, model: Any) -> None:
+            super().create_model(model)
+            table = model._meta.db_table
+            fields = model._meta.local_concrete_fields
+            body = " ".join(sql for field in fields for sql in refusals(table, field))
+            for event in ("INSERT", "UPDATE") if body else ():
+                self.execute(
+                    f'CREATE TRIGGER "{table}_{event}" BEFORE {event} ON "{table}"'
+                    f" BEGIN {body} END",
+                    None,
+                )
+
+    @functools.lru_cache(10_000)
+    def weight(text: str) -> str:
+        """Return what decides the order: neither case nor accents nor spaces at the end."""
+        letters = unicodedata.normalize("NFD", text.rstrip(" ").lower())
+        return "".join(letter for letter in letters if not unicodedata.combining(letter))
+
+    def compare(one: str, other: str) -> int:
+        first, second = weight(one), weight(other)
+        return (first > second) - (first < second)
+
+    def translated(error: sqlite3.Error) -> sqlite3.Error:
+        """Return an error of SQLite's as MariaDB would have put it."""
+        text = str(error)
+        refused = re.fullmatch(r"(\d{4}) (\w+) (\w+)", text)
+        if refused:
+            number, names = int(refused[1]), refused.groups()[1:]
+            sentence = SENTENCES[number].format(*names[-SENTENCES[number].count("{}") :])
+        elif text.startswith("NOT NULL constraint failed"):
+            number, sentence = 1048, f"Column '{text.rpartition('.')[2]}' cannot be null"
+        elif text.startswith("UNIQUE constraint failed"):
+            number, sentence = 1062, f"Duplicate entry for key '{text.partition(': ')[2]}'"
+        elif text.startswith("FOREIGN KEY constraint failed"):
+            number = 1452
+            sentence = "Cannot add or update a child row: a foreign key constraint fails"
+        elif text.startswith("attempt to write a readonly database"):
+            number, sentence = 1792, "Cannot execute statement in a READ ONLY transaction"
+        else:
+            return error
+        return KINDS.get(number, sqlite3.OperationalError)(number, sentence)
+
+    def within_64_bits(value: Any) -> Any:
+        """Return a number that SQLite can be given: it is out of range either way."""
+        is_number = isinstance(value, int) and not isinstance(value, bool)
+        return max(-(2**63), min(value, 2**63 - 1)) if is_number else value
+
+    class Cursor(base.SQLiteCursorWrapper):
+        def execute(self, query: str, params: Any = None) -> Any:
+            if isinstance(params, (list, tuple)):
+                params = [within_64_bits(value) for value in params]
+            try:
+                return super().execute(query, params)
+            except sqlite3.Error as error:
+                raise translated(error) from error
+
+        def executemany(self, query: str, param_list: Any) -> Any:
+            try:
+                return super().executemany(query, param_list)
+            except sqlite3.Error as error:
+                raise translated(error) from error
+
+    @functools.lru_cache(None)
+    def columns() -> List[Tuple[str, str, Optional[int], Optional[str]]]:
+        """Return table, column, longest text and character set of each column of Open ONI's."""
+        return [
+            (model._meta.db_table, field.column, longest(field), "utf8mb3")
+            if is_text(field)
+            else (model._meta.db_table, field.column, None, None)
+            for model in apps.get_models(include_auto_created=True)
+            for field in model._meta.local_concrete_fields
+        ]
+
+    class DatabaseWrapper(base.DatabaseWrapper):
+        SchemaEditorClass = SchemaEditor
+        data_types = {
+            **base.DatabaseWrapper.data_types,
+            "CharField": "varchar(%(max_length)s) COLLATE NOCASE",
+            "TextField": "text COLLATE NOCASE",
         }
 
+        def get_new_connection(self, conn_params: Any) -> Any:
+            connection = super().get_new_connection(conn_params)
+            connection.create_collation("NOCASE", compare)
+            connection.execute("ATTACH ':memory:' AS information_schema")
+            connection.execute(
+                "CREATE TABLE information_schema.columns (table_schema, table_name, column_name,"
+                " character_maximum_length, character_set_name)"
+            )
+            connection.executemany(
+                "INSERT INTO information_schema.columns VALUES (?, ?, ?, ?, ?)",
+                [(str(self.settings_dict["NAME"]), *column) for column in columns()],
+            )
+            connection.commit()
+            return connection
 
-class Batch(models.Model):
-    name = models.CharField(primary_key=True, max_length=250)
-    created = models.DateTimeField(auto_now_add=True)
-    validated_batch_file = models.CharField(max_length=100)
-    awardee = models.ForeignKey(Awardee, models.CASCADE, null=True, related_name="batches")
-    source = models.CharField(null=True, max_length=4096)
-
-    def __str__(self):
-        return f"{self.name} ({self.awardee})" if self.awardee else self.name
-
-    @property
-    def path(self):
-        return os.path.join(settings.BATCH_STORAGE, self.name, "data/")
-
-    @property
-    def storage_url(self):
-        return urljoin("file:", self.path)
-
-    @property
-    def page_count(self):
-        return Page.objects.filter(issue__batch=self).count()
-
-    def delete(self, *arguments, **options):
-        logging.warning("no OcrDump to delete for %s", self)
-        super().delete(*arguments, **options)
+        def create_cursor(self, name: Any = None) -> Cursor:
+            return self.connection.cursor(factory=Cursor)
 
 
-class Reel(models.Model):
-    number = models.CharField(max_length=50)
-    batch = models.ForeignKey(Batch, models.CASCADE, related_name="reels")
-    created = models.DateTimeField(auto_now_add=True)
+@oni_file("core/apps.py")
+def core_apps() -> None:
+    """Settings that are made of other settings, once these are known: no settings file has them."""
+    from pathlib import Path
+
+    from django.apps import AppConfig
+    from django.conf import settings
+
+    class CoreConfig(AppConfig):
+        name = "core"
+
+        def ready(self) -> None:
+            kind = str if settings.PATHS_ARE_TEXT else Path
+            storage = Path(settings.STORAGE)
+            settings.SOLR = settings.SOLR_BASE_URL + "/solr/openoni"
+            settings.BATCH_STORAGE = kind(storage / "batches")
+            settings.COORD_STORAGE = kind(storage / "word_coordinates")
+            settings.OCR_DUMP_STORAGE = kind(storage / "ocr")
 
 
-class Issue(models.Model):
-    date_issued = models.DateField()
-    edition = models.IntegerField()
-    title = models.ForeignKey(Title, models.CASCADE, related_name="issues")
-    batch = models.ForeignKey(Batch, models.CASCADE, related_name="issues")
-    created = models.DateTimeField(auto_now_add=True)
+@oni_file("core/models.py")
+def core_models() -> None:
+    """The tables that a batch and a title end up in."""
+    import logging
+    import os
+    import re
+    from typing import Any, Dict, List, Optional
+    from urllib.parse import urljoin
+    from urllib.request import url2pathname
 
-    class Meta:
-        ordering = ["date_issued"]
+    from django import urls
+    from django.conf import settings
+    from django.db import models
 
-    def __str__(self):
-        return f"{self.title.name} [{self.date_issued}]"
+    def varchar(longest: int, **options: Any) -> models.CharField:
+        return models.CharField(max_length=longest, **options)
 
+    def varchar_or_null(longest: int, **options: Any) -> models.CharField:
+        return models.CharField(max_length=longest, null=True, **options)
 
-class Page(models.Model):
-    sequence = models.IntegerField()
-    number = models.CharField(max_length=50)
-    tiff_filename = models.CharField(max_length=250)
-    jp2_filename = models.CharField(null=True, max_length=250)
-    jp2_width = models.IntegerField(null=True)
-    jp2_length = models.IntegerField(null=True)
-    pdf_filename = models.CharField(null=True, max_length=250)
-    ocr_filename = models.CharField(null=True, max_length=250)
-    issue = models.ForeignKey(Issue, models.CASCADE, related_name="pages")
-    indexed = models.BooleanField(default=False)
-    created = models.DateTimeField(auto_now_add=True)
+    def belongs_to(model: str, name: str, **options: Any) -> models.ForeignKey:
+        return models.ForeignKey(model, models.CASCADE, related_name=name, **options)
 
-    class Meta:
-        ordering = ["sequence"]
+    def made() -> models.DateTimeField:
+        return models.DateTimeField(auto_now_add=True)
 
-    def __str__(self):
-        return f"{self.issue.title}, {self.issue.date_issued:%B %d, %Y}, Image {self.sequence}"
+    class Awardee(models.Model):
+        org_code = varchar(50, primary_key=True)
+        name = varchar(100)
+        created = made()
 
-    @property
-    def url(self):
-        day = f"{self.issue.date_issued:%Y-%m-%d}"
-        edition = f"ed-{self.issue.edition}"
-        return f"/lccn/{self.issue.title.lccn}/{day}/{edition}/seq-{self.sequence}/"
+        def __str__(self) -> str:
+            return self.name
 
-    @property
-    def coordinates_path(self):
-        folder = os.path.join(settings.COORD_STORAGE, self.url.lstrip("/"))
+        @property
+        def url(self) -> str:
+            return urls.reverse("openoni_awardee", kwargs={"institution_code": self.org_code})
+
+    class Batch(models.Model):
+        name = varchar(250, primary_key=True)
+        created = made()
+        validated_batch_file = varchar(100)
+        awardee = belongs_to("Awardee", "batches", null=True)
+        source = varchar_or_null(4096)
+        sitemap_indexed = models.DateTimeField(null=True)
+
+        def __str__(self) -> str:
+            return self.full_name
+
+        @property
+        def full_name(self) -> str:
+            return f"{self.name} ({self.awardee.name})" if self.awardee else self.name
+
+        @property
+        def path(self) -> str:
+            return os.path.join(settings.BATCH_STORAGE, self.name, "data/")
+
+        @property
+        def storage_url(self) -> str:
+            return urljoin(self.source, "data/") if self.source else urljoin("file:", self.path)
+
+        @property
+        def validated_batch_url(self) -> str:
+            return urljoin(self.storage_url, self.validated_batch_file)
+
+        @property
+        def page_count(self) -> int:
+            return Page.objects.filter(issue__batch__name=self.name).count()
+
+        @property
+        def url(self) -> str:
+            return urls.reverse("openoni_batch", kwargs={"batch_name": self.name})
+
+        def delete(self, *arguments: Any, **options: Any) -> None:
+            try:
+                self.ocr_dump.delete()
+            except OcrDump.DoesNotExist:
+                logging.warning("no OcrDump to delete for %s", self)
+            super().delete(*arguments, **options)
+
+    class LoadBatchEvent(models.Model):
+        """A line of a batch's history. It only names the batch, and so outlives its purge."""
+
+        batch_name = varchar(250)
+        created = made()
+        message = models.TextField(null=True)
+
+        def __str__(self) -> str:
+            return self.batch_name
+
+    class Title(models.Model):
+        lccn = varchar(25, primary_key=True)
+        lccn_orig = varchar(25)
+        name = varchar(250)
+        name_normal = varchar(250)
+        edition = varchar_or_null(250)
+        place_of_publication = varchar_or_null(250)
+        publisher = varchar_or_null(250)
+        frequency = varchar_or_null(250)
+        frequency_date = varchar_or_null(250)
+        medium = varchar_or_null(50)
+        oclc = varchar_or_null(25, db_index=True)
+        issn = varchar_or_null(15)
+        start_year = varchar(10)
+        end_year = varchar(10)
+        country = models.ForeignKey("Country", models.CASCADE)
+        version = models.DateTimeField()
+        created = made()
+        has_issues = models.BooleanField(default=False, db_index=True)
+        uri = models.URLField(null=True, max_length=500)
+        sitemap_indexed = models.DateTimeField(null=True)
+
+        class Meta:
+            ordering = ["name_normal"]
+
+        def __str__(self) -> str:
+            years = f"{self.start_year}-{self.end_year}"
+            return f"{self.display_name} ({self.place_of_publication}) {years}"
+
+        @property
+        def display_name(self) -> str:
+            if settings.TITLE_DISPLAY_MEDIUM and self.medium:
+                return f"{self.name} {self.medium}"
+            return self.name
+
+        @property
+        def url(self) -> str:
+            return urls.reverse("openoni_title", kwargs={"lccn": self.lccn})
+
+        @property
+        def start_year_int(self) -> int:
+            """Fails with a ValueError for what stands for no year, such as 18||."""
+            return 0 if self.start_year == "current" else int(re.sub("[?u]", "0", self.start_year))
+
+        @property
+        def end_year_int(self) -> int:
+            """Fails as start_year_int does."""
+            return 9999 if self.end_year == "current" else int(re.sub("[?u]", "9", self.end_year))
+
+        @property
+        def holding_types(self) -> List[Optional[str]]:
+            kinds = [holding.type for holding in self.holdings.all()]
+            if self.uri and "Online Resource" not in kinds:
+                kinds.append("Online Resource")
+            return kinds
+
+        @property
+        def solr_doc(self) -> Dict[str, Any]:
+            places = [*self.places.all()]
+            return {
+                "id": self.url,
+                "type": "title",
+                "title": self.display_name,
+                "title_normal": self.name_normal,
+                "lccn": self.lccn,
+                "edition": self.edition,
+                "place_of_publication": self.place_of_publication,
+                "frequency": self.frequency,
+                "publisher": self.publisher,
+                "start_year": self.start_year_int,
+                "end_year": self.end_year_int,
+                "language": [language.name for language in self.languages.all()],
+                "alt_title": [title.name for title in self.alt_titles.all()],
+                "subject": [subject.heading for subject in self.subjects.all()],
+                "note": [note.text for note in self.notes.all()],
+                "city": [place.city for place in places],
+                "county": [place.county for place in places],
+                "country": self.country.name,
+                "state": [place.state for place in places],
+                "place": [place.name for place in places],
+                "holding_type": self.holding_types,
+                "url": [url.value for url in self.urls.all()],
+                "essay": [essay.html for essay in self.essays.all()],
+            }
+
+    class AltTitle(models.Model):
+        name = varchar(250)
+        date = varchar_or_null(250)
+        title = belongs_to("Title", "alt_titles")
+
+        class Meta:
+            ordering = ["name"]
+
+    class MARC(models.Model):
+        xml = models.TextField()
+        title = models.OneToOneField("Title", models.CASCADE, related_name="marc")
+
+    class Issue(models.Model):
+        date_issued = models.DateField(db_index=True)
+        volume = varchar_or_null(50)
+        number = varchar(50)
+        edition = models.IntegerField()
+        edition_label = varchar(100)
+        title = belongs_to("Title", "issues")
+        batch = belongs_to("Batch", "issues")
+        created = made()
+
+        class Meta:
+            ordering = ["date_issued"]
+
+        def __str__(self) -> str:
+            return f"{self.title.display_name} [{self.date_issued}]"
+
+        @property
+        def day(self) -> str:
+            date = self.date_issued
+            return f"{date.year:04}-{date.month:02}-{date.day:02}"
+
+        @property
+        def url(self) -> str:
+            parts = {"lccn": self.title.lccn, "date": self.day, "edition": self.edition}
+            return urls.reverse("openoni_issue_pages", kwargs=parts)
+
+        def save(self, *arguments: Any, **options: Any) -> None:
+            """Saves the title, too: it has issues now."""
+            self.title.has_issues = True
+            self.title.save()
+            super().save(*arguments, **options)
+
+        def delete(self, *arguments: Any, **options: Any) -> None:
+            super().delete(*arguments, **options)
+            if not self.title.issues.exists():
+                self.title.has_issues = False
+                self.title.save()
+
+    class Page(models.Model):
+        sequence = models.IntegerField(db_index=True)
+        number = varchar(50)
+        section_label = varchar(100)
+        tiff_filename = varchar(250)
+        jp2_filename = varchar_or_null(250)
+        jp2_width = models.IntegerField(null=True)
+        jp2_length = models.IntegerField(null=True)
+        pdf_filename = varchar_or_null(250)
+        ocr_filename = varchar_or_null(250)
+        issue = belongs_to("Issue", "pages")
+        reel = belongs_to("Reel", "pages", null=True)
+        indexed = models.BooleanField(default=False)
+        created = made()
+
+        class Meta:
+            ordering = ["sequence"]
+
+        def __str__(self) -> str:
+            labels = [self.issue.edition_label, self.section_label]
+            return ", ".join(
+                [
+                    str(self.issue.title),
+                    f"{self.issue.date_issued:%B %d, %Y}",
+                    *[label for label in labels if label],
+                    f"Image {self.sequence}",
+                ]
+            )
+
+        def _url_parts(self) -> Dict[str, Any]:
+            issue = self.issue
+            return {
+                "lccn": issue.title.lccn,
+                "date": issue.day,
+                "edition": issue.edition,
+                "sequence": self.sequence,
+            }
+
+        @property
+        def url(self) -> str:
+            return urls.reverse("openoni_page", kwargs=self._url_parts())
+
+        def _abs_path(self, name: Optional[str]) -> Optional[str]:
+            return os.path.join(self.issue.batch.path, name) if name else None
+
+        @property
+        def jp2_abs_filename(self) -> Optional[str]:
+            return self._abs_path(self.jp2_filename)
+
+        @property
+        def ocr_abs_filename(self) -> Optional[str]:
+            return self._abs_path(self.ocr_filename)
+
+        @property
+        def solr_doc(self) -> Dict[str, Any]:
+            """Fails with a TypeError for a page that has no OCR."""
+            year, month, day = self.issue.day.split("-")
+            document = self.issue.title.solr_doc
+            for name in ("essay", "url", "holding_type"):
+                del document[name]
+            document["id"] = self.url
+            document["type"] = "page"
+            document["batch"] = self.issue.batch.name
+            document["date"] = year + month + day
+            document["month"], document["year"], document["day"] = month, year, day
+            document["page"] = self.number
+            document["sequence"] = self.sequence
+            document["section_label"] = self.section_label
+            document["edition_label"] = self.issue.edition_label
+            try:
+                texts = self.ocr.language_texts.values_list("language__code", "text")
+            except OCR.DoesNotExist:
+                texts = None
+            for code, words in texts:
+                known = code if code in settings.SOLR_LANGUAGES else "eng"
+                document[f"ocr_{known}"] = words
+            return document
+
+    def coordinates_path(url_parts: Dict[str, Any]) -> str:
+        """Return where a page's word coordinates go; makes the folder."""
+        below = url2pathname(urls.reverse("openoni_page", kwargs=url_parts)).lstrip("/")
+        folder = os.path.join(settings.COORD_STORAGE, below)
         os.makedirs(folder, exist_ok=True)
         return os.path.join(folder, "coordinates.json.gz")
 
-    @property
-    def solr_doc(self):
-        """Raises TypeError for a page that has no OCR."""
-        try:
-            texts = self.ocr.language_texts.values_list("language__code", "text")
-        except OCR.DoesNotExist:
-            texts = None
-        return {
-            **self.issue.title.solr_doc,
-            "id": self.url,
-            "type": "page",
-            "batch": self.issue.batch.name,
-            "date": f"{self.issue.date_issued:%Y%m%d}",
-            "sequence": self.sequence,
-            **{f"ocr_{code}": text for code, text in texts},
-        }
+    class LanguageText(models.Model):
+        text = models.TextField()
+        language = models.ForeignKey("Language", models.CASCADE, null=True)
+        ocr = belongs_to("OCR", "language_texts")
+
+    class OCR(models.Model):
+        created = made()
+        page = models.OneToOneField("Page", models.CASCADE, null=True, related_name="ocr")
+
+    class PublicationDate(models.Model):
+        text = varchar(500)
+        titles = belongs_to("Title", "publication_dates")
+
+        class Meta:
+            ordering = ["text"]
+
+    class Place(models.Model):
+        name = varchar(100, primary_key=True)
+        city = varchar_or_null(100, db_index=True)
+        county = varchar_or_null(100, db_index=True)
+        state = varchar_or_null(100, db_index=True)
+        country = varchar_or_null(100)
+        titles = models.ManyToManyField("Title", related_name="places")
+        dbpedia = varchar_or_null(250)
+        geonames = varchar_or_null(250)
+        latitude = models.FloatField(null=True)
+        longitude = models.FloatField(null=True)
+
+        class Meta:
+            ordering = ["name"]
+
+    class Subject(models.Model):
+        heading = varchar(250)
+        type = varchar(1)
+        titles = models.ManyToManyField("Title", related_name="subjects")
+
+        class Meta:
+            ordering = ["heading"]
+
+    class Note(models.Model):
+        text = models.TextField()
+        type = varchar(3)
+        title = belongs_to("Title", "notes")
+
+        class Meta:
+            ordering = ["text"]
+
+    class PageNote(models.Model):
+        label = models.TextField()
+        text = models.TextField()
+        type = varchar(50)
+        page = belongs_to("Page", "notes")
+
+        class Meta:
+            ordering = ["text"]
+
+    class IssueNote(models.Model):
+        label = models.TextField()
+        text = models.TextField()
+        type = varchar(50)
+        issue = belongs_to("Issue", "notes")
+
+        class Meta:
+            ordering = ["text"]
+
+    class Essay(models.Model):
+        title = models.TextField()
+        created = models.DateTimeField()
+        modified = models.DateTimeField()
+        creator = belongs_to("Awardee", "essays")
+        essay_editor_url = models.TextField()
+        html = models.TextField()
+        loaded = made()
+        titles = models.ManyToManyField("Title", related_name="essays")
+
+        class Meta:
+            ordering = ["title"]
+
+    class Holding(models.Model):
+        description = models.TextField(null=True)
+        type = varchar_or_null(25)
+        institution = belongs_to("Institution", "holdings")
+        last_updated = varchar_or_null(10)
+        title = belongs_to("Title", "holdings")
+        created = made()
+        notes = models.TextField(null=True)
+
+        class Meta:
+            ordering = ["institution"]
+
+    class TitleLink(models.Model):
+        """A title before, after or beside another, which ONI need not have."""
+
+        name = varchar_or_null(250)
+        lccn = varchar_or_null(50)
+        oclc = varchar_or_null(50)
+
+        class Meta:
+            abstract = True
+            ordering = ["name"]
+
+    class SucceedingTitleLink(TitleLink):
+        title = belongs_to("Title", "succeeding_title_links")
+
+    class PreceedingTitleLink(TitleLink):
+        title = belongs_to("Title", "preceeding_title_links")
+
+    class RelatedTitleLink(TitleLink):
+        title = belongs_to("Title", "related_title_links")
+
+    class Language(models.Model):
+        code = varchar(3, primary_key=True)
+        name = varchar(100)
+        lingvoj = varchar_or_null(200)
+        titles = models.ManyToManyField("Title", related_name="languages")
+
+        class Meta:
+            ordering = ["name"]
+
+        def __str__(self) -> str:
+            return self.name
+
+    class Country(models.Model):
+        code = varchar(3, primary_key=True)
+        name = varchar(100)
+        region = varchar(100)
+
+        class Meta:
+            ordering = ["name"]
+
+    class Institution(models.Model):
+        code = varchar(50, primary_key=True)
+        name = varchar(255)
+        address1 = varchar_or_null(255)
+        address2 = varchar_or_null(255)
+        city = varchar(100)
+        state = varchar(2)
+        zip = varchar_or_null(20)
+        created = made()
+
+        class Meta:
+            ordering = ["name"]
+
+    class Url(models.Model):
+        value = models.TextField()
+        type = varchar_or_null(1)
+        title = belongs_to("Title", "urls")
+
+    class Reel(models.Model):
+        number = varchar(50)
+        batch = belongs_to("Batch", "reels")
+        created = made()
+        implicit = models.BooleanField(default=False)  # only a METS file names it
+
+    class OcrDump(models.Model):
+        created = made()
+        sha1 = models.TextField()
+        size = models.BigIntegerField()
+        batch = models.OneToOneField("Batch", models.CASCADE, related_name="ocr_dump")
 
 
-class OCR(models.Model):
-    created = models.DateTimeField(auto_now_add=True)
-    page = models.OneToOneField(Page, models.CASCADE, null=True, related_name="ocr")
+@oni_file("core/utils/utils.py")
+def core_utils() -> None:
+    """What the pages of the site and the loader share."""
+    from typing import Tuple
+
+    from core.models import Issue
+    from django.core.cache import cache
+    from django.db.models import Max, Min
+    from django.utils import timezone
+
+    MIN_YEAR = 1400
+    MAX_YEAR = timezone.now().year
+
+    def set_fulltext_range() -> Tuple[int, int]:
+        """Comes last in a load and a purge: a cache it cannot write fails them, with all done."""
+        days = Issue.objects.aggregate(first=Min("date_issued"), last=Max("date_issued"))
+        first, last = days["first"], days["last"]
+        years = (first.year if first else MIN_YEAR, last.year if last else MAX_YEAR)
+        cache.set("fulltext_range", years)
+        return years
 
 
-class LanguageText(models.Model):
-    text = models.TextField()
-    language = models.ForeignKey(Language, models.CASCADE, null=True)
-    ocr = models.ForeignKey(OCR, models.CASCADE, related_name="language_texts")
+@oni_file("core/solr_index.py")
+def core_solr_index() -> None:
+    """The search index, as far as a load, a purge and the titles need it."""
+    import logging
+    from datetime import datetime
+    from typing import Optional
 
+    import pysolr
+    from core import models
+    from django.conf import settings
 
-class LoadBatchEvent(models.Model):
-    """A line of a batch's history. It only names the batch, and so outlives its purge."""
-    batch_name = models.CharField(max_length=250)
-    created = models.DateTimeField(auto_now_add=True)
-    message = models.TextField(null=True)
-'''
-ONI_SOLR_INDEX = '''\
-"""The search index, as far as a load, a purge and the titles need it."""
-import logging
+    def conn() -> pysolr.Solr:
+        return pysolr.Solr(settings.SOLR)
 
-import pysolr
-from django.conf import settings
+    def page_count() -> int:
+        return conn().search(q="type:page", rows=0).hits
 
-from core.models import Title
+    def title_count() -> int:
+        return conn().search(q="type:title", rows=0).hits
 
+    def index_titles(since: Optional[datetime] = None) -> None:
+        """Index the titles created since then, or all; a commit that fails is an exception."""
+        solr = conn()
+        titles = models.Title.objects.all()
+        if since:
+            titles = titles.filter(created__gte=since)
+        else:
+            solr.delete(q="type:title")
+        for title in titles:
+            index_title(solr, title)
+        solr.commit()
 
-def conn():
-    return pysolr.Solr(settings.SOLR)
-
-
-def page_count():
-    return conn().search(q="type:page", rows=0).hits
-
-
-def index_titles(since):
-    """A title that cannot be added is a logged error only; a commit that fails is an exception."""
-    solr = conn()
-    for title in Title.objects.filter(created__gte=since):
+    def index_title(solr: pysolr.Solr, title: models.Title) -> None:
+        """Index a title. One that cannot be is a logged error, no more."""
         logging.info("indexing title: lccn=%s", title.lccn)
         try:
-            solr.add([title.solr_doc])
+            solr.add(title.solr_doc)
         except Exception as error:
             logging.exception(error)
-    solr.commit()
-'''
-ONI_OCR_EXTRACTOR = '''\
-"""The words of an ALTO file, and where on the page they stand."""
-import re
-import xml.sax
-import xml.sax.handler
 
-EDGES = re.compile("^[^a-zA-Z0-9]+|[^a-zA-Z0-9]+$|'s$")
-
-
-class Alto(xml.sax.handler.ContentHandler):
-    def __init__(self):
-        self.width = None
-        self.height = None
-        self.language = "eng"
-        self.line = []
-        self.lines = {}
-        self.places = {}
-
-    def startElement(self, tag, attributes):
-        if tag == "Page":
-            assert self.width is None
-            assert self.height is None
-            self.width = attributes.get("WIDTH")
-            self.height = attributes.get("HEIGHT")
-        elif tag == "TextBlock":
-            self.language = attributes.get("language", "eng")
-        elif tag == "String":
-            self.add_word(attributes)
-
-    def add_word(self, attributes):
-        content = attributes.get("CONTENT")
-        self.line.append(content)
-        word = EDGES.sub("", content)  # a TypeError when there is no CONTENT
-        if word:
-            place = [attributes.get(name) for name in ("HPOS", "VPOS", "WIDTH", "HEIGHT")]
-            self.places.setdefault(word, []).append(place)
-
-    def endElement(self, tag):
-        if tag == "TextLine":
-            self.lines.setdefault(self.language, []).append(" ".join(self.line))
-            self.line = []
+    def index_pages() -> None:
+        """Index all pages with OCR, one after the other; the first that fails ends it."""
+        solr = conn()
+        pages = models.Page.objects.exclude(ocr_filename=None).exclude(ocr_filename="")
+        for number, page in enumerate(pages):
+            logging.info("[%s] indexing page: %s", number, page.url)
+            solr.add(page.solr_doc)
+        solr.commit()
 
 
-def extract(url):
-    """Texts by language, and coordinates, of the ALTO file at a URL."""
-    alto = Alto()
-    parser = xml.sax.make_parser()
-    parser.setContentHandler(alto)
-    parser.setFeature(xml.sax.handler.feature_namespaces, 0)
-    parser.parse(url)
-    texts = {language: "\\n".join(lines) for language, lines in alto.lines.items()}
-    return texts, {"width": alto.width, "height": alto.height, "coords": alto.places}
-'''
-ONI_BATCH_LOADER = '''\
-"""Loading and purging batches.
+@oni_file("core/ocr_extractor.py")
+def core_ocr_extractor() -> None:
+    """The words of an ALTO file, and where on the page they stand."""
+    import re
+    import xml.sax
+    import xml.sax.handler
+    from typing import Any, Dict, List, Tuple
 
-Each row is committed at once, so that a kill leaves whatever was there by then.
-"""
-import gzip
-import json
-import logging
-import os
-import re
-import time
-from datetime import datetime
-from urllib.error import URLError
-from urllib.parse import urljoin
-from urllib.request import urlopen
+    EDGES = re.compile("^[^a-zA-Z0-9]+|[^a-zA-Z0-9]+$|'s$")
 
-from django.conf import settings
-from django.core.cache import cache
-from django.core.management import call_command
-from django.db.models import Max, Min
-from lxml import etree
+    class OCRHandler(xml.sax.handler.ContentHandler):
+        """Texts are lists of lines until their page ends, and text from then on.
 
-from core import solr_index
-from core.models import Awardee, Batch, Issue, Language, LoadBatchEvent, OCR, Page, Reel, Title
-from core.ocr_extractor import extract
+        What then still comes, or a file without a Page, is treated as the kind that it is by then.
+        """
 
-NAMESPACES = {
-    "ndnp": "http://www.loc.gov/ndnp",
-    "mods": "http://www.loc.gov/mods/v3",
-    "mets": "http://www.loc.gov/METS/",
-    "mix": "http://www.loc.gov/mix/",
-    "xlink": "http://www.w3.org/1999/xlink",
-}
-BATCH_FILES = (
-    "batch_1.xml", "BATCH_1.xml", "batchfile_1.xml", "batch_2.xml", "BATCH_2.xml", "batch.xml")
-SPATIAL = ("mets:mdWrap/mets:xmlData/mix:mix/mix:ImagingPerformanceAssessment/mix:SpatialMetrics")
+        def __init__(self) -> None:
+            self.width = None
+            self.height = None
+            self.language = "eng"
+            self.line: List[Any] = []
+            self.texts: Dict[str, Any] = {}
+            self.places: Dict[str, List[Tuple[Any, ...]]] = {}
 
+        def startElement(self, tag: str, attributes: Any) -> None:
+            if tag == "Page":
+                assert self.width is None
+                assert self.height is None
+                self.width = attributes.get("WIDTH")
+                self.height = attributes.get("HEIGHT")
+            elif tag == "TextBlock":
+                self.language = attributes.get("language", "eng")
+            elif tag == "String":
+                self.add_word(attributes)
 
-class BatchLoaderException(RuntimeError):
-    pass
+        def add_word(self, attributes: Any) -> None:
+            """Fails with a TypeError for a word without CONTENT."""
+            content = attributes.get("CONTENT")
+            self.line.append(content)
+            word = EDGES.sub("", content)
+            if word:
+                place = tuple(map(attributes.get, ("HPOS", "VPOS", "WIDTH", "HEIGHT")))
+                self.places.setdefault(word, []).append(place)
 
+        def endElement(self, tag: str) -> None:
+            if tag == "TextLine":
+                line = " ".join(self.line)
+                self.line = []
+                self.texts.setdefault(self.language, []).append(line)
+            elif tag == "Page":
+                for language, lines in self.texts.items():
+                    self.texts[language] = "\n".join(lines)
 
-class UnidentifiedImageError(OSError):
-    __module__ = "PIL"
-
-
-def found(node, path):
-    return node.xpath(path, namespaces=NAMESPACES)
-
-
-def text_of(node, path):
-    return found(node, f"string({path})")
-
-
-def mods_of(document, name):
-    return found(document, f'.//mets:dmdSec[@ID="{name}"]/descendant::mods:mods')[0]
+    def ocr_extractor(ocr_file: str) -> Tuple[Dict[str, Any], Dict[str, Any]]:
+        """Return the texts by language, and the coordinates, of the ALTO file at an address."""
+        handler = OCRHandler()
+        parser = xml.sax.make_parser()
+        parser.setContentHandler(handler)
+        parser.setFeature(xml.sax.handler.feature_namespaces, 0)
+        parser.parse(ocr_file)
+        sizes = {"width": handler.width, "height": handler.height}
+        return handler.texts, {**sizes, "coords": handler.places}
 
 
-def remember(name, message):
-    LoadBatchEvent.objects.create(batch_name=name, message=message)
+@oni_file("core/batch_loader.py")
+def core_batch_loader() -> None:
+    """Loading and purging batches.
 
+    Each row is committed at once, so that a kill leaves whatever was there by then.
+    """
+    import gzip
+    import json
+    import logging
+    import os
+    import re
+    import time
+    from datetime import datetime
+    from typing import Any, Optional, Tuple
+    from urllib.error import URLError
+    from urllib.parse import urljoin
+    from urllib.request import urlopen
 
-def link_of(name):
-    return os.path.join(settings.BATCH_STORAGE, name)
+    from core import models, solr_index
+    from core.models import OCR, Awardee, Batch, Issue, LoadBatchEvent, Page, Title
+    from core.ocr_extractor import ocr_extractor
+    from core.utils.utils import set_fulltext_range
+    from django.conf import settings
+    from django.core import management
+    from django.db import reset_queries
+    from django.db.models import Q
+    from lxml import etree
+    from PIL import Image
 
+    ns = {
+        "ndnp": "http://www.loc.gov/ndnp",
+        "mods": "http://www.loc.gov/mods/v3",
+        "mets": "http://www.loc.gov/METS/",
+        "np": "urn:library-of-congress:ndnp:mets:newspaper",
+        "xlink": "http://www.w3.org/1999/xlink",
+        "mix": "http://www.loc.gov/mix/",
+        "xhtml": "http://www.w3.org/1999/xhtml",
+    }
+    BATCH_FILES = (
+        *("batch_1.xml", "BATCH_1.xml", "batchfile_1.xml"),
+        *("batch_2.xml", "BATCH_2.xml", "batch.xml"),
+    )
+    METRICS = (
+        './/mets:techMD[@ID="{}"]/mets:mdWrap/mets:xmlData/mix:mix'
+        "/mix:ImagingPerformanceAssessment/mix:SpatialMetrics/mix:{}"
+    )
 
-def wait_at(folder, name):
-    """Not ONI's: where a test may hold a load or a purge, by a FIFO of this name."""
-    gate = os.path.join(folder, name)
-    if os.path.exists(gate):
-        with open(gate, "rb") as file:
-            file.read()
+    class BatchLoaderException(RuntimeError):
+        """The load or purge has failed; in a page, that page alone."""
 
+    def found(node: Any, path: str) -> Any:
+        return node.xpath(path, namespaces=ns)
 
-class BatchLoader:
-    """One load or purge of one batch."""
+    def text_of(node: Any, path: str) -> str:
+        """Return the text of the first node of a path as it stands, or ""."""
+        return found(node, f"string({path})")
 
-    def __init__(self):
-        self.solr = solr_index.conn()
-        self.batch = None
+    def dmd_mods(document: Any, name: str) -> Any:
+        """Return the MODS of a dmdSec. There is an IndexError without."""
+        return found(document, f'.//mets:dmdSec[@ID="{name}"]/descendant::mods:mods')[0]
 
-    def load_batch(self, path):
-        """Without a row of its name. A link of that name is used, wherever it points."""
-        path = path.rstrip("/")
-        logging.info("loading batch at %s", path)
-        make_link(path)
-        name = os.path.basename(path)
-        if not re.match(r"batch_\\w+_\\w+_ver\\d\\d", name):
+    def get_dimensions(document: Any, name: str) -> Tuple[Optional[str], Optional[str]]:
+        """Return length and width that a techMD tells, as they stand; None without either."""
+        lengths = found(document, METRICS.format(name, "ImageLength"))
+        widths = found(document, METRICS.format(name, "ImageWidth"))
+        return (lengths[0].text, widths[0].text) if lengths and widths else (None, None)
+
+    def remember(name: str, message: str) -> None:
+        """Add a line to a batch's history."""
+        LoadBatchEvent(batch_name=name, message=message).save()
+
+    def link_of(name: str) -> str:
+        return os.path.join(settings.BATCH_STORAGE, name)
+
+    def _normalize_batch_name(batch_name: str) -> str:
+        name = os.path.basename(batch_name.rstrip("/"))
+        if not re.match(r"batch_\w+_\w+_ver\d\d", name):
             message = f"unrecognized format for batch name {name}"
             logging.error(message)
             raise BatchLoaderException(message)
-        if Batch.objects.filter(name=name).exists():
-            logging.info("Batch already loaded: %s", name)
-            return
-        logging.info("loading batch: %s", name)
-        remember(name, "starting load")
-        try:
-            self.create_batch(name)
-            self.load_issues()
-        except Exception as error:
-            self.give_up(name, error)
-        set_fulltext_range()
+        return name
 
-    def give_up(self, name, error):
-        """Purges what was loaded, and fails. Where the purge fails too, its remains stay."""
-        message = f"unable to load batch: {error}"
-        logging.error(message)
-        logging.exception(error)
-        remember(name, message)
-        try:
-            self.purge_batch(name)
-        except Exception as second:
-            logging.error("purge batch failed for failed load batch: %s", second)
-            logging.exception(second)
-        raise BatchLoaderException(message)
+    def wait_at(gate: str) -> None:
+        """Wait where a test holds a load or a purge by a FIFO. This is the tests' own."""
+        if os.path.exists(gate):
+            with open(gate, "rb") as file:
+                file.read()
 
-    def create_batch(self, name):
-        """The row comes first, before any issue: from here on the batch counts as loaded."""
-        code = name.split("_")[1]
-        try:
-            awardee = Awardee.objects.get(org_code=code)
-        except Awardee.DoesNotExist:
-            message = f"no awardee for org code: {code}"
-            logging.error(message)
-            raise BatchLoaderException(message)
-        self.batch = Batch.objects.create(name=name, awardee=awardee)
+    def take_time(page: Page, mets_file: str) -> None:
+        """Take as long as a test wants a page to. This is the tests' own.
 
-    def load_issues(self):
-        """Issue by issue; one with a ValueError is left out, or left as it is by then."""
-        storage = self.batch.storage_url
-        self.batch.validated_batch_file = self.find_batch_file()
-        document = etree.parse(urljoin(storage, self.batch.validated_batch_file))
-        for reel in found(document, "ndnp:reel"):
-            number = reel.attrib["reelNumber"].strip()
-            Reel.objects.get_or_create(number=number, batch=self.batch)
-        for issue in found(document, "ndnp:issue"):
-            mets_file = urljoin(storage, issue.text)
+        Only a page that is in the database takes time: in a load that stores nothing, none does.
+        """
+        folder = os.path.dirname(mets_file[len("file://") :])
+        gate = os.path.join(folder, f"{page.sequence:04}.gate")
+        is_wanted = settings.PAGE_SECONDS or os.path.exists(gate)
+        if is_wanted and Page.objects.filter(pk=page.pk).exists():
+            wait_at(gate)
+            time.sleep(settings.PAGE_SECONDS)
+
+    class BatchLoader:
+        """One load or purge of one batch."""
+
+        def __init__(self, process_ocr: bool = True, process_coordinates: bool = True):
+            self.PROCESS_OCR = process_ocr
+            if self.PROCESS_OCR:
+                self.solr = solr_index.conn()
+            self.PROCESS_COORDINATES = process_coordinates
+
+        def load_batch(self, batch_path: str) -> Batch:
+            """Load a batch of which there is no row; a link of its name is used, wherever it leads.
+
+            An error purges what was loaded. Where that fails too, its remains stay.
+            """
+            self.pages_processed = 0
+            batch_path = batch_path.rstrip("/")
+            logging.info("loading batch at %s", batch_path)
+            batch_source = self._make_link(batch_path)
+            batch_name = _normalize_batch_name(os.path.basename(batch_path))
             try:
-                self.load_issue(mets_file)
-            except ValueError as error:
-                logging.exception(error)
-        self.solr.commit()
-        self.batch.save()
-        message = f"processed {self.batch.page_count} pages"
-        logging.info(message)
-        remember(self.batch.name, message)
-
-    def find_batch_file(self):
-        for name in BATCH_FILES:
-            try:
-                urlopen(urljoin(self.batch.storage_url, name)).close()
-                return name
-            except URLError:
+                batch = Batch.objects.get(name=batch_name)
+            except Batch.DoesNotExist:
                 pass
-        raise BatchLoaderException("could not find batch_1.xml (or any of its aliases) in '%s' "
-                                   "-- has the batch been validated?" % self.batch.path)
-
-    def load_issue(self, mets_file):
-        document = etree.parse(mets_file)
-        division = found(document, './/mets:div[@TYPE="np:issue"]')[0]
-        mods = mods_of(document, division.attrib["DMDID"])
-        edition = int(text_of(mods, './/mods:detail[@type="edition"]/mods:number[1]'))
-        date_issued = datetime.strptime(text_of(mods, ".//mods:dateIssued"), "%Y-%m-%d")
-        title = get_title(text_of(mods, './/mods:identifier[@type="lccn"]').strip())
-        issue = Issue.objects.create(
-            batch=self.batch, title=title, date_issued=date_issued, edition=edition)
-        for page_division in found(division, './/mets:div[@TYPE="np:page"]'):
+            else:
+                logging.info("Batch already loaded: %s", batch_name)
+                return batch
+            logging.info("loading batch: %s", batch_name)
+            remember(batch_name, "starting load")
             try:
-                self.load_page(document, page_division, issue)
+                batch = self._load_new(batch_name, batch_source)
+            except Exception as error:
+                message = f"unable to load batch: {error}"
+                self._give_up(batch_name, message, error)
+                raise BatchLoaderException(message)
+            set_fulltext_range()
+            return batch
+
+        def _make_link(self, batch_path: str) -> Optional[str]:
+            """Link a batch in BATCH_STORAGE, unless there is a link; return its source if named."""
+            storage = settings.BATCH_STORAGE
+            folder, name = os.path.split(batch_path)
+            if not folder:
+                return urljoin(storage, name).rstrip("/") + "/"
+            is_there = batch_path == link_of(name) or os.path.islink(link_of(name))
+            is_below = os.path.islink(storage) and batch_path.startswith(os.path.realpath(storage))
+            if not is_there and not is_below:
+                logging.info("creating symlink %s -> %s", batch_path, link_of(name))
+                os.symlink(batch_path, link_of(name))
+            return None
+
+        def _load_new(self, batch_name: str, batch_source: Optional[str]) -> Batch:
+            """Load reels, then issues; one that has a ValueError is left as it is by then."""
+            batch = self._get_batch(batch_name, batch_source, create=True)
+            batch.validated_batch_file = self._find_batch_file(batch)
+            self.current_batch = batch
+            document = etree.parse(batch.validated_batch_url)
+            for element in found(document, "ndnp:reel"):
+                self._get_reel(element.attrib["reelNumber"].strip())
+            for element in found(document, "ndnp:issue"):
+                mets_file = urljoin(batch.storage_url, element.text)
+                try:
+                    self._load_issue(mets_file)
+                except ValueError as error:
+                    logging.exception(error)
+                    continue
+                reset_queries()
+            if self.PROCESS_OCR:
+                self.solr.commit()
+            batch.save()
+            message = f"processed {batch.page_count} pages"
+            logging.info(message)
+            remember(batch_name, message)
+            return batch
+
+        def _give_up(self, batch_name: str, message: str, error: Exception) -> None:
+            logging.error(message)
+            logging.exception(error)
+            remember(batch_name, message)
+            try:
+                self.purge_batch(batch_name)
+            except Exception as second:
+                logging.error("purge batch failed for failed load batch: %s", second)
+                logging.exception(second)
+
+        def _get_batch(
+            self, batch_name: str, batch_source: Optional[str] = None, create: bool = False
+        ) -> Batch:
+            """Return the batch, made before any issue if it is to be: from then on it counts."""
+            if create:
+                return self._create_batch(batch_name, batch_source)
+            return Batch.objects.get(name=batch_name)
+
+        def _create_batch(self, batch_name: str, batch_source: Optional[str]) -> Batch:
+            if Batch.objects.filter(name=batch_name).count() != 0:
+                raise BatchLoaderException(f"batch {batch_name} already loaded")
+            batch = Batch()
+            batch.name = batch_name
+            batch.source = batch_source
+            org_code = batch_name.split("_", 3)[1]
+            try:
+                batch.awardee = Awardee.objects.get(org_code=org_code)
+            except Awardee.DoesNotExist:
+                message = f"no awardee for org code: {org_code}"
+                logging.error(message)
+                raise BatchLoaderException(message)
+            batch.save()
+            return batch
+
+        def _find_batch_file(self, batch: Batch) -> str:
+            for name in BATCH_FILES:
+                try:
+                    urlopen(urljoin(batch.storage_url, name))
+                    return name
+                except URLError:
+                    pass
+            raise BatchLoaderException(
+                f"could not find batch_1.xml (or any of its aliases) in '{batch.path}' "
+                "-- has the batch been validated?"
+            )
+
+        def _get_reel(self, number: str, **options: bool) -> models.Reel:
+            try:
+                return models.Reel.objects.get(number=number, batch=self.current_batch)
+            except models.Reel.DoesNotExist:
+                reel = models.Reel(number=number, batch=self.current_batch, **options)
+                reel.save()
+                return reel
+
+        def _load_issue(self, mets_file: str) -> Issue:
+            logging.debug("parsing issue mets file: %s", mets_file)
+            document = etree.parse(mets_file)
+            division = found(document, './/mets:div[@TYPE="np:issue"]')[0]
+            mods = dmd_mods(document, division.attrib["DMDID"])
+            issue = Issue()
+            number_of = './/mods:detail[@type="{}"]/mods:number[1]'
+            issue.volume = text_of(mods, number_of.format("volume")).strip()
+            issue.number = text_of(mods, number_of.format("issue")).strip()
+            issue.edition = int(text_of(mods, number_of.format("edition")))
+            label = './/mods:detail[@type="edition"]/mods:caption[1]'
+            issue.edition_label = text_of(mods, label).strip()
+            issue.date_issued = datetime.strptime(text_of(mods, ".//mods:dateIssued"), "%Y-%m-%d")
+            lccn = text_of(mods, './/mods:identifier[@type="lccn"]').strip()
+            issue.title = self._get_title(lccn)
+            issue.batch = self.current_batch
+            issue.save()
+            logging.debug(f"saved issue: {issue.url}")  # a title without an address fails here
+            notes = []
+            for note in found(mods, ".//mods:note"):
+                kind, label = text_of(note, "./@type"), text_of(note, "./@displayLabel")
+                notes.append(models.IssueNote(type=kind, label=label, text=text_of(note, ".")))
+            issue.notes.set(notes, bulk=False)
+            issue.save()
+            for page_division in found(division, './/mets:div[@TYPE="np:page"]'):
+                try:
+                    self._load_page(document, page_division, issue)
+                    self.pages_processed += 1
+                except BatchLoaderException as error:
+                    logging.exception(error)
+            return issue
+
+        def _get_title(self, lccn: str) -> Title:
+            """Return a title, from the site of MARC records if need be."""
+            try:
+                return Title.objects.get(lccn=lccn)
+            except Exception:
+                url = settings.MARC_RETRIEVAL_URLFORMAT % lccn
+                logging.info("attempting to load marc record from %s", url)
+                management.call_command("load_titles", url)
+                return Title.objects.get(lccn=lccn)
+
+        def _load_page(self, doc: Any, div: Any, issue: Issue) -> Page:
+            """Load a page, whose row is there before its files are looked at."""
+            mods = dmd_mods(doc, div.attrib["DMDID"])
+            page = Page()
+            start = text_of(mods, ".//mods:extent/mods:start")
+            try:
+                page.sequence = int(start)
+            except ValueError:
+                raise BatchLoaderException(
+                    f"could not determine sequence number for page from '{start}'"
+                )
+            page.number = text_of(mods, './/mods:detail[@type="page number"]').strip()
+            self._set_reel(page, text_of(mods, './/mods:identifier[@type="reel number"]').strip())
+            logging.info("Assigned page sequence: %s", page.sequence)
+            self._set_section(page, doc, div)
+            page.issue = issue
+            logging.info(
+                "Saving page. issue date: %s, page sequence: %s", issue.date_issued, page.sequence
+            )
+            page.save()
+            take_time(page, doc.docinfo.URL)
+            notes = []
+            for note in found(mods, ".//mods:note"):
+                kind, label = text_of(note, "./@type"), text_of(note, "./@displayLabel")
+                words = text_of(note, ".").strip()
+                notes.append(models.PageNote(type=kind, label=label, text=words))
+            page.notes.set(notes, bulk=False)
+            for pointer in found(div, "./mets:fptr"):
+                self._take_file(page, doc, pointer.attrib["FILEID"])
+            if not page.ocr_filename:
+                logging.info("No ocr filename for issue: %s page: %s", page.issue, page)
+            elif self.PROCESS_OCR:
+                self.process_ocr(page)
+            logging.debug(f"saving page: {page.url}")
+            page.save()
+            return page
+
+        def _set_reel(self, page: Page, number: str) -> None:
+            """Make a reel that batch.xml does not name. A batch may have one without a number."""
+            try:
+                page.reel = models.Reel.objects.get(number=number, batch=self.current_batch)
+            except models.Reel.DoesNotExist:
+                if number:
+                    page.reel = self._get_reel(number, implicit=True)
+                else:
+                    logging.warning("unable to find reel number in page metadata")
+
+        def _set_section(self, page: Page, doc: Any, div: Any) -> None:
+            name = text_of(div, 'ancestor::mets:div[@TYPE="np:section"]/@DMDID')
+            if name:
+                path = './/mods:detail[@type="section label"]/mods:number[1]'
+                label = text_of(dmd_mods(doc, name), path).strip()
+                if label:
+                    page.section_label = label
+
+        def _take_file(self, page: Page, doc: Any, name: str) -> None:
+            """Take one of a page's files, by what the METS says it is used for."""
+            file = found(doc, f'.//mets:file[@ID="{name}"]')[0]
+            use = file.attrib["USE"]
+            url = urljoin(doc.docinfo.URL, text_of(file, "./mets:FLocat/@xlink:href"))
+            path = self.storage_relative_path(url)
+            if use == "master":
+                page.tiff_filename = path
+            elif use == "service":
+                page.jp2_filename = path
+                self._measure(page, doc, file)
+            elif use == "derivative":
+                page.pdf_filename = path
+            elif use == "ocr":
+                page.ocr_filename = path
+
+        def _measure(self, page: Page, doc: Any, file: Any) -> None:
+            """Set a picture's size: as the METS tells it; without an ADMID, as the picture is."""
+            if "ADMID" in file.attrib:
+                for name in file.attrib["ADMID"].split(" "):
+                    length, width = get_dimensions(doc, name)
+                    if length and width:
+                        page.jp2_length, page.jp2_width = length, width
+                        break
+            else:
+                logging.info(
+                    "Could not determine dimensions of jp2 for issue: %s page: %s... "
+                    "trying harder...",
+                    page.issue,
+                    page,
+                )
+                page.jp2_width, page.jp2_length = Image.open(page.jp2_abs_filename).size
+            if not page.jp2_width:
+                raise BatchLoaderException(f"No jp2 width for issue: {page.issue} page: {page}")
+            if not page.jp2_length:
+                raise BatchLoaderException(f"No jp2 length for issue: {page.issue} page: {page}")
+
+        def process_ocr(self, page: Page, index: bool = True) -> None:
+            """Store word coordinates and text of a page, and put it into the search index."""
+            logging.debug(f"extracting ocr text and word coords for {page.url}")
+            url = urljoin(self.current_batch.storage_url, page.ocr_filename)
+            texts, coordinates = ocr_extractor(url)
+            if self.PROCESS_COORDINATES:
+                self._process_coordinates(page, coordinates)
+            ocr = OCR()
+            ocr.page = page
+            ocr.save()
+            for code, text in texts.items():
+                try:
+                    is_meant = Q(code=code) | Q(lingvoj__iendswith=code)
+                    language = models.Language.objects.get(is_meant)
+                except models.Language.DoesNotExist:
+                    language = models.Language.objects.get(code="eng")
+                ocr.language_texts.create(language=language, text=text)
+            page.ocr = ocr
+            if index:
+                self.solr.add(page.solr_doc)
+                page.indexed = True
+            page.save()
+
+        def _process_coordinates(self, page: Page, coordinates: Any) -> None:
+            with open(models.coordinates_path(page._url_parts()), "wb") as file:
+                file.write(gzip.compress(json.dumps(coordinates).encode()))
+
+        def storage_relative_path(self, path: str) -> str:
+            return path.replace(self.current_batch.storage_url, "")
+
+        def purge_batch(self, batch_name: str) -> None:
+            remember(batch_name, "starting purge")
+            try:
+                self._purge_batch(self._get_batch(batch_name))
+                remember(batch_name, "purged")
+                if os.path.islink(link_of(batch_name)):
+                    logging.info("Removing symlink %s", link_of(batch_name))
+                    os.remove(link_of(batch_name))
+                set_fulltext_range()
+            except Exception as error:
+                message = f"purge failed: {error}"
+                logging.error(message)
+                logging.exception(error)
+                remember(batch_name, message)
+                raise BatchLoaderException(message)
+
+        def _purge_batch(self, batch: Batch) -> None:
+            """Delete the issues known at the start, then the batch's row, then its documents."""
+            batch_name = batch.name
+            for number, issue in enumerate(batch.issues.all()):
+                for page in issue.pages.all():
+                    page.delete()
+                    coordinates = models.coordinates_path(page._url_parts())
+                    if os.path.exists(coordinates):
+                        os.remove(coordinates)
+                issue.delete()
+                if number == 0:
+                    wait_at(os.path.join(link_of(batch_name), "purge-gate"))
+                time.sleep(settings.PAGE_SECONDS)
+            batch.delete()
+            if self.PROCESS_OCR:
+                self.solr.delete(q=f'batch:"{batch_name}"')
+                self.solr.commit()
+
+
+@oni_file("core/title_loader.py")
+def core_title_loader() -> None:
+    """Loading MARC records. One that cannot be stored is counted: only broken XML fails."""
+    import logging
+    import re
+    import time
+    import urllib.request
+    from datetime import datetime
+    from typing import Any, List, Optional, Tuple
+    from urllib.parse import urljoin
+
+    from core import models
+    from django.db import reset_queries, transaction
+    from django.utils import timezone
+    from pymarc import map_xml, record_to_xml
+
+    SIMPLE_FIELDS = {
+        "edition": ("250", "a"),
+        "publisher": ("260", "b"),
+        "frequency": ("310", "a"),
+        "frequency_date": ("310", "b"),
+        "uri": ("856", "u"),
+        "issn": ("022", "a"),
+    }
+    LINKS = {
+        "780": models.PreceedingTitleLink,
+        "785": models.SucceedingTitleLink,
+        "775": models.RelatedTitleLink,
+    }
+    OF_ITS_OWN = (
+        *("publication_dates", "notes", "alt_titles", "succeeding_title_links"),
+        *("preceeding_title_links", "related_title_links", "urls"),
+    )
+
+    class TitleLoader:
+        """Loads one file, and counts what became of its records."""
+
+        def __init__(self) -> None:
+            self.records_processed = 0
+            self.records_created = 0
+            self.records_updated = 0
+            self.records_deleted = 0
+            self.missing_lccns = 0
+            self.errors = 0
+
+        def load_file(self, location: str, skip: int = 0) -> None:
+            def load_record(record: Any) -> None:
+                if not record:  # the end of an envelope of the same name
+                    return
+                try:
+                    self.records_processed += 1
+                    if skip > self.records_processed:
+                        logging.info("skipped %s", self.records_processed)
+                    elif record.leader[5] == "d":
+                        self.delete_bib(record)
+                    elif record.leader[6] == "a":
+                        self.load_bib(record)
+                except Exception as error:
+                    logging.error("unable to load: %s", error)
+                    logging.exception(error)
+                    self.errors += 1
+
+            map_xml(load_record, urllib.request.urlopen(urljoin("file:", location)))
+
+        @transaction.atomic
+        def load_bib(self, record: Any) -> Optional[models.Title]:
+            """Store a record, and return its title, unless it is known in this version or newer.
+
+            A title counts as created or updated though it cannot be stored in the end.
+            """
+            lccn_orig = _extract(record, "010", "a")
+            lccn = _normal_lccn(lccn_orig)
+            if not lccn:
+                self.missing_lccns += 1
+                return None
+            title = self._title_to_fill(lccn, _version(record))
+            if title is None:
+                return None
+            for name in ("subjects", "languages", "places"):
+                getattr(title, name).clear()
+            for name in OF_ITS_OWN:
+                getattr(title, name).all().delete()
+            self._set_name(record, title)
+            title.lccn_orig = lccn_orig
+            title.oclc = self._extract_oclc(record)
+            for name, place in SIMPLE_FIELDS.items():
+                setattr(title, name, _extract(record, *place))
+            where = _extract(record, "264", "a") or _extract(record, "260", "a")
+            title.place_of_publication = where
+            title.medium = _extract(record, "338", "a") or _extract(record, "245", "h")
+            codes = record["008"].data
+            title.start_year = _normal_year(codes[7:11])
+            title.end_year = _normal_year(codes[11:15])
+            title.country = models.Country.objects.get(code=codes[15:18])
+            title.save()
+            self._extract_all(record, title)
+            title.save()
+            marc = models.MARC.objects.get_or_create(title=title)[0]
+            marc.xml = record_to_xml(record).decode()
+            marc.save()
+            if _is_openoni_electronic_resource(title, record):
+                logging.info(
+                    "deleting title record for openoni electronic resource: %s", title
+                )
+                title.delete()
+            reset_queries()
+            return title
+
+        def _title_to_fill(self, lccn: str, version: datetime) -> Optional[models.Title]:
+            """Return a new title, or an older one; None if there is none older."""
+            try:
+                title = models.Title.objects.get(lccn=lccn)
+            except models.Title.DoesNotExist:
+                title = models.Title(lccn=lccn)
+                self.records_created += 1
+            else:
+                if title.version >= version:
+                    return None
+                self.records_updated += 1
+            title.version = version
+            return title
+
+        def delete_bib(self, record: Any) -> None:
+            """Delete a title, but not while it has issues."""
+            lccn = _normal_lccn(_extract(record, "010", "a"))
+            logging.info("trying to delete title record for %s", lccn)
+            try:
+                title = models.Title.objects.get(lccn=lccn)
+            except models.Title.DoesNotExist:
+                logging.warning("no such title %s to delete", lccn)
+                return
+            if title.issues.exists():
+                logging.warning("not deleting title %s it has issue data", lccn)
+                return
+            logging.info("deleting title for %s", lccn)
+            title.delete()
+            self.records_deleted += 1
+
+        def _set_name(self, record: Any, title: models.Title) -> None:
+            """Fails without 245 $a, and when its second indicator is no digit."""
+            field = record["245"]
+            title.name = field["a"]
+            if "b" in field:
+                title.name += field["b"] if title.name.endswith(" ") else " " + field["b"]
+            title.name_normal = title.name.lower()
+            if field.indicators[1] != "0":
+                title.name_normal = title.name_normal[int(field.indicators[1]) :]
+
+        def _extract_oclc(self, record: Any) -> str:
+            """Fails without the number, or if it is of another source than these two."""
+            source = _extract(record, "003")
+            source = source and source.strip().lower()
+            if source == "dlc":
+                number = _extract(record, "035", "a")
+            elif source == "ocolc" or source is None:
+                number = _extract(record, "001")
+            else:
+                logging.info("003 value is not handled by this load script")
+            return _normal_oclc(number)
+
+        def _extract_all(self, record: Any, title: models.Title) -> None:
+            """Store what has rows of its own."""
+            self._extract_languages(record, title)
+            self._extract_places(record, title)
+            for field in record.get_fields("362"):
+                text = field.get("a")
+                if text is not None:
+                    models.PublicationDate.objects.get_or_create(text=text, titles=title)
+            self._extract_subjects(record, title)
+            for field in record.fields:
+                if field.tag.startswith("5") and "a" in field:
+                    models.Note.objects.get_or_create(text=field["a"], type=field.tag, title=title)
+            for tag, kind in LINKS.items():
+                for field in record.get_fields(tag):
+                    name, lccn, oclc = _unpack_link(field)
+                    kind.objects.get_or_create(name=name, lccn=lccn, oclc=oclc, title=title)
+            self._extract_alt_titles(record, title)
+            for field in record.get_fields("856"):
+                for value in field.get_subfields("u"):
+                    kind_of_url = field.indicators[1]
+                    models.Url.objects.get_or_create(value=value, type=kind_of_url, title=title)
+
+        def _extract_languages(self, record: Any, title: models.Title) -> None:
+            """Fails if the record's own language is unknown; others are left out."""
+            code = _extract(record, "008")[35:38]
+            try:
+                languages = [models.Language.objects.get(code=code)]
+            except models.Language.DoesNotExist:
+                logging.error("Code %s, not found in language table.", code)
+                raise
+            for field in record.get_fields("041"):
+                for joined in field.get_subfields("a") + field.get_subfields("b"):
+                    languages += _languages_in(joined)
+            title.languages.set(languages)
+
+        def _extract_places(self, record: Any, title: models.Title) -> None:
+            places = []
+            for field in record.get_fields("752"):
+                country = _normal_place(field["a"])
+                state = _normal_place(field["b"])
+                county = _normal_place(field.get("c"))
+                city = _normal_place(field["d"])
+                name = re.sub("--None", "", f"{state}--{county}--{city}")
+                place, is_new = models.Place.objects.get_or_create(name=name)
+                if is_new:
+                    place.country, place.state = country, state
+                    place.county, place.city = county, city
+                    place.save()
+                places.append(place)
+            title.places.set(places)
+
+        def _extract_subjects(self, record: Any, title: models.Title) -> None:
+            subjects = []
+            for field in record.get_fields("650", "651"):
+                heading = "--".join(value for _, value in field)
+                kind = "t" if field.tag == "650" else "g"
+                found = models.Subject.objects.get_or_create(heading=heading, type=kind)
+                subjects.append(found[0])
+            title.subjects.set(subjects)
+
+        def _extract_alt_titles(self, record: Any, title: models.Title) -> None:
+            names: List[Tuple[str, Optional[str]]] = []
+            for field in record.get_fields("246"):
+                names.append((field["a"] + field.get("b", ""), field.get("f")))
+            for field in record.get_fields("740"):
+                if field.indicators[1] == " ":
+                    names.append((field["a"], None))
+            for name, years in names:
+                models.AltTitle.objects.get_or_create(name=name, date=years, title=title)
+
+    def _extract(record: Any, tag: str, subfield: Optional[str] = None) -> Optional[str]:
+        """Return a field's or subfield's text without punctuation at its end; None without it."""
+        try:
+            field = record[tag]
+            return _clean(field[subfield] if subfield else field.data)
+        except Exception:
+            return None
+
+    def _clean(value: str) -> str:
+        return re.sub("[ /:,]+$", "", value)
+
+    def _version(record: Any) -> datetime:
+        """Return a record's time stamp; now, if it has none. A wrong one is a ValueError."""
+        stamp = _extract(record, "005")
+        if stamp is None:
+            return timezone.now()
+        parts = time.strptime(stamp.split(".")[0], "%Y%m%d%H%M%S")
+        return timezone.make_aware(datetime(*parts[:6]))
+
+    def _languages_in(joined: str) -> List[models.Language]:
+        """Return the known ones of codes like "engfre"."""
+        languages = []
+        for start in range(0, len(joined), 3):
+            code = joined[start : start + 3]
+            try:
+                languages.append(models.Language.objects.get(code=code))
+            except models.Language.DoesNotExist:
+                logging.error("missing language for %s", code)
+        return languages
+
+    def _unpack_link(field: Any) -> Tuple[str, Optional[str], Optional[str]]:
+        """Return name, LCCN and OCLC number of a title that a record leads to."""
+        lccn = oclc = None
+        for value in field.get_subfields("w"):
+            if value.startswith("(DLC)"):
+                lccn = _normal_lccn(value.replace("(DLC)", ""))
+            elif value.startswith("(OCoLC)"):
+                oclc = _normal_oclc(value)
+        return field.get("t") or field["a"], lccn, oclc
+
+    def _normal_lccn(value: Optional[str]) -> Optional[str]:
+        return None if value is None else value.replace(" ", "")
+
+    def _normal_oclc(value: Any) -> str:
+        number = value.replace(" ", "").replace("(OCoLC)", "")
+        return number.lstrip("ocm").lstrip("0")
+
+    def _normal_year(value: str) -> str:
+        return "current" if value == "9999" else value.replace("u", "?")
+
+    def _normal_place(value: Optional[str]) -> Optional[str]:
+        return None if value is None else re.sub(r"\.$", "", value)
+
+    def _is_openoni_electronic_resource(title: models.Title, record: Any) -> bool:
+        if record["245"].get("h") != "[electronic resource]." or title.issues.exists():
+            return False
+        return any("chroniclingamerica" in url.value for url in title.urls.all())
+
+    def load(location: str, bulk_load: bool = True) -> Tuple[int, int, int, int, int]:
+        """Load a file; return how many records were processed, created, updated, and failed.
+
+        The last number counts those without an LCCN.
+        """
+        loader = TitleLoader()
+        logging.info("loading titles from: %s", location)
+        loader.load_file(location)
+        return (
+            loader.records_processed,
+            loader.records_created,
+            loader.records_updated,
+            loader.errors,
+            loader.missing_lccns,
+        )
+
+
+@oni_file("core/management/commands/__init__.py")
+def core_commands() -> None:
+    """The commands. Only a BatchLoaderException becomes a CommandError.
+
+    All else, such as a database that is down from the start, ends in a bare traceback.
+    """
+    import logging
+    import os
+
+    from django.conf import settings
+
+    def configure_logging(log_file: str) -> None:
+        """Write what is logged to a file, too. Each command's module calls this when imported."""
+        path = os.path.join(settings.LOG_LOCATION, log_file)
+        handler = logging.FileHandler(path, encoding="utf-8")
+        form = "[%(asctime)s %(levelname)s %(name)s] %(message)s"
+        handler.setFormatter(logging.Formatter(form))
+        logging.getLogger().setLevel(logging.INFO)
+        logging.getLogger().addHandler(handler)
+
+
+@oni_file("core/management/commands/load_batch.py")
+def core_load_batch() -> None:
+    """load_batch PATH"""
+    import logging
+    import os
+    from typing import Any
+
+    from core.batch_loader import BatchLoader, BatchLoaderException
+    from core.management.commands import configure_logging
+    from django.core.management.base import BaseCommand, CommandError
+
+    configure_logging(f"load_batch_{os.getpid()}.log")
+
+    class Command(BaseCommand):
+        def add_arguments(self, parser: Any) -> None:
+            """Take two options that change nothing, since they are always on."""
+            parser.add_argument("batch_path")
+            for name in ("coordinates", "process-ocr"):
+                parser.add_argument(f"--skip-{name}", action="store_true", default=True)
+
+        def handle(self, batch_path: str, **options: Any) -> None:
+            if not os.path.exists(batch_path):
+                raise CommandError(f"Batch path does not exist: {batch_path}")
+            loader = BatchLoader()
+            try:
+                loader.load_batch(batch_path)
             except BatchLoaderException as error:
                 logging.exception(error)
-
-    def load_page(self, document, division, issue):
-        """The page's row is there before its files are looked at."""
-        mods = mods_of(document, division.attrib["DMDID"])
-        start = text_of(mods, ".//mods:extent/mods:start")
-        try:
-            sequence = int(start)
-        except ValueError:
-            raise BatchLoaderException(
-                f"could not determine sequence number for page from '{start}'")
-        number = text_of(mods, './/mods:detail[@type="page number"]').strip()
-        if not text_of(mods, './/mods:identifier[@type="reel number"]').strip():
-            logging.warning("unable to find reel number in page metadata")
-        logging.info("Assigned page sequence: %s", sequence)
-        logging.info("Saving page. issue date: %s, page sequence: %s", issue.date_issued, sequence)
-        page = Page.objects.create(issue=issue, sequence=sequence, number=number)
-        wait_at(os.path.dirname(document.docinfo.URL[7:]), f"{sequence:04}.gate")
-        time.sleep(settings.PAGE_SECONDS)
-        for pointer in found(division, "./mets:fptr"):
-            self.take_file(page, document, pointer.attrib["FILEID"])
-        if page.ocr_filename:
-            self.process_ocr(page)
-        else:
-            logging.info("No ocr filename for issue: %s page: %s", issue, page)
-        page.save()
-
-    def take_file(self, page, document, name):
-        """One of a page's files, by what the METS says it is used for."""
-        file = found(document, f'.//mets:file[@ID="{name}"]')[0]
-        use = file.attrib["USE"]
-        url = urljoin(document.docinfo.URL, text_of(file, "./mets:FLocat/@xlink:href"))
-        path = url.replace(self.batch.storage_url, "")
-        if use == "master":
-            page.tiff_filename = path
-        elif use == "service":
-            page.jp2_filename = path
-            self.measure(page, document, file)
-        elif use == "derivative":
-            page.pdf_filename = path
-        elif use == "ocr":
-            page.ocr_filename = path
-
-    def measure(self, page, document, file):
-        """How large the picture is: the METS is believed, the picture only looked at without."""
-        try:
-            sections = file.attrib["ADMID"].split(" ")
-        except KeyError:
-            logging.info("Could not determine dimensions of jp2 for issue: %s page: %s... "
-                         "trying harder...", page.issue, page)
-            path = os.path.join(self.batch.path, page.jp2_filename)
-            page.jp2_width, page.jp2_length = size_of_picture(path)
-            return
-        for section in sections:
-            place = f'.//mets:techMD[@ID="{section}"]/{SPATIAL}'
-            lengths = found(document, f"{place}/mix:ImageLength")
-            widths = found(document, f"{place}/mix:ImageWidth")
-            if lengths and widths and lengths[0].text and widths[0].text:
-                page.jp2_length = lengths[0].text
-                page.jp2_width = widths[0].text
-                break
-        if not page.jp2_width:
-            raise BatchLoaderException(f"No jp2 width for issue: {page.issue} page: {page}")
-
-    def process_ocr(self, page):
-        """Word coordinates, text and search index of a page."""
-        texts, coordinates = extract(urljoin(self.batch.storage_url, page.ocr_filename))
-        with open(page.coordinates_path, "wb") as file:
-            file.write(gzip.compress(json.dumps(coordinates).encode()))
-        ocr = OCR.objects.create(page=page)
-        for code, text in texts.items():
-            known = Language.objects.filter(code=code).first()
-            language = known or Language.objects.get(code="eng")
-            ocr.language_texts.create(language=language, text=text)
-        self.solr.add([page.solr_doc])
-        page.indexed = True
-        page.save()
-
-    def purge_batch(self, name):
-        remember(name, "starting purge")
-        try:
-            self.purge_rows(Batch.objects.get(name=name))
-            self.solr.delete(q=f'batch:"{name}"')
-            self.solr.commit()
-            remember(name, "purged")
-            if os.path.islink(link_of(name)):
-                logging.info("Removing symlink %s", link_of(name))
-                os.remove(link_of(name))
-            set_fulltext_range()
-        except Exception as error:
-            message = f"purge failed: {error}"
-            logging.error(message)
-            logging.exception(error)
-            remember(name, message)
-            raise BatchLoaderException(message)
-
-    def purge_rows(self, batch):
-        """Issue by issue, as they are known at the start; the batch's own row last."""
-        for number, issue in enumerate(batch.issues.all()):
-            for page in issue.pages.all():
-                coordinates = page.coordinates_path
-                page.delete()
-                if os.path.exists(coordinates):
-                    os.remove(coordinates)
-            issue.delete()
-            if number == 0:
-                wait_at(link_of(batch.name), "purge-gate")
-            time.sleep(settings.PAGE_SECONDS)
-        batch.delete()
+                raise CommandError("Batch load failed. See logs/load_batch_#.log")
 
 
-def make_link(path):
-    """The link in BATCH_STORAGE through which all files are read, unless there is one."""
-    storage = settings.BATCH_STORAGE
-    folder, name = os.path.split(path)
-    is_there = path == link_of(name) or os.path.islink(link_of(name))
-    is_below = os.path.islink(storage) and path.startswith(os.path.realpath(storage))
-    if folder and not is_there and not is_below:
-        logging.info("creating symlink %s -> %s", path, link_of(name))
-        os.symlink(path, link_of(name))
+@oni_file("core/management/commands/purge_batch.py")
+def core_purge_batch() -> None:
+    """purge_batch NAME"""
+    import logging
+    import os
+    from typing import Any
+
+    from core.batch_loader import BatchLoader, BatchLoaderException
+    from core.management.commands import configure_logging
+    from django.core.management.base import BaseCommand, CommandError
+
+    configure_logging(f"purge_batch_{os.getpid()}.log")
+
+    class Command(BaseCommand):
+        def add_arguments(self, parser: Any) -> None:
+            parser.add_argument("batch_name")
+
+        def handle(self, batch_name: str, **options: Any) -> None:
+            loader = BatchLoader()
+            logging.info("purging batch '%s'", batch_name)
+            try:
+                loader.purge_batch(batch_name)
+            except BatchLoaderException as error:
+                logging.exception(error)
+                raise CommandError("unable to purge batch. check the purge_batch log for clues")
 
 
-def get_title(lccn):
-    """A title, from the site of MARC records if need be."""
-    try:
-        return Title.objects.get(lccn=lccn)
-    except Exception:
-        url = settings.MARC_RETRIEVAL_URLFORMAT % lccn
-        logging.info("attempting to load marc record from %s", url)
-        call_command("load_titles", url)
-        return Title.objects.get(lccn=lccn)
+@oni_file("core/management/commands/load_titles.py")
+def core_load_titles() -> None:
+    """load_titles FILE|FOLDER. Of a folder the results are summed up, of a file not told."""
+    import logging
+    import os
+    from datetime import datetime
+    from typing import Any, List, Tuple
+
+    from core import solr_index, title_loader
+    from core.management.commands import configure_logging
+    from core.models import Title
+    from django.core.management.base import BaseCommand
+    from django.utils import timezone
+
+    configure_logging("load_titles.log")
+
+    class Command(BaseCommand):
+        def add_arguments(self, parser: Any) -> None:
+            parser.add_argument("marc_xml_source")
+            parser.add_argument("--skip-index", action="store_true")
+
+        def handle(self, marc_xml_source: str, skip_index: bool, **options: Any) -> None:
+            if not os.path.isdir(marc_xml_source):
+                self.load(marc_xml_source, skip_index)
+                return
+            started = timezone.now()
+            results = [
+                self.load(os.path.join(marc_xml_source, name), skip_index)
+                for name in os.listdir(marc_xml_source)
+            ]
+            self.report(started, results)
+
+        def load(self, location: str, skip_index: bool) -> Tuple[int, ...]:
+            started = timezone.now()
+            result = title_loader.load(location)
+            if not skip_index:
+                logging.info("indexing new titles")
+                solr_index.index_titles(since=started)
+            return result
+
+        def report(self, started: datetime, results: List[Tuple[int, ...]]) -> None:
+            ended = timezone.now()
+            processed, created, updated, errors, keyless = [
+                sum(column) for column in zip(*results)
+            ] or [0] * 5
+            logging.info("############### TOTAL RESULTS ############")
+            logging.info("TITLE RECORDS PROCESSED: %i", processed)
+            logging.info("NEW TITLES CREATED: %i", created)
+            logging.info("EXISTING TITLES UPDATED: %i", updated)
+            logging.info("ERRORS: %i", errors)
+            logging.info("MISSING LCCNS: %i", keyless)
+            logging.info("FILES PROCESSED: %i", len(results))
+            not_updated = Title.objects.filter(version__lt=started).count()
+            logging.info("TITLES NOT UPDATED: %i", not_updated)
+            logging.info("START TIME: %s", started)
+            logging.info("END TIME: %s", ended)
+            logging.info("TOTAL TIME: %s", ended - started)
 
 
-def size_of_picture(path):
-    """Any size will do; what matters is that the file is there and a JPEG 2000."""
-    with open(path, "rb") as file:
-        if file.read(8) != b"\\0\\0\\0\\x0cjP  ":
-            raise UnidentifiedImageError(f"cannot identify image file {path!r}")
-    return 8, 8
+@oni_file("core/management/commands/index.py")
+def core_index() -> None:
+    """Puts all titles and pages into the search index."""
+    from typing import Any
+
+    from core.management.commands import configure_logging
+    from core.solr_index import index_pages, index_titles
+    from django.core.management.base import BaseCommand
+
+    configure_logging("index.log")
+
+    class Command(BaseCommand):
+        def handle(self, **options: Any) -> None:
+            index_titles()
+            index_pages()
 
 
-def set_fulltext_range():
-    """The last thing a load does: a cache it cannot write makes it fail, with all loaded."""
-    days = Issue.objects.aggregate(first=Min("date_issued"), last=Max("date_issued"))
-    first, last = days["first"], days["last"]
-    years = (first.year if first else 1690, last.year if last else 2030)
-    cache.set("fulltext_range", years)
-'''
-ONI_TITLE_LOADER = '''\
-"""Loading MARC records. One that cannot be stored is counted, no more: only broken XML fails."""
-import logging
-import re
-import urllib.request
-import xml.sax
-import xml.sax.handler
-from datetime import datetime
-from urllib.parse import urljoin
+@oni_file("core/management/commands/zap_index.py")
+def core_zap_index() -> None:
+    """Empties the search index."""
+    from typing import Any
 
-from django.db import transaction
-from django.utils import timezone
+    from core import solr_index
+    from django.core.management.base import BaseCommand
 
-from core.models import Country, Language, Title
+    class Command(BaseCommand):
+        def handle(self, **options: Any) -> None:
+            solr = solr_index.conn()
+            solr.delete(q="*:*")
+            solr.commit()
 
 
-class Record(dict):
-    """The first text of each field of a MARC record: {"005": text, "010a": text, ...}."""
+ONI_PACKAGES = ("core", "core/management", "core/utils", "onisite", "onisite/database")
+ONI_SETTINGS = """\
+from .settings_base import *
 
-    def __missing__(self, key):
-        raise KeyError  # that does not say what is missing
-
-
-class Marc(xml.sax.handler.ContentHandler):
-    """Gives each record of a document, at its end, to a function."""
-
-    def __init__(self, load):
-        self.load = load
-        self.record = None
-        self.tag = ""
-        self.key = ""
-        self.text = ""
-
-    def startElementNS(self, name, qname, attributes):
-        element = name[1]
-        self.text = ""
-        if element == "record":
-            self.record = Record()
-        elif element == "leader":
-            self.key = "leader"
-        elif element == "controlfield":
-            self.key = attributes.getValue((None, "tag"))
-        elif element == "datafield":
-            self.tag = attributes.getValue((None, "tag"))
-        elif element == "subfield":
-            self.key = self.tag + attributes.getValue((None, "code"))
-
-    def characters(self, text):
-        self.text += text
-
-    def endElementNS(self, name, qname):
-        element = name[1]
-        if element == "record":
-            self.load(self.record)
-            self.record = None
-        elif element in ("leader", "controlfield", "subfield"):
-            self.record.setdefault(self.key, self.text)
-
-
-class TitleLoader:
-    """Loads one file, and counts what became of its records."""
-
-    def __init__(self):
-        self.processed = 0
-        self.created = 0
-        self.updated = 0
-        self.errors = 0
-        self.without_lccn = 0
-
-    def load_file(self, location):
-        logging.info("loading titles from: %s", location)
-        parser = xml.sax.make_parser()
-        parser.setContentHandler(Marc(self.load))
-        parser.setFeature(xml.sax.handler.feature_namespaces, 1)
-        parser.parse(urllib.request.urlopen(urljoin("file:", location)))
-
-    def load(self, record):
-        if record is None:  # the end of an envelope of the same name
-            return
-        try:
-            self.processed += 1
-            leader = record.get("leader", " " * 24)
-            if leader[5] == "d":
-                delete(record)
-            elif leader[6] == "a":
-                self.store(record)
-        except Exception as error:
-            logging.error("unable to load: %s", error)
-            logging.exception(error)
-            self.errors += 1
-
-    @transaction.atomic
-    def store(self, record):
-        """A title counts as created or updated though it cannot be stored in the end."""
-        lccn = lccn_of(record)
-        if not lccn:
-            self.without_lccn += 1
-            return
-        version = version_of(record)
-        title = Title.objects.filter(lccn=lccn).first()
-        if title and title.version >= version:
-            return
-        if title:
-            self.updated += 1
-        else:
-            self.created += 1
-            title = Title(lccn=lccn)
-        title.version = version
-        title.name = record["245a"]
-        if "245b" in record:
-            title.name = title.name.rstrip(" ") + " " + record["245b"]
-        oclc_of(record)
-        title.place_of_publication = clean(record.get("264a") or record.get("260a"))
-        title.start_year = record["008"][7:11]
-        title.end_year = record["008"][11:15]
-        title.country = Country.objects.get(code=record["008"][15:18])
-        title.save()
-        code = record["008"][35:38]
-        try:
-            language = Language.objects.get(code=code)
-        except Language.DoesNotExist:
-            logging.error("Code %s, not found in language table.", code)
-            raise
-        title.languages.set([language])
-
-
-def clean(text):
-    return text and re.sub("[ /:,]+$", "", text)
-
-
-def lccn_of(record):
-    return clean(record.get("010a", "")).replace(" ", "")
-
-
-def oclc_of(record):
-    """Without the number, or of another source than these two, the record is not stored."""
-    source = record.get("003", "ocolc").strip().lower()
-    if source == "dlc":
-        oclc = record.get("035a")
-    elif source == "ocolc":
-        oclc = record.get("001")
-    else:
-        logging.info("003 value is not handled by this load script")
-    return oclc.replace(" ", "").replace("(OCoLC)", "")
-
-
-def version_of(record):
-    if "005" not in record:
-        return timezone.now()
-    stamp = clean(record["005"]).split(".")[0]
-    return timezone.make_aware(datetime.strptime(stamp, "%Y%m%d%H%M%S"))
-
-
-def delete(record):
-    """Not while it has issues."""
-    lccn = lccn_of(record)
-    logging.info("trying to delete title record for %s", lccn)
-    title = Title.objects.filter(lccn=lccn).first()
-    if title is None:
-        logging.warning("no such title %s to delete", lccn)
-    elif title.issues.exists():
-        logging.warning("not deleting title %s it has issue data", lccn)
-    else:
-        logging.info("deleting title for %s", lccn)
-        title.delete()
-'''
-ONI_COMMANDS = '''\
-"""The commands. Only a BatchLoaderException becomes a CommandError; all else, such as a database
-that is down from the start, ends in a bare traceback."""
-import logging
-import os
-
-from django.core.management.base import BaseCommand, CommandError
-from django.utils import timezone
-
-from core.batch_loader import BatchLoader, BatchLoaderException
-from core.models import Title
-from core.solr_index import index_titles
-from core.title_loader import TitleLoader
-
-
-class Command(BaseCommand):
-    def add_arguments(self, parser):
-        parser.add_argument("subject")
-
-
-class LoadBatch(Command):
-    def handle(self, subject, **options):
-        if not os.path.exists(subject):
-            raise CommandError(f"Batch path does not exist: {subject}")
-        try:
-            BatchLoader().load_batch(subject)
-        except BatchLoaderException as error:
-            logging.exception(error)
-            raise CommandError("Batch load failed. See logs/load_batch_#.log")
-
-
-class PurgeBatch(Command):
-    def handle(self, subject, **options):
-        logging.info("purging batch '%s'", subject)
-        try:
-            BatchLoader().purge_batch(subject)
-        except BatchLoaderException as error:
-            logging.exception(error)
-            raise CommandError("unable to purge batch. check the purge_batch log for clues")
-
-
-class LoadTitles(Command):
-    """Of a folder the results are summed up, of a single file they are not told."""
-
-    def handle(self, subject, **options):
-        if not os.path.isdir(subject):
-            self.load(subject)
-            return
-        started = timezone.now()
-        loaded = [self.load(os.path.join(subject, name)) for name in os.listdir(subject)]
-        self.report(started, loaded)
-
-    def load(self, location):
-        started = timezone.now()
-        loader = TitleLoader()
-        loader.load_file(location)
-        logging.info("indexing new titles")
-        index_titles(since=started)
-        return loader
-
-    def report(self, started, loaded):
-        ended = timezone.now()
-        logging.info("############### TOTAL RESULTS ############")
-        for label, value in {
-            "TITLE RECORDS PROCESSED": sum(each.processed for each in loaded),
-            "NEW TITLES CREATED": sum(each.created for each in loaded),
-            "EXISTING TITLES UPDATED": sum(each.updated for each in loaded),
-            "ERRORS": sum(each.errors for each in loaded),
-            "MISSING LCCNS": sum(each.without_lccn for each in loaded),
-            "FILES PROCESSED": len(loaded),
-            "TITLES NOT UPDATED": Title.objects.filter(version__lt=started).count(),
-            "START TIME": started,
-            "END TIME": ended,
-            "TOTAL TIME": ended - started,
-        }.items():
-            logging.info("%s: %s", label, value)
-'''
-ONI_FILES = {
-    "manage.py": ONI_MANAGE,
-    "onisite/__init__.py": "",
-    "onisite/settings.py": ONI_SETTINGS,
-    "core/__init__.py": "",
-    "core/apps.py": ONI_APPS,
-    "core/models.py": ONI_MODELS,
-    "core/solr_index.py": ONI_SOLR_INDEX,
-    "core/ocr_extractor.py": ONI_OCR_EXTRACTOR,
-    "core/batch_loader.py": ONI_BATCH_LOADER,
-    "core/title_loader.py": ONI_TITLE_LOADER,
-    "core/commands.py": ONI_COMMANDS,
-    "core/management/__init__.py": "",
-    "core/management/commands/__init__.py": "",
-    "core/management/commands/load_batch.py": "from core.commands import LoadBatch as Command\n",
-    "core/management/commands/purge_batch.py": "from core.commands import PurgeBatch as Command\n",
-    "core/management/commands/load_titles.py": "from core.commands import LoadTitles as Command\n",
+if (BASE_DIR / "onisite" / "settings_local.py").exists():
+    from .settings_local import *
+"""
+# Open ONI's languages, each as its code, the end of its address (at lexvo.org where it begins
+# with "=", "-" if it has none), and its name.
+LANGUAGES = """\
+alb sq Albanian; amh am Amharic; ara ar Arabic; arm hy Armenian; baq eu Basque; bel be Belarussian;
+ben bn Bengali; bos bs Bosnian; bul bg Bulgarian; bur my Burmese; ceb ceb Cebuano; che ce Chechen;
+chi gan Chinese; cho cho Choctaw; chr chr Cherokee;
+cpf cpf Creoles and Pidgins, French-based (Other); cre cr Cree; crp - Creoles and Pidgins;
+cze cs Czech; dak dak Dakota; dan da Danish; dut nl Dutch; eng en English; epo eo Esperanto;
+esk =esk Northwest Alaska Inupiatun; est et Estonian; fin fi Finnish; fre fr French;
+gem - Germanic; ger de German; gle ga Irish; gre el Greek; guj gu Gujarati; haw haw Hawaiian;
+heb he Hebrew; hin hi Hindi; hmn hmn Hmong; hrv =hrv Croatian; hun hu Hungarian; ilo ilo Iloko;
+ind id Indonesian; ipk ik Inupiaq; ira ira Iranian; ita it Italian; jpn ja Japanese; khm km Khmer;
+kor ko Korean; kur ku Kurdish; lad lad Ladino; lav lv Latvian; lit lt Lithuanian;
+mac mk Macedonian; mal ml Malayalam; map - Austronesian (Other); mar mr Marathi; moh moh Mohawk;
+mul - Multiple; mus mus Creek; nav nv Navajo; nch =nch Central Huasteca Nahuatl; neg =neg Negidal;
+nor no Norwegian; pan pa Panjabi; per fa Persian; pol pl Polish; por pt Portuguese;
+psa =psa Asue Awyu; rum ro Romanian; rus ru Russian; sam sam Samaritan Aramaic; scc sr Serbian;
+scr hr Croatian; slo sk Slovak; slv sl Slovenian; smo sm Samoan; spa es Spanish; srp =srp Serbian;
+swe sv Swedish; syr syr Syriac; tam ta Tamil; tgk tg Tajik; tgl tl Tagalog; tha th Thai;
+tur tr Turkish; ukr uk Ukrainian; urd ur Urdu; uzb uz Uzbek; vie vi Vietnamese; wel cy Welsh;
+wen - Sorbian; yid yi Yiddish; ypk ypk Yupik; zxx - No Linguistic Content
+"""
+COUNTRIES = {
+    "Asia": """\
+af Afghanistan; ai Armenia (Republic); aj Azerbaijan; ba Bahrain; bg Bangladesh; bt Bhutan;
+bx Brunei; br Burma; cb Cambodia; cc China; ch China (Republic : 1949- ); cy Cyprus; em East Timor;
+gz Gaza Strip; gs Georgia (Republic); ii India; io Indonesia; ir Iran; iq Iraq;
+iy Iraq-Saudi Arabia Neutral Zone; is Israel; ja Japan; jo Jordan; kz Kazakhstan; kn Korea (North);
+ko Korea (South); ku Kuwait; kg Kyrgyzstan; ls Laos; le Lebanon; my Malaysia; mp Mongolia;
+np Nepal; mk Oman; pk Pakistan; pp Papua New Guinea; pf Paracel Islands]; ph Philippines; qa Qatar;
+su Saudi Arabia; si Singapore; xp Spratly Island; ce Sri Lanka; sy Syria; ta Tajikistan;
+th Thailand; tu Turkey; tk Turkmenistan; ts United Arab Emirates; uz Uzbekistan; vm Vietnam;
+wj West Bank of the Jordan River; ye Yemen
+""",
+    "North America": """\
+alu Alabama; aku Alaska; abc Alberta; azu Arizona; aru Arkansas; bcc British Columbia;
+cau California; xxc Canada; cou Colorado; ctu Connecticut ; deu Delaware; dcu District of Columbia;
+flu Florida; gau Georgia; gl Greenland; hiu Hawaii; idu Idaho; ilu Illinois; inu Indiana; iau Iowa;
+ksu Kansas; kyu Kentucky; lau Louisiana; meu Maine; mbc Manitoba; mdu Maryland; mau Massachusetts;
+mx Mexico; miu Michigan; mnu Minnesota; msu Mississippi; mou Missouri; mtu Montana; nbu Nebraska;
+nvu Nevada; nkc New Brunswick; nhu New Hampshire; nju New Jersey; nmu New Mexico; nyu New York;
+nfc Newfoundland and Labrador; ncu North Carolina; ndu North Dakota; ntc Northwest Territories;
+nsc Nova Scotia; nuc Nunavut; ohu Ohio; oku Oklahoma; onc Ontario; oru Oregon; pau Pennsylvania;
+pic Prince Edward Island; quc Québec (Province); riu Rhode Island; xl Saint Pierre and Miquelon;
+snc Saskatchewan; scu South Carolina; sdu South Dakota; tnu Tennessee; txu Texas;
+xxu United States; utu Utah; vtu Vermont; vau Virginia; wau Washington; wvu West Virginia;
+wiu Wisconsin; wyu Wyoming; ykc Yukon Territory
+""",
+    "Europe": """\
+aa Albania; an Andorra; au Austria; bw Belarus; be Belgium; bn Bosnia and Hercegovina; bu Bulgaria;
+ci Croatia; xr Czech Republic; dk Denmark; enk England; er Estonia; fi Finland; fr France;
+gw Germany; gi Gibraltar; gr Greece; hu Hungary; ic Iceland; ie Ireland; it Italy; kv Kosovo;
+lv Latvia; lh Liechtenstein; li Lithuania; lu Luxembourg; xn Macedonia; mm Malta; mv Moldova;
+mc Monaco; mo Montenegro; ne Netherlands; nik Northern Ireland; no Norway; pl Poland; po Portugal;
+rm Romania; ru Russia (Federation); sm San Marino; stk Scotland; rb Serbia; xo Slovakia;
+xv Slovenia; sp Spain; sw Sweden; sz Switzerland; un Ukraine; xxk United Kingdom;
+uik United Kingdom Misc. Islands; vc Vatican City; wlk Wales
+""",
+    "Africa": """\
+ae Algeria; ao Angola; dm Benin; bs Botswana; uv Burkina Faso; bd Burundi; cm Cameroon;
+cx Central African Republic; cd Chad; cf Congo (Brazzaville); cg Congo (Democratic Republic);
+iv Côte d'Ivoire; ft Djibouti; ua Egypt; eg Equatorial Guinea; ea Eritrea; et Ethiopia; go Gabon;
+gm Gambia; gh Ghana; gv Guinea; pg Guinea-Bissau; ke Kenya; lo Lesotho; lb Liberia; ly Libya;
+mg Madagascar; mw Malawi; ml Mali; mu Mauritania; mr Morocco; mz Mozambique; sx Namibia; ng Niger;
+nr Nigeria; rw Rwanda; sf Sao Tome and Principe; sg Senegal; sl Sierra Leone; so Somalia;
+sa South Africa; sh Spanish North Africa; sj Sudan; sq Swaziland; tz Tanzania; tg Togo; ti Tunisia;
+ug Uganda; ss Western Sahara ; za Zambia; rh Zimbabwe
+""",
+    "Pacific Ocean": """\
+as American Samoa; cw Cook Islands; fj Fiji; fp French Polynesia; gu Guam; ji Johnston Atoll;
+gb Kiribati; xe Marshall Islands; fm Micronesia (Federated States); xf Midway Islands; nu Nauru;
+nl New Caledonia; xh Niue; nw Northern Mariana Islands; pw Palau; pc Pitcairn Island; ws Samoa;
+bp Solomon Islands; tl Tokelau; to Tonga; tv Tuvalu; up United States Misc. Pacific Islands;
+nn Vanuatu; wk Wake Island; wf Wallis and Futuna
+""",
+    "West Indies": """\
+am Anguilla; aq Antigua and Barbuda; aw Aruba; bf Bahamas; bb Barbados; vb British Virgin Islands;
+cj Cayman Islands; cu Cuba; dq Dominica; dr Dominican Republic; gd Grenada; gp Guadeloupe;
+ht Haiti; jm Jamaica; mq Martinique; mj Montserrat; na Netherlands Antilles; pr Puerto Rico;
+xd Saint Kitts-Nevis; xk Saint Lucia; xm Saint Vincent and the Grenadines; tr Trinidad and Tobago;
+tc Turks and Caicos Islands; uc United States Misc. Caribbean Islands;
+vi Virgin Islands of the United States
+""",
+    "Other": """\
+ay Antarctica; xx No place, unknown, or undetermined; vp Various places
+""",
+    "South America": """\
+ag Argentina; bo Bolivia; bl Brazil; cl Chile; ck Colombia; ec Ecuador; fg French Guiana;
+gy Guyana; py Paraguay; pe Peru; sr Surinam; uy Uruguay; ve Venezuela
+""",
+    "Australasia": """\
+at Australia; aca Australian Capital Territory; xga Coral Sea Islands Territory;
+xna New South Wales; nz New Zealand; nx Norfolk Island ; xoa Northern Territory; qea Queensland;
+xra South Australia; tma Tasmania; vra Victoria; wea Western Australia
+""",
+    "Central America": """\
+bh Belize; cr Costa Rica; es El Salvador; gt Guatemala; ho Honduras; nq Nicaragua; pn Panama
+""",
+    "Atlantic Ocean": """\
+bm Bermuda Islands; bv Bouvet Island; cv Cape Verde; fk Falkland Islands; fa Faroe Islands;
+xj Saint Helena; xs South Georgia and the South Sandwich Islands
+""",
+    "Indian Ocean": """\
+bi British Indian Ocean Territory; xa Christmas Island (Indian Ocean); xb Cocos (Keeling) Islands;
+cq Comoros; hm Heard and McDonald Islands; xc Maldives; mf Mauritius; ot Mayotte; re Réunion;
+se Seychelles; fs Terres australes et antarctiques françaises
+""",
 }
-ONI_SEED = '''
-from datetime import datetime, timezone
-from django.core.management import call_command
-from core.models import Awardee, Country, Language, Title
-call_command("migrate", run_syncdb=True, verbosity=0)
-Awardee.objects.create(org_code="oru", name="University of Oregon Libraries; Eugene, OR")
-country = Country.objects.create(code="oru")
-languages = [Language.objects.create(code=code) for code in ("eng", "fre", "ger", "spa")]
-for lccn, name in ("sn99990001", "The test gazette."), ("sn99990002", "The test courier."):
-    title = Title.objects.create(
-        lccn=lccn, name=name, place_of_publication="Eugene, Or.", start_year=1850, end_year=1999,
-        country=country, version=datetime(2020, 1, 1, tzinfo=timezone.utc))
-    title.languages.set(languages[:1])
-'''
+
+
+def fixture(model: str, rows: list[dict[str, str | None]]) -> str:
+    """The text of a fixture for Django's loaddata; the rows' `code` is their key."""
+    return json.dumps([{"model": model, "pk": row["code"], "fields": row} for row in rows])
+
+
+def languages_fixture() -> str:
+    """All languages that Open ONI comes with."""
+    rows: list[dict[str, str | None]] = []
+    for entry in LANGUAGES.split(";"):
+        code, end, name = entry.split(None, 2)
+        address: str | None = f"http://www.lingvoj.org/lang/{end}"
+        if end.startswith("="):
+            address = f"http://www.lexvo.org/page/iso639-3/{end[1:]}"
+        elif end == "-":
+            address = None
+        rows.append({"code": code, "name": name.strip(), "lingvoj": address})
+    return fixture("core.language", rows)
+
+
+def countries_fixture() -> str:
+    """All countries that Open ONI comes with."""
+    rows: list[dict[str, str | None]] = []
+    for region, entries in COUNTRIES.items():
+        for entry in entries.split(";"):
+            code, name = entry.split(None, 1)
+            rows.append({"code": code, "name": name.strip(), "region": region})
+    return fixture("core.country", rows)
+
+
+@oni_file("seed.py")
+def oni_seed() -> None:
+    """Fills a new tree's database: tables, languages and countries, an awardee and two titles."""
+    from datetime import datetime, timezone
+
+    from core.models import Awardee, Title
+    from django.core.management import call_command
+
+    call_command("migrate", run_syncdb=True, verbosity=0)
+    call_command("loaddata", "languages", "countries", verbosity=0)
+    Awardee.objects.create(org_code="oru", name="University of Oregon Libraries; Eugene, OR")
+    for lccn, name in ("sn99990001", "The test gazette."), ("sn99990002", "The test courier."):
+        title = Title.objects.create(
+            lccn=lccn,
+            lccn_orig=lccn,
+            name=name,
+            name_normal=name.lower(),
+            place_of_publication="Eugene, Or.",
+            start_year=1850,
+            end_year=1999,
+            country_id="oru",
+            version=datetime(2020, 1, 1, tzinfo=timezone.utc),
+        )
+        title.languages.set(["eng"])
 
 
 def build_oni(root: Path) -> None:
@@ -8870,20 +9938,27 @@ def build_oni(root: Path) -> None:
 
     The folder may be copied anywhere afterwards.
     """
-    for name, text in ONI_FILES.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
+    texts = {f"{package}/__init__.py": "" for package in ONI_PACKAGES}
+    texts["onisite/settings.py"] = ONI_SETTINGS
+    texts["core/fixtures/languages.json"] = languages_fixture()
+    texts["core/fixtures/countries.json"] = countries_fixture()
+    texts.update({path: body_of(function) for path, function in ONI_FILES.items()})
+    for path, text in texts.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(text)
+    (root / "manage.py").write_text("#!/usr/bin/env python3\n" + texts["manage.py"])
     (root / "manage.py").chmod(0o755)
     for folder in ("log", "data/batches", "data/word_coordinates", "cache"):
         (root / folder).mkdir(parents=True)
     build_env(root / "ENV")
     # -B: compiled files would say where they were compiled.
     subprocess.run(
-        [str(root / "ENV/bin/python3"), "-B", "manage.py", "shell", "-c", ONI_SEED],
+        [str(root / "ENV/bin/python3"), "-B", "manage.py", "shell", "-c", "import seed"],
         cwd=str(root),
         stdout=subprocess.DEVNULL,
         check=True,
     )
+    (root / "seed.py").unlink()
 
 
 def build_env(env: Path) -> None:
