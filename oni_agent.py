@@ -542,8 +542,9 @@ def may_pass(error: Exception) -> bool:
 
 
 def first_line(error: Any) -> str:
-    """Return the first line of what an exception says, of 150 characters at the most."""
-    return str(str(error).strip() or type(error).__name__).splitlines()[0][:150]
+    """Return the first line of a text, or of what an exception says, cut after 200 characters."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) <= 200 else line[:199] + "…"
 
 
 # Quick questions
@@ -1030,7 +1031,8 @@ def rehearse(folder: str, loader: "Rehearsal") -> Dict[str, Any]:
         except DatabaseGone as error:
             raise CannotAnswer("Open ONI cannot answer: the database is gone: %s" % error)
         except BatchLoaderException as error:
-            loader.enter_fault("", "ONI would break off the load", error, ends_load=True)
+            loader.enter_fault("data/batch.xml", "ONI would break off the load", error,
+                               ends_load=True, order=0)  # fmt: skip
         finally:
             transaction.set_rollback(True)
     return loader.result()
@@ -1106,12 +1108,13 @@ def pretend(name: str, loader: "Rehearsal") -> None:
     remember_title_documents()
     logging.disable(logging.CRITICAL)
     socket.setdefaulttimeout(30)
-    real_urlopen = urllib.request.urlopen
+    open_url = urllib.request.OpenerDirector.open
 
-    def urlopen(url: Any, *rest: Any, **options: Any) -> Any:
-        return real_urlopen(Links.opened(url) if isinstance(url, str) else url, *rest, **options)
+    def open_linked(opener: Any, url: Any, *rest: Any, **options: Any) -> Any:
+        return open_url(opener, Links.opened(url) if isinstance(url, str) else url,
+                        *rest, **options)  # fmt: skip
 
-    urllib.request.urlopen = urlopen
+    urllib.request.OpenerDirector.open = open_linked  # type: ignore[method-assign]
     connection.close()
     connection_created.connect(make_read_only)
     learn_columns()
@@ -1546,6 +1549,7 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         self.warnings: List[Dict[str, Any]] = []
         self.found: List[Dict[str, Any]] = []
         self._seen = 0  # issues that the loader has asked for
+        self._number = 0  # of the issue at hand, from 1 on
         self._of = 0  # issues that it will ask for
         self._postponed: List[Tuple[int, str]] = []
         self._told_titles: Set[str] = set()
@@ -1559,7 +1563,9 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
 
     def result(self) -> Dict[str, Any]:
         """Return what `rehearse` answers."""
-        self.faults.sort(key=lambda fault: fault.pop("order"))
+        if self._part:  # what is wrong with the whole, the first part tells
+            self.faults = [fault for fault in self.faults if fault["order"]]
+        self.faults.sort(key=lambda fault: fault["order"])
         records = self.titles.records.items()
         return {
             "issues": len(self.found),
@@ -1571,10 +1577,16 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
             "watched": packed(sizes_and_times(".", self._watched)),
         }
 
-    def enter_fault(self, path: str, what: str, error: Any = None, ends_load: bool = False) -> None:
-        """Enter what ONI would do (`what`) with a file, and what it says (`error`) if anything."""
-        words = first_line(error)[:300] if error is not None else ""
-        words = Links.within_batch(words).replace("unable to load batch: ", "")
+    def enter_fault(self, path: str, what: str, error: Any = None, ends_load: bool = False,
+                    order: Optional[int] = None) -> None:  # fmt: skip
+        """Enter what ONI would do (`what`) with a file, and what it says (`error`) if anything.
+
+        `order` is the issue's number, from 1 on; 0 stands for the whole batch.
+        """
+        words = ""
+        if error is not None:
+            words = Links.within_batch(str(error) or type(error).__name__)
+            words = first_line(words.replace("unable to load batch: ", ""))
         if self._draws_in_others:
             words = "its words are not shown, since the file draws in others"
         if self._outside:
@@ -1584,7 +1596,12 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         text = "%s: %s" % (what, words) if words else what
         text = "".join(each if each <= "\uffff" else "\\U%08x" % ord(each) for each in text)
         self.faults.append(
-            {"file": path, "fault": text, "ends_load": ends_load, "order": self._seen}
+            {
+                "file": path,
+                "fault": text,
+                "ends_load": ends_load,
+                "order": self._number if order is None else order,
+            }
         )
 
     def enter_warning(self, path: str, text: str) -> None:
@@ -1622,6 +1639,7 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
 
     def _rehearse_issue(self, number: int, url: str) -> None:
         path = Links.within_batch(url)
+        self._number = number + 1
         self._path = path
         self._outside = "" if is_within_reach(url) else "it"
         self._document = None
@@ -1750,10 +1768,10 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         document = batch_loader.etree.parse("file://%s/%s" % (Links.link, listing))
         count = len(list(document.iter("{*}issue")))
         if not self._seen:
-            self.enter_fault(listing, "it names no issue, so ONI would load nothing")
+            self.enter_fault(listing, "it names no issue, so ONI would load nothing", order=0)
         elif count > self._seen:
             what = "ONI would leave out %d of its %d issues without a word"
-            self.enter_fault(listing, what % (count - self._seen, count))
+            self.enter_fault(listing, what % (count - self._seen, count), order=0)
 
     def process_ocr(self, page: Any, index: bool = True) -> None:
         """Index a page as ONI's loader does.
@@ -2601,8 +2619,10 @@ class Check:
         self.titles: Dict[str, bytes] = {}  # the records of titles that ONI lacks, by LCCN
         self.files = Files(**files_of(parts))
         self._places: Dict[str, List[str]] = {}  # the METS files that have a page, by its address
+        faults = [fault for part in parts for fault in part["faults"]]
+        for fault in sorted(faults, key=lambda fault: int(fault["order"])):
+            self.faults.append({"file": fault["file"], "fault": fault["fault"]})
         for part in parts:
-            self.faults += part["faults"]
             self.warnings += part["warnings"]
             for lccn, record in part["titles"].items():
                 self.titles[lccn] = base64.b64decode(record)
