@@ -74,6 +74,7 @@ import types
 import unicodedata
 import venv
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from datetime import date, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -607,9 +608,16 @@ class Solr:
             with self._lock:
                 if where.startswith("/solr/openoni/update"):
                     return 200, self._update(body, SolrParameters(query))
+                if where == "/solr/openoni/admin/luke":
+                    return 200, {"index": self._version()}
                 return 200, self._search(SolrParameters(f"{query}&{body}"))
         except (KeyError, ValueError) as error:
             return 400, {"error": {"msg": str(error), "code": 400}}
+
+    def _version(self) -> Dict[str, Any]:
+        """What Solr says of its index as a whole; it is another after each change."""
+        documents = json.dumps(self._documents, sort_keys=True, default=str)
+        return {"version": zlib.crc32(documents.encode()), "lastModified": len(documents)}
 
     def _update(self, body: str, asked: SolrParameters) -> dict:
         """Takes a document, a deletion or a commit in, in JSON or XML."""
