@@ -4032,7 +4032,7 @@ class Session(threading.Thread):
     def read_input(self, into, limit):
         """Copies standard input to its trailer or its end. Raises ClientGone, Problem."""
         if self.width:
-            raise Problem("this command reads a file: leave out -t, and give it < FILE")
+            raise Problem("this command reads a file: give it < FILE, and leave out -t")
         try:
             copy_input(self.channel, into, limit)
         except socket.timeout:
