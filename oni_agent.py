@@ -302,6 +302,9 @@ def log_level(value):
     return value.upper()
 
 
+# To add a setting, enter it here with its reader, in DEFAULTS (as text) if it has one, and in this
+# file's docstring. It is then settings.its_name, and `build` hands it to what needs it. Neither
+# manage.py nor ON_FINISH gets to see it.
 OWN_VARIABLES = {  # and their readers
     "ONI_LOCATION": path_that(
         lambda path: (path / "manage.py").is_file(), "that folder holds no manage.py"
@@ -2313,6 +2316,7 @@ class BatchPatch(Kind):
         return f"{self.target} is there" if os.path.lexists(self.target) else ""
 
 
+# To add a kind of job, write a class above, enter it here, and give it a command of the same name.
 KINDS = {
     "load-batch": LoadBatch,
     "purge-batch": PurgeBatch,
@@ -2932,10 +2936,9 @@ TROUBLES = (
     help="Lists the commands, or shows one at work; help problems: what can go wrong.",
     misuse='"help" takes at most one command',
     example="""
-    $ ssh oni help job-wait
-    …
-    $ ssh oni help problems
-    …
+    $ ssh oni help                lists the commands
+    $ ssh oni help job-wait       shows one at work
+    $ ssh oni help problems       what can go wrong, and what to do
     """,
 )
 def cmd_help(request: Request, name: str = "") -> Answer:
@@ -3569,6 +3572,10 @@ def retry_row(id: int) -> Row:
     return Row(f"It does job {id} again.")
 
 
+def look_row(look: Dict[str, Any]) -> Row:
+    return Row(f"{'✓' if look['well'] else '✗'} {look['name']}: {look['found']}")
+
+
 def trouble_row(trouble: Dict[str, str]) -> Row:
     return Row(trouble["seen"], f"{trouble['meaning']}. {trouble['remedy']}.")
 
@@ -3641,6 +3648,7 @@ SHOWN: Dict[str, Callable[[Any], Row]] = {  # what stands for the value of a key
     "oni": oni_row,
     "commands": command_row,
     "troubles": trouble_row,
+    "looks": look_row,
     "retry_of": retry_row,
     "events": event_row,
     "faults": fault_row,
@@ -3759,7 +3767,8 @@ def show_board(terminal: "Session") -> Answer:
             typed = terminal.hear(1)
             if b"q" in typed or b"\x04" in typed:
                 break
-            with_keys ^= b"?" in typed
+            if b"?" in typed:
+                with_keys = not with_keys
     terminal.send("\x1b[?25h\x1b[?1049l")
     return reply
 

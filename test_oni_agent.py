@@ -5757,7 +5757,7 @@ def test_the_readme_shows_what_the_agent_answers(tmp_path, template):
             return re.sub(r"\b(successful|failed) \d+ s", r"\1 TIME", text)
 
         exchanges = readme_exchanges()
-        assert len(exchanges) >= 7
+        assert len(exchanges) >= 3
         for line, printed in exchanges:
             assert (line, plain(shell(site, tmp_path, line))) == (line, plain(printed))
     finally:
@@ -7841,7 +7841,7 @@ def test_the_exchanges_in_help_happen_as_they_are_shown(tmp_path, template):
 
     try:
         for name, command in oni_agent.COMMANDS.items():
-            if name in ("help", "board"):
+            if name in ("help", "board", "check"):  # theirs are no exchanges
                 continue
             for line in BEFORE_EXCHANGES.get(name, []):
                 shell(site, tmp_path, f"ssh oni {line}")
