@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 # /// script
-# requires-python = ">=3.9"
+# requires-python = ">=3.8"
 # dependencies = ["paramiko>=2.12"]
 # ///
 """ONI Agent: loads and purges the batches of an Open ONI site on request, over SSH.
 
-Run it on the Open ONI host, as the user that the site runs as. It listens for SSH, takes commands
-such as
+Run it on the Open ONI host, as the user that the site runs as, or as root: then it becomes that
+user. It listens for SSH, takes commands such as
 
     ssh -p 2222 nobody@localhost load-batch batch_oru_alpha_ver01
 
@@ -19,7 +19,8 @@ no command at all) the answers are text. Settings come from the environment:
   BA_BIND          where to listen: host:port, [v6]:port, or :port for every address
                    (default 127.0.0.1:2222)
   STATE_DIRECTORY  where jobs, their logs and the host key are kept
-                   (default $XDG_STATE_HOME/oni-agent or ~/.local/state/oni-agent)
+                   (default $XDG_STATE_HOME/oni-agent or ~/.local/state/oni-agent;
+                   /var/lib/oni-agent when root has started the agent for the site's user)
   HOST_KEY_FILE    the SSH host key, made if missing (default host_key in the state folder)
   ALLOW_FROM       addresses and networks that may connect, separated by commas or blanks
                    (default: all)
@@ -43,6 +44,15 @@ it; neither manage.py nor ON_FINISH gets to see it.
 
 from __future__ import annotations
 
+import sys
+
+if sys.version_info < (3, 8):  # what follows compiles from Python 3.6 on, and runs from 3.8 on
+    sys.stderr.write(
+        "oni_agent: Python 3.8 or newer is needed, and %s is Python %d.%d. Install a newer one"
+        " beside it, and start the agent with that.\n" % ((sys.executable,) + sys.version_info[:2])
+    )
+    sys.exit(2)  # as for settings that cannot work: systemd need not try again
+
 import argparse
 import ast
 import base64
@@ -59,6 +69,7 @@ import itertools
 import json
 import logging
 import os
+import pwd
 import queue
 import re
 import resource
@@ -69,7 +80,6 @@ import signal
 import socket
 import sqlite3
 import subprocess
-import sys
 import tempfile
 import textwrap
 import threading
@@ -82,19 +92,35 @@ from concurrent import futures
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Set,
+    Tuple,
+    TypeVar,
+    Union,
+)
 from xml.parsers.expat import ExpatError, ParserCreate
 
 
-def stderr_is_journal():
-    """Whether JOURNAL_STREAM (systemd.exec(5)) names the device and inode of stderr."""
-    with contextlib.suppress(OSError):  # it may be closed
+def stderr_is_journal() -> bool:
+    """Tell whether JOURNAL_STREAM (systemd.exec(5)) names the device and inode of stderr."""
+    try:
         found = os.fstat(2)
-        return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
-    return False
+    except OSError:  # it is closed
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
 
 
-def complain(*problems):
-    """Says why the agent cannot start; to the journal, as errors."""
+def complain(*problems: object) -> None:
+    """Say why the agent cannot start, a sentence each; to the journal, as errors."""
     priority = "<3>" if stderr_is_journal() else ""
     for problem in problems:
         print(f"{priority}oni_agent: {problem}.", file=sys.stderr)
@@ -147,6 +173,8 @@ CHUNK = 32 * 1024  # bytes read at once, of an input or a job's log; a longer li
 
 # ---------------------------------------------------------------- problems
 
+Result = TypeVar("Result")
+
 
 class Problem(Exception):
     """Something that an administrator can mend; the text is a sentence that says what is wrong."""
@@ -172,15 +200,39 @@ class Stopping(BaseException):
 
 
 SCARCE = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)
+# What an operating system refuses for good, until somebody changes a setting, a mode or a mount.
+REFUSED_FOR_GOOD = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+)
 
 
-def is_scarce(error):
-    """Whether the machine lacks something for now, and what it refused is to be tried again."""
+def is_scarce(error: OSError) -> bool:
+    """Tell whether the machine lacks something for now, and what it refused may be tried again."""
     return isinstance(error, Scarce) or error.errno in SCARCE
 
 
-def patiently(action):
-    """What `action` returns, which is begun again each second while it raises OSError."""
+def is_refused_for_good(error: BaseException) -> bool:
+    """Tell whether an error, or the OSError that it was raised from, is there the next time, too.
+
+    A folder on a read-only disk is an example; an address in use, or a full disk, is none.
+    """
+    cause: Optional[BaseException] = error
+    while cause:
+        if isinstance(cause, OSError):
+            return cause.errno in REFUSED_FOR_GOOD
+        cause = cause.__cause__
+    return False
+
+
+def patiently(action: Callable[[], Result]) -> Result:
+    """Call `action` until it raises no OSError, once a second, and return its result."""
     warned = False
     while True:
         try:
@@ -196,18 +248,22 @@ FILES = futures.ThreadPoolExecutor(16)  # for what may wait for a hung file syst
 CHECKS = futures.ThreadPoolExecutor(2)  # the same, for reading whole batches
 
 
-def in_time(
-    look,
-    within=ANSWER_SECONDS,
-    pool=FILES,
-    meanwhile=lambda: None,
-    who="the file system of the batches",
-):
-    """What the function `look` returns, which asks `who`. Raises Problem when that refuses, or
-    does not answer within so many seconds: only a thread of the pool then hangs.
+def do_nothing() -> None:
+    """Stand for a function that has nothing to do."""
 
-    `meanwhile` is called every second and may raise. Then, or when it is too late, what is still
-    to begin never does.
+
+def in_time(
+    look: Callable[[], Result],
+    within: float = ANSWER_SECONDS,
+    pool: futures.ThreadPoolExecutor = FILES,
+    meanwhile: Callable[[], object] = do_nothing,
+    who: str = "the file system of the batches",
+) -> Result:
+    """Return what the function `look` returns, which asks `who`.
+
+    Raises Problem when that refuses, or does not answer within so many seconds: only a thread of
+    the pool then hangs. `meanwhile` is called every second and may raise. Then, or when it is too
+    late, what is still to begin never does.
     """
     until = time.monotonic() + within
     late = Problem(f"{who} did not answer within {within:g} s")
@@ -236,52 +292,92 @@ def in_time(
 # Readers of one setting each. What they raise says what is wrong with its value.
 
 
-def path_that(is_right, wrong):
-    """A reader of an absolute path of which the function `is_right` is true."""
-
-    def read(value):
-        path = Path(value).expanduser().resolve()
-        if not is_right(path):
-            raise ValueError(wrong)
-        return path
-
-    return read
+def absolute(value: str) -> Path:
+    """Return a path as an absolute one, through links and with ~ resolved."""
+    return Path(value).expanduser().resolve()
 
 
-def state_folder(value):
-    """`value` as the absolute path of a folder that the agent can write to, or make."""
-    path = Path(value.split(":")[0]).expanduser().resolve()  # systemd may name several
+def oni_folder(value: str) -> Path:
+    """Read ONI_LOCATION."""
+    path = absolute(value)
+    if not (path / "manage.py").is_file():
+        raise ValueError("that folder holds no manage.py")
+    return path
+
+
+def folder_there(value: str) -> Path:
+    """Read the path of a folder that is there."""
+    path = absolute(value)
+    if not path.is_dir():
+        raise ValueError("that is not a folder")
+    return path
+
+
+def key_path(value: str) -> Path:
+    """Read the path of a key that is there, or yet to be made."""
+    path = absolute(value)
+    if not path.parent.is_dir():
+        raise ValueError("that is in a folder that does not exist")
+    return path
+
+
+def readable_file(value: str) -> Path:
+    """Read the path of a file that the agent's user can read."""
+    path = absolute(value)
+    if not (path.is_file() and os.access(path, os.R_OK)):
+        raise ValueError(f"that is not a file that {user_name(os.geteuid())} can read")
+    return path
+
+
+def program(value: str) -> Path:
+    """Read the path of a program."""
+    path = absolute(value)
+    if not shutil.which(str(path)):
+        raise ValueError("that is not a file that can be executed")
+    return path
+
+
+def state_folder(value: str) -> Path:
+    """Read the path of a folder that the agent can write to, or make."""
+    path = absolute(value.split(":")[0])  # systemd may name several
     place = nearest_folder(path)
     if not os.access(place, os.W_OK | os.X_OK):
-        raise ValueError(f"the agent's user cannot write to {place}")
+        user = user_name(os.geteuid())
+        raise ValueError(
+            f"{user} cannot write to {place}: set STATE_DIRECTORY to a folder that {user} can write"
+            f" to, such as one that root makes by install -d -m 700 -o {user} {LIBRARY}"
+        )
     if path == place and path.stat().st_mode & 0o002 and not is_an_agents(path):
         raise ValueError("others use that folder: name one of the agent's own")
     return path
 
 
-def is_an_agents(folder):
-    """Whether a folder is an agent's state folder, or may become one since it is empty."""
+def is_an_agents(folder: Path) -> bool:
+    """Tell whether a folder is an agent's state folder, or may become one since it is empty."""
     return (folder / "agent.lock").exists() or not any(folder.iterdir())
 
 
-def nearest_folder(path):
-    """`path`, or the folder that is there and in which it could be made."""
-    place = next(each for each in (path, *path.parents) if os.path.lexists(each))
+def nearest_folder(path: Path) -> Path:
+    """Return `path`, or the folder that is there and in which it could be made."""
+    place = next(each for each in (path, *path.parents) if os.path.lexists(str(each)))
     if not place.is_dir():
         raise ValueError(f"{place} is not a folder")
     return place
 
 
-def bind_address(value):
-    """`host:port`, `[v6 address]:port` or `:port` as a pair; host "" means every address."""
+def bind_address(value: str) -> Tuple[str, int]:
+    """Read `host:port`, `[v6 address]:port` or `:port` as a pair; host "" means every address."""
     match = re.fullmatch(r"(?:\[([^\[\]]+)\]|([^:\[\]]*)):([0-9]{1,5})", value)
     if not match or int(match[3]) > 65535:
         raise ValueError("write host:port, [IPv6 address]:port or :port")
     return match[1] or match[2], int(match[3])
 
 
-def networks(value):
-    """The addresses and networks, separated by commas or blanks, in `value`."""
+Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+
+
+def networks(value: str) -> List[Network]:
+    """Read addresses and networks that are separated by commas or blanks."""
     found = [ipaddress.ip_network(word) for word in value.replace(",", " ").split()]
     mapped = any(getattr(each.network_address, "ipv4_mapped", None) for each in found)
     if mapped or not found:
@@ -289,39 +385,58 @@ def networks(value):
     return found
 
 
-def log_level(value):
-    """`value` as logging writes it."""
+def log_level(value: str) -> str:
+    """Read a level, and return it as logging writes it."""
     if not re.fullmatch("(?ai)debug|info|warning|error", value):
         raise ValueError("write debug, info, warning or error")
     return value.upper()
 
 
-OWN_VARIABLES = {  # and their readers
-    "ONI_LOCATION": path_that(
-        lambda path: (path / "manage.py").is_file(), "that folder holds no manage.py"
-    ),
-    "BATCH_SOURCE": path_that(Path.is_dir, "that is not a folder"),
+def is_set(value: str) -> bool:
+    """Tell that a variable is set whose value is not needed, and secret."""
+    return True
+
+
+OWN_VARIABLES: Dict[str, Callable[[str], Any]] = {  # and their readers
+    "ONI_LOCATION": oni_folder,
+    "BATCH_SOURCE": folder_there,
     "BA_BIND": bind_address,
     "STATE_DIRECTORY": state_folder,
-    "HOST_KEY_FILE": path_that(
-        lambda path: path.parent.is_dir(), "that is in a folder that does not exist"
-    ),
+    "HOST_KEY_FILE": key_path,
     "ALLOW_FROM": networks,
-    "AUTHORIZED_KEYS": path_that(
-        lambda path: path.is_file() and os.access(path, os.R_OK),
-        "that is not a file that can be read",
-    ),
-    "ON_FINISH": path_that(shutil.which, "that is not a file that can be executed"),
+    "AUTHORIZED_KEYS": readable_file,
+    "ON_FINISH": program,
     "LOG_LEVEL": log_level,
-    "DB_CONNECTION": bool,  # whether it is set: it is not needed, and secret
+    "DB_CONNECTION": is_set,
 }
 REQUIRED = ("ONI_LOCATION", "BATCH_SOURCE")
+LIBRARY = "/var/lib/oni-agent"  # the state folder of an agent that root has started
 STATES = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
 DEFAULTS = {
     "BA_BIND": "127.0.0.1:2222",
     "STATE_DIRECTORY": f"{STATES}/oni-agent",
     "LOG_LEVEL": "info",
 }
+OWN_PREFIXES = ("ALLOW_", "BA_", "BATCH_", "HOST_", "ON_")  # of nobody's variables but the agent's
+
+
+def misspelt(environ: Iterable[str]) -> Iterator[str]:
+    """Yield a sentence for each variable's name that was surely meant for the agent, and is wrong.
+
+    Such a name is otherwise silently without effect: a misspelt ALLOW_FROM lets everybody in.
+    """
+    for name in environ:
+        plain = name.replace("export ", "").strip()
+        if name in OWN_VARIABLES or plain.startswith("ONI_"):  # ONI_… are Open ONI's own
+            continue
+        near = difflib.get_close_matches(plain.upper(), OWN_VARIABLES, 1, 0.85)
+        if near and near[0] in environ and near[0] != plain:
+            near = []  # the right one is set, too: this is somebody else's
+        if near:
+            yield f"{name!r} is not a setting (did you mean {near[0]}?)"
+        elif plain.startswith(OWN_PREFIXES):
+            likely = difflib.get_close_matches(plain, OWN_VARIABLES, 1, 0)
+            yield f"{name!r} is not a setting (did you mean {likely[0]}?); --help lists all"
 
 
 class Settings:
@@ -330,12 +445,23 @@ class Settings:
     Raises Problem with one sentence for each thing that is wrong, all of them at once.
     """
 
-    def __init__(self, environ):
-        problems = []
+    oni_location: Path
+    batch_source: Path
+    ba_bind: Tuple[str, int]
+    state_directory: Path
+    host_key_file: Path
+    allow_from: Optional[List[Network]]
+    authorized_keys: Optional[Path]
+    on_finish: Optional[Path]
+    log_level: str
+    db_connection: Optional[bool]
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        problems = list(misspelt(environ))
         for name, read in OWN_VARIABLES.items():
             value = environ.get(name) or DEFAULTS.get(name)
             try:
-                setattr(self, name.lower(), value and read(value))
+                setattr(self, name.lower(), read(value) if value else None)
             except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: no home for ~
                 problems.append(f"{name} is {value!r}; {error}")
             if name in REQUIRED and not value:
@@ -343,6 +469,19 @@ class Settings:
         if problems:
             raise Problem(*problems)
         self.host_key_file = self.host_key_file or self.state_directory / "host_key"
+
+    @property
+    def admits_everybody(self) -> bool:
+        """Whether whoever reaches the agent's port may give it commands."""
+        return not (self.allow_from or self.authorized_keys)
+
+
+def user_name(uid: int) -> str:
+    """Return a user's name, or the number of one that has none."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
 
 
 # ---------------------------------------------------------------- Open ONI
