@@ -34,12 +34,11 @@ no command at all) the answers are text. Settings come from the environment:
 Its callers are administrators and NCA, the Newspaper Curation App, a Go program that loads batches
 unattended. An agent written in Go speaks the same protocol: words that look odd here are its words.
 
-To add a command, write a function cmd_… under "commands", as it is described there; a person at a
-terminal sees each key of its answer as `key: value`, or as SHOWN under "presentation" says. To add
-a kind of job, write a class under "kinds of job", enter it in KINDS, and give it a command of the
-same name. To add a setting, enter it in OWN_VARIABLES with its reader, in DEFAULTS (as text) if it
-has one, and in the list above. It is then settings.its_name, and `build` hands it to what needs
-it; neither manage.py nor ON_FINISH gets to see it.
+To add a command, write a function cmd_… under "commands", as it is described there. To add a kind
+of job, write a class under "kinds of job", enter it in KINDS, and give it a command of the same
+name. To add a setting, enter it in OWN_VARIABLES with its reader, in DEFAULTS (as text) if it has
+one, and in the list above. It is then settings.its_name, and `build` hands it to what needs it;
+neither manage.py nor ON_FINISH gets to see it.
 """
 
 from __future__ import annotations
@@ -68,6 +67,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import math
 import os
 import pwd
 import queue
@@ -2665,18 +2665,25 @@ class JobQueue:
 
 # ---------------------------------------------------------------- commands
 
+# To add a command, write a function cmd_… below and enter it with @command. It takes a Request and
+# the words after the command's name; how many there may be follows from its parameters. It returns
+# an Answer or raises Refused. A Problem or an OSError that it lets through becomes a refusal, too.
+# A program gets the answer's keys as JSON; a person gets `key: value` for each, unless SHOWN, under
+# "presentation", has a function for that key.
+
 
 class Refused(Exception):
-    """A request is answered with an error: its message, and the answer's other keys."""
+    """An error as the answer to a request: its message, and the answer's other keys."""
 
-    def __init__(self, message, **others):
-        self.keys = {"status": "error", "message": message, **others}
+    def __init__(self, message: str, **others: Any) -> None:
+        super().__init__(message)
+        self.keys: Dict[str, Any] = {"status": "error", "message": message, **others}
 
 
 class ClientGone(BaseException):
     """The client has gone away: there is nobody to answer, and nothing more to do for it.
 
-    As for a SystemExit, nobody takes it for a fault on its way through the command.
+    It is no Exception, so that no command takes it for a fault of its own.
     """
 
 
@@ -2691,109 +2698,145 @@ class Agent:
 
 
 @dataclass
-class Request(Agent):
-    """One command of a client, and its answer: an object, or the lines of a job's log.
+class Answer:
+    """What a command answers: an object, the lines of a log, or both."""
 
-    The exit status is 0 even for an error, since NCA needs that; job-wait, job-follow and
-    batch-check may set 1.
-    """
+    keys: Dict[str, Any] = field(default_factory=dict)  # none: only the lines are sent
+    # Lists of lines, as they come. A person is shown them after the object.
+    lines: Iterable[List[str]] = ()
+    # 0 even for an error, since NCA needs that; job-wait, job-follow and batch-check may set 1.
+    # job-follow sets it when the last of its lines has been read.
+    exit_status: int = 0
 
-    client: Session  # reads its input, knows whether it is still there, and is its terminal
-    # Until there is more:
-    words = ()
-    keys = {}  # of the object, if any; a Problem adds to them
-    lines = ()  # lists of some, as they come; a person is shown them after the object
-    exit_status = 0  # once the lines have been read
 
-    def job(self, word):
-        """The job whose id a word is. Raises Refused."""
+@dataclass
+class Request:
+    """One command line of a client."""
+
+    agent: Agent
+    client: "Session"  # reads the input, knows whether the client is there, and is its terminal
+    words: List[str]
+
+    def job(self, word: str) -> Job:
+        """Return the job whose id `word` is. Raises Refused if there is none."""
         if not re.fullmatch("[+-]?0*[1-9][0-9]{0,18}", word):
             raise Refused(f'"{word}" is not a valid job id')
         id = int(word)
         if id == -1:
             return Job(-1, ["no-op"], time.time_ns(), SUCCESSFUL)
-        job = self.queue.get(id)
+        job = self.agent.queue.get(id)
         if not job:
             raise Refused("Job not found", job={"id": id})
         return job
 
-    def until_ended(self, job):
-        """Says again and again whether a job has ended, until it has, and the exit status tells of
-        its success. Raises ClientGone.
+    def submit(self, words: List[str], given: Optional[Path] = None) -> Answer:
+        """Queue a job of `words`; `given` is the file of what came on standard input.
+
+        Raises Problem if it may not be asked for.
         """
-        while not self.queue.wait(job):
-            self.client.hear()
-            yield False
-        yield True
-        self.exit_status = int(job.status != SUCCESSFUL)
+        id, message = self.agent.queue.add(words, given)
+        return Answer({"message": message, "job": {"id": id}})
 
-    def submit(self, given=None):
-        """Makes a job of the words, and of the file `given` on standard input. Raises Problem."""
-        id, message = self.queue.add(self.words, given)
-        return {"message": message, "job": {"id": id}}
+    def submit_with_input(self, limit: int) -> Answer:
+        """Queue a job of the request's words and of its standard input, at most `limit` bytes.
 
-    def submit_with_input(self, limit):
-        """Makes a job of the words and of standard input. Raises Problem."""
-        with self.store.new_input() as given:
+        Raises Problem if it may not be asked for, or the input cannot be read.
+        """
+        with self.agent.store.new_input() as given:
             self.client.read_input(given, limit)
-            return self.submit(Path(given.name))
+            return self.submit(self.words, Path(given.name))
 
 
-# To each function cmd_… belongs a command. It gets a Request and the words after the command, where
-# its parameter is called `job` the job of that id, and returns the keys of the answer, if any.
-#
-# Its docstring is data: labels, and a line of text each, or the next line if it is long. All have
-# usage, help and example, which are, in this order, what `help` answers, and misuse, which answers
-# a wrong number of words. failure answers a Problem, {} being the words after the command; without
-# it the usual sentence does.
+@dataclass(frozen=True)
+class Command:
+    """A command's function, its texts, and how many words it takes after its name."""
+
+    run: Callable[..., Answer]
+    usage: str
+    help: str  # one line
+    example: str
+    misuse: str  # the message for a wrong number of words
+    missing: str  # the message for too few, where it is another
+    failure: str  # the message for a Problem, {} being the words after the name
+    least: int
+    most: float
 
 
-def texts_of(name, labels=r"\w+"):
-    """The texts with these labels, or all, in the docstring of a command.
+COMMANDS: Dict[str, Command] = {}  # in the order of `help`
 
-    Raises Refused if there is no such command, and guesses what was meant.
+
+def command(
+    usage: str,
+    help: str,
+    misuse: str,
+    failure: str = "The agent cannot do this just now",
+    missing: str = "",
+    example: str = "",
+) -> Callable[[Callable[..., Answer]], Callable[..., Answer]]:
+    """Return a decorator that enters a function in COMMANDS; see Command for the texts.
+
+    The first word of `usage` is the command's name.
     """
-    if name not in COMMANDS:
-        raise Refused(
-            f'"{name}" is not a valid command name', error=f"see help{nearly(name, COMMANDS, 0.7)}"
+
+    def enter(function: Callable[..., Answer]) -> Callable[..., Answer]:
+        _request, *parameters = inspect.signature(function).parameters.values()
+        takes_any_number = any(each.kind is each.VAR_POSITIONAL for each in parameters)
+        COMMANDS[usage.split()[0]] = Command(
+            run=function,
+            usage=usage,
+            help=help,
+            example=example,
+            misuse=misuse,
+            missing=missing or misuse,
+            failure=failure,
+            least=sum(
+                each.default is each.empty and each.kind is not each.VAR_POSITIONAL
+                for each in parameters
+            ),
+            most=math.inf if takes_any_number else len(parameters),
         )
-    return dict(re.findall(rf"(?m)^ *({labels}):\s+(.+)", COMMANDS[name].__doc__))
+        return function
+
+    return enter
 
 
-def answer(line, client):
-    """Has a command line, in bytes, answered: its Request. Raises ClientGone and nothing else."""
-    request = Request(**vars(client.agent), client=client)
+def find_command(name: str) -> Command:
+    """Return the command of that name. Raises Refused, with a guess of what was meant."""
+    if name not in COMMANDS:
+        guess = nearly(name, COMMANDS, 0.7)
+        raise Refused(f'"{name}" is not a valid command name', error=f"see help{guess}")
+    return COMMANDS[name]
+
+
+def answer(line: bytes, client: "Session") -> Answer:
+    """Return the answer to a command line, whatever goes wrong. Raises ClientGone alone."""
     try:
-        request.words = split_words(line)
-        perform(request)
+        return perform(Request(client.agent, client, split_words(line)))
     except Refused as refusal:
-        request.keys = refusal.keys
+        return Answer(refusal.keys)
     except Exception as fault:
         log.exception("a command stumbled over a fault of the agent")
-        request.keys = Refused("A fault of the agent; its log says more", error=repr(fault)).keys
-    return request
+        refusal = Refused("A fault of the agent; its log says more", error=repr(fault))
+        return Answer(refusal.keys)
 
 
-def perform(request):
-    """Has the function of its command answer a request. Raises Refused, ClientGone."""
+def perform(request: Request) -> Answer:
+    """Return what the function of a request's command answers. Raises Refused, ClientGone."""
     if not request.words:
         raise Refused("no command specified")
     name, *arguments = request.words
-    texts = {"failure": "The agent cannot do this just now", **texts_of(name)}
-    function = COMMANDS[name]
+    found = find_command(name)
+    if len(arguments) < found.least:
+        raise Refused(found.missing, error=f"usage: {found.usage}")
+    if len(arguments) > found.most:
+        raise Refused(found.misuse, error=f"usage: {found.usage}")
     try:
-        bound = inspect.signature(function).bind(request, *arguments).arguments
-    except TypeError:
-        raise Refused(texts["misuse"], error=f"usage: {texts['usage']}")
-    if "job" in bound:
-        bound["job"] = request.job(bound["job"])
-    try:
-        keys = function(**bound)
+        reply = found.run(request, *arguments)
     except (Problem, OSError) as problem:
-        failure = texts["failure"].format(*arguments)
-        raise Refused(failure, error=str(problem), **request.keys)
-    if keys:
-        request.keys = {"status": "success", **keys}
+        raise Refused(found.failure.format(*arguments), error=str(problem))
+    if reply.keys:
+        reply.keys = {"status": "success", **reply.keys}
+    return reply
 
 
 GO_WORD = (
@@ -2802,8 +2845,8 @@ GO_WORD = (
 )
 
 
-def split_words(line):
-    """The words of a command line. Raises Refused.
+def split_words(line: bytes) -> List[str]:
+    """Return the words of a command line. Raises Refused if it cannot be split.
 
     A line all of whose words are in double quotes is Go's (NCA quotes with %q, whose escapes are
     those of Python's literals); any other is split as a POSIX shell does.
@@ -2823,9 +2866,9 @@ def split_words(line):
     return words
 
 
-def job_object(job):
-    """A job as answers show it."""
-    shown = {
+def job_object(job: Job) -> Dict[str, Any]:
+    """Return a job as answers show it."""
+    shown: Dict[str, Any] = {
         "id": job.id,
         "name": KINDS.get(job.words[0], Kind).title,
         "queued": timestamp(job.queued),
@@ -2844,16 +2887,19 @@ def job_object(job):
     return shown
 
 
-def job_with_place(request, job):
-    """The same, with its place in the queue, or how far it is."""
+def job_with_place(agent: Agent, job: Job) -> Dict[str, Any]:
+    """Return a job as answers show it, with its place in the queue, or how far it is."""
     shown = job_object(job)
     if job.status == PENDING:
-        shown["place"] = sum(
-            each.id <= job.id and not each.finished for each in request.queue.jobs()
-        )
+        shown["place"] = sum(each.id <= job.id and not each.finished for each in agent.queue.jobs())
     elif job.status == STARTED and job.words[0] == "load-batch":
-        shown.update(request.site.progress(job.words[1], job.id))
+        shown.update(agent.site.progress(job.words[1], job.id))
     return shown
+
+
+def job_answer(agent: Agent, job: Job) -> Dict[str, Any]:
+    """Return the keys of an answer that says what has become of a job."""
+    return {"message": STATUS_MESSAGES[job.status], "job": job_with_place(agent, job)}
 
 
 BATCH_KEYS = (  # of a BatchState, for all to see
@@ -2869,186 +2915,215 @@ BATCH_KEYS = (  # of a BatchState, for all to see
 )
 
 
-def batch_object(held):
-    """A batch as answers show it; null is what was not looked at, or could not be."""
+def batch_object(held: BatchState) -> Dict[str, Any]:
+    """Return a batch as answers show it; None is what was not looked at, or could not be."""
     return {key: getattr(held, key) for key in BATCH_KEYS}
 
 
-def cmd_version(request):
-    """
-    usage: version
-    help: Says which version of the agent is running.
-    example: ssh -p 2222 nobody@localhost version
-    misuse: "version" takes no arguments
-    """
-    return {"version": VERSION}
+@command(
+    usage="version",
+    help="Says which version of the agent is running.",
+    misuse='"version" takes no arguments',
+    example="ssh -p 2222 nobody@localhost version",
+)
+def cmd_version(request: Request) -> Answer:
+    return Answer({"version": VERSION})
 
 
-def cmd_help(request, name=""):
-    """
-    usage: help [COMMAND]
-    help: Lists the commands, or tells of one.
-    example: ssh -p 2222 nobody@localhost help load-batch
-    misuse: "help" takes at most one command
-    """
-    names = [name] if name else COMMANDS
-    commands = [texts_of(each, "usage|help|example") for each in names]
-    if name:
-        request.lines = [[commands[0]["example"]]]
-    return {"commands": commands}
+@command(
+    usage="help [COMMAND]",
+    help="Lists the commands, or tells of one.",
+    misuse='"help" takes at most one command',
+    example="ssh -p 2222 nobody@localhost help load-batch",
+)
+def cmd_help(request: Request, name: str = "") -> Answer:
+    names = [name] if name else list(COMMANDS)
+    commands = [find_command(each) for each in names]
+    texts = [{key: getattr(each, key) for key in ("usage", "help", "example")} for each in commands]
+    return Answer({"commands": texts}, [[commands[0].example]] if name else [])
 
 
-def cmd_load_batch(request, name):
-    """
-    usage: load-batch BATCH
-    help: Loads a batch from BATCH_SOURCE into Open ONI, as a job.
-    example: ssh -p 2222 nobody@localhost load-batch batch_oru_alpha_ver01
-    misuse: "load-batch" requires exactly one batch name
-    failure: "{}" cannot be loaded
-    """
-    return request.submit()
+@command(
+    usage="load-batch BATCH",
+    help="Loads a batch from BATCH_SOURCE into Open ONI, as a job.",
+    misuse='"load-batch" requires exactly one batch name',
+    failure='"{}" cannot be loaded',
+    example="ssh -p 2222 nobody@localhost load-batch batch_oru_alpha_ver01",
+)
+def cmd_load_batch(request: Request, name: str) -> Answer:
+    return request.submit(["load-batch", name])
 
 
-def cmd_purge_batch(request, name):
-    """
-    usage: purge-batch BATCH
-    help: Removes a batch from Open ONI, as a job; its files stay.
-    example: ssh -p 2222 nobody@localhost purge-batch batch_oru_alpha_ver01
-    misuse: "purge-batch" requires exactly one batch name
-    failure: "{}" cannot be purged
-    """
-    return request.submit()
+@command(
+    usage="purge-batch BATCH",
+    help="Removes a batch from Open ONI, as a job; its files stay.",
+    misuse='"purge-batch" requires exactly one batch name',
+    failure='"{}" cannot be purged',
+    example="ssh -p 2222 nobody@localhost purge-batch batch_oru_alpha_ver01",
+)
+def cmd_purge_batch(request: Request, name: str) -> Answer:
+    return request.submit(["purge-batch", name])
 
 
-def cmd_load_title(request):
-    """
-    usage: load-title < MARC.xml
-    help: Loads or updates titles from MARC XML on standard input, as a job.
-    example: ssh -p 2222 nobody@localhost load-title < marc.xml
-    misuse: "load-title" takes no arguments; the MARC XML comes on standard input
-    failure: Invalid data
-    """
+@command(
+    usage="load-title < MARC.xml",
+    help="Loads or updates titles from MARC XML on standard input, as a job.",
+    misuse='"load-title" takes no arguments; the MARC XML comes on standard input',
+    failure="Invalid data",
+    example="ssh -p 2222 nobody@localhost load-title < marc.xml",
+)
+def cmd_load_title(request: Request) -> Answer:
     return request.submit_with_input(MAX_PAYLOAD)
 
 
-def cmd_ensure_awardee(request, code, name=""):
-    """
-    usage: ensure-awardee CODE [NAME]
-    help: Makes sure that Open ONI has an awardee, at once and without a job.
-    example: ssh -p 2222 nobody@localhost ensure-awardee oru "'University of Oregon'"
-    misuse:
-    "ensure-awardee" requires one or two arguments: an awardee code and, to create it, a name
-    failure: Unable to create awardee
-    """
-    request.keys = {"org_code": code, "name": name}
-    new = request.site.oni.ask("awardee", code, name)
-    return {"message": "Awardee created" if new else "Awardee already exists"}
+@command(
+    usage="ensure-awardee CODE [NAME]",
+    help="Makes sure that Open ONI has an awardee, at once and without a job.",
+    misuse='"ensure-awardee" requires one or two arguments: an awardee code and, to create it, a'
+    " name",
+    example="ssh -p 2222 nobody@localhost ensure-awardee oru \"'University of Oregon'\"",
+)
+def cmd_ensure_awardee(request: Request, code: str, name: str = "") -> Answer:
+    try:
+        is_new = request.agent.site.oni.ask("awardee", code, name)
+    except Problem as problem:
+        raise Refused("Unable to create awardee", error=str(problem), org_code=code, name=name)
+    return Answer({"message": "Awardee created" if is_new else "Awardee already exists"})
 
 
-def cmd_batch_patch(request, old, new):
-    """
-    usage: batch-patch OLD NEW < INSTRUCTIONS
-    help: Makes a batch NEW from OLD, without the issues of the lines `RemoveIssue LCCN/YYYYMMDDEE`.
-    example:
-    ssh -p 2222 nobody@localhost batch-patch batch_oru_a_ver01 batch_oru_a_ver02 < instructions.txt
-    misuse: "batch-patch" requires exactly two batch names
-    failure: "{}" cannot be modified
-    """
+@command(
+    usage="batch-patch OLD NEW < INSTRUCTIONS",
+    help="Makes a batch NEW from OLD, without the issues of the lines"
+    " `RemoveIssue LCCN/YYYYMMDDEE`.",
+    misuse='"batch-patch" requires exactly two batch names',
+    failure='"{}" cannot be modified',
+    example="ssh -p 2222 nobody@localhost batch-patch batch_oru_a_ver01 batch_oru_a_ver02"
+    " < instructions.txt",
+)
+def cmd_batch_patch(request: Request, old: str, new: str) -> Answer:
     return request.submit_with_input(MAX_INSTRUCTIONS)
 
 
-def cmd_list_jobs(request, status=""):
-    """
-    usage: list-jobs [STATUS]
-    help: Lists all jobs, oldest first; or those that are pending, started, successful, failed, …
-    example: ssh -p 2222 nobody@localhost list-jobs failed
-    misuse: "list-jobs" takes at most one argument, a status
-    failure: "{}" is not a job status
-    """
+@command(
+    usage="list-jobs [STATUS]",
+    help="Lists all jobs, oldest first; or those that are pending, started, successful, failed, …",
+    misuse='"list-jobs" takes at most one argument, a status',
+    failure='"{}" is not a job status',
+    example="ssh -p 2222 nobody@localhost list-jobs failed",
+)
+def cmd_list_jobs(request: Request, status: str = "") -> Answer:
     if status and status not in STATUS_MESSAGES:
         raise Problem(f"there are {', '.join(STATUS_MESSAGES)}")
-    return {"jobs": [job_object(job) for job in request.queue.jobs() if status in ("", job.status)]}
+    jobs = request.agent.queue.jobs()
+    return Answer({"jobs": [job_object(job) for job in jobs if status in ("", job.status)]})
 
 
-def cmd_job_status(request, job):
-    """
-    usage: job-status ID
-    help: Says what has become of a job: its place in the queue, or how far a running load is.
-    example: ssh -p 2222 nobody@localhost job-status 7
-    misuse: You must supply a job ID
-    """
-    return {"message": STATUS_MESSAGES[job.status], "job": job_with_place(request, job)}
+NO_JOB_ID = "You must supply a job ID"
 
 
-def cmd_job_wait(request, job):
-    """
-    usage: job-wait ID
-    help: Answers as job-status when the job has ended; the exit status is 1 if it was unsuccessful.
-    example: ssh -p 2222 nobody@localhost job-wait 7
-    misuse: You must supply a job ID
-    """
-    for _ in request.until_ended(job):
+@command(
+    usage="job-status ID",
+    help="Says what has become of a job: its place in the queue, or how far a running load is.",
+    misuse='"job-status" takes one job ID',
+    missing=NO_JOB_ID,
+    example="ssh -p 2222 nobody@localhost job-status 7",
+)
+def cmd_job_status(request: Request, id: str) -> Answer:
+    return Answer(job_answer(request.agent, request.job(id)))
+
+
+@command(
+    usage="job-wait ID",
+    help="Answers as job-status when the job has ended; the exit status is 1 if it was"
+    " unsuccessful.",
+    misuse='"job-wait" takes one job ID',
+    missing=NO_JOB_ID,
+    example="ssh -p 2222 nobody@localhost job-wait 7",
+)
+def cmd_job_wait(request: Request, id: str) -> Answer:
+    job = request.job(id)
+    while not request.agent.queue.wait(job):
+        request.client.hear()
         if request.client.colour:
-            show_progress(job_with_place(request, job), request.client)
-    return cmd_job_status(request, job)
+            show_progress(job_with_place(request.agent, job), request.client)
+    return Answer(job_answer(request.agent, job), exit_status=int(job.status != SUCCESSFUL))
 
 
-def cmd_job_follow(request, job):
-    """
-    usage: job-follow ID
-    help: Shows a job's log as it comes, until the job ends; then the exit status is as job-wait's.
-    example: ssh -p 2222 nobody@localhost job-follow 7
-    misuse: You must supply a job ID
-    """
-    reader = LogReader(request.store.log(job))
-    request.lines = (lines for over in request.until_ended(job) for lines in reader.read(over))
+@command(
+    usage="job-follow ID",
+    help="Shows a job's log as it comes, until the job ends; then the exit status is as"
+    " job-wait's.",
+    misuse='"job-follow" takes one job ID',
+    missing=NO_JOB_ID,
+    example="ssh -p 2222 nobody@localhost job-follow 7",
+)
+def cmd_job_follow(request: Request, id: str) -> Answer:
+    job = request.job(id)
+    reader = LogReader(request.agent.store.log(job))
+    followed = Answer()
+
+    def lines() -> Iterator[List[str]]:
+        while not request.agent.queue.wait(job):
+            request.client.hear()
+            yield from reader.read(False)
+        yield from reader.read(True)
+        followed.exit_status = int(job.status != SUCCESSFUL)
+
+    followed.lines = lines()
+    return followed
 
 
-def cmd_job_logs(request, job, count=""):
-    """
-    usage: job-logs ID [LINES]
-    help: Shows what a job has printed so far, or the last LINES of it, each line with its time.
-    example: ssh -p 2222 nobody@localhost job-logs 7 20
-    misuse: You must supply a job ID
-    """
+@command(
+    usage="job-logs ID [LINES]",
+    help="Shows what a job has printed so far, or the last LINES of it, each line with its time.",
+    misuse='"job-logs" takes a job ID and a number of lines',
+    missing=NO_JOB_ID,
+    example="ssh -p 2222 nobody@localhost job-logs 7 20",
+)
+def cmd_job_logs(request: Request, id: str, count: str = "") -> Answer:
+    job = request.job(id)
+    path = request.agent.store.log(job)
     skip = 0
-
-    def read(*kinds):
-        return LogReader(request.store.log(job), *kinds, skip=skip).read(job.finished)
-
     if count:
         if not re.fullmatch("[0-9]{1,9}", count):
             raise Refused(f'"{count}" is not a number of lines')
-        skip = max(0, sum(map(len, read())) - int(count))
-    request.lines = read()
-    return {"job": {**job_object(job), "stdout": read(STDOUT, NOTE), "stderr": read(STDERR)}}
+        lines_in_all = sum(len(lines) for lines in LogReader(path).read(job.finished))
+        skip = max(0, lines_in_all - int(count))
+
+    def read(*kinds: str) -> Iterator[List[str]]:
+        return LogReader(path, *kinds, skip=skip).read(job.finished)
+
+    shown = {**job_object(job), "stdout": read(STDOUT, NOTE), "stderr": read(STDERR)}
+    return Answer({"job": shown}, read())
 
 
-def cmd_job_cancel(request, job):
-    """
-    usage: job-cancel ID
-    help: Ends a job: a pending one never starts, one at work is terminated, and its load purged.
-    example: ssh -p 2222 nobody@localhost job-cancel 7
-    misuse: You must supply a job ID
-    """
-    if not request.queue.cancel(job):
+@command(
+    usage="job-cancel ID",
+    help="Ends a job: a pending one never starts, one at work is terminated, and its load purged.",
+    misuse='"job-cancel" takes one job ID',
+    missing=NO_JOB_ID,
+    example="ssh -p 2222 nobody@localhost job-cancel 7",
+)
+def cmd_job_cancel(request: Request, id: str) -> Answer:
+    job = request.job(id)
+    if not request.agent.queue.cancel(job):
         raise Refused(
             "The job has ended already", error=STATUS_MESSAGES[job.status], job=job_object(job)
         )
-    return {
-        "message": "Job cancelled" if job.finished else "Job is being cancelled",
-        "job": job_object(job),
-    }
+    message = "Job cancelled" if job.finished else "Job is being cancelled"
+    return Answer({"message": message, "job": job_object(job)})
 
 
-def cmd_job_retry(request, job):
-    """
-    usage: job-retry ID
-    help: Queues a job that was not successful again, as a new job.
-    example: ssh -p 2222 nobody@localhost job-retry 7
-    misuse: You must supply a job ID
-    failure: The job cannot be retried
-    """
+@command(
+    usage="job-retry ID",
+    help="Queues a job that was not successful again, as a new job.",
+    misuse='"job-retry" takes one job ID',
+    missing=NO_JOB_ID,
+    failure="The job cannot be retried",
+    example="ssh -p 2222 nobody@localhost job-retry 7",
+)
+def cmd_job_retry(request: Request, id: str) -> Answer:
+    job = request.job(id)
     kind = KINDS.get(job.words[0])
     if job.status not in (FAILED, COULD_NOT_START) or not kind:
         raise Refused(
@@ -3056,94 +3131,102 @@ def cmd_job_retry(request, job):
             error=STATUS_MESSAGES[job.status],
             job=job_object(job),
         )
-    request.words = job.words
-    given = request.store.input(job) if kind.takes_input else None
-    return {**request.submit(given), "retry_of": job.id}
+    given = request.agent.store.input(job) if kind.takes_input else None
+    retried = request.submit(job.words, given)
+    retried.keys["retry_of"] = job.id
+    return retried
 
 
-def cmd_list_batches(request):
-    """
-    usage: list-batches
-    help: Lists every batch in BATCH_SOURCE or Open ONI: absent, partial, complete, or unknown.
-    example: ssh -p 2222 nobody@localhost list-batches
-    misuse: "list-batches" takes no arguments
-    failure: The batches cannot be listed
-    """
-    return {"batches": [batch_object(state) for state in request.site.batches()]}
+@command(
+    usage="list-batches",
+    help="Lists every batch in BATCH_SOURCE or Open ONI: absent, partial, complete, or unknown.",
+    misuse='"list-batches" takes no arguments',
+    failure="The batches cannot be listed",
+    example="ssh -p 2222 nobody@localhost list-batches",
+)
+def cmd_list_batches(request: Request) -> Answer:
+    return Answer({"batches": [batch_object(state) for state in request.agent.site.batches()]})
 
 
-def cmd_batch_status(request, name):
-    """
-    usage: batch-status BATCH
-    help: Says what Open ONI holds of a batch, and its newest events and jobs.
-    example: ssh -p 2222 nobody@localhost batch-status batch_oru_alpha_ver01
-    misuse: "batch-status" requires exactly one batch name
-    failure: "{}" cannot be looked up
-    """
-    request.site.folder(name)
-    state = request.site.batch(name)
+@command(
+    usage="batch-status BATCH",
+    help="Says what Open ONI holds of a batch, and its newest events and jobs.",
+    misuse='"batch-status" requires exactly one batch name',
+    failure='"{}" cannot be looked up',
+    example="ssh -p 2222 nobody@localhost batch-status batch_oru_alpha_ver01",
+)
+def cmd_batch_status(request: Request, name: str) -> Answer:
+    site = request.agent.site
+    site.folder(name)
+    state = site.batch(name)
     if not state.row and not state.pages_in_solr:
-        request.site.must_be_there(name)
+        site.must_be_there(name)
     message = str(state)
-    jobs = [job for job in request.queue.jobs() if name in job.words]
+    jobs = [job for job in request.agent.queue.jobs() if name in job.words]
     for job in jobs:
         if job.status == STARTED:
             message = f"job {job.id} is at work on it; {message}"
-    return {
-        "message": message,
-        "batch": batch_object(state),
-        "events": state.events,
-        "jobs": [job_object(job) for job in jobs[-10:]],
-    }
+    return Answer(
+        {
+            "message": message,
+            "batch": batch_object(state),
+            "events": state.events,
+            "jobs": [job_object(job) for job in jobs[-10:]],
+        }
+    )
 
 
-def cmd_batch_check(request, name):
-    """
-    usage: batch-check BATCH
-    help: Reads all files of a batch and says what would go wrong with a load; ONI is left as it is.
-    example: ssh -p 2222 nobody@localhost batch-check batch_oru_alpha_ver01
-    misuse: "batch-check" requires exactly one batch name
-    failure: "{}" cannot be checked
-    """
-    request.site.must_be_there(name)
-    go_on = lambda *_: request.client.hear()
-    found = request.site.check(name, go_on, go_on)
-    request.exit_status = int(bool(found.faults))
+@command(
+    usage="batch-check BATCH",
+    help="Reads all files of a batch and says what would go wrong with a load; ONI is left as it"
+    " is.",
+    misuse='"batch-check" requires exactly one batch name',
+    failure='"{}" cannot be checked',
+    example="ssh -p 2222 nobody@localhost batch-check batch_oru_alpha_ver01",
+)
+def cmd_batch_check(request: Request, name: str) -> Answer:
+    site = request.agent.site
+    site.must_be_there(name)
+
+    def go_on(*_progress: Any) -> None:
+        request.client.hear()
+
+    found = site.check(name, go_on, go_on)
     what = faults_in(found) if found.faults else "Nothing"
-    return {
-        "message": f"{what} would keep Open ONI from loading all of this batch",
-        "batch": {"name": name},
-        "faults": found.faults,
-        "warnings": found.warnings,
-    }
+    return Answer(
+        {
+            "message": f"{what} would keep Open ONI from loading all of this batch",
+            "batch": {"name": name},
+            "faults": found.faults,
+            "warnings": found.warnings,
+        },
+        exit_status=int(bool(found.faults)),
+    )
 
 
 BEGAN = time.monotonic()
 
 
-def cmd_board(request):
-    """
-    usage: board
-    help: Shows what is at work, what waits and what has ended; on a terminal, anew each second.
-    example: ssh -p 2222 nobody@localhost -t board
-    misuse: "board" takes no arguments
-    """
-    jobs = request.queue.jobs()
-    return {
-        "version": VERSION,
-        "uptime": int(time.monotonic() - BEGAN),
-        "oni": {"location": str(request.site.oni.location), **request.site.health()},
-        "at_work": [job_with_place(request, job) for job in jobs if job.status == STARTED],
-        "waiting": [job_object(job) for job in jobs if job.status == PENDING],
-        "ended": [job_object(job) for job in request.queue.ended()[:50]],
-    }
+@command(
+    usage="board",
+    help="Shows what is at work, what waits and what has ended; on a terminal, anew each second.",
+    misuse='"board" takes no arguments',
+    example="ssh -p 2222 nobody@localhost -t board",
+)
+def cmd_board(request: Request) -> Answer:
+    agent = request.agent
+    jobs = agent.queue.jobs()
+    return Answer(
+        {
+            "version": VERSION,
+            "uptime": int(time.monotonic() - BEGAN),
+            "oni": {"location": str(agent.site.oni.location), **agent.site.health()},
+            "at_work": [job_with_place(agent, job) for job in jobs if job.status == STARTED],
+            "waiting": [job_object(job) for job in jobs if job.status == PENDING],
+            "ended": [job_object(job) for job in agent.queue.ended()[:50]],
+        }
+    )
 
-
-COMMANDS = {
-    name.removeprefix("cmd_").replace("_", "-"): function
-    for name, function in globals().items()
-    if name.startswith("cmd_")
-}
 
 # ---------------------------------------------------------------- presentation
 
@@ -3276,7 +3359,7 @@ def answer_lines(keys, most=None):
 
 
 def shown(reply, terminal):
-    """What a person is shown of an answered Request, in pieces."""
+    """What a person is shown of an Answer, in pieces."""
     yield drawn(wrapped(answer_lines(reply.keys), terminal.width), terminal)
     for lines in reply.lines:  # which the terminal itself may wrap: they can be copied whole
         yield drawn(map(plain, lines), terminal)
@@ -3289,7 +3372,7 @@ def show_progress(job, terminal):
 
 
 def show_board(terminal):
-    """Draws the board anew each second, until q or Ctrl-C; gives its newest Request."""
+    """Draws the board anew each second, until q or Ctrl-C; gives its newest Answer."""
     terminal.send("\x1b[?1049h\x1b[?25l")  # another screen, and no cursor
     with contextlib.suppress(ClientGone):  # by Ctrl-C, maybe
         while True:
@@ -3537,7 +3620,7 @@ class Session(threading.Thread):
         )
 
     def _answer(self, number):
-        """Sends a person or a program the answer, and gives the answered Request.
+        """Sends a person or a program the answer, and gives the Answer.
 
         Nothing else holds it, so the logs that it was read from are let go of with it.
         """

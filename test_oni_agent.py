@@ -5765,7 +5765,7 @@ def test_the_readme_shows_what_the_agent_answers(tmp_path, template):
 def test_the_readme_tells_of_every_command():
     text = README.read_text()
     for name in oni_agent.COMMANDS:
-        assert f"`{oni_agent.texts_of(name)['usage']}`" in text or f"`{name}`" in text
+        assert f"`{oni_agent.COMMANDS[name].usage}`" in text or f"`{name}`" in text
 
 
 def test_the_demo_needs_neither_pytest_nor_hypothesis():
@@ -7752,14 +7752,13 @@ def test_a_dumb_terminal_gets_no_colours(shown):
 
 
 NEW_COMMAND = '''
-def cmd_disk(request):
-    """
-    usage: disk
-    help: Says how full the disk is.
-    example: ssh -p 2222 nobody@localhost disk
-    misuse: "disk" takes no arguments
-    """
-    return {"free_bytes": 12345, "largest": ["logs/7.err", "logs/\\x1b3.err"]}
+@command(
+    usage="disk",
+    help="Says how full the disk is.",
+    misuse='"disk" takes no arguments',
+)
+def cmd_disk(request: Request) -> Answer:
+    return Answer({"free_bytes": 12345, "largest": ["logs/7.err", "logs/\\x1b3.err"]})
 
 
 '''
