@@ -19,27 +19,27 @@ no command at all) the answers are text. Settings come from the environment:
   BA_BIND          where to listen: host:port, [v6]:port, or :port for every address
                    (default 127.0.0.1:2222)
   STATE_DIRECTORY  where jobs, their logs and the host key are kept
-                   (default $XDG_STATE_HOME/oni-agent or ~/.local/state/oni-agent;
-                   /var/lib/oni-agent when root has started the agent for the site's user)
+                   (default $XDG_STATE_HOME/oni-agent or ~/.local/state/oni-agent, and for an
+                   agent that root has started /var/lib/oni-agent)
   HOST_KEY_FILE    the SSH host key, made if missing (default host_key in the state folder)
   ALLOW_FROM       addresses and networks that may connect, separated by commas or blanks
                    (default: all)
   AUTHORIZED_KEYS  an authorized_keys file; with it, only who has one of its keys is admitted
                    (default: anyone)
-  ON_FINISH        a program to run after each job, told of it by ONI_JOB_… variables
-                   (default: none)
+  ON_FINISH        a program to run after each job, told of it by ONI_JOB_… variables; it is
+                   killed after 60 seconds, but not what it has started by setsid (default: none)
   LOG_LEVEL        debug, info, warning or error (default info); the log is on stderr
   DB_CONNECTION    accepted for old units, not needed: ONI's own settings are used
 
 Its callers are administrators and NCA, the Newspaper Curation App, a Go program that loads batches
 unattended. An agent written in Go speaks the same protocol: words that look odd here are its words.
-
-To add a command, write a function cmd_… under "commands", as it is described there. To add a kind
-of job, write a class under "kinds of job", enter it in KINDS, and give it a command of the same
-name. To add a setting, enter it in OWN_VARIABLES with its reader, in DEFAULTS (as text) if it has
-one, and in the list above. It is then settings.its_name, and `build` hands it to what needs it;
-neither manage.py nor ON_FINISH gets to see it.
 """
+
+# To add a command, write a function cmd_… under "commands", as it is described there. To add a kind
+# of job, write a class under "kinds of job", enter it in KINDS, and give it a command of the same
+# name. To add a setting, enter it in OWN_VARIABLES with its reader, in DEFAULTS (as text) if it has
+# one, in Settings, and in the list above. It is then settings.its_name, and `build` hands it to
+# what needs it; neither manage.py nor ON_FINISH gets to see it.
 
 from __future__ import annotations
 
@@ -47,8 +47,9 @@ import sys
 
 if sys.version_info < (3, 8):  # what follows compiles from Python 3.6 on, and runs from 3.8 on
     sys.stderr.write(
-        "oni_agent: Python 3.8 or newer is needed, and %s is Python %d.%d. Install a newer one"
-        " beside it, and start the agent with that.\n" % ((sys.executable,) + sys.version_info[:2])
+        f"oni_agent: Python 3.8 or newer is needed, and {sys.executable} is Python"
+        f" {sys.version_info[0]}.{sys.version_info[1]}; install a newer one beside it, and start"
+        " the agent with that.\n"
     )
     sys.exit(2)  # as for settings that cannot work: systemd need not try again
 
@@ -63,6 +64,7 @@ import fcntl
 import gc
 import hashlib
 import inspect
+import io
 import ipaddress
 import itertools
 import json
@@ -339,14 +341,18 @@ def program(value: str) -> Path:
 
 def state_folder(value: str) -> Path:
     """Read the path of a folder that the agent can write to, or make."""
-    path = absolute(value.split(":")[0])  # systemd may name several
+    user = user_name(os.geteuid())
+    advice = (
+        f"set STATE_DIRECTORY to a folder that {user} can write to, such as one that root makes by"
+        f" install -d -m 700 -o {user} {LIBRARY}"
+    )
+    try:
+        path = absolute(value.split(":")[0])  # systemd may name several
+    except RuntimeError as error:
+        raise ValueError(f"{user} has no home: {advice}") from error
     place = nearest_folder(path)
-    if not os.access(place, os.W_OK | os.X_OK):
-        user = user_name(os.geteuid())
-        raise ValueError(
-            f"{user} cannot write to {place}: set STATE_DIRECTORY to a folder that {user} can write"
-            f" to, such as one that root makes by install -d -m 700 -o {user} {LIBRARY}"
-        )
+    if not os.access(str(place), os.W_OK | os.X_OK):
+        raise ValueError(f"{user} cannot write to {place}: {advice}")
     if path == place and path.stat().st_mode & 0o002 and not is_an_agents(path):
         raise ValueError("others use that folder: name one of the agent's own")
     return path
@@ -410,8 +416,8 @@ OWN_VARIABLES: Dict[str, Callable[[str], Any]] = {  # and their readers
     "DB_CONNECTION": is_set,
 }
 REQUIRED = ("ONI_LOCATION", "BATCH_SOURCE")
-LIBRARY = "/var/lib/oni-agent"  # the state folder of an agent that root has started
-STATES = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+LIBRARY = "/var/lib/oni-agent"  # where an agent that root has started keeps its state
+STATES = os.environ.get("XDG_STATE_HOME") or ("~/.local/state" if os.geteuid() else "/var/lib")
 DEFAULTS = {
     "BA_BIND": "127.0.0.1:2222",
     "STATE_DIRECTORY": f"{STATES}/oni-agent",
@@ -496,7 +502,7 @@ from django.core.management import call_command
 from django.db import close_old_connections
 from django.db.models import Count, Q
 from core import solr_index
-from core.models import Awardee, Batch, Issue, LoadBatchEvent, Page, Title
+from core.models import Awardee, Batch, Country, Issue, Language, LoadBatchEvent, Page, Title
 
 class Problem(Exception):
     """Why there is no answer, in a sentence for whoever has asked."""
@@ -720,21 +726,28 @@ def awardee(code, name):
                       % row.org_code)
     return new
 
-def places():
-    """How many batches there are, and where loads write.
-
-    Of each place, by its name: the folder, and whether the website reads there, as its own user.
+def folders():
+    """Where loads write: of each place, by its name, the folder, and whether the website reads
+    there, as its own user.
     """
     found = {
         "log/": [settings.LOG_LOCATION if hasattr(settings, "LOG_LOCATION") else "log", False],
         "batch storage": [settings.BATCH_STORAGE, False],
     }
+    if getattr(settings, "COORD_STORAGE", ""):
+        found["word coordinates"] = [settings.COORD_STORAGE, True]
     for cache in getattr(settings, "CACHES", {}).values():
         if "filebased" in cache["BACKEND"].lower():
             found["cache %s" % cache["LOCATION"]] = [cache["LOCATION"], True]
-    if getattr(settings, "COORD_STORAGE", ""):
-        found["word coordinates"] = [settings.COORD_STORAGE, True]
-    return Batch.objects.count(), found
+    return found
+
+def look_up_tables():
+    """How many rows there are in each table that ONI's own fixtures fill, and loads look up."""
+    return {
+        "languages": Language.objects.count(),
+        "countries": Country.objects.count(),
+        "awardees": Awardee.objects.count(),
+    }
 
 def documents():
     return patient_solr().search("type:page", rows=0).hits
@@ -1206,91 +1219,113 @@ class Findings:
         entries.append({"file": os.path.relpath(path, self._folder), kind: text})
 
 
-class Patch:
-    """The batch that a file of instructions makes of the batch in `old`.
+COPY_ATTEMPTS = 5  # a second apart: network storage may fail for a moment
 
-    Raises Problem if an instruction is not `RemoveIssue LCCN/YYYYMMDDEE`, or names no issue of the
-    batch; OSError.
+
+class Patch:
+    """A new batch, which is the batch in `old` without some issues.
+
+    `removals` has the keys of the issues that are to go, and the words that asked for each. Raises
+    Problem if a key names no issue of the batch, or more than one.
     """
 
-    def __init__(self, old, instructions):
+    def __init__(self, old: Path, removals: Dict[str, str]) -> None:
         self.old = old
         listing = old / LISTING
-        self._gone = {listing.with_name(name) for name in BATCH_FILES}
         root = parse_xml(listing, ET.TreeBuilder(insert_comments=True, insert_pis=True))
-        lines = removals(instructions.read_text("utf-8-sig", "replace"))
-        named = []
-        staying = []
+        going: List[Path] = []  # METS files
+        staying: List[Path] = []
+        named: List[str] = []  # the keys of those that go
         for issue in root.findall(f"{NDNP}issue"):
             path = beside(listing, issue.text)
-            keys = issue_keys(issue, path) & lines.keys()
+            keys = issue_keys(issue, path) & removals.keys()
             if keys:
-                named += keys
-                self._gone.add(path.parent)
+                named.extend(keys)
+                going.append(path)
                 root.remove(issue)
             else:
                 staying.append(path)
-        for key, line in lines.items():
-            if key not in named:
-                raise Problem(f"{line} names no issue of {old.name}; write LCCN/YYYYMMDDEE")
-            if named.count(key) > 1:
-                raise Problem(
-                    f"{line} may mean any of {named.count(key)} issues, since folders and editions"
-                    " disagree; mend batch.xml or the folders first"
-                )
-        for path in staying:
-            if self._gone.intersection(path.parents):
-                raise Problem(f"{path}, which is to stay, lies in the folder of one that is to go")
+        self._check_named(named, removals)
         if not staying:
             raise Problem(f"no issue of {old.name} would be left")
+        gone = {path.parent for path in going}
+        for path in staying:
+            if gone.intersection(path.parents):
+                raise Problem(f"{path}, which is to stay, lies in the folder of one that is to go")
+        reels = [beside(listing, reel.text) for reel in root.findall(f"{NDNP}reel") if reel.text]
+        gone.update(validated_twin(path) for path in staying + reels if path.exists())
+        gone.update(listing.with_name(name) for name in BATCH_FILES)
+        self._gone = gone  # the paths that are left out
         ET.register_namespace("", NDNP.strip("{}"))
-        self.listing = ET.tostring(root, encoding="utf-8", xml_declaration=True)
+        self.listing: bytes = ET.tostring(root, encoding="utf-8", xml_declaration=True)
 
-    def is_made(self, new):
-        """Whether `new` is there, and so is whole. Raises Problem if it is another batch."""
-        if not os.path.lexists(new):
+    def _check_named(self, named: List[str], removals: Dict[str, str]) -> None:
+        """Raise Problem unless each key names one issue; `named` has each as often as it does."""
+        for key, words in removals.items():
+            if key not in named:
+                raise Problem(f"{words} names no issue of {self.old.name}; write LCCN/YYYYMMDDEE")
+            if named.count(key) > 1:
+                raise Problem(
+                    f"{words} may mean any of {named.count(key)} issues, since folders and editions"
+                    " disagree; mend batch.xml or the folders first"
+                )
+
+    def is_made(self, new: Path) -> bool:
+        """Tell whether `new` is there, and so is whole. Raises Problem if it is another batch."""
+        if not os.path.lexists(str(new)):
             return False
         if read_regular(new / LISTING) != self.listing:
             raise Problem(f"{new} is there already, and is not what this patch makes; move it away")
         return True
 
-    def make(self, new, tell, go_on):
-        """Makes `new`, which has its name only when it is whole. Raises Problem, OSError."""
+    def make(
+        self,
+        new: Path,
+        tell: Callable[[str], None],
+        go_on: Callable[[], None] = do_nothing,
+        check: Callable[[Path], None] = check_listing,
+    ) -> None:
+        """Make the batch `new`, which has its name only when it is whole and on disk.
+
+        `tell` is told how far it is, `go_on` is called before each file and may raise, and `check`
+        raises Problem if what was made, in the folder that it is given, is no batch that ONI could
+        load. Raises Problem, OSError.
+        """
         unready = new.with_name(f"WIP-UNREADY-{new.name}")
         if unready.exists():
             tell(f"removing {unready}, which an interrupted patch has left")
-            shutil.rmtree(unready)
+            shutil.rmtree(str(unready))
         try:
             self._copy(unready, tell, go_on)
             (unready / LISTING).write_bytes(self.listing)
-            check_listing(unready)
-            os.sync()  # whole on disk before it is seen
+            sync(unready / LISTING)
+            check(unready)
+            for folder, _, _ in os.walk(str(unready)):
+                sync(folder)
             unready.rename(new)
             sync(new.parent)
         finally:
-            shutil.rmtree(unready, ignore_errors=True)  # unless it is the new batch by now
+            shutil.rmtree(str(unready), ignore_errors=True)  # unless it is the new batch by now
 
-    def _copy(self, unready, tell, go_on):
-        """Copies all but the listing, if there is room for it; tells of each tenth of the bytes."""
+    def _copy(
+        self, unready: Path, tell: Callable[[str], None], go_on: Callable[[], None]
+    ) -> None:
+        """Copy all but the listing, if there is room for it; tell of each tenth of the bytes."""
         sizes = self._sizes()
         need = len(self.listing) + sum(sizes.values())
-        free = shutil.disk_usage(unready.parent).free
+        free = shutil.disk_usage(str(unready.parent)).free
         if need > free:
             raise Problem(
                 f"the patch needs {need:,} bytes in {unready.parent}, where {free:,} are free"
             )
         done = 0
 
-        def ignore(folder, names):
+        def left_out(folder: str, names: List[str]) -> List[str]:
             return [name for name in names if os.path.join(folder, name) not in sizes]
 
-        def copy(source, target):
+        def copy(source: str, target: str) -> None:
             nonlocal done
-            go_on()
-            try:
-                shutil.copy2(source, target)
-            except OSError as error:  # copytree would go on, and tell of each file
-                raise Problem(f"{source} cannot be copied: {error.strerror or error}") from error
+            copy_patiently(source, target, go_on)
             if os.path.getsize(target) != sizes[source]:
                 raise Problem(f"{source} has changed since the patch began")
             before = done * 10 // need
@@ -1298,48 +1333,102 @@ class Patch:
             if done * 10 // need > before:
                 tell(f"{done * 100 // need} % of {need:,} bytes")
 
-        shutil.copytree(self.old, unready, symlinks=True, ignore=ignore, copy_function=copy)
+        shutil.copytree(
+            str(self.old), str(unready), symlinks=True, ignore=left_out, copy_function=copy
+        )
 
-    def _sizes(self):
-        """The paths of what is copied of the old batch, and how many bytes each of them has."""
+    def _sizes(self) -> Dict[str, int]:
+        """Return the paths of what is copied of the old batch, and the bytes of each of them."""
         return {
             str(path): path.lstat().st_size
             for path in self.old.rglob("*")
             if self._gone.isdisjoint([path, *path.parents])
-            and not path.name.lower().endswith((".tif", ".tiff", "_1.xml"))
+            and not path.name.lower().endswith((".tif", ".tiff"))
         }
 
 
-def removals(instructions):
-    """The keys of the issues that are to go, each with the line that says so. Raises Problem."""
-    lines = {}
-    for number, line in enumerate(instructions.splitlines(), 1):
+def validated_twin(path: Path) -> Path:
+    """Return where the validated copy of a METS file is, if there is one: `x_1.xml` for `x.xml`."""
+    return path.with_name(f"{path.stem}_1{path.suffix}")
+
+
+def copy_patiently(source: str, target: str, go_on: Callable[[], None]) -> None:
+    """Copy a file, safely to disk, in at most COPY_ATTEMPTS attempts, a second apart.
+
+    `go_on` is called before each and may raise. Raises Problem if all fail, which, unlike an
+    OSError, keeps copytree from going on to the next file.
+    """
+    for attempt in range(1, COPY_ATTEMPTS + 1):
+        go_on()
+        try:
+            shutil.copy2(source, target)
+            sync(target)
+            return
+        except OSError as error:
+            if attempt == COPY_ATTEMPTS:
+                why = error.strerror or error
+                raise Problem(f"{source} cannot be copied: {why}") from error
+        time.sleep(1)
+
+
+def read_instructions(path: Path) -> Dict[str, str]:
+    """Read a file of instructions, a line `RemoveIssue LCCN/YYYYMMDDEE` each, blank ones apart.
+
+    Return the keys of the issues that are to go, each with the line that says so, for messages.
+    Raises Problem, OSError.
+    """
+    removals = {}
+    for number, line in enumerate(path.read_text("utf-8-sig", "replace").splitlines(), 1):
         word, _, key = " ".join(line.split()).partition(" ")
         if word == "RemoveIssue":
-            lines[plain_key(key)] = f"line {number}: {line.strip()!r}"
+            removals[plain_key(key)] = f"line {number}: {line.strip()!r}"
         elif word:
             raise Problem(
                 f"line {number}: {word!r} is not an instruction; RemoveIssue is the only one"
             )
-    if not lines:
+    if not removals:
         raise Problem("there is no instruction to remove an issue")
-    return lines
+    return removals
 
 
-def issue_keys(issue, path):
-    """The keys that may name an issue in batch.xml: by its edition, and by its file's folder."""
+def issue_keys(issue: ET.Element, path: Path) -> Set[str]:
+    """Return the keys that may name an issue in batch.xml: by its edition, or its folder."""
     lccn, date, edition = (issue.get(name, "") for name in ("lccn", "issueDate", "editionOrder"))
     return {plain_key(f"{lccn}/{date}{edition:0>2}"), plain_key(f"{lccn}/{path.parent.name}")}
 
 
-def plain_key(key):
-    """An issue's key without the dashes and underscores that do not count."""
+def plain_key(key: str) -> str:
+    """Return an issue's key without the dashes and underscores that do not count."""
     return re.sub("[-_]", "", key)
 
 
-def sync(path):
-    """Puts a file, or what has been made or renamed in a folder, safely on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+def remove_issues(words: List[str]) -> int:
+    """Make a batch from another without some issues, without ONI; return the exit status.
+
+    `words` are the old batch's folder, the new one's, and the keys of the issues that are to go.
+    """
+    if len(words) < 3:
+        complain("--remove-issues needs FOLDER NEWFOLDER LCCN/YYYYMMDDEE…")
+        return 2
+    old, new = (Path(os.path.abspath(word)) for word in words[:2])
+    try:
+        if new == old or old in new.parents:
+            raise Problem(f"{new} lies in {old}; name a folder outside of it")
+        patch = Patch(old, {plain_key(key): repr(key) for key in words[2:]})
+        if patch.is_made(new):
+            print(f"nothing to do: {new} is there already, and is what this makes")
+            return 0
+        patch.make(new, print)
+    except (Problem, OSError) as problem:
+        complain(problem)
+        return 1
+    print(f"{new} is whole")
+    return 0
+
+
+def sync(path: Union[str, Path]) -> None:
+    """Put a file, or what has been made or renamed in a folder, safely on disk."""
+    descriptor = os.open(str(path), os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -1575,9 +1664,14 @@ class Site:
 
     def _ask_health(self):
         try:
-            return {"answers": True, "batches": self.oni.ask("batch_count")}
+            health = {"answers": True, "batches": self.oni.ask("batch_count")}
         except Problem as problem:
             return {"answers": False, "problem": str(problem)}
+        try:
+            self.oni.ask("documents")
+        except Problem as problem:
+            health["problem"] = f"Solr is down: {problem}"
+        return health
 
     def _ask_progress(self, name, _job_id):
         """How far a job is; an answer about an earlier job on the batch is none about this one."""
@@ -2425,7 +2519,7 @@ class BatchPatch(Kind):
         if not self.site.oni.ask("batch", self.old, False)["row"]:
             raise Problem("batch does not exist")
         in_time(lambda: check_listing(self.source))
-        return in_time(lambda: Patch(self.source, given))
+        return in_time(lambda: Patch(self.source, read_instructions(given)))
 
     def bring(self, work):
         patch = self._possible_patch(work.input)
@@ -2438,7 +2532,7 @@ class BatchPatch(Kind):
             work.note(f"{self.target} is whole")
 
     def verify(self, work):
-        if not Patch(self.source, work.input).is_made(self.target):
+        if not Patch(self.source, read_instructions(work.input)).is_made(self.target):
             raise Problem(f"{self.target} is not there")
 
     def remains(self, work):
@@ -2552,7 +2646,7 @@ class JobQueue:
                 if not job.finished:
                     self._perform(job)
         except Stopping:
-            log.info("what manage.py had begun is taken up by the next agent")
+            log.debug("the next agent takes up what manage.py had begun")
         except BaseException:
             log.critical("the worker cannot go on, and the agent ends", exc_info=True)
             os._exit(70)
@@ -3331,6 +3425,7 @@ SHOWN = {  # what stands under a key, or each thing in a list there, as text; ""
     "events": lambda event: f"  {ago(event[0])}  {event[1]}",
     "faults": "fault: {0[file]}: {0[fault]}".format,
     "warnings": "warning: {0[file]}: {0[warning]}".format,
+    "looks": lambda look: f"{'✓' if look['well'] else '✗'} {look['name']}: {look['found']}",
     "batches": batch_line,
     "job": job_line,
     "jobs": job_line,
@@ -3703,7 +3798,7 @@ def serve(agent, host_key, listener, stop):
         if ready:
             accept(agent, host_key, listener)
         drop_idle(len(alive(Connection)) - MAX_CONNECTIONS)
-    log.info("stopping on %s; manage.py goes on", signal_name(stop.recv(1)[0]))
+    log.info("stopping on %s", signal_name(stop.recv(1)[0]))
     agent.queue.stopping.set()
     listener.close()
     wait_for_answers(STOP_SECONDS)
@@ -3818,60 +3913,327 @@ def key_is_authorized(path, key, host):
     return False
 
 
+# ---------------------------------------------------------------- as the site's user
+
+
+class Account(NamedTuple):
+    """A user as whom the agent may run; one without an entry in passwd has its number as name."""
+
+    name: str
+    uid: int
+    gid: int
+    home: str
+
+
+def account_of(folder: Path) -> Account:
+    """Return the account of a folder's owner. Raises OSError."""
+    status = folder.stat()
+    try:
+        entry = pwd.getpwuid(status.st_uid)
+    except KeyError:
+        return Account(str(status.st_uid), status.st_uid, status.st_gid, "/")
+    return Account(entry.pw_name, entry.pw_uid, entry.pw_gid, entry.pw_dir)
+
+
+def owner_among(folders: Iterable[Path]) -> Optional[Account]:
+    """Return the account of the first folder that is there and not root's; None if none is."""
+    for folder in folders:
+        with contextlib.suppress(OSError):  # it is not there, or behind a dangling link
+            account = account_of(folder)
+            if account.uid:
+                return account
+    return None
+
+
+def site_account(location: Path) -> Optional[Account]:
+    """Return the user that the ONI site in `location` runs as; None if root is to stay who it is.
+
+    That is also the answer for whoever is not root. The site's user owns the word coordinates, or
+    the cache, which the web server writes, too: the website breaks if those become root's.
+    """
+    if os.geteuid():
+        return None
+    storage = Path(os.environ.get("ONI_STORAGE_PATH") or location / "data")
+    coordinates = storage / "word_coordinates"
+    owner = owner_among([coordinates])
+    if owner:
+        return owner
+    tree = [storage, location / "log", location]
+    somebody = owner_among(tree)
+    if coordinates.exists() and not somebody:
+        return None  # all is root's
+    return owner_among(shared_folders(location, somebody)) or owner_among(tree[:2])
+
+
+def shared_folders(location: Path, account: Optional[Account]) -> List[Path]:
+    """Return the folders that the website writes, as ONI's settings say; [] if ONI does not answer.
+
+    ONI is asked as `account`, by a process of its own: what ONI writes meanwhile, such as a log, is
+    not root's then.
+    """
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        with contextlib.suppress(BaseException):  # then there is no answer
+            if account:
+                become(account)
+            oni = OpenONI(location, os.environ)
+            folders = oni.ask("folders", within=PATIENT_SECONDS)
+            shared = [str(location / folder) for folder, is_shared in folders.values() if is_shared]
+            os.write(writer, json.dumps(shared).encode())
+            oni.close()
+        os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as answer:
+        said = answer.read()
+    os.waitpid(child, 0)
+    return [Path(folder) for folder in json.loads(said or "[]")]
+
+
+def become(account: Account) -> None:
+    """Turn this process, which is root's, into one of another user's, for good.
+
+    manage.py and ON_FINISH then get that user's HOME and USER. Raises Problem.
+    """
+    try:
+        if account.name.isdigit():
+            os.setgroups([])
+        else:
+            os.initgroups(account.name, account.gid)
+        os.setresgid(account.gid, account.gid, account.gid)
+        os.setresuid(account.uid, account.uid, account.uid)
+    except OSError as error:
+        raise Problem(
+            f"the agent was started as root, and cannot become {account.name}, as whom the site"
+            f" runs ({error.strerror}): start it as {account.name}"
+        ) from error
+    os.environ.update(HOME=account.home, USER=account.name, LOGNAME=account.name)
+
+
+def hand_over(folder: Path, account: Account) -> None:
+    """Give a state folder that is not `account`'s to it, and all that it holds. Raises Problem.
+
+    Links are not followed: what is in the folder may be somebody else's work.
+    """
+    if folder.stat().st_uid == account.uid:
+        return
+    if not is_an_agents(folder):
+        raise Problem(
+            f"STATE_DIRECTORY is {folder}, which holds other things than an agent's: name a folder"
+            " of the agent's own"
+        )
+    for _, _, files, descriptor in os.fwalk(str(folder)):
+        for name in files:
+            os.chown(name, account.uid, account.gid, dir_fd=descriptor, follow_symlinks=False)
+        os.chown(descriptor, account.uid, account.gid)
+
+
 # ---------------------------------------------------------------- is all well?
 
+LITTLE_DISK = 100 * 2**20  # bytes; a folder whose disk has less is not well
 
-def looked(name, advice, look, *about):
-    """Takes a look: whether all is well there, and what to say."""
+
+class Look(NamedTuple):
+    """What came of a look at one thing: whether it is well, and a sentence about it."""
+
+    name: str
+    well: bool
+    found: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.found}"
+
+
+def look_at(name: str, advice: str, look: Callable[..., object], *about: Any) -> Look:
+    """Call the function `look` with `about`, and return what it finds as a Look.
+
+    If it raises, whatever that is, the thing is not well, and `advice` says what to do.
+    """
     try:
-        return True, f"{name}: {look(*about)}"
-    except Exception as problem:  # whatever it is, the other looks are taken
-        return False, f"{name}: {problem}; {advice}"
+        return Look(name, True, str(look(*about)))
+    except Exception as problem:
+        return Look(name, False, f"{problem}; {advice}")
 
 
-def looks_at_oni(oni):
-    """Looks at Open ONI: whether it answers, and where loads write."""
-    check = lambda: oni.ask("check", within=PATIENT_SECONDS)
-    yield looked("manage.py check", "run it by hand, as the agent's user", check)
+def looks_at_oni(oni: OpenONI, within: float) -> Iterator[Look]:
+    """Look at Open ONI: whether it answers, each question in so many seconds; where loads write."""
+    advice = "run it by hand, as the agent's user"
+    yield look_at("manage.py check", advice, lambda: oni.ask("check", within=within))
     try:
-        batches, places = oni.ask("places", within=PATIENT_SECONDS)
+        batches = oni.ask("batch_count", within=within)
+        folders = oni.ask("folders", within=within)
     except (Problem, OSError) as problem:
-        yield False, f"database: {problem}; see ONI's database settings"
+        yield Look("database", False, f"{problem}; see ONI's database settings")
         return
-    yield True, f"database: {batches} batches"
+    yield Look("database", True, f"{batches} batches")
     advice = "see ONI's SOLR_BASE_URL; loads and purges will fail"
-    yield looked("Solr", advice, lambda: f"{oni.ask('documents')} pages")
-    advice = "run the agent as the site's user; under systemd, name it in ReadWritePaths="
-    for name, (folder, is_shared) in places.items():
-        yield looked(f"ONI's {name}", advice, writable, oni.location / folder, is_shared)
+    yield look_at("Solr", advice, lambda: f"{oni.ask('documents', within=within)} pages")
+    advice = "load Open ONI's own fixtures (manage.py loaddata languages countries awardees)"
+    tables = lambda: filled(oni.ask("look_up_tables", within=within))
+    yield look_at("look-up tables", advice, tables)
+    for name, (folder, is_shared) in folders.items():
+        yield look_at(
+            f"ONI's {name}", "loads will fail", writable, oni.location / folder, is_shared
+        )
 
 
-def writable(folder, is_shared=False):
-    """Tries to write to a folder, through links.
+def filled(tables: Dict[str, int]) -> str:
+    """Say how many rows each table has. Raises Problem if one is empty."""
+    empty = [name for name, rows in tables.items() if not rows]
+    if empty:
+        raise Problem(f"there are no {' and no '.join(empty)}, and loads will fail")
+    return ", ".join(f"{rows} {name}" for name, rows in tables.items())
+
+
+def writable(folder: Path, is_shared: bool = False) -> str:
+    """Try to write to a folder, through links, and say where that is, whose, and its free space.
 
     One that is shared with the website may be yet to be made, and must not be another user's.
+    Raises Problem.
     """
     place = folder.resolve()
     if is_shared:
         if place.exists() and place.stat().st_uid != os.geteuid():
             raise Problem(
-                f"{place} belongs to user {place.owner()}, as whom the agent does not run: what it"
-                " writes there the website could not use"
+                f"{place} belongs to user {user_name(place.stat().st_uid)}, as whom the agent does"
+                " not run: what it writes there the website could not use; run the agent as that"
+                " user"
             )
         place = nearest_folder(place)
-    tempfile.TemporaryFile(dir=place).close()
-    return f"{place} can be written"
+    try:
+        tempfile.TemporaryFile(dir=str(place)).close()
+        status = place.stat()
+    except OSError as error:
+        raise Problem(f"{place}: {error.strerror or error}{what_to_open(error, place)}") from error
+    free = shutil.disk_usage(str(place)).free
+    if free < LITTLE_DISK:
+        raise Problem(f"{place} has {free >> 20} MiB free; make room")
+    return f"{place} can be written, {user_name(status.st_uid)}'s, {free / 2**30:.1f} GiB free"
 
 
-def looks_at_all(settings):
-    """Looks at all that an agent needs, before one runs."""
+def what_to_open(error: OSError, place: Path) -> str:
+    """Say what an administrator can do about a folder that could not be written to."""
+    if error.errno == errno.EROFS:
+        return " (under systemd, name it in ReadWritePaths=)"
+    if error.errno == errno.EACCES:
+        with contextlib.suppress(OSError):
+            owner = user_name(place.stat().st_uid)
+            return f" ({place} is {owner}'s, and the agent runs as {user_name(os.geteuid())})"
+    return ""
 
-    def state():
+
+def look_at_visitors(settings: Settings) -> Look:
+    """Look at who may connect."""
+    name = "who may connect"
+    keys = f"who has a key of {settings.authorized_keys}" if settings.authorized_keys else ""
+    hosts = f"from {', '.join(map(str, settings.allow_from))}" if settings.allow_from else ""
+    if not settings.admits_everybody:
+        return Look(name, True, " ".join(filter(None, [keys, hosts])))
+    host, port = settings.ba_bind
+    if is_own_address(host):
+        return Look(name, True, "whoever is on this host")
+    found = f"whoever reaches port {port} of this host may load and purge"
+    return Look(name, False, f"{found}; set ALLOW_FROM or AUTHORIZED_KEYS")
+
+
+def is_own_address(host: str) -> bool:
+    """Tell whether only this host itself can reach what listens on an address of its."""
+    try:
+        found = socket.getaddrinfo(host, None) if host else []
+    except OSError:
+        return False
+    return bool(found) and all(host_of(address[4]).is_loopback for address in found)
+
+
+def look_at_source(settings: Settings) -> Look:
+    """Look at the folder of the batches."""
+    count = lambda: f"{len(in_time(lambda: os.listdir(str(settings.batch_source))))} entries"
+    return look_at("batch source", f"let {user_name(os.geteuid())} read it", count)
+
+
+def look_at_algorithms() -> Look:
+    """Look at what can be offered to SSH clients, of each kind of algorithm."""
+
+    def offered() -> str:
+        kinds = {
+            "key exchange": paramiko.Transport._preferred_kex,
+            "ciphers": paramiko.Transport._preferred_ciphers,
+            "MACs": paramiko.Transport._preferred_macs,
+        }
+        for kind, names in kinds.items():
+            if not ALGORITHMS.intersection(names):
+                raise Problem(f"this host's cryptography leaves no {kind} to offer")
+        return ", ".join(sorted(ALGORITHMS.intersection(kinds["key exchange"])))
+
+    return look_at("algorithms", "no client could connect; see the host's FIPS settings", offered)
+
+
+def look_at_user() -> Look:
+    """Say as whom the agent runs, and how it is confined, as the kernel tells it."""
+    groups = ", ".join(str(group) for group in sorted({os.getegid(), *os.getgroups()}))
+    found = f"{user_name(os.geteuid())} (groups {groups})"
+    try:
+        status = Path("/proc/self/status").read_text()
+        fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+    except OSError:
+        return Look("user and sandbox", True, found)
+    if fields.get("NoNewPrivs") == "1":
+        found += ", no new privileges"
+    if fields.get("Seccomp") == "2":
+        found += ", system calls filtered"
+    if not int(fields.get("CapEff", "1"), 16):
+        found += ", no capabilities"
+    if os.statvfs("/").f_flag & os.ST_RDONLY:
+        found += ", read-only root"
+    return Look("user and sandbox", True, found)
+
+
+def look_at_last_job(agent: Agent) -> Look:
+    """Say what became of the job that ended last; it may have failed, and all be well here."""
+    ended = agent.queue.ended()
+    if not ended:
+        return Look("last job", True, "none has ended")
+    job = ended[0]
+    when = timestamp(job.ended)[:19] + "Z"
+    return Look("last job", True, f"{job.id}, {shlex.join(job.words)}: {job.status} at {when}")
+
+
+def looks_inside(agent: Agent) -> Iterator[Look]:
+    """Look at all that a running agent needs, as its own user and from inside its sandbox."""
+    yield look_at_user()
+    yield look_at_visitors(agent.settings)
+    yield look_at_algorithms()
+    yield look_at("state folder", "", writable, agent.settings.state_directory)
+    yield look_at_source(agent.settings)
+    yield from looks_at_oni(agent.site.oni, ANSWER_SECONDS)
+    yield look_at_last_job(agent)
+
+
+@command(
+    usage="check",
+    help="Looks at all that the agent needs; the exit status is 1 if something is not well.",
+    misuse='"check" takes no arguments',
+    example="ssh -p 2222 nobody@localhost check",
+)
+def cmd_check(request: Request) -> Answer:
+    looks = list(looks_inside(request.agent))
+    wrong = [look.name for look in looks if not look.well]
+    message = f"not well: {', '.join(wrong)}" if wrong else "All is well"
+    return Answer(
+        {"message": message, "looks": [look._asdict() for look in looks]},
+        exit_status=int(bool(wrong)),
+    )
+
+
+def looks_from_outside(settings: Settings, account: Optional[Account]) -> Iterator[Look]:
+    """Look at all that an agent needs, before one runs; as `account`, if this is root."""
+
+    def state() -> str:
         if (settings.state_directory / "jobs.db").exists():
             return f"{len(JobStore(settings.state_directory).jobs())} jobs"
         return writable(nearest_folder(settings.state_directory))
 
-    def host_key():
+    def host_key() -> str:
         key = load_host_key(settings.host_key_file)
         if key:
             return fingerprint(key)
@@ -3879,32 +4241,35 @@ def looks_at_all(settings):
             return "will be made"
         return writable(settings.host_key_file.parent)
 
-    def address():
+    def address() -> str:
         with listen(*settings.ba_bind) as listener:
             return show_address(listener.getsockname())
 
-    def source():
-        return f"{len(in_time(lambda: os.listdir(settings.batch_source)))} entries"
-
-    yield looked("state folder", "if an agent is at work there, ask that instead", state)
-    yield looked("host key", "see HOST_KEY_FILE", host_key)
-    yield looked("address", "set BA_BIND to a free port", address)
-    yield looked("batch source", "let the agent's user read it", source)
+    yield look_at("state folder", "if an agent is at work there, ask that instead", state)
+    yield look_at("host key", "see HOST_KEY_FILE", host_key)
+    yield look_at("address", "set BA_BIND to a free port", address)
+    yield look_at_visitors(settings)
+    yield look_at_algorithms()
+    if account:
+        become(account)
+    yield look_at_user()
+    yield look_at_source(settings)
     oni = OpenONI(settings.oni_location, os.environ)
-    yield from looks_at_oni(oni)
+    yield from looks_at_oni(oni, PATIENT_SECONDS)
     oni.close()
 
 
-def look_once(oni):
-    """Says in the log how Open ONI is; one that does not answer is no reason not to serve."""
-    for well, text in looks_at_oni(oni):
-        tell = log.info if well else log.warning
-        tell("Open ONI in %s: %s", oni.location, text)
+def look_once(oni: OpenONI) -> None:
+    """Say in the log how Open ONI is; one that does not answer is no reason not to serve."""
+    for look in looks_at_oni(oni, PATIENT_SECONDS):
+        tell = log.info if look.well else log.warning
+        tell("Open ONI in %s: %s", oni.location, look)
 
 
-def check_all():
-    """Prints how all is that the agent needs, a line each; the exit status is 1 if not well."""
-    sys.stdout.reconfigure(errors="replace")  # not every terminal has a check mark
+def check_all() -> int:
+    """Print how all is that the agent needs, a line each; return 1 if something is not well."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # not every terminal has a check mark
     try:
         settings = Settings(os.environ)
     except Problem as problem:
@@ -3913,9 +4278,9 @@ def check_all():
         return 1
     print("✓ settings")
     exit_status = 0
-    for well, text in looks_at_all(settings):
-        print("✓" if well else "✗", text)
-        if not well:
+    for look in looks_from_outside(settings, site_account(settings.oni_location)):
+        print("✓" if look.well else "✗", look)
+        if not look.well:
             exit_status = 1
     return exit_status
 
@@ -3926,13 +4291,13 @@ def check_all():
 class JournalFormatter(logging.Formatter):
     """A log line as the journal takes it (sd-daemon(3)): a priority in front, and no time."""
 
-    def format(self, record):
+    def format(self, record: logging.LogRecord) -> str:
         priority = {"DEBUG": 7, "INFO": 6, "WARNING": 4}.get(record.levelname, 3)
         return re.sub("(?m)^", f"<{priority}>", super().format(record))
 
 
-def set_up_logging(level):
-    """The log goes to stderr, with priorities where that is systemd's journal."""
+def set_up_logging(level: str) -> None:
+    """Send the log to stderr, with priorities where that is systemd's journal."""
     others = "DEBUG" if level == "DEBUG" else "CRITICAL"  # paramiko, that is
     logging.basicConfig(level=others, format="%(asctime)s %(levelname)s %(message)s")
     log.setLevel(level)
@@ -3940,55 +4305,67 @@ def set_up_logging(level):
         logging.root.handlers[0].setFormatter(JournalFormatter())
 
 
-def tell_systemd(state):
-    """Says how the service is (sd_notify(3)), where systemd wants to know."""
-    with contextlib.suppress(KeyError, OSError):
-        address = re.sub("^@", "\0", os.environ["NOTIFY_SOCKET"])
+def tell_systemd(state: str) -> None:
+    """Say how the service is (sd_notify(3)), where systemd wants to know."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    with contextlib.suppress(OSError):
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-            notify.sendto(state.encode(), address)
+            notify.sendto(state.encode(), re.sub("^@", "\0", address))
 
 
 ASIDE = futures.ThreadPoolExecutor(8)  # for what nobody waits for
+MAX_VARIABLE = 2048  # bytes of the error that ON_FINISH is told: the kernel bounds an environment
 
 
-def run_on_finish(program, job, log_path, environ):
-    """Runs ON_FINISH for a job that has ended; what becomes of it is only logged."""
+def run_on_finish(program: Path, job: Job, log_path: Path, environ: Mapping[str, str]) -> None:
+    """Run ON_FINISH for a job that has ended; what becomes of it is only logged.
+
+    After HOOK_SECONDS it is killed with what it has started, but for what has made a session of its
+    own (setsid), which goes on.
+    """
+    error = job.error.replace("\0", "").encode()[:MAX_VARIABLE].decode("utf-8", "ignore")
     environment = {
         **environ,
         "ONI_JOB_ID": str(job.id),
         "ONI_JOB_COMMAND": shlex.join(job.words),
         "ONI_JOB_STATUS": job.status,
-        "ONI_JOB_ERROR": job.error.replace("\0", ""),
+        "ONI_JOB_ERROR": error,
         "ONI_JOB_LOG": str(log_path),
     }
     try:
         status = subprocess.run(
             # timeout(1) ends it even if the agent goes.
-            ["timeout", "-s", "KILL", str(HOOK_SECONDS), program],
+            ["timeout", "-s", "KILL", str(HOOK_SECONDS), str(program)],
             env=environment,
             start_new_session=True,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
         ).returncode
-        if status == -signal.SIGKILL:
-            status = f"none within {HOOK_SECONDS} s, and was killed"
-        if status:
-            log.error("job=%d ON_FINISH failed: exit status %s", job.id, status)
-    except OSError as error:
-        log.error("job=%d ON_FINISH failed: %s", job.id, error)
+    except OSError as failure:
+        log.error("job=%d ON_FINISH failed: %s", job.id, failure)
+        return
+    if status == -signal.SIGKILL:
+        log.error("job=%d ON_FINISH was killed after %d s", job.id, HOOK_SECONDS)
+    elif status:
+        log.error("job=%d ON_FINISH failed: exit status %d", job.id, status)
 
 
-def on_stop(handler):
-    """Sets what is done on SIGTERM and SIGINT, as signal.signal does."""
+Handler = Union[Callable[[int, Any], Any], int, None]
+
+
+def on_stop(handler: Handler) -> None:
+    """Set what is done on SIGTERM and SIGINT, as signal.signal does."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handler)
 
 
-def stop_on_signals():
-    """A socket that can be read once SIGTERM or SIGINT has come; a second one ends the agent."""
+def stop_on_signals() -> socket.socket:
+    """Return a socket that can be read once SIGTERM or SIGINT has come; a second one is the end."""
     reader, writer = socket.socketpair()
 
-    def stop(number, _):
+    def stop(number: int, _frame: Any) -> None:
         on_stop(signal.SIG_DFL)  # such an end is a clean one for systemd
         # No more than that: the signal may have come amid a line of the log.
         writer.send(bytes([number]))
@@ -3997,54 +4374,85 @@ def stop_on_signals():
     return reader
 
 
-def be_init():
-    """As PID 1 of a container: goes on as a child, for which this process buries the orphans."""
+def be_init() -> bool:
+    """As PID 1 of a container, go on as a child, for which this process buries the orphans.
+
+    Return whether it is so: then the agent's end is the end of all that is in the container.
+    """
     if os.getpid() != 1:
-        return
+        return False
     agent = os.fork()
     if not agent:
-        return
-    on_stop(lambda number, _: os.kill(agent, number))
+        return True
+    on_stop(lambda number, _frame: os.kill(agent, number))
     ended = None
     while ended != agent:
         ended, status = os.wait()
-    os._exit(os.waitstatus_to_exitcode(status))
+    os._exit(os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status))
 
 
-def raise_limits():
-    """Lets the agent open as many files as it may: each connection and command needs some."""
+def raise_limits() -> None:
+    """Let the agent open as many files as it may: each connection and command needs some."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with contextlib.suppress(OSError, ValueError):  # as which Python tells of EPERM
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65536), hard))
 
 
-def main():
-    """Runs the agent until it is told to stop; returns its exit status."""
+def main() -> int:
+    """Do what the command line says; return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"ONI Agent {VERSION}")
     parser.add_argument("--check", action="store_true", help="look at all that the agent needs")
-    if parser.parse_args().check:
+    parser.add_argument(
+        "--remove-issues",
+        nargs="+",
+        metavar="WORD",
+        help="FOLDER NEWFOLDER LCCN/YYYYMMDDEE…: make a batch of another one, without these issues;"
+        " no ONI is needed",
+    )
+    options = parser.parse_args()
+    if options.remove_issues:
+        return remove_issues(options.remove_issues)
+    if options.check:
         return check_all()
-    be_init()
-    exit_status = 2  # systemd need not try again
+    is_containers = be_init()
+    try:
+        return run(is_containers)
+    except Problem as problem:
+        complain(*problem.args)
+        return 2 if is_refused_for_good(problem) else 1
+    except OSError as error:  # Scarce, too
+        complain(error)
+        return 2 if is_refused_for_good(error) else 1
+
+
+def run(is_containers: bool) -> int:
+    """Run the agent until it is told to stop; return its exit status.
+
+    `is_containers` says whether a container ends with it. Raises Problem, OSError, if it cannot
+    start.
+    """
     try:
         settings = Settings(os.environ)
         host_key = load_host_key(settings.host_key_file)
-        set_up_logging(settings.log_level)
-        stop = stop_on_signals()
-        raise_limits()
-        exit_status = 1  # what fails from here on may go well the next time
-        agent = build(settings)
-        host_key = host_key or make_host_key(settings.host_key_file)
-        listener = listen(*settings.ba_bind)
     except Problem as problem:
         complain(*problem.args)
-        return exit_status
-    except OSError as error:  # Scarce, too
-        complain(error)
-        return exit_status
+        return 2  # systemd need not try again: somebody has to change something
+    set_up_logging(settings.log_level)
+    stop = stop_on_signals()
+    raise_limits()
+    account = site_account(settings.oni_location)
+    # What may be root's alone is taken before it becomes the site's user.
+    listener = listen(*settings.ba_bind)
+    settings.state_directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if account and not host_key:
+        host_key = make_host_key(settings.host_key_file)
+    if account:
+        settings = as_site_user(settings, account)
+    agent = build(settings)
+    host_key = host_key or make_host_key(settings.host_key_file)
     gc.freeze()  # what is there by now stays, and need not be looked at
     tell_where(settings, listener.getsockname())
     agent.queue.start()
@@ -4052,16 +4460,31 @@ def main():
     tell_systemd("READY=1")
     serve(agent, host_key, listener, stop)
     tell_systemd("STOPPING=1\nSTATUS=")
+    tell_what_goes_on(agent, is_containers)
     return 0
 
 
-def build(settings):
-    """Wires together what commands work on. Raises Problem, OSError."""
+def as_site_user(settings: Settings, account: Account) -> Settings:
+    """Give the state folder to the site's user, become that, and return its settings.
+
+    Raises Problem where that user cannot reach what they name.
+    """
+    hand_over(settings.state_directory, account)
+    become(account)
+    log.info("started as root; goes on as %s, as whom the site runs", account.name)
+    # The key has been read: it may be where only root may look.
+    return Settings(
+        {**os.environ, "STATE_DIRECTORY": str(settings.state_directory), "HOST_KEY_FILE": ""}
+    )
+
+
+def build(settings: Settings) -> Agent:
+    """Wire together what commands work on. Raises Problem, OSError."""
     store = JobStore(settings.state_directory)
     oni = OpenONI(settings.oni_location, os.environ)
     site = Site(settings, oni)
 
-    def ended(job):
+    def ended(job: Job) -> None:
         if settings.on_finish:
             with contextlib.suppress(RuntimeError):  # no thread to be had
                 ASIDE.submit(
@@ -4071,16 +4494,58 @@ def build(settings):
     return Agent(settings, site, store, JobQueue(store, site, ended))
 
 
-def tell_where(settings, address):
-    """Says in the log where the agent listens, and what an administrator should know of that."""
+def tell_where(settings: Settings, address: Any) -> None:
+    """Say in the log where the agent listens, and what an administrator should know of that."""
     shown = show_address(address)
     log.info("listening on %s version=%s state=%s", shown, VERSION, settings.state_directory)
     if settings.db_connection:
         log.info("DB_CONNECTION is set and not needed: Open ONI's own settings are used")
-    if not (settings.allow_from or settings.authorized_keys or host_of(address).is_loopback):
+    if settings.admits_everybody and not host_of(address).is_loopback:
         log.warning(
             "anyone who reaches %s may load and purge: set ALLOW_FROM or AUTHORIZED_KEYS", shown
         )
+    earlier = Path("~/.local/state/oni-agent").expanduser()
+    if str(settings.state_directory) == LIBRARY and (earlier / "jobs.db").exists():
+        log.warning("the jobs of an earlier agent are in %s, and this one has its own", earlier)
+
+
+def tell_what_goes_on(agent: Agent, is_containers: bool) -> None:
+    """Say in the log what becomes of the manage.py at work, if there is one, as the agent stops.
+
+    systemd's signal reaches it, too, unless the unit has KillMode=process: so it is given a moment
+    to end, and is then looked at.
+    """
+    for job in agent.queue.jobs():
+        if job.status != STARTED:
+            continue
+        if is_containers:
+            log.warning("job=%d ends with the container; the next agent begins it anew", job.id)
+        elif goes_on(agent.store.folder / "run.lock"):
+            log.info("job=%d its manage.py goes on, and the next agent takes it over", job.id)
+        else:
+            log.warning(
+                "job=%d its manage.py has ended, too, and the next agent begins the job anew; with"
+                " KillMode=process in the unit it would go on",
+                job.id,
+            )
+
+
+def goes_on(lock: Path) -> bool:
+    """Tell whether manage.py holds its lock, also after a moment if systemd has ended the agent."""
+    until = time.monotonic()
+    if "INVOCATION_ID" in os.environ:
+        until += STOP_SECONDS / 2
+    while True:
+        try:
+            locked(lock).close()
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                return True
+        except OSError:
+            return False
+        else:
+            return False
+        time.sleep(TICK)
 
 
 if __name__ == "__main__":
