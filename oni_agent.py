@@ -436,8 +436,6 @@ def misspelt(environ: Iterable[str]) -> Iterator[str]:
         if name in OWN_VARIABLES or plain.startswith("ONI_"):  # ONI_… are Open ONI's own
             continue
         near = difflib.get_close_matches(plain.upper(), OWN_VARIABLES, 1, 0.85)
-        if near and near[0] in environ and near[0] != plain:
-            near = []  # the right one is set, too: this is somebody else's
         if near:
             yield f"{name!r} is not a setting (did you mean {near[0]}?)"
         elif plain.startswith(OWN_PREFIXES):
@@ -963,7 +961,7 @@ def parse_xml(path, builder=None):
     try:
         if declared:  # Python knows encodings that its XML parser does not, as ONI's parser does
             content = content.decode(declared[1].decode())
-        return ET.fromstring(content, ET.XMLParser(target=builder))
+        return ET.fromstring(content, ET.XMLParser(target=builder or ET.TreeBuilder()))
     except (ET.ParseError, LookupError, ValueError) as error:  # LookupError: the encoding
         raise Problem(f"reading file: {path}: {error}")
 
@@ -1325,7 +1323,7 @@ class Patch:
 
         def copy(source: str, target: str) -> None:
             nonlocal done
-            copy_patiently(source, target, go_on)
+            copy_patiently(source, target, tell, go_on)
             if os.path.getsize(target) != sizes[source]:
                 raise Problem(f"{source} has changed since the patch began")
             before = done * 10 // need
@@ -1352,11 +1350,14 @@ def validated_twin(path: Path) -> Path:
     return path.with_name(f"{path.stem}_1{path.suffix}")
 
 
-def copy_patiently(source: str, target: str, go_on: Callable[[], None]) -> None:
+def copy_patiently(
+    source: str, target: str, tell: Callable[[str], None], go_on: Callable[[], None]
+) -> None:
     """Copy a file, safely to disk, in at most COPY_ATTEMPTS attempts, a second apart.
 
-    `go_on` is called before each and may raise. Raises Problem if all fail, which, unlike an
-    OSError, keeps copytree from going on to the next file.
+    `tell` is told of each that fails, but for the last; `go_on` is called before each, and may
+    raise. Raises Problem if all fail, which, unlike an OSError, keeps copytree from going on to the
+    next file.
     """
     for attempt in range(1, COPY_ATTEMPTS + 1):
         go_on()
@@ -1365,9 +1366,10 @@ def copy_patiently(source: str, target: str, go_on: Callable[[], None]) -> None:
             sync(target)
             return
         except OSError as error:
+            failure = f"{source} cannot be copied: {error.strerror or error}"
             if attempt == COPY_ATTEMPTS:
-                why = error.strerror or error
-                raise Problem(f"{source} cannot be copied: {why}") from error
+                raise Problem(failure) from error
+        tell(f"{failure}; trying again")
         time.sleep(1)
 
 
@@ -4133,7 +4135,8 @@ def look_at_visitors(settings: Settings) -> Look:
     if is_own_address(host):
         return Look(name, True, "whoever is on this host")
     found = f"whoever reaches port {port} of this host may load and purge"
-    return Look(name, False, f"{found}; set ALLOW_FROM or AUTHORIZED_KEYS")
+    advice = "set ALLOW_FROM or AUTHORIZED_KEYS (in an EnvironmentFile= without `export`)"
+    return Look(name, False, f"{found}; {advice}")
 
 
 def is_own_address(host: str) -> bool:
@@ -4447,9 +4450,9 @@ def run(is_containers: bool) -> int:
     # What may be root's alone is taken before it becomes the site's user.
     listener = listen(*settings.ba_bind)
     settings.state_directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if account and not host_key:
-        host_key = make_host_key(settings.host_key_file)
     if account:
+        if not host_key and settings.host_key_file.parent != settings.state_directory:
+            host_key = make_host_key(settings.host_key_file)
         settings = as_site_user(settings, account)
     agent = build(settings)
     host_key = host_key or make_host_key(settings.host_key_file)
@@ -4504,7 +4507,7 @@ def tell_where(settings: Settings, address: Any) -> None:
         log.warning(
             "anyone who reaches %s may load and purge: set ALLOW_FROM or AUTHORIZED_KEYS", shown
         )
-    earlier = Path("~/.local/state/oni-agent").expanduser()
+    earlier = Path(os.path.expanduser("~/.local/state/oni-agent"))
     if str(settings.state_directory) == LIBRARY and (earlier / "jobs.db").exists():
         log.warning("the jobs of an earlier agent are in %s, and this one has its own", earlier)
 
