@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 # /// script
-# requires-python = ">=3.9"
+# requires-python = ">=3.8"
 # dependencies = ["paramiko>=2.12"]
 # ///
 """ONI Agent: loads and purges the batches of an Open ONI site on request, over SSH.
 
-Run it on the Open ONI host, as the user that the site runs as. It listens for SSH, takes commands
-such as
+Run it on the Open ONI host, as the user that the site runs as, or as root: then it becomes that
+user. It listens for SSH, takes commands such as
 
     ssh -p 2222 nobody@localhost load-batch batch_oru_alpha_ver01
 
@@ -19,14 +19,15 @@ no command at all) the answers are text. Settings come from the environment:
   BA_BIND          where to listen: host:port, [v6]:port, or :port for every address
                    (default 127.0.0.1:2222)
   STATE_DIRECTORY  where jobs, their logs and the host key are kept
-                   (default $XDG_STATE_HOME/oni-agent or ~/.local/state/oni-agent)
+                   (default $XDG_STATE_HOME/oni-agent or ~/.local/state/oni-agent, and for an
+                   agent that root has started /var/lib/oni-agent)
   HOST_KEY_FILE    the SSH host key, made if missing (default host_key in the state folder)
   ALLOW_FROM       addresses and networks that may connect, separated by commas or blanks
                    (default: all)
   AUTHORIZED_KEYS  an authorized_keys file; with it, only who has one of its keys is admitted
                    (default: anyone)
-  ON_FINISH        a program to run after each job, told of it by ONI_JOB_… variables
-                   (default: none)
+  ON_FINISH        a program to run after each job, told of it by ONI_JOB_… variables; it is
+                   killed after 60 seconds, but not what it has started by setsid (default: none)
   LOG_LEVEL        debug, info, warning or error (default info); the log is on stderr
   DB_CONNECTION    accepted for old units, not needed: ONI's own settings are used
 
@@ -34,7 +35,23 @@ Its callers are administrators and NCA, the Newspaper Curation App, a Go program
 unattended. An agent written in Go speaks the same protocol: words that look odd here are its words.
 """
 
+# To add a command, write a function cmd_… under "commands", as it is described there. To add a kind
+# of job, write a class under "kinds of job", enter it in KINDS, and give it a command of the same
+# name. To add a setting, enter it in OWN_VARIABLES with its reader, in DEFAULTS (as text) if it has
+# one, in Settings, and in the list above. It is then settings.its_name, and `build` hands it to
+# what needs it; neither manage.py nor ON_FINISH gets to see it.
+
 from __future__ import annotations
+
+import sys
+
+if sys.version_info < (3, 8):  # what follows compiles from Python 3.6 on, and runs from 3.8 on
+    sys.stderr.write(
+        f"oni_agent: Python 3.8 or newer is needed, and {sys.executable} is Python"
+        f" {sys.version_info[0]}.{sys.version_info[1]}; install a newer one beside it, and start"
+        " the agent with that.\n"
+    )
+    sys.exit(2)  # as for settings that cannot work: systemd need not try again
 
 import argparse
 import ast
@@ -48,12 +65,14 @@ import functools
 import gc
 import hashlib
 import inspect
+import io
 import ipaddress
 import itertools
 import json
 import logging
 import math
 import os
+import pwd
 import queue
 import re
 import resource
@@ -64,7 +83,6 @@ import signal
 import socket
 import sqlite3
 import subprocess
-import sys
 import tempfile
 import textwrap
 import threading
@@ -79,19 +97,20 @@ from datetime import datetime, timedelta
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, Iterator, List, Mapping
-from typing import NamedTuple, Optional, Sequence, Set, Tuple
+from typing import NamedTuple, Optional, Sequence, Set, Tuple, TypeVar, Union
 
 
-def stderr_is_journal():
-    """Whether JOURNAL_STREAM (systemd.exec(5)) names the device and inode of stderr."""
-    with contextlib.suppress(OSError):  # it may be closed
+def stderr_is_journal() -> bool:
+    """Tell whether JOURNAL_STREAM (systemd.exec(5)) names the device and inode of stderr."""
+    try:
         found = os.fstat(2)
-        return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
-    return False
+    except OSError:  # it is closed
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
 
 
-def complain(*problems):
-    """Says why the agent cannot start; to the journal, as errors."""
+def complain(*problems: object) -> None:
+    """Say why the agent cannot start, a sentence each; to the journal, as errors."""
     priority = "<3>" if stderr_is_journal() else ""
     for problem in problems:
         print(f"{priority}oni_agent: {problem}.", file=sys.stderr)
@@ -148,6 +167,8 @@ CHUNK = 32 * 1024  # bytes read at once, of an input or a job's log; a longer li
 
 # ---------------------------------------------------------------- problems
 
+Result = TypeVar("Result")
+
 
 class Problem(Exception):
     """Something that an administrator can mend; the text is a sentence that says what is wrong."""
@@ -184,15 +205,39 @@ def shortened(text: str, most: int = 2000) -> str:
 
 
 SCARCE = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)
+# What an operating system refuses for good, until somebody changes a setting, a mode or a mount.
+REFUSED_FOR_GOOD = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+)
 
 
-def is_scarce(error):
-    """Whether the machine lacks something for now, and what it refused is to be tried again."""
+def is_scarce(error: OSError) -> bool:
+    """Tell whether the machine lacks something for now, and what it refused may be tried again."""
     return isinstance(error, Scarce) or error.errno in SCARCE
 
 
-def patiently(action):
-    """What `action` returns, which is begun again each second while it raises OSError."""
+def is_refused_for_good(error: BaseException) -> bool:
+    """Tell whether an error, or the OSError that it was raised from, is there the next time, too.
+
+    A folder on a read-only disk is an example; an address in use, or a full disk, is none.
+    """
+    cause: Optional[BaseException] = error
+    while cause:
+        if isinstance(cause, OSError):
+            return cause.errno in REFUSED_FOR_GOOD
+        cause = cause.__cause__
+    return False
+
+
+def patiently(action: Callable[[], Result]) -> Result:
+    """Call `action` until it raises no OSError, once a second, and return its result."""
     warned = False
     while True:
         try:
@@ -208,18 +253,22 @@ FILES = futures.ThreadPoolExecutor(16)  # for what may wait for a hung file syst
 COUNTS = futures.ThreadPoolExecutor(4)  # for what counts batches, maybe for minutes
 
 
-def in_time(
-    look,
-    within=ANSWER_SECONDS,
-    pool=FILES,
-    meanwhile=lambda: None,
-    who="the file system of the batches",
-):
-    """What the function `look` returns, which asks `who`. Raises Problem when that refuses, or
-    does not answer within so many seconds: only a thread of the pool then hangs.
+def do_nothing() -> None:
+    """Stand for a function that has nothing to do."""
 
-    `meanwhile` is called every second and may raise. Then, or when it is too late, what is still
-    to begin never does.
+
+def in_time(
+    look: Callable[[], Result],
+    within: float = ANSWER_SECONDS,
+    pool: futures.ThreadPoolExecutor = FILES,
+    meanwhile: Callable[[], object] = do_nothing,
+    who: str = "the file system of the batches",
+) -> Result:
+    """Return what the function `look` returns, which asks `who`.
+
+    Raises Problem when that refuses, or does not answer within so many seconds: only a thread of
+    the pool then hangs. `meanwhile` is called every second and may raise. Then, or when it is too
+    late, what is still to begin never does.
     """
     until = time.monotonic() + within
     late = Problem(f"{who} did not answer within {within:g} s")
@@ -248,52 +297,96 @@ def in_time(
 # Readers of one setting each. What they raise says what is wrong with its value.
 
 
-def path_that(is_right, wrong):
-    """A reader of an absolute path of which the function `is_right` is true."""
-
-    def read(value):
-        path = Path(value).expanduser().resolve()
-        if not is_right(path):
-            raise ValueError(wrong)
-        return path
-
-    return read
+def absolute(value: str) -> Path:
+    """Return a path as an absolute one, through links and with ~ resolved."""
+    return Path(value).expanduser().resolve()
 
 
-def state_folder(value):
-    """`value` as the absolute path of a folder that the agent can write to, or make."""
-    path = Path(value.split(":")[0]).expanduser().resolve()  # systemd may name several
+def oni_folder(value: str) -> Path:
+    """Read ONI_LOCATION."""
+    path = absolute(value)
+    if not (path / "manage.py").is_file():
+        raise ValueError("that folder holds no manage.py")
+    return path
+
+
+def folder_there(value: str) -> Path:
+    """Read the path of a folder that is there."""
+    path = absolute(value)
+    if not path.is_dir():
+        raise ValueError("that is not a folder")
+    return path
+
+
+def key_path(value: str) -> Path:
+    """Read the path of a key that is there, or yet to be made."""
+    path = absolute(value)
+    if not path.parent.is_dir():
+        raise ValueError("that is in a folder that does not exist")
+    return path
+
+
+def readable_file(value: str) -> Path:
+    """Read the path of a file that the agent's user can read."""
+    path = absolute(value)
+    if not (path.is_file() and os.access(path, os.R_OK)):
+        raise ValueError(f"that is not a file that {user_name(os.geteuid())} can read")
+    return path
+
+
+def program(value: str) -> Path:
+    """Read the path of a program."""
+    path = absolute(value)
+    if not shutil.which(str(path)):
+        raise ValueError("that is not a file that can be executed")
+    return path
+
+
+def state_folder(value: str) -> Path:
+    """Read the path of a folder that the agent can write to, or make."""
+    user = user_name(os.geteuid())
+    advice = (
+        f"set STATE_DIRECTORY to a folder that {user} can write to, such as one that root makes by"
+        f" install -d -m 700 -o {user} {LIBRARY}"
+    )
+    try:
+        path = absolute(value.split(":")[0])  # systemd may name several
+    except RuntimeError as error:
+        raise ValueError(f"{user} has no home: {advice}") from error
     place = nearest_folder(path)
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise ValueError(f"the agent's user cannot write to {place}")
+    if not os.access(str(place), os.W_OK | os.X_OK):
+        raise ValueError(f"{user} cannot write to {place}: {advice}")
     if path == place and path.stat().st_mode & 0o002 and not is_an_agents(path):
         raise ValueError("others use that folder: name one of the agent's own")
     return path
 
 
-def is_an_agents(folder):
-    """Whether a folder is an agent's state folder, or may become one since it is empty."""
+def is_an_agents(folder: Path) -> bool:
+    """Tell whether a folder is an agent's state folder, or may become one since it is empty."""
     return (folder / "agent.lock").exists() or not any(folder.iterdir())
 
 
-def nearest_folder(path):
-    """`path`, or the folder that is there and in which it could be made."""
-    place = next(each for each in (path, *path.parents) if os.path.lexists(each))
+def nearest_folder(path: Path) -> Path:
+    """Return `path`, or the folder that is there and in which it could be made."""
+    place = next(each for each in (path, *path.parents) if os.path.lexists(str(each)))
     if not place.is_dir():
         raise ValueError(f"{place} is not a folder")
     return place
 
 
-def bind_address(value):
-    """`host:port`, `[v6 address]:port` or `:port` as a pair; host "" means every address."""
+def bind_address(value: str) -> Tuple[str, int]:
+    """Read `host:port`, `[v6 address]:port` or `:port` as a pair; host "" means every address."""
     match = re.fullmatch(r"(?:\[([^\[\]]+)\]|([^:\[\]]*)):([0-9]{1,5})", value)
     if not match or int(match[3]) > 65535:
         raise ValueError("write host:port, [IPv6 address]:port or :port")
     return match[1] or match[2], int(match[3])
 
 
-def networks(value):
-    """The addresses and networks, separated by commas or blanks, in `value`."""
+Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+
+
+def networks(value: str) -> List[Network]:
+    """Read addresses and networks that are separated by commas or blanks."""
     found = [ipaddress.ip_network(word) for word in value.replace(",", " ").split()]
     mapped = any(getattr(each.network_address, "ipv4_mapped", None) for each in found)
     if mapped or not found:
@@ -301,42 +394,56 @@ def networks(value):
     return found
 
 
-def log_level(value):
-    """`value` as logging writes it."""
+def log_level(value: str) -> str:
+    """Read a level, and return it as logging writes it."""
     if not re.fullmatch("(?ai)debug|info|warning|error", value):
         raise ValueError("write debug, info, warning or error")
     return value.upper()
 
 
-# To add a setting, enter it here with its reader, in DEFAULTS (as text) if it has one, and in this
-# file's docstring. It is then settings.its_name, and `build` hands it to what needs it. Neither
-# manage.py nor ON_FINISH gets to see it.
-OWN_VARIABLES = {  # and their readers
-    "ONI_LOCATION": path_that(
-        lambda path: (path / "manage.py").is_file(), "that folder holds no manage.py"
-    ),
-    "BATCH_SOURCE": path_that(Path.is_dir, "that is not a folder"),
+def is_set(value: str) -> bool:
+    """Tell that a variable is set whose value is not needed, and secret."""
+    return True
+
+
+OWN_VARIABLES: Dict[str, Callable[[str], Any]] = {  # and their readers
+    "ONI_LOCATION": oni_folder,
+    "BATCH_SOURCE": folder_there,
     "BA_BIND": bind_address,
     "STATE_DIRECTORY": state_folder,
-    "HOST_KEY_FILE": path_that(
-        lambda path: path.parent.is_dir(), "that is in a folder that does not exist"
-    ),
+    "HOST_KEY_FILE": key_path,
     "ALLOW_FROM": networks,
-    "AUTHORIZED_KEYS": path_that(
-        lambda path: path.is_file() and os.access(path, os.R_OK),
-        "that is not a file that can be read",
-    ),
-    "ON_FINISH": path_that(shutil.which, "that is not a file that can be executed"),
+    "AUTHORIZED_KEYS": readable_file,
+    "ON_FINISH": program,
     "LOG_LEVEL": log_level,
-    "DB_CONNECTION": bool,  # whether it is set: it is not needed, and secret
+    "DB_CONNECTION": is_set,
 }
 REQUIRED = ("ONI_LOCATION", "BATCH_SOURCE")
-STATES = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+LIBRARY = "/var/lib/oni-agent"  # where an agent that root has started keeps its state
+STATES = os.environ.get("XDG_STATE_HOME") or ("~/.local/state" if os.geteuid() else "/var/lib")
 DEFAULTS = {
     "BA_BIND": "127.0.0.1:2222",
     "STATE_DIRECTORY": f"{STATES}/oni-agent",
     "LOG_LEVEL": "info",
 }
+OWN_PREFIXES = ("ALLOW_", "BA_", "BATCH_", "HOST_", "ON_")  # of nobody's variables but the agent's
+
+
+def misspelt(environ: Iterable[str]) -> Iterator[str]:
+    """Yield a sentence for each variable's name that was surely meant for the agent, and is wrong.
+
+    Such a name is otherwise silently without effect: a misspelt ALLOW_FROM lets everybody in.
+    """
+    for name in environ:
+        plain = name.replace("export ", "").strip()
+        if name in OWN_VARIABLES or plain.startswith("ONI_"):  # ONI_… are Open ONI's own
+            continue
+        near = difflib.get_close_matches(plain.upper(), OWN_VARIABLES, 1, 0.85)
+        if near:
+            yield f"{name!r} is not a setting (did you mean {near[0]}?)"
+        elif plain.startswith(OWN_PREFIXES):
+            likely = difflib.get_close_matches(plain, OWN_VARIABLES, 1, 0)
+            yield f"{name!r} is not a setting (did you mean {likely[0]}?); --help lists all"
 
 
 class Settings:
@@ -345,12 +452,23 @@ class Settings:
     Raises Problem with one sentence for each thing that is wrong, all of them at once.
     """
 
-    def __init__(self, environ):
-        problems = []
+    oni_location: Path
+    batch_source: Path
+    ba_bind: Tuple[str, int]
+    state_directory: Path
+    host_key_file: Path
+    allow_from: Optional[List[Network]]
+    authorized_keys: Optional[Path]
+    on_finish: Optional[Path]
+    log_level: str
+    db_connection: Optional[bool]
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        problems = list(misspelt(environ))
         for name, read in OWN_VARIABLES.items():
             value = environ.get(name) or DEFAULTS.get(name)
             try:
-                setattr(self, name.lower(), value and read(value))
+                setattr(self, name.lower(), read(value) if value else None)
             except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: no home for ~
                 problems.append(f"{name} is {value!r}; {error}")
             if name in REQUIRED and not value:
@@ -358,6 +476,19 @@ class Settings:
         if problems:
             raise Problem(*problems)
         self.host_key_file = self.host_key_file or self.state_directory / "host_key"
+
+    @property
+    def admits_everybody(self) -> bool:
+        """Whether whoever reaches the agent's port may give it commands."""
+        return not (self.allow_from or self.authorized_keys)
+
+
+def user_name(uid: int) -> str:
+    """Return a user's name, or the number of one that has none."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
 
 
 # ---------------------------------------------------------------- inside Open ONI
@@ -571,6 +702,11 @@ def answer_health() -> Dict[str, Any]:
     except Exception as error:
         health["solr_problem"] = first_line(error)
     return health
+
+
+def answer_batch_count() -> int:
+    """Return how many batches ONI holds."""
+    return int(models.Batch.objects.count())
 
 
 def answer_documents() -> int:
@@ -800,23 +936,29 @@ def answer_titles(lccns: List[str], solr_seconds: float) -> Dict[str, Any]:
     return found
 
 
-def answer_places() -> Dict[str, Any]:
-    """Return where loads write, and what ONI has in the tables that it never fills itself.
-
-    Of each place, by its name: the folder, and whether the website reads there, as its own user.
+def answer_folders() -> Dict[str, List[Any]]:
+    """Return where loads write: of each place, by its name, the folder, and whether the website
+    reads there, as its own user.
     """
-    places: Dict[str, List[Any]] = {
+    folders: Dict[str, List[Any]] = {
         "log/": [str(getattr(settings, "LOG_LOCATION", "log")), False],
         "batch storage": [str(settings.BATCH_STORAGE), False],
     }
+    if getattr(settings, "COORD_STORAGE", ""):
+        folders["word coordinates"] = [str(settings.COORD_STORAGE), True]
     for cache in getattr(settings, "CACHES", {}).values():
         if "filebased" in cache["BACKEND"].lower():
-            places["cache %s" % cache["LOCATION"]] = [str(cache["LOCATION"]), True]
-    if getattr(settings, "COORD_STORAGE", ""):
-        places["word coordinates"] = [str(settings.COORD_STORAGE), True]
-    tables = (models.Awardee, models.Country, models.Language)
-    rows = {model.__name__.lower(): model.objects.count() for model in tables}
-    return {"batches": models.Batch.objects.count(), "places": places, "rows": rows}
+            folders["cache %s" % cache["LOCATION"]] = [str(cache["LOCATION"]), True]
+    return folders
+
+
+def answer_tables() -> Dict[str, int]:
+    """Return how many rows there are in the tables that ONI's fixtures fill, and loads look up."""
+    return {
+        "languages": models.Language.objects.count(),
+        "countries": models.Country.objects.count(),
+        "awardees": models.Awardee.objects.count(),
+    }
 
 
 def answer_check() -> str:
@@ -923,19 +1065,14 @@ def study_files(tell: Tell, batches: List[List[str]]) -> None:
     """Tell what the files of each batch, [name, folder], name, as `rehearse` does."""
     for name, folder in batches:
         try:
-            tell(name=name, **count_files(folder))
+            tell(name=name, **files_of([rehearse(name, folder, Rehearsal(counting=True))]))
         except CannotAnswer as problem:
             tell(name=name, problem=str(problem))
 
 
-def study_part(tell: Tell, folder: str, part: int, parts: int) -> Dict[str, Any]:
+def study_part(tell: Tell, name: str, folder: str, part: int, parts: int) -> Dict[str, Any]:
     """Return what `rehearse` says of every `parts`-th issue, without a look at images and OCR."""
-    return rehearse(folder, Rehearsal(None, part, parts, counting=True))
-
-
-def count_files(folder: str) -> Dict[str, Any]:
-    """Return what the files of the batch in `folder` name, as Files has it."""
-    return files_of([rehearse(folder, Rehearsal(counting=True))])
+    return rehearse(name, folder, Rehearsal(None, part, parts, counting=True))
 
 
 def files_of(parts: Sequence[Mapping[str, Any]]) -> Dict[str, Any]:
@@ -1006,24 +1143,23 @@ def answer_unchanged(folder: str, watched: str) -> bool:
 # The rehearsal: ONI's own loader loads a batch, and nothing is written
 
 
-def study_rehearsal(tell: Tell, folder: str, part: int, parts: int) -> Dict[str, Any]:
-    """Rehearse every `parts`-th issue of the batch in `folder`, from the `part`-th on.
+def study_rehearsal(tell: Tell, name: str, folder: str, part: int, parts: int) -> Dict[str, Any]:
+    """Rehearse every `parts`-th issue of the batch `name` in `folder`, from the `part`-th on.
 
     Returns what `rehearse` does. Tells `done` and `of`, the numbers of issues.
     """
     os.nice(10)
-    return rehearse(folder, Rehearsal(tell, part, parts))
+    return rehearse(name, folder, Rehearsal(tell, part, parts))
 
 
-def rehearse(folder: str, loader: "Rehearsal") -> Dict[str, Any]:
-    """Let ONI's loader load the batch in `folder`; return what would come of it.
+def rehearse(name: str, folder: str, loader: "Rehearsal") -> Dict[str, Any]:
+    """Let ONI's loader load the batch `name` in `folder`; return what would come of it.
 
     The answer has `issues` (how many were looked at), `faults` and `warnings` (`file`, and a
     sentence under `fault` or `warning`), `found` (the pages of each issue), `titles` (records that
     ONI lacks, by LCCN) and `watched`. load_batch runs from its first line to its last; what it does
     to the world is taken away in `pretend`. Raises CannotAnswer where the database is gone.
     """
-    name = os.path.basename(folder)
     try:
         os.chdir(folder)
     except OSError as error:
@@ -2253,6 +2389,7 @@ BATCH_FILES = (  # load_batch reads the first that is there
     "BATCH_2.xml",
     "batch.xml",
 )
+COPY_ATTEMPTS = 5  # a second apart: network storage may fail for a moment
 LISTING = "data/batch.xml"  # of a patched batch, which has no validated one
 NDNP = "{http://www.loc.gov/ndnp}"
 def read_regular(path, size=-1):
@@ -2272,7 +2409,7 @@ def read_regular(path, size=-1):
 def parse_xml(path, builder=None):
     """The root of an XML file. Raises Problem."""
     try:
-        return ET.fromstring(read_regular(path), ET.XMLParser(target=builder))
+        return ET.fromstring(read_regular(path), ET.XMLParser(target=builder or ET.TreeBuilder()))
     except (ET.ParseError, LookupError, ValueError) as error:  # LookupError: the encoding
         raise Problem(f"reading file: {path}: {error}")
 
@@ -2284,90 +2421,112 @@ def beside(path, href):
     return Path(os.path.normpath(path.parent / target)) if target else path
 
 
-class Patch:
-    """The batch that a file of instructions makes of the batch in `old`.
 
-    Raises Problem if an instruction is not `RemoveIssue LCCN/YYYYMMDDEE`, or names no issue of the
-    batch; OSError.
+
+class Patch:
+    """A new batch, which is the batch in `old` without some issues.
+
+    `removals` has the keys of the issues that are to go, and the words that asked for each. Raises
+    Problem if a key names no issue of the batch, or more than one.
     """
 
-    def __init__(self, old, instructions):
+    def __init__(self, old: Path, removals: Dict[str, str]) -> None:
         self.old = old
         listing = old / LISTING
-        self._gone = {listing.with_name(name) for name in BATCH_FILES}
         root = parse_xml(listing, ET.TreeBuilder(insert_comments=True, insert_pis=True))
-        lines = removals(instructions.read_text("utf-8-sig", "replace"))
-        named = []
-        staying = []
+        going: List[Path] = []  # METS files
+        staying: List[Path] = []
+        named: List[str] = []  # the keys of those that go
         for issue in root.findall(f"{NDNP}issue"):
             path = beside(listing, issue.text)
-            keys = issue_keys(issue, path) & lines.keys()
+            keys = issue_keys(issue, path) & removals.keys()
             if keys:
-                named += keys
-                self._gone.add(path.parent)
+                named.extend(keys)
+                going.append(path)
                 root.remove(issue)
             else:
                 staying.append(path)
-        for key, line in lines.items():
-            if key not in named:
-                raise Problem(f"{line} names no issue of {old.name}; write LCCN/YYYYMMDDEE")
-            if named.count(key) > 1:
-                raise Problem(
-                    f"{line} may mean any of {named.count(key)} issues, since folders and editions"
-                    " disagree; mend batch.xml or the folders first"
-                )
-        for path in staying:
-            if self._gone.intersection(path.parents):
-                raise Problem(f"{path}, which is to stay, lies in the folder of one that is to go")
+        self._check_named(named, removals)
         if not staying:
             raise Problem(f"no issue of {old.name} would be left")
+        gone = {path.parent for path in going}
+        for path in staying:
+            if gone.intersection(path.parents):
+                raise Problem(f"{path}, which is to stay, lies in the folder of one that is to go")
+        reels = [beside(listing, reel.text) for reel in root.findall(f"{NDNP}reel") if reel.text]
+        gone.update(validated_twin(path) for path in staying + reels if path.exists())
+        gone.update(listing.with_name(name) for name in BATCH_FILES)
+        self._gone = gone  # the paths that are left out
         ET.register_namespace("", NDNP.strip("{}"))
-        self.listing = ET.tostring(root, encoding="utf-8", xml_declaration=True)
+        self.listing: bytes = ET.tostring(root, encoding="utf-8", xml_declaration=True)
 
-    def is_made(self, new):
-        """Whether `new` is there, and so is whole. Raises Problem if it is another batch."""
-        if not os.path.lexists(new):
+    def _check_named(self, named: List[str], removals: Dict[str, str]) -> None:
+        """Raise Problem unless each key names one issue; `named` has each as often as it does."""
+        for key, words in removals.items():
+            if key not in named:
+                raise Problem(f"{words} names no issue of {self.old.name}; write LCCN/YYYYMMDDEE")
+            if named.count(key) > 1:
+                raise Problem(
+                    f"{words} may mean any of {named.count(key)} issues, since folders and editions"
+                    " disagree; mend batch.xml or the folders first"
+                )
+
+    def is_made(self, new: Path) -> bool:
+        """Tell whether `new` is there, and so is whole. Raises Problem if it is another batch."""
+        if not os.path.lexists(str(new)):
             return False
         if read_regular(new / LISTING) != self.listing:
             raise Problem(f"{new} is there already, and is not what this patch makes; move it away")
         return True
 
-    def make(self, new, tell, go_on):
-        """Makes `new`, which has its name only when it is whole. Raises Problem, OSError."""
+    def make(
+        self,
+        new: Path,
+        tell: Callable[[str], None],
+        go_on: Callable[[], None] = do_nothing,
+        check: Callable[[Path], None] = do_nothing,
+    ) -> None:
+        """Make the batch `new`, which has its name only when it is whole and on disk.
+
+        `tell` is told how far it is, `go_on` is called before each file and may raise, and `check`
+        raises Problem if what was made, in the folder that it is given, is no batch that ONI could
+        load. Raises Problem, OSError.
+        """
         unready = new.with_name(f"WIP-UNREADY-{new.name}")
         if unready.exists():
             tell(f"removing {unready}, which an interrupted patch has left")
-            shutil.rmtree(unready)
+            shutil.rmtree(str(unready))
         try:
             self._copy(unready, tell, go_on)
             (unready / LISTING).write_bytes(self.listing)
-            os.sync()  # whole on disk before it is seen
+            sync(unready / LISTING)
+            check(unready)
+            for folder, _, _ in os.walk(str(unready)):
+                sync(folder)
             unready.rename(new)
             sync(new.parent)
         finally:
-            shutil.rmtree(unready, ignore_errors=True)  # unless it is the new batch by now
+            shutil.rmtree(str(unready), ignore_errors=True)  # unless it is the new batch by now
 
-    def _copy(self, unready, tell, go_on):
-        """Copies all but the listing, if there is room for it; tells of each tenth of the bytes."""
+    def _copy(
+        self, unready: Path, tell: Callable[[str], None], go_on: Callable[[], None]
+    ) -> None:
+        """Copy all but the listing, if there is room for it; tell of each tenth of the bytes."""
         sizes = self._sizes()
         need = len(self.listing) + sum(sizes.values())
-        free = shutil.disk_usage(unready.parent).free
+        free = shutil.disk_usage(str(unready.parent)).free
         if need > free:
             raise Problem(
                 f"the patch needs {need:,} bytes in {unready.parent}, where {free:,} are free"
             )
         done = 0
 
-        def ignore(folder, names):
+        def left_out(folder: str, names: List[str]) -> List[str]:
             return [name for name in names if os.path.join(folder, name) not in sizes]
 
-        def copy(source, target):
+        def copy(source: str, target: str) -> None:
             nonlocal done
-            go_on()
-            try:
-                shutil.copy2(source, target)
-            except OSError as error:  # copytree would go on, and tell of each file
-                raise Problem(f"{source} cannot be copied: {error.strerror or error}") from error
+            copy_patiently(source, target, tell, go_on)
             if os.path.getsize(target) != sizes[source]:
                 raise Problem(f"{source} has changed since the patch began")
             before = done * 10 // need
@@ -2375,48 +2534,106 @@ class Patch:
             if done * 10 // need > before:
                 tell(f"{done * 100 // need} % of {need:,} bytes")
 
-        shutil.copytree(self.old, unready, symlinks=True, ignore=ignore, copy_function=copy)
+        shutil.copytree(
+            str(self.old), str(unready), symlinks=True, ignore=left_out, copy_function=copy
+        )
 
-    def _sizes(self):
-        """The paths of what is copied of the old batch, and how many bytes each of them has."""
+    def _sizes(self) -> Dict[str, int]:
+        """Return the paths of what is copied of the old batch, and the bytes of each of them."""
         return {
             str(path): path.lstat().st_size
             for path in self.old.rglob("*")
             if self._gone.isdisjoint([path, *path.parents])
-            and not path.name.lower().endswith((".tif", ".tiff", "_1.xml"))
+            and not path.name.lower().endswith((".tif", ".tiff"))
         }
 
 
-def removals(instructions):
-    """The keys of the issues that are to go, each with the line that says so. Raises Problem."""
-    lines = {}
-    for number, line in enumerate(instructions.splitlines(), 1):
+def validated_twin(path: Path) -> Path:
+    """Return where the validated copy of a METS file is, if there is one: `x_1.xml` for `x.xml`."""
+    return path.with_name(f"{path.stem}_1{path.suffix}")
+
+
+def copy_patiently(
+    source: str, target: str, tell: Callable[[str], None], go_on: Callable[[], None]
+) -> None:
+    """Copy a file, safely to disk, in at most COPY_ATTEMPTS attempts, a second apart.
+
+    `tell` is told of each that fails, but for the last; `go_on` is called before each, and may
+    raise. Raises Problem if all fail, which, unlike an OSError, keeps copytree from going on to the
+    next file.
+    """
+    for attempt in range(1, COPY_ATTEMPTS + 1):
+        go_on()
+        try:
+            shutil.copy2(source, target)
+            sync(target)
+            return
+        except OSError as error:
+            failure = f"{source} cannot be copied: {error.strerror or error}"
+            if attempt == COPY_ATTEMPTS:
+                raise Problem(failure) from error
+        tell(f"{failure}; trying again")
+        time.sleep(1)
+
+
+def read_instructions(path: Path) -> Dict[str, str]:
+    """Read a file of instructions, a line `RemoveIssue LCCN/YYYYMMDDEE` each, blank ones apart.
+
+    Return the keys of the issues that are to go, each with the line that says so, for messages.
+    Raises Problem, OSError.
+    """
+    removals = {}
+    for number, line in enumerate(path.read_text("utf-8-sig", "replace").splitlines(), 1):
         word, _, key = " ".join(line.split()).partition(" ")
         if word == "RemoveIssue":
-            lines[plain_key(key)] = f"line {number}: {line.strip()!r}"
+            removals[plain_key(key)] = f"line {number}: {line.strip()!r}"
         elif word:
             raise Problem(
                 f"line {number}: {word!r} is not an instruction; RemoveIssue is the only one"
             )
-    if not lines:
+    if not removals:
         raise Problem("there is no instruction to remove an issue")
-    return lines
+    return removals
 
 
-def issue_keys(issue, path):
-    """The keys that may name an issue in batch.xml: by its edition, and by its file's folder."""
+def issue_keys(issue: ET.Element, path: Path) -> Set[str]:
+    """Return the keys that may name an issue in batch.xml: by its edition, or its folder."""
     lccn, date, edition = (issue.get(name, "") for name in ("lccn", "issueDate", "editionOrder"))
     return {plain_key(f"{lccn}/{date}{edition:0>2}"), plain_key(f"{lccn}/{path.parent.name}")}
 
 
-def plain_key(key):
-    """An issue's key without the dashes and underscores that do not count."""
+def plain_key(key: str) -> str:
+    """Return an issue's key without the dashes and underscores that do not count."""
     return re.sub("[-_]", "", key)
 
 
-def sync(path):
-    """Puts a file, or what has been made or renamed in a folder, safely on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+def remove_issues(words: List[str]) -> int:
+    """Make a batch from another without some issues, without ONI; return the exit status.
+
+    `words` are the old batch's folder, the new one's, and the keys of the issues that are to go.
+    """
+    if len(words) < 3:
+        complain("--remove-issues needs FOLDER NEWFOLDER LCCN/YYYYMMDDEE…")
+        return 2
+    old, new = (Path(os.path.abspath(word)) for word in words[:2])
+    try:
+        if new == old or old in new.parents:
+            raise Problem(f"{new} lies in {old}; name a folder outside of it")
+        patch = Patch(old, {plain_key(key): repr(key) for key in words[2:]})
+        if patch.is_made(new):
+            print(f"nothing to do: {new} is there already, and is what this makes")
+            return 0
+        patch.make(new, print)
+    except (Problem, OSError) as problem:
+        complain(problem)
+        return 1
+    print(f"{new} is whole")
+    return 0
+
+
+def sync(path: Union[str, Path]) -> None:
+    """Put a file, or what has been made or renamed in a folder, safely on disk."""
+    descriptor = os.open(str(path), os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -2774,7 +2991,7 @@ class Site:
 
     def _count(self, name: str, folder: str) -> Dict[str, Any]:
         parts = cores()
-        questions = [["study_part", folder, part, parts] for part in range(parts)]
+        questions = [["study_part", name, folder, part, parts] for part in range(parts)]
         found = self.oni.study(questions, CHECK_SECONDS, lambda part, news: None, lambda: None)
         facts = files_of(found)
         self.keep_files({name: Files(**facts)})
@@ -2790,9 +3007,12 @@ class Site:
 
     def _ask_health(self) -> Dict[str, Any]:
         try:
-            return {"answers": True, **self.oni.ask("answer_health")}
+            health = {"answers": True, **self.oni.ask("answer_health")}
         except Problem as problem:
             return {"answers": False, "problem": str(problem)}
+        if "solr_problem" in health:
+            health["problem"] = f"Solr is down: {health['solr_problem']}"
+        return health
 
     def _ask_progress(self, name: str, _job_id: int) -> Dict[str, Any]:
         """Return how far a load is; an answer about an earlier job on the batch is none of it."""
@@ -2809,14 +3029,18 @@ class Site:
         }
 
     def check(
-        self, name: str, progress: Callable[[int, int], None], go_on: Callable[[], None]
+        self,
+        name: str,
+        progress: Callable[[int, int], None],
+        go_on: Callable[[], None],
+        folder: str = "",
     ) -> Check:
         """Return what would go wrong with a load of a batch. Raises Problem.
 
-        `progress` is told of issues done and issues in all; what `go_on`, which is called each
+        `folder` is where its files are for now, if not under its name in BATCH_SOURCE. `progress` is told of issues done and issues in all; what `go_on`, which is called each
         second, raises, ends the check.
         """
-        folder = str(self.folder(name))
+        folder = folder or str(self.folder(name))
         parts = cores()
         done = [0] * parts
 
@@ -2824,7 +3048,7 @@ class Site:
             done[part] = news["done"]
             progress(sum(done), news["of"])
 
-        questions = [["study_rehearsal", folder, part, parts] for part in range(parts)]
+        questions = [["study_rehearsal", name, folder, part, parts] for part in range(parts)]
         found = Check(self.oni.study(questions, CHECK_SECONDS, hear, go_on))
         if not found.faults:
             self.keep_files({name: found.files})
@@ -3875,7 +4099,7 @@ class BatchPatch(Kind):
         if not self.site.oni.ask("answer_holds", self.old):
             raise Problem("batch does not exist")
         self.site.oni.ask("answer_listing", str(self.source))
-        return in_time(lambda: Patch(self.source, given))
+        return in_time(lambda: Patch(self.source, read_instructions(given)))
 
     def bring(self, work):
         patch = self._possible_patch(work.input)
@@ -3884,11 +4108,17 @@ class BatchPatch(Kind):
                 f"nothing to do: {self.target} is there already, and is what this patch makes"
             )
         else:
-            patch.make(self.target, work.note, work.go_on)
+            patch.make(self.target, work.note, work.go_on, lambda made: self._rehearse(made, work))
             work.note(f"{self.target} is whole")
 
+    def _rehearse(self, made: Path, work: "Work") -> None:
+        """Raise Problem unless ONI could load the new batch, which is in the folder `made`."""
+        found = self.site.check(self.new, lambda done, of: None, work.go_on, str(made))
+        if found.faults:
+            raise Problem(f"{self.new} was not made, since it has {found.summary}")
+
     def verify(self, work):
-        if not Patch(self.source, work.input).is_made(self.target):
+        if not Patch(self.source, read_instructions(work.input)).is_made(self.target):
             raise Problem(f"{self.target} is not there")
 
     def remains(self, work):
@@ -4003,7 +4233,7 @@ class JobQueue:
                 if not job.finished:
                     self._perform(job)
         except Stopping:
-            log.info("what manage.py had begun is taken up by the next agent")
+            log.debug("the next agent takes up what manage.py had begun")
         except BaseException:
             log.critical("the worker cannot go on, and the agent ends", exc_info=True)
             os._exit(70)
@@ -4887,7 +5117,8 @@ def cmd_job_retry(request: Request, id: str) -> Answer:
     """,
 )
 def cmd_list_batches(request: Request) -> Answer:
-    return Answer({"batches": [batch_object(state) for state in request.agent.site.batch_list.get()]})
+    states = request.agent.site.batch_list.get()
+    return Answer({"batches": [batch_object(state) for state in states]})
 
 
 @command(
@@ -5165,10 +5396,6 @@ def retry_row(id: int) -> Row:
     return Row(f"It does job {id} again.")
 
 
-def look_row(look: Dict[str, Any]) -> Row:
-    return Row(f"{'✓' if look['well'] else '✗'} {look['name']}: {look['found']}")
-
-
 def trouble_row(trouble: Dict[str, str]) -> Row:
     return Row(trouble["seen"], f"{trouble['meaning']}. {trouble['remedy']}.")
 
@@ -5231,6 +5458,11 @@ def job_progress(job: Dict[str, Any]) -> str:
 def bar(done: int, wanted: int) -> str:
     """Return a bar, full when as much is done as is wanted."""
     return f"[{'#' * (20 * min(done, wanted) // wanted):.<20}]"
+
+
+def look_row(look: Dict[str, Any]) -> Row:
+    """Return a look of `check` at one thing."""
+    return Row(f"{'✓' if look['well'] else '✗'} {look['name']}: {look['found']}")
 
 
 SHOWN: Dict[str, Callable[[Any], Row]] = {  # what stands for the value of a key, or each of a list
@@ -5675,7 +5907,7 @@ def serve(agent, host_key, listener, stop):
         if ready:
             accept(agent, host_key, listener)
         drop_idle(len(alive(Connection)) - MAX_CONNECTIONS)
-    log.info("stopping on %s; manage.py goes on", signal_name(stop.recv(1)[0]))
+    log.info("stopping on %s", signal_name(stop.recv(1)[0]))
     agent.queue.stopping.set()
     listener.close()
     wait_for_answers(STOP_SECONDS)
@@ -5790,61 +6022,331 @@ def key_is_authorized(path, key, host):
     return False
 
 
+# ---------------------------------------------------------------- as the site's user
+
+
+class Account(NamedTuple):
+    """A user as whom the agent may run; one without an entry in passwd has its number as name."""
+
+    name: str
+    uid: int
+    gid: int
+    home: str
+
+
+def account_of(folder: Path) -> Account:
+    """Return the account of a folder's owner. Raises OSError."""
+    status = folder.stat()
+    try:
+        entry = pwd.getpwuid(status.st_uid)
+    except KeyError:
+        return Account(str(status.st_uid), status.st_uid, status.st_gid, "/")
+    return Account(entry.pw_name, entry.pw_uid, entry.pw_gid, entry.pw_dir)
+
+
+def owner_among(folders: Iterable[Path]) -> Optional[Account]:
+    """Return the account of the first folder that is there and not root's; None if none is."""
+    for folder in folders:
+        with contextlib.suppress(OSError):  # it is not there, or behind a dangling link
+            account = account_of(folder)
+            if account.uid:
+                return account
+    return None
+
+
+def site_account(location: Path) -> Optional[Account]:
+    """Return the user that the ONI site in `location` runs as; None if root is to stay who it is.
+
+    That is also the answer for whoever is not root. The site's user owns the word coordinates, or
+    the cache, which the web server writes, too: the website breaks if those become root's.
+    """
+    if os.geteuid():
+        return None
+    storage = Path(os.environ.get("ONI_STORAGE_PATH") or location / "data")
+    coordinates = storage / "word_coordinates"
+    owner = owner_among([coordinates])
+    if owner:
+        return owner
+    tree = [storage, location / "log", location]
+    somebody = owner_among(tree)
+    if coordinates.exists() and not somebody:
+        return None  # all is root's
+    return owner_among(shared_folders(location, somebody)) or owner_among(tree[:2])
+
+
+def shared_folders(location: Path, account: Optional[Account]) -> List[Path]:
+    """Return the folders that the website writes, as ONI's settings say; [] if ONI does not answer.
+
+    ONI is asked as `account`, by a process of its own: what ONI writes meanwhile, such as a log, is
+    not root's then.
+    """
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        with contextlib.suppress(BaseException):  # then there is no answer
+            if account:
+                become(account)
+            oni = OpenONI(location, os.environ)
+            folders = oni.ask("answer_folders", within=PATIENT_SECONDS)
+            shared = [str(location / folder) for folder, is_shared in folders.values() if is_shared]
+            os.write(writer, json.dumps(shared).encode())
+            oni.close()
+        os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as answer:
+        said = answer.read()
+    os.waitpid(child, 0)
+    return [Path(folder) for folder in json.loads(said or "[]")]
+
+
+def become(account: Account) -> None:
+    """Turn this process, which is root's, into one of another user's, for good.
+
+    manage.py and ON_FINISH then get that user's HOME and USER. Raises Problem.
+    """
+    try:
+        if account.name.isdigit():
+            os.setgroups([])
+        else:
+            os.initgroups(account.name, account.gid)
+        os.setresgid(account.gid, account.gid, account.gid)
+        os.setresuid(account.uid, account.uid, account.uid)
+    except OSError as error:
+        raise Problem(
+            f"the agent was started as root, and cannot become {account.name}, as whom the site"
+            f" runs ({error.strerror}): start it as {account.name}"
+        ) from error
+    os.environ.update(HOME=account.home, USER=account.name, LOGNAME=account.name)
+
+
+def hand_over(folder: Path, account: Account) -> None:
+    """Give a state folder that is not `account`'s to it, and all that it holds. Raises Problem.
+
+    Links are not followed: what is in the folder may be somebody else's work.
+    """
+    if folder.stat().st_uid == account.uid:
+        return
+    if not is_an_agents(folder):
+        raise Problem(
+            f"STATE_DIRECTORY is {folder}, which holds other things than an agent's: name a folder"
+            " of the agent's own"
+        )
+    for _, _, files, descriptor in os.fwalk(str(folder)):
+        for name in files:
+            os.chown(name, account.uid, account.gid, dir_fd=descriptor, follow_symlinks=False)
+        os.chown(descriptor, account.uid, account.gid)
+
+
 # ---------------------------------------------------------------- is all well?
 
+LITTLE_DISK = 100 * 2**20  # bytes; a folder whose disk has less is not well
 
-def looked(name, advice, look, *about):
-    """Takes a look: whether all is well there, and what to say."""
+
+class Look(NamedTuple):
+    """What came of a look at one thing: whether it is well, and a sentence about it."""
+
+    name: str
+    well: bool
+    found: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.found}"
+
+
+def look_at(name: str, advice: str, look: Callable[..., object], *about: Any) -> Look:
+    """Call the function `look` with `about`, and return what it finds as a Look.
+
+    If it raises, whatever that is, the thing is not well, and `advice` says what to do.
+    """
     try:
-        return True, f"{name}: {look(*about)}"
-    except Exception as problem:  # whatever it is, the other looks are taken
-        return False, f"{name}: {problem}; {advice}"
+        return Look(name, True, str(look(*about)))
+    except Exception as problem:
+        return Look(name, False, f"{problem}; {advice}")
 
 
-def looks_at_oni(oni):
-    """Looks at Open ONI: whether it answers, and where loads write."""
-    check = lambda: oni.ask("answer_check", within=PATIENT_SECONDS)
-    yield looked("manage.py check", "run it by hand, as the agent's user", check)
+def looks_at_oni(oni: OpenONI, within: float) -> Iterator[Look]:
+    """Look at Open ONI: whether it answers, each question in so many seconds; where loads write."""
+    advice = "run it by hand, as the agent's user"
+    yield look_at("manage.py check", advice, lambda: oni.ask("answer_check", within=within))
     try:
-        seen = oni.ask("answer_places", within=PATIENT_SECONDS)
-        batches, places = seen["batches"], seen["places"]
+        batches = oni.ask("answer_batch_count", within=within)
+        folders = oni.ask("answer_folders", within=within)
     except (Problem, OSError) as problem:
-        yield False, f"database: {problem}; see ONI's database settings"
+        yield Look("database", False, f"{problem}; see ONI's database settings")
         return
-    yield True, f"database: {batches} batches"
+    yield Look("database", True, f"{batches} batches")
     advice = "see ONI's SOLR_BASE_URL; loads and purges will fail"
-    yield looked("Solr", advice, lambda: f"{oni.ask('answer_documents')} pages")
-    advice = "run the agent as the site's user; under systemd, name it in ReadWritePaths="
-    for name, (folder, is_shared) in places.items():
-        yield looked(f"ONI's {name}", advice, writable, oni.location / folder, is_shared)
+    yield look_at("Solr", advice, lambda: f"{oni.ask('answer_documents', within=within)} pages")
+    advice = "load Open ONI's own fixtures (manage.py loaddata languages countries awardees)"
+    tables = lambda: filled(oni.ask("answer_tables", within=within))
+    yield look_at("look-up tables", advice, tables)
+    for name, (folder, is_shared) in folders.items():
+        yield look_at(
+            f"ONI's {name}", "loads will fail", writable, oni.location / folder, is_shared
+        )
 
 
-def writable(folder, is_shared=False):
-    """Tries to write to a folder, through links.
+def filled(tables: Dict[str, int]) -> str:
+    """Say how many rows each table has. Raises Problem if one is empty."""
+    empty = [name for name, rows in tables.items() if not rows]
+    if empty:
+        raise Problem(f"there are no {' and no '.join(empty)}, and loads will fail")
+    return ", ".join(f"{rows} {name}" for name, rows in tables.items())
+
+
+def writable(folder: Path, is_shared: bool = False) -> str:
+    """Try to write to a folder, through links, and say where that is, whose, and its free space.
 
     One that is shared with the website may be yet to be made, and must not be another user's.
+    Raises Problem.
     """
     place = folder.resolve()
     if is_shared:
         if place.exists() and place.stat().st_uid != os.geteuid():
             raise Problem(
-                f"{place} belongs to user {place.owner()}, as whom the agent does not run: what it"
-                " writes there the website could not use"
+                f"{place} belongs to user {user_name(place.stat().st_uid)}, as whom the agent does"
+                " not run: what it writes there the website could not use; run the agent as that"
+                " user"
             )
         place = nearest_folder(place)
-    tempfile.TemporaryFile(dir=place).close()
-    return f"{place} can be written"
+    try:
+        tempfile.TemporaryFile(dir=str(place)).close()
+        status = place.stat()
+    except OSError as error:
+        raise Problem(f"{place}: {error.strerror or error}{what_to_open(error, place)}") from error
+    free = shutil.disk_usage(str(place)).free
+    if free < LITTLE_DISK:
+        raise Problem(f"{place} has {free >> 20} MiB free; make room")
+    return f"{place} can be written, {user_name(status.st_uid)}'s, {free / 2**30:.1f} GiB free"
 
 
-def looks_at_all(settings):
-    """Looks at all that an agent needs, before one runs."""
+def what_to_open(error: OSError, place: Path) -> str:
+    """Say what an administrator can do about a folder that could not be written to."""
+    if error.errno == errno.EROFS:
+        return " (under systemd, name it in ReadWritePaths=)"
+    if error.errno == errno.EACCES:
+        with contextlib.suppress(OSError):
+            owner = user_name(place.stat().st_uid)
+            return f" ({place} is {owner}'s, and the agent runs as {user_name(os.geteuid())})"
+    return ""
 
-    def state():
+
+def look_at_visitors(settings: Settings) -> Look:
+    """Look at who may connect."""
+    name = "who may connect"
+    keys = f"who has a key of {settings.authorized_keys}" if settings.authorized_keys else ""
+    hosts = f"from {', '.join(map(str, settings.allow_from))}" if settings.allow_from else ""
+    if not settings.admits_everybody:
+        return Look(name, True, " ".join(filter(None, [keys, hosts])))
+    host, port = settings.ba_bind
+    if is_own_address(host):
+        return Look(name, True, "whoever is on this host")
+    found = f"whoever reaches port {port} of this host may load and purge"
+    advice = "set ALLOW_FROM or AUTHORIZED_KEYS (in an EnvironmentFile= without `export`)"
+    return Look(name, False, f"{found}; {advice}")
+
+
+def is_own_address(host: str) -> bool:
+    """Tell whether only this host itself can reach what listens on an address of its."""
+    try:
+        found = socket.getaddrinfo(host, None) if host else []
+    except OSError:
+        return False
+    return bool(found) and all(host_of(address[4]).is_loopback for address in found)
+
+
+def look_at_source(settings: Settings) -> Look:
+    """Look at the folder of the batches."""
+    count = lambda: f"{len(in_time(lambda: os.listdir(str(settings.batch_source))))} entries"
+    return look_at("batch source", f"let {user_name(os.geteuid())} read it", count)
+
+
+def look_at_algorithms() -> Look:
+    """Look at what can be offered to SSH clients, of each kind of algorithm."""
+
+    def offered() -> str:
+        kinds = {
+            "key exchange": paramiko.Transport._preferred_kex,
+            "ciphers": paramiko.Transport._preferred_ciphers,
+            "MACs": paramiko.Transport._preferred_macs,
+        }
+        for kind, names in kinds.items():
+            if not ALGORITHMS.intersection(names):
+                raise Problem(f"this host's cryptography leaves no {kind} to offer")
+        return ", ".join(sorted(ALGORITHMS.intersection(kinds["key exchange"])))
+
+    return look_at("algorithms", "no client could connect; see the host's FIPS settings", offered)
+
+
+def look_at_user() -> Look:
+    """Say as whom the agent runs, and how it is confined, as the kernel tells it."""
+    groups = ", ".join(str(group) for group in sorted({os.getegid(), *os.getgroups()}))
+    found = f"{user_name(os.geteuid())} (groups {groups})"
+    try:
+        status = Path("/proc/self/status").read_text()
+        fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+    except OSError:
+        return Look("user and sandbox", True, found)
+    if fields.get("NoNewPrivs") == "1":
+        found += ", no new privileges"
+    if fields.get("Seccomp") == "2":
+        found += ", system calls filtered"
+    if not int(fields.get("CapEff", "1"), 16):
+        found += ", no capabilities"
+    if os.statvfs("/").f_flag & os.ST_RDONLY:
+        found += ", read-only root"
+    return Look("user and sandbox", True, found)
+
+
+def look_at_last_job(agent: Agent) -> Look:
+    """Say what became of the job that ended last; it may have failed, and all be well here."""
+    ended = agent.queue.ended()
+    if not ended:
+        return Look("last job", True, "none has ended")
+    job = ended[0]
+    when = timestamp(job.ended)[:19] + "Z"
+    return Look("last job", True, f"{job.id}, {shlex.join(job.words)}: {job.status} at {when}")
+
+
+def looks_inside(agent: Agent) -> Iterator[Look]:
+    """Look at all that a running agent needs, as its own user and from inside its sandbox."""
+    yield look_at_user()
+    yield look_at_visitors(agent.settings)
+    yield look_at_algorithms()
+    yield look_at("state folder", "", writable, agent.settings.state_directory)
+    yield look_at_source(agent.settings)
+    yield from looks_at_oni(agent.site.oni, ANSWER_SECONDS)
+    yield look_at_last_job(agent)
+
+
+@command(
+    usage="check",
+    help="Looks at all that the agent needs; the exit status is 1 if something is not well.",
+    misuse='"check" takes no arguments',
+    example="""
+    $ ssh oni check                  a line for each look, with ✓ or ✗
+    $ ssh -T oni check | jq .looks   the same for a program; monitoring reads the exit status
+    """,
+)
+def cmd_check(request: Request) -> Answer:
+    looks = list(looks_inside(request.agent))
+    wrong = [look.name for look in looks if not look.well]
+    message = f"not well: {', '.join(wrong)}" if wrong else "All is well"
+    return Answer(
+        {"message": message, "looks": [look._asdict() for look in looks]},
+        exit_status=int(bool(wrong)),
+    )
+
+
+def looks_from_outside(settings: Settings, account: Optional[Account]) -> Iterator[Look]:
+    """Look at all that an agent needs, before one runs; as `account`, if this is root."""
+
+    def state() -> str:
         if (settings.state_directory / "jobs.db").exists():
             return f"{len(JobStore(settings.state_directory).jobs())} jobs"
         return writable(nearest_folder(settings.state_directory))
 
-    def host_key():
+    def host_key() -> str:
         key = load_host_key(settings.host_key_file)
         if key:
             return fingerprint(key)
@@ -5852,32 +6354,35 @@ def looks_at_all(settings):
             return "will be made"
         return writable(settings.host_key_file.parent)
 
-    def address():
+    def address() -> str:
         with listen(*settings.ba_bind) as listener:
             return show_address(listener.getsockname())
 
-    def source():
-        return f"{len(in_time(lambda: os.listdir(settings.batch_source)))} entries"
-
-    yield looked("state folder", "if an agent is at work there, ask that instead", state)
-    yield looked("host key", "see HOST_KEY_FILE", host_key)
-    yield looked("address", "set BA_BIND to a free port", address)
-    yield looked("batch source", "let the agent's user read it", source)
+    yield look_at("state folder", "if an agent is at work there, ask that instead", state)
+    yield look_at("host key", "see HOST_KEY_FILE", host_key)
+    yield look_at("address", "set BA_BIND to a free port", address)
+    yield look_at_visitors(settings)
+    yield look_at_algorithms()
+    if account:
+        become(account)
+    yield look_at_user()
+    yield look_at_source(settings)
     oni = OpenONI(settings.oni_location, os.environ)
-    yield from looks_at_oni(oni)
+    yield from looks_at_oni(oni, PATIENT_SECONDS)
     oni.close()
 
 
-def look_once(oni):
-    """Says in the log how Open ONI is; one that does not answer is no reason not to serve."""
-    for well, text in looks_at_oni(oni):
-        tell = log.info if well else log.warning
-        tell("Open ONI in %s: %s", oni.location, text)
+def look_once(oni: OpenONI) -> None:
+    """Say in the log how Open ONI is; one that does not answer is no reason not to serve."""
+    for look in looks_at_oni(oni, PATIENT_SECONDS):
+        tell = log.info if look.well else log.warning
+        tell("Open ONI in %s: %s", oni.location, look)
 
 
-def check_all():
-    """Prints how all is that the agent needs, a line each; the exit status is 1 if not well."""
-    sys.stdout.reconfigure(errors="replace")  # not every terminal has a check mark
+def check_all() -> int:
+    """Print how all is that the agent needs, a line each; return 1 if something is not well."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # not every terminal has a check mark
     try:
         settings = Settings(os.environ)
     except Problem as problem:
@@ -5886,9 +6391,9 @@ def check_all():
         return 1
     print("✓ settings")
     exit_status = 0
-    for well, text in looks_at_all(settings):
-        print("✓" if well else "✗", text)
-        if not well:
+    for look in looks_from_outside(settings, site_account(settings.oni_location)):
+        print("✓" if look.well else "✗", look)
+        if not look.well:
             exit_status = 1
     return exit_status
 
@@ -5899,13 +6404,13 @@ def check_all():
 class JournalFormatter(logging.Formatter):
     """A log line as the journal takes it (sd-daemon(3)): a priority in front, and no time."""
 
-    def format(self, record):
+    def format(self, record: logging.LogRecord) -> str:
         priority = {"DEBUG": 7, "INFO": 6, "WARNING": 4}.get(record.levelname, 3)
         return re.sub("(?m)^", f"<{priority}>", super().format(record))
 
 
-def set_up_logging(level):
-    """The log goes to stderr, with priorities where that is systemd's journal."""
+def set_up_logging(level: str) -> None:
+    """Send the log to stderr, with priorities where that is systemd's journal."""
     others = "DEBUG" if level == "DEBUG" else "CRITICAL"  # paramiko, that is
     logging.basicConfig(level=others, format="%(asctime)s %(levelname)s %(message)s")
     log.setLevel(level)
@@ -5913,55 +6418,67 @@ def set_up_logging(level):
         logging.root.handlers[0].setFormatter(JournalFormatter())
 
 
-def tell_systemd(state):
-    """Says how the service is (sd_notify(3)), where systemd wants to know."""
-    with contextlib.suppress(KeyError, OSError):
-        address = re.sub("^@", "\0", os.environ["NOTIFY_SOCKET"])
+def tell_systemd(state: str) -> None:
+    """Say how the service is (sd_notify(3)), where systemd wants to know."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    with contextlib.suppress(OSError):
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-            notify.sendto(state.encode(), address)
+            notify.sendto(state.encode(), re.sub("^@", "\0", address))
 
 
 ASIDE = futures.ThreadPoolExecutor(8)  # for what nobody waits for
+MAX_VARIABLE = 2048  # bytes of the error that ON_FINISH is told: the kernel bounds an environment
 
 
-def run_on_finish(program, job, log_path, environ):
-    """Runs ON_FINISH for a job that has ended; what becomes of it is only logged."""
+def run_on_finish(program: Path, job: Job, log_path: Path, environ: Mapping[str, str]) -> None:
+    """Run ON_FINISH for a job that has ended; what becomes of it is only logged.
+
+    After HOOK_SECONDS it is killed with what it has started, but for what has made a session of its
+    own (setsid), which goes on.
+    """
+    error = job.error.replace("\0", "").encode()[:MAX_VARIABLE].decode("utf-8", "ignore")
     environment = {
         **environ,
         "ONI_JOB_ID": str(job.id),
         "ONI_JOB_COMMAND": shlex.join(job.words),
         "ONI_JOB_STATUS": job.status,
-        "ONI_JOB_ERROR": job.error.replace("\0", ""),
+        "ONI_JOB_ERROR": error,
         "ONI_JOB_LOG": str(log_path),
     }
     try:
         status = subprocess.run(
             # timeout(1) ends it even if the agent goes.
-            ["timeout", "-s", "KILL", str(HOOK_SECONDS), program],
+            ["timeout", "-s", "KILL", str(HOOK_SECONDS), str(program)],
             env=environment,
             start_new_session=True,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
         ).returncode
-        if status == -signal.SIGKILL:
-            status = f"none within {HOOK_SECONDS} s, and was killed"
-        if status:
-            log.error("job=%d ON_FINISH failed: exit status %s", job.id, status)
-    except OSError as error:
-        log.error("job=%d ON_FINISH failed: %s", job.id, error)
+    except OSError as failure:
+        log.error("job=%d ON_FINISH failed: %s", job.id, failure)
+        return
+    if status == -signal.SIGKILL:
+        log.error("job=%d ON_FINISH was killed after %d s", job.id, HOOK_SECONDS)
+    elif status:
+        log.error("job=%d ON_FINISH failed: exit status %d", job.id, status)
 
 
-def on_stop(handler):
-    """Sets what is done on SIGTERM and SIGINT, as signal.signal does."""
+Handler = Union[Callable[[int, Any], Any], int, None]
+
+
+def on_stop(handler: Handler) -> None:
+    """Set what is done on SIGTERM and SIGINT, as signal.signal does."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handler)
 
 
-def stop_on_signals():
-    """A socket that can be read once SIGTERM or SIGINT has come; a second one ends the agent."""
+def stop_on_signals() -> socket.socket:
+    """Return a socket that can be read once SIGTERM or SIGINT has come; a second one is the end."""
     reader, writer = socket.socketpair()
 
-    def stop(number, _):
+    def stop(number: int, _frame: Any) -> None:
         on_stop(signal.SIG_DFL)  # such an end is a clean one for systemd
         # No more than that: the signal may have come amid a line of the log.
         writer.send(bytes([number]))
@@ -5970,54 +6487,85 @@ def stop_on_signals():
     return reader
 
 
-def be_init():
-    """As PID 1 of a container: goes on as a child, for which this process buries the orphans."""
+def be_init() -> bool:
+    """As PID 1 of a container, go on as a child, for which this process buries the orphans.
+
+    Return whether it is so: then the agent's end is the end of all that is in the container.
+    """
     if os.getpid() != 1:
-        return
+        return False
     agent = os.fork()
     if not agent:
-        return
-    on_stop(lambda number, _: os.kill(agent, number))
+        return True
+    on_stop(lambda number, _frame: os.kill(agent, number))
     ended = None
     while ended != agent:
         ended, status = os.wait()
-    os._exit(os.waitstatus_to_exitcode(status))
+    os._exit(os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status))
 
 
-def raise_limits():
-    """Lets the agent open as many files as it may: each connection and command needs some."""
+def raise_limits() -> None:
+    """Let the agent open as many files as it may: each connection and command needs some."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with contextlib.suppress(OSError, ValueError):  # as which Python tells of EPERM
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65536), hard))
 
 
-def main():
-    """Runs the agent until it is told to stop; returns its exit status."""
+def main() -> int:
+    """Do what the command line says; return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"ONI Agent {VERSION}")
     parser.add_argument("--check", action="store_true", help="look at all that the agent needs")
-    if parser.parse_args().check:
+    parser.add_argument(
+        "--remove-issues",
+        nargs="+",
+        metavar="WORD",
+        help="FOLDER NEWFOLDER LCCN/YYYYMMDDEE…: make a batch of another one, without these issues;"
+        " no ONI is needed",
+    )
+    options = parser.parse_args()
+    if options.remove_issues:
+        return remove_issues(options.remove_issues)
+    if options.check:
         return check_all()
-    be_init()
-    exit_status = 2  # systemd need not try again
+    is_containers = be_init()
+    try:
+        return run(is_containers)
+    except Problem as problem:
+        complain(*problem.args)
+        return 2 if is_refused_for_good(problem) else 1
+    except OSError as error:  # Scarce, too
+        complain(error)
+        return 2 if is_refused_for_good(error) else 1
+
+
+def run(is_containers: bool) -> int:
+    """Run the agent until it is told to stop; return its exit status.
+
+    `is_containers` says whether a container ends with it. Raises Problem, OSError, if it cannot
+    start.
+    """
     try:
         settings = Settings(os.environ)
         host_key = load_host_key(settings.host_key_file)
-        set_up_logging(settings.log_level)
-        stop = stop_on_signals()
-        raise_limits()
-        exit_status = 1  # what fails from here on may go well the next time
-        agent = build(settings)
-        host_key = host_key or make_host_key(settings.host_key_file)
-        listener = listen(*settings.ba_bind)
     except Problem as problem:
         complain(*problem.args)
-        return exit_status
-    except OSError as error:  # Scarce, too
-        complain(error)
-        return exit_status
+        return 2  # systemd need not try again: somebody has to change something
+    set_up_logging(settings.log_level)
+    stop = stop_on_signals()
+    raise_limits()
+    account = site_account(settings.oni_location)
+    # What may be root's alone is taken before it becomes the site's user.
+    listener = listen(*settings.ba_bind)
+    settings.state_directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if account:
+        if not host_key and settings.host_key_file.parent != settings.state_directory:
+            host_key = make_host_key(settings.host_key_file)
+        settings = as_site_user(settings, account)
+    agent = build(settings)
+    host_key = host_key or make_host_key(settings.host_key_file)
     gc.freeze()  # what is there by now stays, and need not be looked at
     tell_where(settings, listener.getsockname())
     agent.queue.start()
@@ -6025,16 +6573,31 @@ def main():
     tell_systemd("READY=1")
     serve(agent, host_key, listener, stop)
     tell_systemd("STOPPING=1\nSTATUS=")
+    tell_what_goes_on(agent, is_containers)
     return 0
 
 
-def build(settings):
-    """Wires together what commands work on. Raises Problem, OSError."""
+def as_site_user(settings: Settings, account: Account) -> Settings:
+    """Give the state folder to the site's user, become that, and return its settings.
+
+    Raises Problem where that user cannot reach what they name.
+    """
+    hand_over(settings.state_directory, account)
+    become(account)
+    log.info("started as root; goes on as %s, as whom the site runs", account.name)
+    # The key has been read: it may be where only root may look.
+    return Settings(
+        {**os.environ, "STATE_DIRECTORY": str(settings.state_directory), "HOST_KEY_FILE": ""}
+    )
+
+
+def build(settings: Settings) -> Agent:
+    """Wire together what commands work on. Raises Problem, OSError."""
     store = JobStore(settings.state_directory)
     oni = OpenONI(settings.oni_location, os.environ)
     site = Site(settings, oni)
 
-    def ended(job):
+    def ended(job: Job) -> None:
         if settings.on_finish:
             with contextlib.suppress(RuntimeError):  # no thread to be had
                 ASIDE.submit(
@@ -6044,16 +6607,58 @@ def build(settings):
     return Agent(settings, site, store, JobQueue(store, site, ended))
 
 
-def tell_where(settings, address):
-    """Says in the log where the agent listens, and what an administrator should know of that."""
+def tell_where(settings: Settings, address: Any) -> None:
+    """Say in the log where the agent listens, and what an administrator should know of that."""
     shown = show_address(address)
     log.info("listening on %s version=%s state=%s", shown, VERSION, settings.state_directory)
     if settings.db_connection:
         log.info("DB_CONNECTION is set and not needed: Open ONI's own settings are used")
-    if not (settings.allow_from or settings.authorized_keys or host_of(address).is_loopback):
+    if settings.admits_everybody and not host_of(address).is_loopback:
         log.warning(
             "anyone who reaches %s may load and purge: set ALLOW_FROM or AUTHORIZED_KEYS", shown
         )
+    earlier = Path(os.path.expanduser("~/.local/state/oni-agent"))
+    if str(settings.state_directory) == LIBRARY and (earlier / "jobs.db").exists():
+        log.warning("the jobs of an earlier agent are in %s, and this one has its own", earlier)
+
+
+def tell_what_goes_on(agent: Agent, is_containers: bool) -> None:
+    """Say in the log what becomes of the manage.py at work, if there is one, as the agent stops.
+
+    systemd's signal reaches it, too, unless the unit has KillMode=process: so it is given a moment
+    to end, and is then looked at.
+    """
+    for job in agent.queue.jobs():
+        if job.status != STARTED:
+            continue
+        if is_containers:
+            log.warning("job=%d ends with the container; the next agent begins it anew", job.id)
+        elif goes_on(agent.store.folder / "run.lock"):
+            log.info("job=%d its manage.py goes on, and the next agent takes it over", job.id)
+        else:
+            log.warning(
+                "job=%d its manage.py has ended, too, and the next agent begins the job anew; with"
+                " KillMode=process in the unit it would go on",
+                job.id,
+            )
+
+
+def goes_on(lock: Path) -> bool:
+    """Tell whether manage.py holds its lock, also after a moment if systemd has ended the agent."""
+    until = time.monotonic()
+    if "INVOCATION_ID" in os.environ:
+        until += STOP_SECONDS / 2
+    while True:
+        try:
+            locked(lock).close()
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                return True
+        except OSError:
+            return False
+        else:
+            return False
+        time.sleep(TICK)
 
 
 if __name__ == "__main__":
