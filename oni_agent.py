@@ -3546,6 +3546,17 @@ def escaped(character: str) -> str:
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
+# What moves a terminal's cursor, changes its colours, or turns the order of what is shown.
+CONTROLS = re.compile(
+    "[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
+)
+
+
+def harmless(line: str) -> str:
+    """Return a line of a log with its control characters written out, but for the tabs."""
+    return CONTROLS.sub(lambda found: escaped(found[0]), line)
+
+
 def wrapped(text: str, width: int, indent: str = "") -> List[str]:
     """Return a text as lines, none of more than `width` characters, the first one indented.
 

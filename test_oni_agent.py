@@ -8191,6 +8191,10 @@ def test_a_line_of_a_log_is_plain_text_for_a_person(line, shown):
     assert oni_agent.log_line(line) == shown
 
 
+def test_a_line_of_a_log_keeps_its_tabs_for_a_program():
+    assert oni_agent.harmless("a\té\x1b\x9b\u202e") == "a\té\\x1b\\x9b\\u202e"
+
+
 def test_a_text_that_is_too_long_is_cut_in_the_middle_with_a_sign():
     assert oni_agent.shortened("é" * 1000) == "é" * 1000
     cut = oni_agent.shortened(f"first {'é' * 5000} last")
