@@ -3577,17 +3577,6 @@ def coloured(line: str) -> str:
     return f"\x1b[{COLOURS[found[1]]}m{line}\x1b[0m" if found else line
 
 
-# What moves a terminal's cursor, changes its colours, or turns the order of what is shown.
-CONTROLS = re.compile(
-    "[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
-)
-
-
-def harmless(line: str) -> str:
-    """Return a line of a log with its control characters written out, but for the tabs."""
-    return CONTROLS.sub(lambda found: escaped(found[0]), line)
-
-
 def counted(number: Any, one: str, many: str) -> str:
     """Return a number, or a sign for one, with its noun: `1 batch`, `2 batches`."""
     return f"{number} {one if number == 1 else many}"
