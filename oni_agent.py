@@ -57,7 +57,9 @@ import argparse
 import ast
 import base64
 import codecs
+import collections
 import contextlib
+import ctypes
 import difflib
 import errno
 import fcntl
@@ -76,7 +78,7 @@ import pwd
 import queue
 import re
 import resource
-import select
+import selectors
 import shlex
 import shutil
 import signal
@@ -91,13 +93,14 @@ import urllib.parse
 import warnings
 import xml.etree.ElementTree as ET
 import zlib
+from collections import OrderedDict
 from concurrent import futures
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, Iterator, List, Mapping
-from typing import NamedTuple, Optional, Sequence, Set, Tuple, TypeVar, Union
+from typing import IO, TYPE_CHECKING, Any, Callable, Deque, Dict, Generator, Iterable, Iterator
+from typing import List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple, TypeVar, Union
 
 
 def stderr_is_journal() -> bool:
@@ -121,7 +124,19 @@ warnings.filterwarnings("ignore", module="paramiko")
 try:
     import paramiko
     from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+    from paramiko.buffered_pipe import BufferedPipe
+    from paramiko.common import (
+        AUTH_FAILED,
+        AUTH_SUCCESSFUL,
+        MSG_CHANNEL_DATA,
+        MSG_CHANNEL_EXTENDED_DATA,
+        OPEN_FAILED_ADMINISTRATIVELY_PROHIBITED,
+        OPEN_FAILED_RESOURCE_SHORTAGE,
+        OPEN_SUCCEEDED,
+    )
 except ImportError as missing:
     complain(
         f"paramiko is needed, and {sys.executable} cannot import it ({missing}): install"
@@ -135,16 +150,30 @@ log = logging.getLogger("oni_agent")
 
 # ---------------------------------------------------------------- limits
 
+# Of the first four no address may hold more than half of what others leave: see Share.
+MAX_VISITORS = 256  # clients that wait to shake hands, or have not said their version line
+MAX_HANDSHAKES = 8  # at once
 MAX_CONNECTIONS = 640  # beyond it the connection that has been idle longest makes room
-MAX_SESSIONS = 256  # commands at work, in all
+MAX_SESSIONS = 256  # commands at work; those that wait are none
 MAX_CHANNELS = 10  # open at once on one connection, as OpenSSH's MaxSessions
-MAX_PACKET = 256 * 1024  # bytes of one SSH packet, as OpenSSH takes them
+MAX_VERSION_LINE = 255  # bytes (RFC 4253, 4.2)
+MAX_SAID = 4096  # bytes that are taken from a client before it has a connection
+MAX_PACKET = 35000  # bytes of one SSH packet (RFC 4253, 6.1)
+SMALL_WINDOW = 2048  # bytes that a client may send before a command reads them
+READ_WINDOW = 128 * 1024  # bytes that it may be ahead of a command that does
+MAX_COMPLAINTS = 1000  # addresses of which it is remembered that the log has told of them
 MAX_COMMAND = 16 * 1024  # bytes of a command line
 MAX_PAYLOAD = 32 * 1024 * 1024  # bytes on standard input
 MAX_INSTRUCTIONS = 1024 * 1024  # bytes on standard input of a batch-patch
 MAX_ATTEMPTS = 3  # starts of a job that never ended
 IDLE_SECONDS = 30  # without a command at work; NCA never closes a connection itself
 STALL_SECONDS = 60  # without a byte to or from a client that is to send or to read
+STALLED_SECONDS = 1  # the same, after which it makes room for others of its address
+SLOW_SECONDS = 0.3  # after which a handshake keeps no other one waiting
+COMPLAINT_SECONDS = 60  # between two lines in the log about clients of one address
+WATCH_SECONDS = 0.2  # between two looks at the sessions that wait
+GIVE_BACK_SECONDS = 5  # between two times that memory is given back to the system
+MANY_LEFT = 50  # connections that have ended, after which that is worth it
 STOP_SECONDS = 1.5  # for answers under way when the agent is told to stop
 ANSWER_SECONDS = 10  # for Open ONI, or the batches' file system, to answer a command
 PATIENT_SECONDS = 60  # the same, when a job at work asks
@@ -531,6 +560,7 @@ if INSIDE or TYPE_CHECKING:
 
     from core import batch_loader, models, solr_index, title_loader
     from core.batch_loader import BatchLoader, BatchLoaderException
+    from core.ocr_extractor import ocr_extractor
     from core.title_loader import TitleLoader
     from django.conf import settings
     from django.core.management import call_command
@@ -539,6 +569,8 @@ if INSIDE or TYPE_CHECKING:
     from django.db.backends.signals import connection_created
     from django.db.models import Count, Q
     from django.db.utils import DatabaseError, DataError, IntegrityError, InterfaceError
+    from lxml import etree
+    from PIL import Image
 else:
     # The agent itself makes none of the classes below.
     BatchLoader = TitleLoader = HTTPRedirectHandler = object
@@ -1217,13 +1249,12 @@ class Links:
 class PretendedXML:
     """Stands for lxml.etree in ONI's loader: parses below the pretended link."""
 
-    def __init__(self, etree: Any, loader: "Rehearsal") -> None:
-        self._etree = etree
+    def __init__(self, loader: "Rehearsal") -> None:
         self._loader = loader
 
     def parse(self, url: str) -> Any:
         """Parse as ONI's loader does, and have the document say that it came from `url`."""
-        document = self._etree.parse(Links.opened(url))
+        document = etree.parse(Links.opened(url))
         came_from = document.docinfo.URL or ""
         if came_from.startswith("file://" + Links.HERE):
             came_from = "file://%s/%s" % (Links.link, came_from[len("file://" + Links.HERE) :])
@@ -1233,22 +1264,26 @@ class PretendedXML:
 
 
 def pretend(name: str, loader: "Rehearsal") -> None:
-    """Take from this process whatever would let ONI's loader write, for good.
+    """Have ONI's loader find, in the place of all that it writes to, what `loader` has for it."""
+    Links.link = os.path.join(str(settings.BATCH_STORAGE), name)
+    if fields.Model.save is not look_at_values:
+        keep_from_writing()
+    batch_loader.etree = PretendedXML(loader)
+    batch_loader.Title = batch_loader.management = loader.titles
+    batch_loader.Image = loader.images
+    batch_loader.ocr_extractor = loader.extract
+    models.Reel.objects = PretendedReels()
+
+
+def keep_from_writing() -> None:
+    """Take from this process, for good, whatever would let ONI's code write.
 
     Two safeties stand behind the single replacements: no statement but SELECT is sent, and the
     database's session is read-only. So this must only happen in a worker of its own.
     """
-    Links.link = os.path.join(str(settings.BATCH_STORAGE), name)
-    if fields.Model.save is look_at_values:
-        return
     fields.Model.save = look_at_values
-    batch_loader.etree = PretendedXML(batch_loader.etree, loader)
     batch_loader.Batch = PretendedBatches()
-    batch_loader.Title = batch_loader.management = loader.titles
-    batch_loader.Image = loader.images
     batch_loader.set_fulltext_range = lambda: None  # it would write to ONI's cache
-    batch_loader.ocr_extractor = loader.extract
-    models.Reel.objects = PretendedReels()
     remember_title_documents()
     logging.disable(logging.CRITICAL)
     socket.setdefaulttimeout(30)
@@ -1406,11 +1441,9 @@ class PretendedImages:
 class LinkedImages:
     """Stands for PIL.Image in ONI's loader: opens below the pretended link."""
 
-    def __init__(self, image: Any) -> None:
-        self._image = image
-
     def open(self, path: str) -> Any:
-        return self._image.open(Links.opened(path))
+        """Open an image as PIL does."""
+        return Image.open(Links.opened(path))
 
 
 class TitleNeeded(Exception):
@@ -1678,12 +1711,11 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         self.PROCESS_COORDINATES = False  # they would be files
         self.solr = SimpleNamespace(add=lambda document: None, commit=lambda: None)
         self.titles = Titles(counting)
-        self.images = PretendedImages() if counting else LinkedImages(batch_loader.Image)
+        self.images = PretendedImages() if counting else LinkedImages()
         self._tell = tell
         self._part = part
         self._parts = parts
         self._counting = counting
-        self._extract = batch_loader.ocr_extractor
         self._languages: Set[str] = set()
         self.begin_batch()
 
@@ -1935,7 +1967,7 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
 
     def extract(self, url: str) -> Any:
         """Stand for ONI's ocr_extractor: have that read, and warn of a file without a text."""
-        texts, coordinates = self._extract(url)
+        texts, coordinates = ocr_extractor(url)
         if not any(text.strip() for text in texts.values()):
             self.enter_warning(Links.within_batch(url), "this OCR file has no text")
         return texts, coordinates
@@ -3037,8 +3069,9 @@ class Site:
     ) -> Check:
         """Return what would go wrong with a load of a batch. Raises Problem.
 
-        `folder` is where its files are for now, if not under its name in BATCH_SOURCE. `progress` is told of issues done and issues in all; what `go_on`, which is called each
-        second, raises, ends the check.
+        `folder` is where its files are for now, if not under its name in BATCH_SOURCE. `progress`
+        is told of issues done and issues in all; what `go_on`, which is called each second, raises,
+        ends the check.
         """
         folder = folder or str(self.folder(name))
         parts = cores()
@@ -4380,6 +4413,16 @@ class Agent:
 
 
 @dataclass
+class Rest:
+    """What is to come of an answer that is not whole yet, and when: nobody waits on a thread."""
+
+    # Whether there is more; asked a few times a second, so it must be quick and raise nothing.
+    is_due: Callable[[], bool]
+    get: Callable[[], "Answer"]
+    job: Optional[Job] = None  # a person is shown meanwhile how far it is
+
+
+@dataclass
 class Answer:
     """What a command answers: an object, the lines of a log, or both."""
 
@@ -4387,8 +4430,8 @@ class Answer:
     # Lists of lines, as they come. A person is shown them after the object.
     lines: Iterable[List[str]] = ()
     # 0 even for an error, since NCA needs that; job-wait, job-follow and batch-check may set 1.
-    # job-follow sets it when the last of its lines has been read.
     exit_status: int = 0
+    rest: Optional[Rest] = None  # until the answer is whole
 
 
 @dataclass
@@ -4492,8 +4535,21 @@ def find_command(name: str) -> Command:
 
 def answer(line: bytes, client: "Session") -> Answer:
     """Return the answer to a command line, whatever goes wrong. Raises ClientGone alone."""
+    return whatever_goes_wrong(lambda: perform(Request(client.agent, client, split_words(line))))
+
+
+def answer_rest(rest: Rest) -> Answer:
+    """Return what has come of an answer, whatever goes wrong. Raises ClientGone alone."""
+    return whatever_goes_wrong(rest.get)
+
+
+def whatever_goes_wrong(get: Callable[[], Answer]) -> Answer:
+    """Return the answer that `get` returns, or one that says what went wrong."""
     try:
-        return perform(Request(client.agent, client, split_words(line)))
+        reply = get()
+        if reply.keys:
+            reply.keys = {"status": "success", **reply.keys}
+        return reply
     except Refused as refusal:
         return Answer(refusal.keys)
     except Exception as fault:
@@ -4514,12 +4570,9 @@ def perform(request: Request) -> Answer:
         error = f"usage: {found.usage}{one_by_one(found, arguments)}"
         raise Refused(found.misuse, error=error)
     try:
-        reply = found.run(request, *arguments)
+        return found.run(request, *arguments)
     except (Problem, OSError) as problem:
         raise Refused(found.failure.format(*arguments), error=shortened(str(problem)))
-    if reply.keys:
-        reply.keys = {"status": "success", **reply.keys}
-    return reply
 
 
 def one_by_one(command: Command, arguments: List[str]) -> str:
@@ -4959,18 +5012,16 @@ def cmd_job_status(request: Request, id: str) -> Answer:
     """,
 )
 def cmd_job_wait(request: Request, id: str, *more_ids: str) -> Answer:
-    jobs = [request.job(each) for each in (id, *more_ids)]
-    for job in jobs:
-        wait_for_end(request, job)
-    return ends_answer(request.agent, jobs)
+    return when_ended(request.agent, [request.job(each) for each in (id, *more_ids)])
 
 
-def wait_for_end(request: Request, job: Job) -> None:
-    """Wait until a job has ended, and show a person how far it is. Raises ClientGone."""
-    while not request.agent.queue.wait(job):
-        request.client.hear()
-        if request.client.colour:
-            show_progress(job_with_place(request.agent, job), request.client)
+def when_ended(agent: Agent, jobs: List[Job]) -> Answer:
+    """Return the answer about the ends of jobs, which waits for one job after the other."""
+    unfinished = [job for job in jobs if not job.finished]
+    if not unfinished:
+        return ends_answer(agent, jobs)
+    first = unfinished[0]
+    return Answer(rest=Rest(lambda: first.finished, lambda: when_ended(agent, jobs), first))
 
 
 def ends_answer(agent: Agent, jobs: List[Job]) -> Answer:
@@ -5000,19 +5051,28 @@ def ends_answer(agent: Agent, jobs: List[Job]) -> Answer:
 )
 def cmd_job_follow(request: Request, id: str, count: str = "") -> Answer:
     job = request.job(id)
-    skip = lines_to_skip(request, job, count)
-    reader = LogReader(request.agent.store.log(job), skip=skip)
-    followed = Answer()
+    path = request.agent.store.log(job)
+    reader = LogReader(path, skip=lines_to_skip(request, job, count))
 
-    def lines() -> Iterator[List[str]]:
-        while not request.agent.queue.wait(job):
-            request.client.hear()
-            yield from reader.read(False)
-        yield from reader.read(True)
-        followed.exit_status = int(job.status != SUCCESSFUL)
+    def what_has_come() -> Answer:
+        is_over = job.finished  # asked first: what comes before the end is read, too
+        seen = size_of(path)
+        lines = reader.read(is_over)
+        if is_over:
+            return Answer(lines=lines, exit_status=int(job.status != SUCCESSFUL))
+        return Answer(
+            lines=lines, rest=Rest(lambda: job.finished or size_of(path) != seen, what_has_come)
+        )
 
-    followed.lines = lines()
-    return followed
+    return what_has_come()
+
+
+def size_of(path: Path) -> int:
+    """Return the size of a file in bytes; 0 if it is not there."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def lines_to_skip(request: Request, job: Job, count: str) -> int:
@@ -5570,56 +5630,80 @@ def board_lines(keys: Dict[str, Any], width: int, height: int, with_keys: bool) 
     return lines[: height - 1]
 
 
-# The board and the bar: what needs keys and a clock.
-
-
-def show_progress(job: Dict[str, Any], terminal: "Session") -> None:
-    """Show how far a job is on one line, which the next time, or the answer, overwrites."""
-    terminal.send(f"\x1b[K{progress_line(job, terminal.width)}\r")
-
-
-def show_board(terminal: "Session") -> Answer:
-    """Draw the board anew each second, until q or Ctrl-C, and return its newest answer."""
-    terminal.send("\x1b[?1049h\x1b[?25l")  # another screen, and no cursor
-    with_keys = False
-    with contextlib.suppress(ClientGone):  # by Ctrl-C, maybe
-        while True:
-            reply = answer(b"board", terminal)
-            lines = board_lines(reply.keys, terminal.width, terminal.height, with_keys)
-            text = "".join(f"\x1b[K{coloured(line)}\r\n" for line in lines)
-            footer = BOARD_FOOTER[: terminal.width]
-            terminal.send(f"\x1b[H{text}\x1b[J\x1b[{terminal.height}H{footer}")
-            typed = terminal.hear(1)
-            if b"q" in typed or b"\x04" in typed:
-                break
-            if b"?" in typed:
-                with_keys = not with_keys
-    terminal.send("\x1b[?25h\x1b[?1049l")
-    return reply
-
-
 # ---------------------------------------------------------------- SSH server
 
-# To be used, where paramiko has them, in the client's order. Every client of today has one of each.
-ALGORITHMS = {
-    "mlkem768x25519-sha256",
-    "curve25519-sha256",
-    "curve25519-sha256@libssh.org",
-    "aes128-gcm@openssh.com",
-    "aes256-gcm@openssh.com",
+# A client is a Visitor first, which costs no thread, until it has said its version line and there
+# is room to shake hands with it. Then it is a Connection, with a thread of paramiko's. Each command
+# on it is a Session: on a thread while it works, and in the Watcher's hands while it waits.
+
+# What is offered to clients, where paramiko has it. Every client of today has one of each.
+CURVES = ("curve25519-sha256", "curve25519-sha256@libssh.org", "mlkem768x25519-sha256")
+NIST_CURVES = ("ecdh-sha2-nistp256", "ecdh-sha2-nistp384")  # only where those are missing
+CIPHERS = (
     "aes128-ctr",
+    "aes128-gcm@openssh.com",
     "aes192-ctr",
     "aes256-ctr",
-    "hmac-sha2-256-etm@openssh.com",
-    "hmac-sha2-512-etm@openssh.com",
-}
+    "aes256-gcm@openssh.com",
+)
+DIGESTS = ("hmac-sha2-256-etm@openssh.com", "hmac-sha2-512-etm@openssh.com")
+
+GREETING = f"SSH-2.0-ONI_Agent_{VERSION}"
 TRAILER = b"\n\nEND\n"  # ends what comes on standard input; so does its end
 GONE = (ClientGone, OSError, EOFError, paramiko.SSHException)  # what is raised when a client left
 SESSION_NUMBERS = itertools.count(1)
 
+IPAddress = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
+Holder = Union[IPAddress, ipaddress.IPv6Network]
+News = Callable[[], bool]  # whether there is something to go on with; quick, and raises nothing
 
-def load_host_key(path):
-    """The ed25519, ECDSA or RSA key in a file; None if there is no file. Raises Problem."""
+
+@dataclass(frozen=True)
+class Offer:
+    """The names of the algorithms that clients are offered, in the order of their alphabet."""
+
+    kex: List[str]
+    ciphers: List[str]
+    digests: List[str]
+
+    def __str__(self) -> str:
+        return ", ".join(self.kex + self.ciphers + self.digests)
+
+
+def algorithms_to_offer() -> Offer:
+    """Return what clients are offered on this host. Raises Problem if nobody could connect."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        options = paramiko.Transport(ours).get_security_options()
+    wanted = CURVES if has_curve25519() else NIST_CURVES
+    offer = Offer(
+        sorted(set(wanted).intersection(options.kex)),
+        sorted(set(CIPHERS).intersection(options.ciphers)),
+        sorted(set(DIGESTS).intersection(options.digests)),
+    )
+    if not (offer.kex and offer.ciphers and offer.digests):
+        raise Problem(
+            f"paramiko {paramiko.__version__} with cryptography has too few of the algorithms that"
+            f" the agent would offer ({offer or 'none at all'}), so nobody could connect: install"
+            " others of their releases"
+        )
+    return offer
+
+
+def has_curve25519() -> bool:
+    """Return whether this host's cryptography has curve25519; in FIPS mode it has not."""
+    try:
+        X25519PrivateKey.generate()
+    except Exception:  # which one depends on the release, and on OpenSSL
+        return False
+    return True
+
+
+# -- the host key
+
+
+def load_host_key(path: Path) -> Optional[paramiko.PKey]:
+    """Return the ed25519, ECDSA or RSA key in a file; None if there is no file. Raises Problem."""
     if not os.path.lexists(path):
         return None
     try:
@@ -5628,42 +5712,76 @@ def load_host_key(path):
         raise Problem(f"HOST_KEY_FILE is {path}, which cannot be used: {problem}") from problem
     for kind in (paramiko.Ed25519Key, paramiko.ECDSAKey, paramiko.RSAKey):
         with contextlib.suppress(Exception):  # paramiko tells a foreign file in many ways
-            return kind(filename=path)
+            return kind(filename=str(path))
     raise Problem(
         f"HOST_KEY_FILE is {path}, which holds no ed25519, ECDSA or RSA key without a passphrase;"
         " it was left as it is"
     )
 
 
-def make_host_key(path):
-    """A new ed25519 key, written to a file, and its public half beside it. Raises Problem."""
-    private = Ed25519PrivateKey.generate().private_bytes(
+def new_private_key() -> Union[Ed25519PrivateKey, ec.EllipticCurvePrivateKey]:
+    """Return a new ed25519 key; a P-256 key where this host has no ed25519, as in FIPS mode."""
+    try:
+        return Ed25519PrivateKey.generate()
+    except Exception:  # which one depends on the release of cryptography, and on OpenSSL
+        return ec.generate_private_key(ec.SECP256R1())
+
+
+def make_host_key(path: Path) -> paramiko.PKey:
+    """Write a new key to the file `path`, and its public half beside it; return the key.
+
+    A key that has come to be there meanwhile is returned instead. Raises Problem.
+    """
+    private = new_private_key().private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.OpenSSH,
         serialization.NoEncryption(),
     )
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, buffering=0) as file:  # mode 0600
-            file.write(private)
-            sync(file.name)
-            key = paramiko.Ed25519Key(filename=file.name)
-            public = f"{key.get_name()} {key.get_base64()} oni-agent\n"
-            Path(f"{path}.pub").write_text(public)
-            os.link(file.name, path)  # under its name only when whole
-            return key
+        # Its mode is 0600. It gets its name when it is whole, and is gone if that fails.
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            try:
+                file.write(private)
+                file.flush()
+                sync(file.name)
+                move_without_replacing(file.name, path)
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(file.name)
+        key = load_host_key(path)
+        if key is None:
+            raise Problem(f"the HOST_KEY_FILE {path} has vanished as it was made")
+        Path(f"{path}.pub").write_text(f"{key.get_name()} {key.get_base64()} oni-agent\n")
+        return key
     except OSError as error:
         raise Problem(f"the HOST_KEY_FILE {path} cannot be made: {error.strerror}") from error
+
+
+def move_without_replacing(source: str, path: Path) -> None:
+    """Rename a file to `path` unless something is there. Raises OSError.
+
+    A hard link would do that by itself, but not every file system has them. So agents that share
+    the folder take turns, by a lock on it.
+    """
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        if not os.path.lexists(path):
+            os.rename(source, path)
+            os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 # Stands for the lines of a log while the rest of an answer is encoded.
 LINES_HERE = f"lines {os.urandom(16).hex()}"
 
 
-def encoded(keys):
-    """An answer as JSON, in pieces. The lines of a log, maybe many, are encoded when read."""
-    logs = []
+def encoded(keys: Dict[str, Any]) -> Iterator[str]:
+    """Give an answer as JSON, in pieces. The lines of a log, maybe many, are encoded when read."""
+    logs: List[Iterable[List[str]]] = []
 
-    def later(lines):
+    def later(lines: Iterable[List[str]]) -> List[str]:
         logs.append(lines)
         return [LINES_HERE]
 
@@ -5680,6 +5798,72 @@ def encoded(keys):
         yield after
 
 
+# -- shares
+
+
+class Share:
+    """So many things of a kind, of which no address may hold more than half of what others leave.
+
+    So the first address may hold a half, the next one a quarter, and one is left for most others.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._lock = threading.Lock()
+        self._held: Dict[Holder, int] = {}
+        self._total = 0
+
+    def take(self, holder: Holder) -> bool:
+        """Let an address have one more; return False if it may not."""
+        with self._lock:
+            held = self._held.get(holder, 0)
+            others = self._total - held
+            if self._total >= self._most or held >= max(1, (self._most - others) // 2):
+                return False
+            self._held[holder] = held + 1
+            self._total += 1
+            return True
+
+    def give_back(self, holder: Holder) -> None:
+        """Note that an address has one less."""
+        with self._lock:
+            self._total -= 1
+            self._held[holder] -= 1
+            if not self._held[holder]:
+                del self._held[holder]
+
+
+class Complaints:
+    """Warnings about clients, at most one a minute for each address."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._told: "OrderedDict[Holder, float]" = OrderedDict()  # when, the oldest first
+
+    def tell(self, host: IPAddress, why: str) -> None:
+        """Log that a client at an address was refused, or has failed, unless one just was."""
+        holder = holder_of(host)
+        now = time.monotonic()
+        with self._lock:
+            if now - self._told.get(holder, -math.inf) < COMPLAINT_SECONDS:
+                return
+            self._told[holder] = now
+            self._told.move_to_end(holder)
+            if len(self._told) > MAX_COMPLAINTS:
+                self._told.popitem(last=False)
+        log.warning("connection from=%s refused=%r", host, why)
+
+
+def holder_of(host: IPAddress) -> Holder:
+    """Return what shares are counted by: an address, or of IPv6 the network that one host has."""
+    if isinstance(host, ipaddress.IPv6Address):
+        return ipaddress.IPv6Network((host, 64), strict=False)
+    return host
+
+
+# -- connections
+
+
 class ClientSocket(socket.socket):
     """An accepted socket as paramiko uses it.
 
@@ -5687,150 +5871,298 @@ class ClientSocket(socket.socket):
     to begin a command, whose answer must not overtake the reply to its request.
     """
 
-    requested = None  # the session whose request paramiko is about to answer
+    def __init__(self, accepted: socket.socket, said: bytes) -> None:
+        super().__init__(fileno=accepted.detach())
+        self.requested: Optional["Session"] = None  # whose request paramiko is about to answer
+        self._said = said  # by the client, to the Door
+        self._was_greeted = False
 
-    def recv(self, size):
-        """Receives, and acknowledges at once: OpenSSH's next packet waits for that (Nagle)."""
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        """Receive, and acknowledge at once: OpenSSH's next packet waits for that (Nagle)."""
         if self.requested:
-            self.requested.start()
+            self.requested.begin()
             self.requested = None
         if size > MAX_PACKET:  # paramiko would believe, and hold, any length
             raise EOFError
-        data = super().recv(size)
+        if self._said:
+            data, self._said = self._said[:size], self._said[size:]
+            return data
+        data = super().recv(size, flags)
         self.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
         return data
 
+    def send(self, data: Any, flags: int = 0) -> int:
+        """Send, but for the greeting, which paramiko sends first and the Door has sent before."""
+        if not self._was_greeted:
+            self._was_greeted = True
+            return len(data)
+        return super().send(data, flags)
 
-class Connection(paramiko.ServerInterface, paramiko.Transport):
-    """One client's connection: paramiko's thread for it, which asks itself what is allowed."""
 
-    def __init__(self, agent, host_key, accepted, address):
+def take_data(channel: paramiko.Channel, message: paramiko.Message) -> None:
+    """Keep what a client has sent for a command. Raises SSHException if it is past the window."""
+    keep(channel, channel.in_buffer, message.get_binary())
+
+
+def take_extended_data(channel: paramiko.Channel, message: paramiko.Message) -> None:
+    """Do the same with what a client has sent beside it, which no command reads."""
+    message.get_int()  # its kind
+    keep(channel, channel.in_stderr_buffer, message.get_binary())
+
+
+def keep(channel: paramiko.Channel, buffer: "BufferedPipe[Any]", data: bytes) -> None:
+    """Add data to a channel's buffer. Raises SSHException if the client may not send that much."""
+    used = len(channel.in_buffer) + len(channel.in_stderr_buffer) + channel.in_window_sofar
+    if used + len(data) > channel.in_window_size:
+        raise paramiko.SSHException("it sent more than the window lets it")
+    if not channel.closed:
+        buffer.feed(data)
+
+
+class Connection(paramiko.ServerInterface, paramiko.Transport):  # type: ignore[misc]
+    """One client's connection: paramiko's thread for it, which asks itself what is allowed.
+
+    The types disagree about get_banner, which both of its bases have, and no server calls.
+    """
+
+    # This works around paramiko's trust in windows: its own Channel._feed and _feed_extended would
+    # keep whatever a client sends, past any window.
+    _channel_handler_table = {
+        **paramiko.Transport._channel_handler_table,  # type: ignore[attr-defined]
+        MSG_CHANNEL_DATA: take_data,
+        MSG_CHANNEL_EXTENDED_DATA: take_extended_data,
+    }
+
+    def __init__(self, server: "Server", visitor: "Visitor") -> None:
+        self._socket = ClientSocket(visitor.socket, visitor.said)
         super().__init__(
-            ClientSocket(fileno=accepted.detach()),
+            self._socket,
+            default_window_size=SMALL_WINDOW,
             disabled_algorithms={"keys": ["ssh-rsa"], "pubkeys": ["ssh-rsa"]},  # SHA-1
         )
-        self.agent = agent
-        self.address = show_address(address)
-        self.admitted = "ALLOW_FROM" if agent.settings.allow_from else "anyone"
-        self.idle_since = time.monotonic()
-        self._sessions = []
-        self._host = host_of(address)
+        self.server = server
+        self.agent = server.agent
+        self.host = visitor.host
+        self.holder = visitor.holder
+        self.address = visitor.address
+        self.admitted = "ALLOW_FROM" if self.agent.settings.allow_from else "anyone"
+        self.user = ""
+        self.idle_since = visitor.since
+        self.is_shaking_hands = True  # until it is authenticated, or takes too long
+        self.busy = 0  # sessions that have begun and not ended
+        self.ended_for = ""  # why the agent has ended it
+        self._sessions: List[Session] = []
+        self._refused_keys: List[str] = []
+        # paramiko would wake each idle connection ten times a second, to see whether it was closed.
+        # `end` wakes it; the rest is for paramiko's rekeying alone.
+        self._socket.settimeout(10)
         # paramiko would have a timer thread for each, which goes on when the client has gone.
-        self.packetizer.start_handshake = lambda timeout: None
-        self.local_version = f"SSH-2.0-ONI_Agent_{VERSION}"
-        self.add_server_key(host_key)
+        self.packetizer.start_handshake = lambda timeout: None  # type: ignore[method-assign]
+        self.local_version = GREETING
+        self.add_server_key(server.host_key)
         options = self.get_security_options()
-        for kind in ("kex", "ciphers", "digests"):
-            setattr(options, kind, sorted(ALGORITHMS.intersection(getattr(options, kind))))
+        options.kex = server.offer.kex
+        options.ciphers = server.offer.ciphers
+        options.digests = server.offer.digests
+
+    def begin(self) -> None:
+        """Start the connection's thread. Raises RuntimeError if there is none to be had."""
         self.start_server(event=threading.Event(), server=self)
+
+    def end(self, why: str) -> None:
+        """Make the connection's thread end, soon."""
+        self.ended_for = why
+        with contextlib.suppress(OSError):  # the client may have gone by itself
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def run(self) -> None:
+        """Serve the client until it leaves; then tell the server, and the log if it failed."""
+        try:
+            super().run()
+        finally:
+            if self._socket.requested:  # and the client has gone before it could begin
+                self.server.session_ended(self._socket.requested)
+            self.server.connection_ended(self)
+            why = self._what_failed()
+            if why:
+                self.server.complaints.tell(self.host, why)
+
+    def _what_failed(self) -> str:
+        """Return why the client got no further than it did; "" if it left by itself."""
+        error = self.get_exception()
+        if self.ended_for:
+            return "" if self.authenticated else self.ended_for
+        if error and not isinstance(error, (EOFError, OSError)):
+            return str(error)
+        if self.authenticated:
+            return ""
+        if self._refused_keys:
+            return f"no key of AUTHORIZED_KEYS, but {', '.join(self._refused_keys)}"
+        if self.user:
+            return "it has no key, and AUTHORIZED_KEYS asks for one"
+        return "it left before it was authenticated"
 
     # What paramiko asks and tells, on the connection's thread: no work here.
 
-    def get_allowed_auths(self, username):
+    def get_allowed_auths(self, username: str) -> str:
         return "publickey"  # whatever key that is, where there are no AUTHORIZED_KEYS
 
-    def check_auth_publickey(self, username, key=None):
+    def check_auth_none(self, username: str) -> int:
+        self.user = username
+        if self.agent.settings.authorized_keys:
+            return AUTH_FAILED
+        return self._admit()
+
+    def check_auth_publickey(self, username: str, key: paramiko.PKey) -> int:
         keys_file = self.agent.settings.authorized_keys
         if not keys_file:
-            return paramiko.AUTH_SUCCESSFUL
-        if key:
-            self.admitted = fingerprint(key)
-            if key_is_authorized(keys_file, key, self._host):
-                return paramiko.AUTH_SUCCESSFUL
-            log.warning(
-                "connection from=%s user=%r refused key=%s", self.address, username, self.admitted
-            )
-        return paramiko.AUTH_FAILED
+            return self.check_auth_none(username)
+        self.user = username
+        self.admitted = fingerprint(key)
+        if key_is_authorized(keys_file, key, self.host):
+            return self._admit()
+        if len(self._refused_keys) < 10 and self.admitted not in self._refused_keys:
+            self._refused_keys.append(self.admitted)
+        return AUTH_FAILED
 
-    check_auth_none = check_auth_publickey  # without a key
+    def _admit(self) -> int:
+        self.server.handshake_over(self)
+        return AUTH_SUCCESSFUL
 
-    def check_channel_request(self, kind, chanid):
+    def check_channel_request(self, kind: str, chanid: int) -> int:
         if kind != "session":
-            return paramiko.OPEN_FAILED_ADMINISTRATIVELY_PROHIBITED
-        self._sessions = [
-            each for each in self._sessions if each.is_alive() or not each.channel.closed
-        ]
+            return OPEN_FAILED_ADMINISTRATIVELY_PROHIBITED
+        self._sessions = [each for each in self._sessions if not each.is_done_with()]
         if len(self._sessions) >= MAX_CHANNELS:
-            return paramiko.OPEN_FAILED_RESOURCE_SHORTAGE
-        return paramiko.OPEN_SUCCEEDED
+            return OPEN_FAILED_RESOURCE_SHORTAGE
+        return OPEN_SUCCEEDED
 
-    def _queue_incoming_channel(self, channel):
-        """A channel is open. paramiko itself would keep each for ever, for accept()."""
-        channel.session = Session(channel)
-        self._sessions.append(channel.session)
+    def _queue_incoming_channel(self, channel: paramiko.Channel) -> None:
+        """Take a channel that is open.
 
-    def check_channel_pty_request(self, channel, term, width, height, *_):
-        channel.session.colour = term not in (b"", b"dumb")
+        This works around paramiko's queue for accept(), which would keep each channel for ever.
+        """
+        self._sessions.append(Session(channel, self))
+
+    def _session_on(self, channel: paramiko.Channel) -> "Session":
+        """Return the session on a channel. Raises SSHException for one that has ended."""
+        for session in self._sessions:
+            if session.channel is channel:
+                return session
+        raise paramiko.SSHException("it asked for something on a channel that was closed")
+
+    def check_channel_pty_request(
+        self, channel: paramiko.Channel, term: bytes, width: int, height: int, *_others: Any
+    ) -> bool:
+        self._session_on(channel).colour = term not in (b"", b"dumb")
         return self.check_channel_window_change_request(channel, width, height)
 
-    def check_channel_window_change_request(self, channel, width, height, *_):
+    def check_channel_window_change_request(
+        self, channel: paramiko.Channel, width: int, height: int, *_others: Any
+    ) -> bool:
+        session = self._session_on(channel)
         # 0 is said by a client whose own input is no terminal.
-        channel.session.width = max(20, min(width or 80, 500))
-        channel.session.height = min(height or 24, 500)
+        session.width = max(20, min(width or 80, 500))
+        session.height = min(height or 24, 500)
         return True
 
-    def check_channel_exec_request(self, channel, command=b""):
-        session = channel.session
-        if session.line is not None or len(alive(Session)) >= MAX_SESSIONS:
+    def check_channel_exec_request(self, channel: paramiko.Channel, command: bytes = b"") -> bool:
+        session = self._session_on(channel)
+        if session.line is not None or not self.server.may_begin(session):
             return False  # RFC 4254, 6.5: one to a channel
         session.line = command
-        self.sock.requested = session
+        self._socket.requested = session
         return True
 
     check_channel_shell_request = check_channel_exec_request  # no shell, but an answer
 
 
-class Session(threading.Thread):
+# -- sessions
+
+
+class Session:
     """A channel, and the one command on it, from its words to the last byte of its answer.
 
-    As the presentation uses it, it is the terminal at the channel's other end.
+    As the presentation uses it, it is the terminal at the channel's other end. It has a thread
+    while it works. While it waits it has none: its steps then are a generator that stands still
+    until the Watcher finds that there is news.
     """
 
-    line = None  # bytes; until there is a command
-    width = 0  # of a person's terminal, if there is one; then it has a height, too
-    colour = False
-
-    def __init__(self, channel):
-        super().__init__()
+    def __init__(self, channel: paramiko.Channel, connection: Connection) -> None:
         self.channel = channel
-        self.agent = channel.transport.agent
+        self.connection = connection
+        self.agent = connection.agent
+        self.line: Optional[bytes] = None  # until there is a command
+        self.width = 0  # of a person's terminal, if there is one; then it has a height, too
+        self.height = 0
+        self.colour = False
+        self.is_over = False
+        self.is_at_work = False  # and counts as that
+        self.stalled_since = math.inf  # while the client is to send or to read, and does not
+        self._steps = self._work()
 
-    def run(self):
-        """Answers, and closes the channel in the order that loses nothing."""
-        connection = self.channel.transport
+    def is_done_with(self) -> bool:
+        """Return whether the channel is closed, and no command on it goes on."""
+        return self.channel.closed and (self.is_over or self.line is None)
+
+    def begin(self) -> None:
+        """Work on a thread, until the end or until there is nothing to do but wait.
+
+        Raises RuntimeError if there is no thread to be had.
+        """
+        threading.Thread(target=self._go_on, daemon=True).start()
+
+    def _go_on(self) -> None:
+        """Work to the next step at which to wait, or to the end."""
+        news = next(self._steps, None)
+        if news:
+            self.connection.server.session_waits(self, news)
+        else:
+            self.connection.server.session_ended(self)
+
+    def _work(self) -> Iterator[News]:
+        """Answer, and close the channel in the order that loses nothing."""
         number = next(SESSION_NUMBERS)
         begun = time.monotonic()
         status = "client went away"
         try:
             with contextlib.suppress(*GONE), self.channel:
-                reply = self._answer(number)
+                reply = yield from self._answer(number)
                 status = reply.keys.get("status", "followed")
                 self.channel.send_exit_status(reply.exit_status)
         except Exception:
             log.exception("a session stumbled over a fault of the agent")
-        connection.idle_since = time.monotonic()
         log.info(
             "session=%d from=%s user=%r admitted=%s command=%r status=%r ms=%d",
             number,
-            connection.address,
-            connection.auth_handler.get_username(),
-            connection.admitted,
-            self.line[:200].decode("utf-8", "replace"),
+            self.connection.address,
+            self.connection.user,
+            self.connection.admitted,
+            (self.line or b"")[:200].decode("utf-8", "replace"),
             status,
             (time.monotonic() - begun) * 1000,
         )
 
-    def _answer(self, number):
-        """Sends a person or a program the answer, and gives the Answer.
+    def _answer(self, number: int) -> Generator[News, None, Answer]:
+        """Send a person or a program the answer, and return it.
 
         Nothing else holds it, so the logs that it was read from are let go of with it.
         """
-        line = self.line
+        line = self.line or b""
         if self.width and line.strip() in (b"", b"board"):
             if self.colour:
-                return show_board(self)
+                return (yield from show_board(self))
             line = b"board"  # once: a terminal without escapes cannot draw it anew
         reply = answer(line, self)
+        self._send_answer(reply, number)
+        while reply.rest:
+            yield from self._wait_for(reply.rest)
+            reply = answer_rest(reply.rest)
+            self._send_answer(reply, number)
+        return reply
+
+    def _send_answer(self, reply: Answer, number: int) -> None:
+        """Send what there is of an answer. Raises what GONE lists if the client has gone."""
         if self.width:
             texts = answer_text(reply, self.width, self.colour)
         elif reply.keys:
@@ -5839,22 +6171,43 @@ class Session(threading.Thread):
             texts = ("".join(f"{harmless(line)}\n" for line in lines) for lines in reply.lines)
         for text in texts:
             self.send(text)
-        return reply
 
-    def send(self, text):
-        """Sends text to the client. Raises ClientGone, OSError, EOFError, SSHException."""
+    def _wait_for(self, rest: Rest) -> Iterator[News]:
+        """Wait until there is more of the answer; a person is shown how far its job is."""
+        while not rest.is_due():
+            if rest.job and self.colour:
+                show_progress(job_with_place(self.agent, rest.job), self)
+            yield from self.pause(1 if self.colour else STALL_SECONDS, rest.is_due)
+            self.hear()
+
+    def pause(self, seconds: float, news: News) -> Iterator[News]:
+        """Wait without a thread for `news`, a person's key, the client's leaving, or `seconds`."""
+        until = time.monotonic() + seconds
+
+        def is_over() -> bool:
+            typed = bool(self.width) and self.channel.recv_ready()
+            return self.channel.closed or typed or news() or time.monotonic() >= until
+
+        yield is_over
+
+    def send(self, text: str) -> None:
+        """Send text to the client. Raises ClientGone, OSError, EOFError, SSHException."""
+        data = text.encode("utf-8", "replace")
+        sent = 0
+        self.channel.settimeout(STALL_SECONDS)
+        while sent < len(data) and not self.channel.closed:
+            self.stalled_since = time.monotonic()
+            sent += self.channel.send(data[sent : sent + CHUNK])
+        self.stalled_since = math.inf
         if self.channel.closed:
             raise ClientGone
-        self.channel.settimeout(STALL_SECONDS)
-        # A view: paramiko copies what is left to send each time it has sent some.
-        self.channel.sendall(memoryview(text.encode("utf-8", "replace")))
 
-    def hear(self, seconds=0):
-        """What comes on standard input in so many seconds; Ctrl-D when it has ended.
+    def hear(self) -> bytes:
+        """Return what a person has typed; Ctrl-D when that has ended.
 
         Raises ClientGone if the client has closed its channel, or a person typed Ctrl-C.
         """
-        self.channel.settimeout(seconds)
+        self.channel.settimeout(0)
         try:
             typed = self.channel.recv(1024)
         except socket.timeout:
@@ -5863,12 +6216,13 @@ class Session(threading.Thread):
             raise ClientGone
         return typed or b"\x04"
 
-    def read_input(self, into, limit):
-        """Copies standard input to its trailer or its end. Raises ClientGone, Problem."""
+    def read_input(self, into: IO[bytes], limit: int) -> None:
+        """Copy standard input to its trailer or its end. Raises ClientGone, Problem."""
         if self.width:
             raise Problem("this command reads a file: give it < FILE, and leave out -t")
+        widen_window(self.channel)
         try:
-            copy_input(self.channel, into, limit)
+            copy_input(self, into, limit)
         except socket.timeout:
             raise Problem(
                 "standard input gave nothing for too long and has not ended: close it, or send"
@@ -5879,15 +6233,38 @@ class Session(threading.Thread):
         except OSError as error:
             raise Problem(f"{into.name} cannot be written: {error}") from error
 
+    def receive(self) -> bytes:
+        """Return some of what a client sends; none when it has ended. Raises socket.timeout."""
+        self.channel.settimeout(STALL_SECONDS)
+        self.stalled_since = time.monotonic()
+        try:
+            return self.channel.recv(CHUNK)
+        finally:
+            self.stalled_since = math.inf
 
-def copy_input(channel, into, limit):
-    """Copies what a client sends, to its trailer or its end, into a file that has no buffer.
+
+def widen_window(channel: paramiko.Channel) -> None:
+    """Let the client send more at once, from now on: a command reads it.
+
+    paramiko tells the client so when some of it is read next, as if what was added to the window
+    had been read, too.
+    """
+    channel.in_window_threshold = READ_WINDOW // 10
+    channel.in_window_size += READ_WINDOW - SMALL_WINDOW
+    channel.in_window_sofar += READ_WINDOW - SMALL_WINDOW
+
+
+def copy_input(session: Session, into: IO[bytes], limit: int) -> None:
+    """Copy what a client sends, to its trailer or its end, into a file that has no buffer.
 
     Raises ClientGone, Problem, socket.timeout, and OSError for the file.
     """
-    channel.settimeout(STALL_SECONDS)
+    channel = session.channel
     tail = b""  # of what has come, which may be the trailer
-    while piece := channel.recv(CHUNK):
+    while True:
+        piece = session.receive()
+        if not piece:
+            break
         tail = (tail + piece)[-len(TRAILER) :]
         while piece:  # a disk that fills up takes a part, and only then refuses
             piece = piece[into.write(piece) :]
@@ -5901,71 +6278,493 @@ def copy_input(channel, into, limit):
         raise ClientGone  # half an input must not pass for a whole one
 
 
-def serve(agent, host_key, listener, stop):
-    """Serves until `stop` can be read, then lets answers under way end, for a moment."""
-    while stop not in (ready := select.select([listener, stop], [], [], 1)[0]):
-        if ready:
-            accept(agent, host_key, listener)
-        drop_idle(len(alive(Connection)) - MAX_CONNECTIONS)
-    log.info("stopping on %s", signal_name(stop.recv(1)[0]))
-    agent.queue.stopping.set()
-    listener.close()
-    wait_for_answers(STOP_SECONDS)
-    agent.queue.close()
-    wait_for_answers(0.5)  # to the last requests that were accepted
+class Watcher(threading.Thread):
+    """The one thread that looks, a few times a second, whether a session need not wait any more."""
+
+    def __init__(self, go_on: Callable[[Session], bool]) -> None:
+        """`go_on` lets a session work, and returns whether there was room for that."""
+        super().__init__(name="watcher", daemon=True)
+        self._go_on = go_on
+        self._lock = threading.Lock()
+        self._waiting: Dict[Session, News] = {}
+        self._look = threading.Event()
+
+    def add(self, session: Session, news: News) -> None:
+        """Have a session work again as soon as there is `news`."""
+        with self._lock:
+            self._waiting[session] = news
+            is_first = len(self._waiting) == 1
+        if is_first:
+            self._look.set()
+
+    def look(self) -> None:
+        """Look at once: a job may have ended."""
+        self._look.set()
+
+    def sessions(self) -> List[Session]:
+        """Return the sessions that wait, those that have waited longest first."""
+        with self._lock:
+            return list(self._waiting)
+
+    def run(self) -> None:
+        """Look again and again, as long as the agent runs."""
+        while True:
+            self._look.wait(WATCH_SECONDS if self._waiting else None)
+            self._look.clear()
+            with self._lock:
+                waiting = list(self._waiting.items())
+            for session, news in waiting:
+                if news():
+                    self._let_work(session, news)
+
+    def _let_work(self, session: Session, news: News) -> None:
+        """Let a session work. If there is no room, or no thread, it is looked at the next time."""
+        with self._lock:
+            del self._waiting[session]
+        if not self._go_on(session):
+            with self._lock:
+                self._waiting[session] = news
 
 
-def accept(agent, host_key, listener):
-    """Takes a connection, if its client may connect."""
-    try:
-        accepted, address = listener.accept()
-    except OSError as error:
-        log.error("a connection could not be taken: %s", error)
-        drop_idle(1)
-        time.sleep(0.1)  # out of descriptors, say: the loop must not spin
-        return
-    host = host_of(address)
-    allowed = agent.settings.allow_from
-    # It may be gone already, or there is no thread to be had.
-    with accepted, contextlib.suppress(RuntimeError, *GONE):
-        if not allowed or any(host in network for network in allowed):
-            Connection(agent, host_key, accepted, address)
-        else:
-            log.warning("connection from=%s refused='not in ALLOW_FROM'", host)
+# -- a person's terminal
 
 
-def alive(kind):
-    """The threads of a kind: Connections that are open, or Sessions that are at work."""
-    return {each for each in threading.enumerate() if isinstance(each, kind)}
+def show_progress(job: Dict[str, Any], terminal: Session) -> None:
+    """Show how far a job is on one line, which the next time, or the answer, overwrites."""
+    terminal.send(f"\x1b[K{progress_line(job, terminal.width)}\r")
 
 
-def at_work():
-    """The connections on which a command is at work, or about to begin."""
-    about_to = {each for each in alive(Connection) if each.sock.requested}
-    return about_to | {session.channel.transport for session in alive(Session)}
+def show_board(terminal: Session) -> Generator[News, None, Answer]:
+    """Draw the board anew each second, until q or Ctrl-C; return its newest Answer."""
+    terminal.send("\x1b[?1049h\x1b[?25l")  # another screen, and no cursor
+    reply = Answer()
+    with_keys = False
+    with contextlib.suppress(ClientGone):  # by Ctrl-C, maybe
+        while True:
+            reply = answer(b"board", terminal)
+            lines = board_lines(reply.keys, terminal.width, terminal.height, with_keys)
+            text = "".join(f"\x1b[K{coloured(line)}\r\n" for line in lines)
+            footer = BOARD_FOOTER[: terminal.width]
+            terminal.send(f"\x1b[H{text}\x1b[J\x1b[{terminal.height}H{footer}")
+            yield from terminal.pause(1, lambda: False)
+            typed = terminal.hear()
+            if b"q" in typed or b"\x04" in typed:
+                break
+            if b"?" in typed:
+                with_keys = not with_keys
+    terminal.send("\x1b[?25h\x1b[?1049l")
+    return reply
 
 
-def drop_idle(surplus):
-    """Ends connections that have been without a command for too long, and the `surplus` that have
-    been so longest, however long that is.
+# -- the door
+
+
+class Visitor:
+    """A client that has connected, until there is a Connection for it."""
+
+    def __init__(self, accepted: socket.socket, address: Tuple[Any, ...]) -> None:
+        self.socket = accepted
+        self.host = host_of(address)
+        self.holder = holder_of(self.host)
+        self.address = show_address(address)
+        self.since = time.monotonic()
+        self.said = b""
+
+    def hear(self) -> None:
+        """Take what the client says. Raises EOFError if it has left, OSError."""
+        said = self.socket.recv(MAX_SAID)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)  # see ClientSocket
+        if not said:
+            raise EOFError
+        self.said += said
+
+    def has_said_its_version(self) -> bool:
+        """Return whether its version line is whole. Raises Problem if that is no such line."""
+        line = self.said.partition(b"\n")[0]
+        if len(line) > MAX_VERSION_LINE or not line.startswith(b"SSH-"[: len(line)]):
+            raise Problem("its first line is no version of SSH")
+        return b"\n" in self.said
+
+
+class Door:
+    """Where clients come in: it greets them, hears their version lines, and hands them over.
+
+    It does so with the main thread alone. How many may shake hands at once is limited, since that
+    is what costs most; the others wait here.
     """
-    if surplus > 0:
-        log.warning("too many connections: %d that have been idle longest are ended", surplus)
-    idle = sorted(alive(Connection) - at_work(), key=lambda each: each.idle_since)
-    for number, connection in enumerate(idle):
-        if number < surplus or time.monotonic() - connection.idle_since > IDLE_SECONDS:
-            connection.packetizer.close()  # its thread sees that, and ends
+
+    def __init__(self, server: "Server", listener: socket.socket) -> None:
+        self._server = server
+        self._listener = listener
+        self._visitors = Share(MAX_VISITORS)
+        self._silent: Dict[Visitor, None] = {}  # no version line yet; the oldest first
+        self._waiting: Dict[Holder, Dict[Visitor, None]] = {}  # to shake hands; the same
+        self._shaking: Deque[Tuple[float, Connection]] = collections.deque()  # since when
+        self._bell, self._button = socket.socketpair()
+        for each in (listener, self._bell, self._button):
+            each.setblocking(False)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(listener, selectors.EVENT_READ, self._accept)
+        self._selector.register(self._bell, selectors.EVENT_READ, self._answer_bell)
+
+    def watch(self, stop: socket.socket) -> None:
+        """Have `turn` end as soon as `stop` can be read."""
+        self._selector.register(stop, selectors.EVENT_READ, lambda: None)
+
+    def turn(self, stop: socket.socket) -> bool:
+        """Deal with whoever has come or said something, for a second at most; False to stop."""
+        seconds = 0.05 if self._waiting else 1
+        ready = [key for key, _events in self._selector.select(seconds)]
+        for key in ready:
+            if key.fileobj is not stop:
+                key.data()
+        self._hand_over()
+        return all(key.fileobj is not stop for key in ready)
+
+    def ring(self) -> None:
+        """Tell the door, from any thread, that another client may shake hands now."""
+        if self._waiting:
+            with contextlib.suppress(OSError):  # it has been rung often enough
+                self._button.send(b"!")
+
+    def close(self) -> None:
+        """Take no more clients."""
+        self._listener.close()
+
+    def _answer_bell(self) -> None:
+        self._bell.recv(1000)
+
+    def _accept(self) -> None:
+        """Take the connections that have come, but not too many, since others wait, too."""
+        for _ in range(32):
+            try:
+                accepted, address = self._listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                log.error("a connection could not be taken: %s", error)
+                self._server.end_idle(IDLE_SECONDS / 2)
+                time.sleep(0.1)  # out of descriptors, say: the loop must not spin
+                return
+            with contextlib.suppress(OSError):  # it may be gone already
+                self._greet(accepted, address)
+
+    def _greet(self, accepted: socket.socket, address: Tuple[Any, ...]) -> None:
+        """Greet a client, if it may connect. Raises OSError if it has gone."""
+        accepted.setblocking(False)
+        visitor = Visitor(accepted, address)
+        allowed = self._server.agent.settings.allow_from
+        if allowed and not any(visitor.host in network for network in allowed):
+            self._refuse(visitor, "not in ALLOW_FROM")
+        elif not self._visitors.take(visitor.holder) and not self._make_room(visitor):
+            self._refuse(visitor, "too many connections at once from there")
+        else:
+            self._silent[visitor] = None
+            self._selector.register(
+                accepted, selectors.EVENT_READ, functools.partial(self._hear, visitor)
+            )
+            accepted.send(f"{GREETING}\r\n".encode())
+
+    def _make_room(self, visitor: Visitor) -> bool:
+        """Send the one away that has been silent longest, of a visitor's address, if there is."""
+        for other in self._silent:
+            if other.holder == visitor.holder:
+                self._send_away(other)
+                return self._visitors.take(visitor.holder)
+        return False
+
+    def _hear(self, visitor: Visitor) -> None:
+        """Take what a visitor says, and let it wait for its turn once it has said its version."""
+        if visitor.socket.fileno() < 0:
+            return  # it was sent away a moment ago
+        try:
+            visitor.hear()
+            if visitor in self._silent and visitor.has_said_its_version():
+                del self._silent[visitor]
+                self._waiting.setdefault(visitor.holder, {})[visitor] = None
+        except Problem as problem:
+            self._refuse(visitor, str(problem))
+            self._send_away(visitor)
+        except BlockingIOError:
+            return
+        except (OSError, EOFError):
+            self._send_away(visitor)
+        else:
+            if len(visitor.said) >= MAX_SAID:  # the rest can wait
+                self._selector.unregister(visitor.socket)
+
+    def _refuse(self, visitor: Visitor, why: str) -> None:
+        self._server.complaints.tell(visitor.host, why)
+        visitor.socket.close()
+
+    def _leave(self, visitor: Visitor) -> None:
+        """Forget a visitor, which goes or gets its Connection."""
+        self._visitors.give_back(visitor.holder)
+        self._silent.pop(visitor, None)
+        waiting = self._waiting.get(visitor.holder, {})
+        waiting.pop(visitor, None)
+        if not waiting:
+            self._waiting.pop(visitor.holder, None)
+        with contextlib.suppress(KeyError, ValueError):  # it has said much, or is closed
+            self._selector.unregister(visitor.socket)
+
+    def _send_away(self, visitor: Visitor) -> None:
+        self._leave(visitor)
+        visitor.socket.close()
+
+    def _hand_over(self) -> None:
+        """Let those shake hands for whom there is room, and go those that are silent for long."""
+        now = time.monotonic()
+        while self._shaking and self._shaking[0][0] < now - SLOW_SECONDS:
+            self._server.handshake_over(self._shaking.popleft()[1])
+        for holder in list(self._waiting):
+            while holder in self._waiting and self._server.handshakes.take(holder):
+                self._let_in(self._next_of(holder))
+        for visitor in list(itertools.takewhile(self._is_overdue, self._silent)):
+            if visitor.said:
+                why = f"its version line had no end within {IDLE_SECONDS:g} s"
+                self._server.complaints.tell(visitor.host, why)
+            self._send_away(visitor)
+
+    def _is_overdue(self, visitor: Visitor) -> bool:
+        return time.monotonic() - visitor.since > IDLE_SECONDS
+
+    def _next_of(self, holder: Holder) -> Visitor:
+        """Return whose turn it is at an address: one that has begun to shake hands comes first."""
+        waiting = self._waiting[holder]
+        for visitor in waiting:
+            if not visitor.said.endswith(b"\n"):
+                return visitor
+        return next(iter(waiting))
+
+    def _let_in(self, visitor: Visitor) -> None:
+        """Make a visitor a Connection, if its address may have one more."""
+        self._leave(visitor)
+        try:
+            connection = self._server.let_in(visitor)
+            self._shaking.append((time.monotonic(), connection))
+        except Problem as problem:
+            self._server.handshakes.give_back(visitor.holder)
+            self._refuse(visitor, str(problem))
+        except OSError:  # it may be gone already
+            self._server.handshakes.give_back(visitor.holder)
+            visitor.socket.close()
 
 
-def wait_for_answers(seconds):
-    """Waits until the clients of all commands at work have left with their answers."""
-    until = time.monotonic() + seconds
-    for connection in at_work():
-        connection.join(max(0, until - time.monotonic()))
+class Server:
+    """Who is served: connections and sessions, what each address may have of them."""
+
+    def __init__(self, agent: Agent, host_key: paramiko.PKey, offer: Offer) -> None:
+        self.agent = agent
+        self.host_key = host_key
+        self.offer = offer
+        self.complaints = Complaints()
+        self.handshakes = Share(MAX_HANDSHAKES)
+        self.watcher = Watcher(self._let_work)
+        self.on_room: Callable[[], None] = lambda: None  # called when a handshake is over
+        self._lock = threading.RLock()  # guards what follows, and each connection's `busy`
+        self._connections: "OrderedDict[Connection, None]" = OrderedDict()  # idle longest first
+        self._at_work: Set[Session] = set()
+        self._places = Share(MAX_CONNECTIONS)
+        self._sessions = Share(MAX_SESSIONS)
+        self._left = 0  # connections that have ended since memory was given back
+        self._given_back = 0.0  # when it was
+        self.watcher.start()
+
+    # -- connections
+
+    def let_in(self, visitor: Visitor) -> Connection:
+        """Begin a connection for a visitor. Raises Problem if there is no room, OSError."""
+        if not self._make_room(visitor.holder):
+            raise Problem("too many connections from there, and on all of them something goes on")
+        try:
+            connection = Connection(self, visitor)
+        except OSError:
+            self._places.give_back(visitor.holder)
+            raise
+        with self._lock:
+            self._connections[connection] = None
+        try:
+            connection.begin()
+        except RuntimeError:  # no thread to be had
+            self.connection_ended(connection)
+            connection.sock.close()
+        return connection
+
+    def _make_room(self, holder: Holder) -> bool:
+        """Take a place for one more connection of an address; return False if there is none.
+
+        At need its connection that has been idle longest ends; else one on which commands wait.
+        """
+        if self._places.take(holder):
+            return True
+        with self._lock:
+            own = [each for each in self._connections if each.holder == holder]
+            for is_free in (self._is_idle, self._only_waits):
+                for connection in own:
+                    if is_free(connection):
+                        self._end(connection, "others came, and it was idle")
+                        return self._places.take(holder)
+        return False
+
+    def _is_idle(self, connection: Connection) -> bool:
+        return not connection.busy
+
+    def _only_waits(self, connection: Connection) -> bool:
+        return all(session.connection is not connection for session in self._at_work)
+
+    def _end(self, connection: Connection, why: str) -> None:
+        connection.end(why)
+        self.connection_ended(connection)
+
+    def end_idle(self, seconds: float) -> None:
+        """End the connections that have been without a command for so long."""
+        now = time.monotonic()
+        with self._lock:
+            for connection in list(self._connections):
+                if connection.busy:
+                    continue
+                if now - connection.idle_since <= seconds:
+                    break
+                self._end(connection, f"it was not authenticated within {seconds:g} s")
+
+    def handshake_over(self, connection: Connection) -> None:
+        """Note that a connection is authenticated, has ended, or is slow: others may begin."""
+        with self._lock:
+            if not connection.is_shaking_hands:
+                return
+            connection.is_shaking_hands = False
+        self.handshakes.give_back(connection.holder)
+        self.on_room()
+
+    def connection_ended(self, connection: Connection) -> None:
+        """Forget a connection, if that was not done before."""
+        self.handshake_over(connection)
+        with self._lock:
+            if connection not in self._connections:
+                return
+            del self._connections[connection]
+            self._left += 1
+        self._places.give_back(connection.holder)
+
+    # -- sessions
+
+    def may_begin(self, session: Session) -> bool:
+        """Note that a session is at work; return False if its address has too many of them.
+
+        At need the connection ends whose client has kept a command waiting longest.
+        """
+        with self._lock:
+            if not self._take(session) and not (self._end_stalled(session) and self._take(session)):
+                return False
+            session.connection.busy += 1
+            return True
+
+    def _take(self, session: Session) -> bool:
+        if not self._sessions.take(session.connection.holder):
+            return False
+        session.is_at_work = True
+        self._at_work.add(session)
+        return True
+
+    def _give_back(self, session: Session) -> None:
+        if session.is_at_work:
+            session.is_at_work = False
+            self._at_work.discard(session)
+            self._sessions.give_back(session.connection.holder)
+
+    def _end_stalled(self, session: Session) -> bool:
+        """End the connection, of a session's address, whose client has kept others waiting."""
+        holder = session.connection.holder
+        others = [each for each in self._at_work if each.connection.holder == holder]
+        slowest = min(others, key=lambda each: each.stalled_since, default=None)
+        if not slowest or time.monotonic() - slowest.stalled_since < STALLED_SECONDS:
+            return False
+        for each in others:
+            if each.connection is slowest.connection:
+                self._give_back(each)
+        self._end(slowest.connection, "it kept others waiting")
+        return True
+
+    def session_waits(self, session: Session, news: News) -> None:
+        """Note that a session does nothing until there is news."""
+        with self._lock:
+            self._give_back(session)
+        self.watcher.add(session, news)
+
+    def _let_work(self, session: Session) -> bool:
+        """Let a session work that has waited; return False if there is no room for that now."""
+        with self._lock:
+            if not self._take(session):
+                return False
+        try:
+            session.begin()
+        except RuntimeError:  # no thread to be had
+            with self._lock:
+                self._give_back(session)
+            return False
+        return True
+
+    def session_ended(self, session: Session) -> None:
+        """Note that a session is over, and its connection maybe idle."""
+        session.is_over = True
+        connection = session.connection
+        with self._lock:
+            self._give_back(session)
+            connection.busy -= 1
+            connection.idle_since = time.monotonic()
+            if connection in self._connections:
+                self._connections.move_to_end(connection)
+
+    def wait_for_answers(self, seconds: float) -> None:
+        """Wait until the clients of all commands at work have left with their answers."""
+        until = time.monotonic() + seconds
+        with self._lock:
+            connections = {session.connection for session in self._at_work}
+        for connection in connections:
+            connection.join(max(0, until - time.monotonic()))
+
+    def tidy(self) -> None:
+        """Do what is to be done each second: end idle connections, give memory back."""
+        self.end_idle(IDLE_SECONDS)
+        now = time.monotonic()
+        if self._left >= MANY_LEFT and now - self._given_back > GIVE_BACK_SECONDS:
+            self._left = 0
+            self._given_back = now
+            give_memory_back()
 
 
-def listen(host, port):
-    """A listening socket; on every address, IPv6 too, if `host` is empty. Raises Problem."""
+def give_memory_back() -> None:
+    """Give the system what connections have left behind, which Python and libc would keep.
+
+    What paramiko makes for a connection refers to itself in circles, so that only the garbage
+    collector frees it; and what is free amid the heap of a thread libc keeps unless it is told.
+    """
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError):  # not every libc has it
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def serve(server: Server, listener: socket.socket, stop: socket.socket) -> None:
+    """Serve until `stop` can be read, then let answers under way end, for a moment."""
+    door = Door(server, listener)
+    door.watch(stop)
+    server.on_room = door.ring
+    tidied = time.monotonic()
+    while door.turn(stop):
+        if time.monotonic() - tidied >= 1:
+            tidied = time.monotonic()
+            server.tidy()
+    log.info("stopping on %s", signal_name(stop.recv(1)[0]))
+    server.agent.queue.stopping.set()
+    door.close()
+    server.wait_for_answers(STOP_SECONDS)
+    server.agent.queue.close()
+    server.wait_for_answers(0.5)  # to the last requests that were accepted
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a listening socket; on every address, IPv6 too, if `host` is empty. Raises Problem."""
     everywhere = host in ("", "::") and socket.has_dualstack_ipv6()
     name = "::" if everywhere else host or "0.0.0.0"
     try:
@@ -5984,26 +6783,28 @@ def listen(host, port):
     return listener
 
 
-def host_of(address):
-    """The IP address in a socket's address; an IPv4 one as such, though it came over IPv6."""
+def host_of(address: Tuple[Any, ...]) -> IPAddress:
+    """Return the IP address in a socket's address; an IPv4 one as such, though over IPv6."""
     host = ipaddress.ip_address(address[0])
-    return getattr(host, "ipv4_mapped", None) or host
+    if isinstance(host, ipaddress.IPv6Address) and host.ipv4_mapped:
+        return host.ipv4_mapped
+    return host
 
 
-def show_address(address):
-    """A socket's address as people write it."""
+def show_address(address: Tuple[Any, ...]) -> str:
+    """Return a socket's address as people write it."""
     host = host_of(address)
     return f"[{host}]:{address[1]}" if host.version == 6 else f"{host}:{address[1]}"
 
 
-def fingerprint(key):
-    """A public key as ssh-keygen -l shows it."""
+def fingerprint(key: paramiko.PKey) -> str:
+    """Return a public key's fingerprint as ssh-keygen -l shows it."""
     digest = base64.b64encode(hashlib.sha256(key.asbytes()).digest())
     return "SHA256:" + digest.decode().rstrip("=")
 
 
-def key_is_authorized(path, key, host):
-    """Whether an authorized_keys file (sshd(8)) admits a key from an address.
+def key_is_authorized(path: Path, key: paramiko.PKey, host: IPAddress) -> bool:
+    """Return whether an authorized_keys file (sshd(8)) admits a key from an address.
 
     Of the options before a key, from="…" with addresses and networks is honoured; a key with any
     other is refused. A file that cannot be read admits nobody.
@@ -6262,20 +7063,9 @@ def look_at_source(settings: Settings) -> Look:
 
 
 def look_at_algorithms() -> Look:
-    """Look at what can be offered to SSH clients, of each kind of algorithm."""
-
-    def offered() -> str:
-        kinds = {
-            "key exchange": paramiko.Transport._preferred_kex,
-            "ciphers": paramiko.Transport._preferred_ciphers,
-            "MACs": paramiko.Transport._preferred_macs,
-        }
-        for kind, names in kinds.items():
-            if not ALGORITHMS.intersection(names):
-                raise Problem(f"this host's cryptography leaves no {kind} to offer")
-        return ", ".join(sorted(ALGORITHMS.intersection(kinds["key exchange"])))
-
-    return look_at("algorithms", "no client could connect; see the host's FIPS settings", offered)
+    """Look at what can be offered to SSH clients."""
+    advice = "no client could connect; see the host's FIPS settings"
+    return look_at("algorithms", advice, lambda: ", ".join(algorithms_to_offer().kex))
 
 
 def look_at_user() -> Look:
@@ -6550,6 +7340,7 @@ def run(is_containers: bool) -> int:
     try:
         settings = Settings(os.environ)
         host_key = load_host_key(settings.host_key_file)
+        offer = algorithms_to_offer()
     except Problem as problem:
         complain(*problem.args)
         return 2  # systemd need not try again: somebody has to change something
@@ -6571,7 +7362,7 @@ def run(is_containers: bool) -> int:
     agent.queue.start()
     ASIDE.submit(look_once, agent.site.oni)
     tell_systemd("READY=1")
-    serve(agent, host_key, listener, stop)
+    serve(Server(agent, host_key, offer), listener, stop)
     tell_systemd("STOPPING=1\nSTATUS=")
     tell_what_goes_on(agent, is_containers)
     return 0
