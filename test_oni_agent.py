@@ -7512,6 +7512,19 @@ def test_a_request_whose_commit_may_have_failed_is_never_answered_as_refused(wit
     assert (ended, site.held(ALPHA)) in ((["successful"], (0, 0, 0)), ([], (1, 2, 4)))
 
 
+@pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
+def test_an_end_whose_commit_may_have_failed_is_what_the_next_agent_finds(witnessed):
+    site = witnessed.start()
+    gate = site.hold_load(site.batch(ALPHA))
+    id = site.job("load-batch", ALPHA)
+    gate.reached()
+    with failing_call(site, "fdatasync", "EIO"):
+        gate.open()
+        assert site.agent.wait(30) == oni_agent.EXIT_AGAIN
+    job = site.start().ended(id)
+    assert (job["status"], job["attempts"], site.held(ALPHA)) == ("successful", 1, (1, 2, 4))
+
+
 @pytest.mark.parametrize("part", ["jobs.db", "run.lock", "agent.lock", "logs", "inputs", ""])
 @pytest.mark.parametrize("how", ["a request comes", "nothing comes"])
 def test_an_agent_whose_state_is_removed_ends_and_manage_py_goes_on(witnessed, part, how):
@@ -7651,6 +7664,50 @@ def test_answers_from_memory_wait_for_no_lock_on_the_disk(witnessed):
         answers = [json.loads(channel.makefile("rb").read()) for channel in waiting[1:]]
     accepted = {reply["job"]["id"] for reply in answers if reply["status"] == "success"}
     assert {job["id"] for job in site.call("list-jobs")["jobs"]} == {id} | accepted
+
+
+def test_no_answer_waits_for_who_changes_a_job(tmp_path, any_kind):
+    many_jobs(tmp_path, oni_agent.JOBS_IN_MEMORY + 5)
+    queue = queue_on(store_in(tmp_path))
+    job = queue.get(queue.add(["load-batch", "x"])[0])
+    with futures.ThreadPoolExecutor(1) as pool, queue._turn:
+        asked = [
+            pool.submit(queue.jobs),
+            pool.submit(queue.jobs, ["failed"], "x", 3),
+            pool.submit(queue.get, 1),
+            pool.submit(queue.unfinished),
+            pool.submit(queue.at_work),
+            pool.submit(queue.place, job),
+            pool.submit(queue.ended),
+            pool.submit(queue.wait, job, 0),
+        ]
+        assert not futures.wait(asked, 30).not_done
+
+
+def test_thousands_of_jobs_are_forgotten_in_a_few_transactions_and_their_files_before(
+    tmp_path, any_kind
+):
+    old = f"{time.time_ns() - 91 * oni_agent.DAY} + n"
+    many_jobs(tmp_path, 3000, queued=old, started=old, ended=old)
+    store = store_in(tmp_path)
+    newest = store.add(["load-batch", "x"])
+    kept = list(range(2901, 3001))
+    for id in range(1, 3001):
+        store.log(oni_agent.Job(id, [], 0)).touch()
+    left = []  # of the logs, when the database is told to forget
+    statements = []
+
+    def see(statement: str) -> None:
+        statements.append(statement)
+        if statement.startswith("BEGIN"):
+            left.append(len(os.listdir(tmp_path / "state/logs")))
+
+    store._database.set_trace_callback(see)
+    queue = queue_on(store)
+    queue._forget_old()
+    assert [job.id for job in queue.jobs()] == [*kept, newest.id]
+    assert statements.count("COMMIT") <= 3
+    assert left == [2000, 1000, 100]
 
 
 def test_requests_that_come_at_once_get_ids_in_order_and_a_batch_one_job(tmp_path, any_kind):
