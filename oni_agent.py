@@ -1654,9 +1654,8 @@ class JobStore:
     """The jobs on disk: `jobs.db`, `logs/` and `inputs/` in the state folder, one agent's alone.
 
     Its methods raise Problem, or an OSError. Those that change a job return when that is safely on
-    disk; no two threads may be in one of them at once. If it is not known what a change has left
-    on the disk, or if the folder's contents are removed, they end the agent: it would have to
-    guess what it may answer.
+    disk; no two threads may be in one of them at once. They end the agent if it is not known what
+    a change has left on the disk: it would have to guess what to answer.
     """
 
     APPLICATION = 0x4F4E4941  # SQLite's application_id: "ONIA"
@@ -1746,10 +1745,7 @@ class JobStore:
         return not tables
 
     def _highest_id(self) -> int:
-        """Return the highest id given so far: jobs.db may be new, or an older copy, but logs stay.
-
-        A log that is no job's, since its name is none, does not count.
-        """
+        """Return the highest id given: jobs.db may be new, or an older copy, but logs stay."""
         [[highest]] = self._read("SELECT ifnull(max(seq), 0) FROM sqlite_sequence")
         with os.scandir(self.folder / "logs") as logs:
             for log_file in logs:

@@ -3373,18 +3373,10 @@ def test_a_disk_that_fills_up_stops_no_load_and_the_log_says_so(disk, witnessed,
     assert site.restart().ended(id)["status"] == "successful"
 
 
-def test_a_job_waits_until_its_log_can_be_made(witnessed):
-    site = witnessed.start()
-    batch = site.batch("batch_oru_alpha_ver01")
-    logs = site.state / "logs"
-    logs.write_text("in the way")
-    id = site.job("load-batch", batch.name)
-    site.wait_for(r"/logs\b.*; trying again every second")
-    assert site.call("job-status", str(id))["job"]["status"] == "pending"
-    assert site.call("job-logs", str(id))["job"]["stderr"] == []
-    logs.unlink()
-    assert site.ended(id)["status"] == "successful"
-    assert on_stderr(site, id) == printed(site)
+def test_an_agent_that_cannot_keep_logs_does_not_start(site):
+    site.state.mkdir()
+    (site.state / "logs").write_text("in the way")
+    assert f"File exists: '{site.state / 'logs'}'" in failed_start(site)
 
 
 def past_jobs(site: Site, *rows: tuple) -> None:
@@ -7808,6 +7800,18 @@ def test_an_error_of_megabytes_is_cut_with_a_sign(tmp_path, any_kind):
     queue._record_unopened(job, oni_agent.Outcome("failed", "\u20ac" * 1_000_000))
     assert len(job.error.encode()) <= oni_agent.MAX_ERROR + 100
     assert job.error.startswith("\u20ac" * 600) and job.error.endswith("has it whole]")
+
+
+def test_a_person_is_told_that_a_cancelled_job_never_started_and_nca_its_words(agent):
+    gate = agent.hold_load(agent.batch(ALPHA))
+    agent.job("load-batch", ALPHA)
+    gate.reached()
+    id = agent.job("purge-batch", ALPHA)
+    agent.call("job-cancel", str(id))
+    gate.open()
+    assert b"Cancelled: this job never started." in ssh_run(agent, f"job-status {id}", "-tt").stdout
+    message = "Failed: this job started but returned a non-zero exit code."
+    assert agent.call("job-status", str(id))["message"] == message
 
 
 def test_an_agent_that_stops_without_a_job_says_nothing_of_manage_py(site):
