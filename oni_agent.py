@@ -1685,7 +1685,8 @@ class JobStore:
             self._agent_lock = self._keep_others_out()
             for name in "logs", "inputs":
                 (folder / name).mkdir(mode=0o700, exist_ok=True)
-            (folder / "run.lock").touch(mode=0o600)
+            if not (folder / "run.lock").exists():
+                (folder / "run.lock").touch(mode=0o600)
             self._database = self._open()
             self.newest_id = self._highest_id()
             self._tidy_inputs()
@@ -1845,6 +1846,11 @@ class JobStore:
             values.append(json.dumps(word))
         condition = " AND ".join(conditions)
         return self._jobs(f"{condition} ORDER BY id DESC LIMIT ?", *values, newest)
+
+    def count(self) -> int:
+        """Return how many jobs there are."""
+        [[count]] = self._read("SELECT count(*) FROM jobs")
+        return int(count)
 
     def newest_moment(self) -> int:
         """Return when the newest job was asked for, or ended; 0 if there is none."""
@@ -4259,7 +4265,7 @@ def looks_at_all(settings):
 
     def state():
         if (settings.state_directory / "jobs.db").exists():
-            return f"{len(JobStore(settings.state_directory).jobs())} jobs"
+            return f"{JobStore(settings.state_directory).count()} jobs"
         return writable(nearest_folder(settings.state_directory))
 
     def host_key():
