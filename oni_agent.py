@@ -99,8 +99,9 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from hashlib import blake2b
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Callable, Deque, Dict, Generator, Iterable, Iterator
-from typing import List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple, TypeVar, Union
+from typing import IO, TYPE_CHECKING, Any, Callable, Deque, Dict, Final, Generator, Iterable
+from typing import Iterator, List, Literal, Mapping, NamedTuple, NoReturn, Optional, Sequence, Set
+from typing import Tuple, TypeVar, Union
 
 
 def stderr_is_journal() -> bool:
@@ -191,8 +192,19 @@ MAX_REPLY = 64 * 1024 * 1024  # bytes of what one of them answers
 PROGRESS_SECONDS = 5  # between two questions about how far a load is
 KEEP_DAYS = 90  # how long finished jobs are kept
 KEEP_JOBS = 100  # how many of the newest are kept in any case
+JOBS_IN_MEMORY = 1000  # the newest; what ended before is read from the disk
+MAX_ERROR = 2000  # bytes of why a job failed; its log has the rest
+LOCK_SECONDS = 5  # to wait for a lock on jobs.db before a change is refused
+READ_SECONDS = 1  # the same, of what only reads
+WATCH_SECONDS = 5  # between two looks at whether the state folder is in place
+SWEEP_SECONDS = 3600  # between two looks for jobs that are to be forgotten
+FORGET_AT_ONCE = 1000  # jobs, in one transaction
 TICK = 0.005  # seconds between two looks at what manage.py has printed
 CHUNK = 32 * 1024  # bytes read at once, of an input or a job's log; a longer line comes in parts
+
+DAY = 86400 * 10**9  # nanoseconds
+EXIT_HOPELESS = 2  # the unit does not start the agent again: somebody has to mend something
+EXIT_AGAIN = 70  # systemd starts the agent again
 
 # ---------------------------------------------------------------- problems
 
@@ -211,22 +223,15 @@ class CouldNotStart(Problem):
     """manage.py cannot be run at all."""
 
 
-class Cancelled(BaseException):
-    """The job at work is to end. As for a SystemExit, nobody takes it for a fault on its way."""
-
-
-class Stopping(BaseException):
-    """The agent is stopping: what has just ended was maybe ended by that, and does not count.
-
-    As for a SystemExit, nobody takes it for a fault on its way through the worker.
-    """
+class Interrupted(Exception):
+    """The job at work is not to go on: it is to end, or the agent stops."""
 
 
 def shortened(text: str, most: int = 2000) -> str:
     """Return a text, or `most` bytes of its start and end with a sign for what is left out."""
-    data = text.encode("utf-8", "replace")
+    data = text.encode("utf-8", "replace")  # a file's name in it may be no text
     if len(data) <= most:
-        return text
+        return data.decode()
     left_out = len(data) - most
     start = data[: most * 3 // 4].decode("utf-8", "ignore")
     end = data[-most // 4 :].decode("utf-8", "ignore")
@@ -265,17 +270,31 @@ def is_refused_for_good(error: BaseException) -> bool:
     return False
 
 
-def patiently(action: Callable[[], Result]) -> Result:
-    """Call `action` until it raises no OSError, once a second, and return its result."""
+def patiently(
+    action: Callable[[], Result], go_on: Callable[[], object] = lambda: None
+) -> Result:
+    """Call `action` until it is refused nothing that is scarce, once a second; return its result.
+
+    `go_on` is called before each further try, and may raise. Other errors are raised at once.
+    """
     warned = False
     while True:
         try:
             return action()
         except OSError as error:
+            if not is_scarce(error):
+                raise
             if not warned:
                 log.error("%s; trying again every second", error)
             warned = True
-            time.sleep(1)
+        time.sleep(1)
+        go_on()
+
+
+def end_agent(reason: str, status: int) -> NoReturn:
+    """Say why, and end the agent on the spot, as kill -9 would: manage.py goes on."""
+    log.critical("%s; the agent ends", reason)
+    os._exit(status)
 
 
 FILES = futures.ThreadPoolExecutor(16)  # for what may wait for a hung file system
@@ -3335,12 +3354,14 @@ def nearly(word: str, words: Iterable[str], likeness: float = 0.85) -> str:
 
 # ---------------------------------------------------------------- jobs and their store
 
-PENDING = "pending"
-STARTED = "started"
-COULD_NOT_START = "couldn't start"
-SUCCESSFUL = "successful"
-FAILED = "failed"
-STATUS_MESSAGES = {  # NCA knows no others
+PENDING: Final = "pending"
+STARTED: Final = "started"
+COULD_NOT_START: Final = "couldn't start"
+SUCCESSFUL: Final = "successful"
+FAILED: Final = "failed"
+FinalStatus = Literal["couldn't start", "successful", "failed"]
+Status = Literal["pending", "started", "couldn't start", "successful", "failed"]
+STATUS_MESSAGES: Dict[Status, str] = {  # NCA knows no others
     PENDING: "Pending: this job is in the queue but hasn't been started yet.",
     STARTED: "Started: this job is currently running.",
     COULD_NOT_START: "Invalid: this job was not able to start.",
@@ -3350,30 +3371,89 @@ STATUS_MESSAGES = {  # NCA knows no others
 NO_OP = "No-op: job is redundant or already completed"  # in place of a new job
 
 
+class Outcome(NamedTuple):
+    """What an attempt came to: its status, and why it was not successful ("" if it was)."""
+
+    status: FinalStatus
+    error: str
+
+
+class End(NamedTuple):
+    """How a job ended: its outcome, and when, in nanoseconds since 1970."""
+
+    status: FinalStatus
+    error: str
+    when: int
+
+
 @dataclass
 class Job:
     """One request that was accepted, and what became of it. Times are nanoseconds since 1970."""
 
     id: int
-    words: list[str]
+    words: List[str]
     queued: int
-    status: str = PENDING
-    started: int | None = None
-    ended: int | None = None
-    error: str = ""
+    started: Optional[int] = None  # None: it has never begun
+    end: Optional[End] = None  # None: it has not ended
     attempts: int = 0  # how often it was begun; more than one: an interruption lies between
-    cancelled: int = 0  # whether somebody has asked for its end
+    cancelled: bool = False  # somebody has asked for its end after it began
 
     @property
-    def finished(self):
-        return self.status not in (PENDING, STARTED)
+    def status(self) -> Status:
+        """Return the status that answers give; it follows from what is known of the job."""
+        if self.end:
+            return self.end.status
+        return PENDING if self.started is None else STARTED
+
+    @property
+    def finished(self) -> bool:
+        """Tell whether the job has ended."""
+        return self.end is not None
+
+    @property
+    def error(self) -> str:
+        """Return why the job was not successful; "" if it was, or has not ended."""
+        return self.end.error if self.end else ""
+
+    @property
+    def ended(self) -> Optional[int]:
+        """Return when the job ended; None if it has not."""
+        return self.end.when if self.end else None
+
+
+def message_for_person(job: Job) -> str:
+    """Return what a person is told of a job's status. NCA is told STATUS_MESSAGES."""
+    if job.status == FAILED and job.started is None:
+        return "Cancelled: this job never started."
+    return STATUS_MESSAGES[job.status]
+
+
+def in_order_of_end(jobs: Iterable[Job], now: int) -> List[Job]:
+    """Return the jobs that have ended, the first one to end first.
+
+    `jobs` are in the order of their ids, `now` is the clock's time. A clock that was wrong for
+    some time contradicts the ids: an end before an earlier job was asked for, or one that is yet
+    to come. Such a job is put right behind the job before it.
+    """
+    order: List[Tuple[int, Job]] = []
+    newest_request = latest = 0
+    for job in jobs:
+        if job.queued <= now:
+            newest_request = max(newest_request, job.queued)
+        if job.end:
+            if newest_request <= job.end.when <= now:
+                latest = job.end.when
+            order.append((latest, job))
+    order.sort(key=lambda entry: entry[0])  # keeps the ids' order where moments are equal
+    return [job for _, job in order]
 
 
 class JobStore:
     """The jobs on disk: `jobs.db`, `logs/` and `inputs/` in the state folder, one agent's alone.
 
-    Its methods raise Problem, or an OSError; `add` and `update` return when all is safely on disk.
-    No two threads may be in `add`, `update` or `remove` at once.
+    Its methods raise Problem, or an OSError. Those that change a job return when that is safely on
+    disk; no two threads may be in one of them at once. They end the agent if it is not known what
+    a change has left on the disk: it would have to guess what to answer.
     """
 
     APPLICATION = 0x4F4E4941  # SQLite's application_id: "ONIA"
@@ -3381,59 +3461,73 @@ class JobStore:
     SCHEMA = f"""
         BEGIN;
         CREATE TABLE jobs (id INTEGER PRIMARY KEY AUTOINCREMENT, words TEXT NOT NULL,
-            payload BLOB, queued INTEGER NOT NULL, status TEXT NOT NULL, started INTEGER,
+            queued INTEGER NOT NULL, status TEXT NOT NULL, started INTEGER,
             ended INTEGER, error TEXT NOT NULL DEFAULT '', attempts INTEGER NOT NULL DEFAULT 0,
             cancelled INTEGER NOT NULL DEFAULT 0);
         PRAGMA application_id = {APPLICATION};
         PRAGMA user_version = {VERSION};
         COMMIT;
     """
-    # In the order of Job's fields.
+    # An older jobs.db may have more columns, so they are named.
     COLUMNS = "id, words, queued, status, started, ended, error, attempts, cancelled"
+    # What must stay where it is while an agent is at work.
+    PARTS = ("", "jobs.db", "agent.lock", "run.lock", "logs", "inputs")
 
-    def __init__(self, folder):
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._path = folder / "jobs.db"
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if is_an_agents(folder):
                 folder.chmod(0o700)
-            self._keep_others_out()
-            (folder / "inputs").mkdir(mode=0o700, exist_ok=True)
-            for unready in folder.glob("inputs/unready-*"):
-                unready.unlink()
-            is_new = not self._path.exists() or self._is_empty()
-            # Without an isolation level each statement commits.
-            self._database = sqlite3.connect(
-                self._path, check_same_thread=False, isolation_level=None
-            )
-            # What is answered is on disk.
-            self._database.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL")
-            if is_new:
-                self._database.executescript(self.SCHEMA)
-            self._newest = self._newest_id()
-            self._take_out_payloads()
+            self._agent_lock = self._keep_others_out()
+            for name in "logs", "inputs":
+                (folder / name).mkdir(mode=0o700, exist_ok=True)
+            if not (folder / "run.lock").exists():
+                (folder / "run.lock").touch(mode=0o600)
+            self._database = self._open()
+            self.newest_id = self._highest_id()
+            self._tidy_inputs()
+            self._parts = {part: identity(folder / part) for part in self.PARTS}
+            self._parts_lock = threading.Lock()
         except (OSError, sqlite3.Error) as error:
             raise Problem(f"{self._path} cannot be used ({error}); nothing was changed") from error
 
-    def _keep_others_out(self):
+    def _keep_others_out(self) -> IO[str]:
+        """Return the locked file that says that an agent is at work here. Raises Problem."""
         # A killed agent's last child may hold the lock until it has become manage.py.
         for _ in range(100):
-            with contextlib.suppress(BlockingIOError):
-                self._agent_lock = locked(self.folder / "agent.lock")
-                return
-            time.sleep(TICK)
+            try:
+                return locked(self.folder / "agent.lock")
+            except BlockingIOError:
+                time.sleep(TICK)
         raise Problem(
             f"another ONI Agent is at work on {self.folder}; give this one a STATE_DIRECTORY of"
             " its own"
         )
 
-    def _is_empty(self):
-        """Whether a database has no tables yet. Raises Problem if it is not to be used.
+    def _open(self) -> sqlite3.Connection:
+        """Return the connection that writes, to a database with a table of jobs."""
+        is_new = not self._path.exists() or self._is_empty()
+        # Without an isolation level each statement commits, but for what BEGIN comes before.
+        database = sqlite3.connect(
+            str(self._path), LOCK_SECONDS, check_same_thread=False, isolation_level=None
+        )
+        # What is answered is on disk. A last agent that met an error of the disk may have left
+        # changes in the write-ahead log that only the cache holds: the checkpoint writes them anew.
+        database.executescript(
+            "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA wal_checkpoint(TRUNCATE)"
+        )
+        if is_new:
+            database.executescript(self.SCHEMA)
+        return database
 
-        It is opened for reading alone: else even its closing would change it.
-        """
-        opened = sqlite3.connect(f"{self._path.as_uri()}?mode=ro", uri=True)
+    def _is_empty(self) -> bool:
+        """Tell whether the database has no tables yet. Raises Problem if it is not to be used."""
+        # It is opened for reading alone: else even its closing would change it. But a crash at the
+        # very first start may have left a journal, which SQLite has to take back.
+        mode = "rw" if self._path.with_name("jobs.db-journal").exists() else "ro"
+        opened = sqlite3.connect(f"{self._path.as_uri()}?mode={mode}", uri=True)
         with contextlib.closing(opened) as database:
             tables, application, version, state = database.execute(
                 "SELECT (SELECT count(*) FROM sqlite_master), application_id, user_version,"
@@ -3449,83 +3543,344 @@ class JobStore:
             )
         return not tables
 
-    def _newest_id(self):
-        """The highest id given so far: jobs.db may be new, or an older copy, but logs remain."""
-        names = " ".join(path.name for path in self.folder.glob("logs/*"))
-        ids = map(int, re.findall(r"\b([0-9]{1,18})\.log\b", names))
-        [[newest]] = self._execute("SELECT ifnull(max(seq), 0) FROM sqlite_sequence")
-        return max([newest, *ids])
+    def _highest_id(self) -> int:
+        """Return the highest id given: jobs.db may be new, or an older copy, but logs stay."""
+        [[highest]] = self._read("SELECT ifnull(max(seq), 0) FROM sqlite_sequence")
+        with os.scandir(self.folder / "logs") as logs:
+            for log_file in logs:
+                stem, _, suffix = log_file.name.partition(".")
+                if suffix == "log" and re.fullmatch("[0-9]{1,18}", stem):
+                    highest = max(highest, int(stem))
+        return int(highest)
 
-    def _take_out_payloads(self):
-        """Writes what release 1.0 kept of standard input in the database where it is kept now."""
-        for id, payload in self._execute("SELECT id, payload FROM jobs WHERE payload IS NOT NULL"):
-            with self.new_input() as given:
-                Path(given.name).write_bytes(payload)
-                self._keep_input(self.folder / "inputs" / str(id), given.name)
-            self._execute("UPDATE jobs SET payload = NULL WHERE id = ?", id)
+    def _tidy_inputs(self) -> None:
+        """Remove what a killed agent left of requests that it never accepted."""
+        for entry in (self.folder / "inputs").iterdir():
+            is_accepted = entry.name.isdigit() and int(entry.name) <= self.newest_id
+            if entry.is_dir() and not is_accepted:
+                shutil.rmtree(entry)
+            elif entry.name.startswith("unready-"):
+                entry.unlink()
 
-    def _execute(self, statement, *values):
-        """The rows that a statement gives, once it is done and on disk. Raises Scarce."""
+    def check_in_place(self) -> None:
+        """End the agent if what it keeps here was removed, or replaced. Raises OSError.
+
+        What it would still write would be lost, and ids be given twice. manage.py goes on. The
+        exit status is one on which the unit does not start the agent again: somebody has to look.
+        """
+        with self._parts_lock:
+            missing = next(filter(self._is_missing, self.PARTS), None)
+        if missing is not None:
+            end_agent(
+                f"{self.folder / missing} was removed or replaced while the agent was at work: put"
+                " it back, or start the agent anew with what is there now",
+                EXIT_HOPELESS,
+            )
+
+    def _is_missing(self, part: str) -> bool:
+        """Tell whether something is not there any more, or is another one. Raises OSError."""
         try:
-            return self._database.execute(statement, values).fetchall()
+            return identity(self.folder / part) != self._parts[part]
+        except (FileNotFoundError, NotADirectoryError):
+            return True
+
+    def set_aside(self, part: str, name: str) -> None:
+        """Give another name to a file among the PARTS, and put an empty one in its place."""
+        with self._parts_lock:
+            (self.folder / part).rename(self.folder / name)
+            (self.folder / part).touch(mode=0o600)
+            self._parts[part] = identity(self.folder / part)
+
+    # -- reading
+
+    def _read(self, statement: str, *values: object) -> List[Any]:
+        """Return the rows that a query gives. Raises Scarce.
+
+        It has a connection of its own, which waits for no writer: not for this agent's, nor for
+        a backup that has locked the database.
+        """
+        try:
+            opened = sqlite3.connect(f"{self._path.as_uri()}?mode=ro", READ_SECONDS, uri=True)
+            with contextlib.closing(opened) as database:
+                return database.execute(statement, values).fetchall()
         except sqlite3.Error as error:
             raise Scarce(f"{self._path} cannot be used: {error}") from error
 
-    def jobs(self):
-        """Every job, oldest first."""
-        rows = self._execute(f"SELECT {self.COLUMNS} FROM jobs ORDER BY id")
+    def _jobs(self, condition: str, *values: object) -> List[Job]:
+        """Return the jobs for which an SQL condition holds, oldest first."""
+        rows = self._read(f"SELECT {self.COLUMNS} FROM jobs WHERE {condition}", *values)
+        rows.sort()
         try:
-            return [Job(id, json.loads(words), *others) for id, words, *others in rows]
+            # All in one go, which takes a fifth of the time for thousands.
+            words = json.loads(f"[{','.join(row[1] for row in rows)}]")
         except ValueError as error:
             raise Problem(f"{self._path} is damaged: {error}") from error
+        return [job_of_row(row, its_words) for row, its_words in zip(rows, words)]
 
-    def new_input(self):
-        """A file for what comes on standard input, gone when it is closed."""
-        return tempfile.NamedTemporaryFile(
-            prefix="unready-", dir=self.folder / "inputs", buffering=0
+    def unfinished(self) -> List[Job]:
+        """Return every job that has not ended, oldest first."""
+        return self._jobs("status IN (?, ?)", PENDING, STARTED)
+
+    def find(self, id: int) -> Optional[Job]:
+        """Return the job of an id, or None."""
+        return next(iter(self._jobs("id = ?", id)), None)
+
+    def select(
+        self, before: int, statuses: Sequence[Status] = (), word: str = "", newest: int = -1
+    ) -> List[Job]:
+        """Return jobs with ids below `before`, oldest first.
+
+        Only those with one of the statuses, if there are any, and with a word, if it is not "";
+        of these so many of the `newest`, or all (-1).
+        """
+        conditions = ["id < ?"]
+        values: List[object] = [before]
+        if statuses:
+            conditions.append(f"status IN ({', '.join('?' * len(statuses))})")
+            values += statuses
+        if word:
+            # In JSON a word is the only place for a text in quotes.
+            conditions.append("instr(words, ?)")
+            values.append(json.dumps(word))
+        condition = " AND ".join(conditions)
+        return self._jobs(f"{condition} ORDER BY id DESC LIMIT ?", *values, newest)
+
+    def count(self) -> int:
+        """Return how many jobs there are."""
+        [[count]] = self._read("SELECT count(*) FROM jobs")
+        return int(count)
+
+    def newest_moment(self) -> int:
+        """Return when the newest job was asked for, or ended; 0 if there is none."""
+        rows = self._read(
+            "SELECT max(queued, ifnull(ended, 0)) FROM jobs ORDER BY id DESC LIMIT 1"
+        )
+        return int(rows[0][0]) if rows else 0
+
+    def expired(self, now: int) -> List[int]:
+        """Return the ids of jobs that ended more than KEEP_DAYS ago, but for the KEEP_JOBS newest.
+
+        `now` is the clock's time. What it, or another clock before it, got wrong is seen by the
+        ids: none is expired that was asked for after one of the last KEEP_DAYS, and a job that
+        ended in what is the future now is expired if one of the same age is.
+        """
+        horizon = now - KEEP_DAYS * DAY
+        [[first_recent]] = self._read(
+            "SELECT ifnull(min(id), ?) FROM jobs WHERE queued BETWEEN ? AND ?",
+            self.newest_id + 1,
+            horizon,
+            now,
+        )
+        last = self._read(
+            "SELECT id FROM jobs WHERE ended NOT NULL ORDER BY id DESC LIMIT 1 OFFSET ?", KEEP_JOBS
+        )
+        if not last:
+            return []
+        limit = min(first_recent, last[0][0] + 1)
+        rows = self._read(
+            "SELECT id, ended < ? FROM jobs WHERE id < ? AND (ended < ? OR ended > ?) ORDER BY id",
+            horizon,
+            limit,
+            horizon,
+            now,
+        )
+        newest_expired = max((id for id, is_old in rows if is_old), default=0)
+        return [id for id, _ in rows if id <= newest_expired]
+
+    # -- changing
+
+    def _commit(self, statement: str, *rows: Sequence[object]) -> None:
+        """Do a statement for each of the rows of values, all or none, and put that on disk.
+
+        Raises Scarce if nothing was changed. Ends the agent if that is not known.
+        """
+        try:
+            self._database.execute("BEGIN IMMEDIATE")
+            self._database.executemany(statement, rows)
+        except sqlite3.Error as error:
+            self._take_back()
+            raise Scarce(f"{self._path} cannot be used: {error}") from error
+        try:
+            self._database.execute("COMMIT")
+        except sqlite3.Error as error:
+            # A full disk refuses a part of what is to be written, so that the whole does not count.
+            if str(error) != "database or disk is full":
+                self._give_up(error)
+            self._take_back()
+            raise Scarce(f"{self._path} cannot be used: {error}") from error
+
+    def _take_back(self) -> None:
+        """Take back the statements of a transaction that was not committed, if there is one."""
+        if self._database.in_transaction:
+            try:
+                self._database.execute("ROLLBACK")
+            except sqlite3.Error as error:
+                self._give_up(error)
+
+    def _give_up(self, error: sqlite3.Error) -> NoReturn:
+        """End the agent: the next one reads from the disk what has become of a change.
+
+        The change may be there after all, though SQLite takes it back in this process: what it
+        has written counts for whoever opens the database next, even if fsync has failed.
+        """
+        end_agent(
+            f"{self._path}: {error}, and it is not known whether the last change is on the disk",
+            EXIT_AGAIN,
         )
 
-    def add(self, words, given):
-        """A new pending job, and another name, its own, for the file of what was `given`."""
-        job = Job(self._newest + 1, words, time.time_ns())
-        if given:
-            self._keep_input(self.input(job).parent, given)
-        self.update(job)
-        self._newest = job.id
+    @contextlib.contextmanager
+    def new_input(self) -> Iterator[IO[bytes]]:
+        """Give a file for what comes on standard input: gone afterwards, unless `add` took it."""
+        folder = Path(tempfile.mkdtemp(prefix="unready-", dir=str(self.folder / "inputs")))
+        try:
+            with open(folder / "input.xml", "wb", buffering=0) as file:
+                yield file
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def ready_input(self, given: Optional[Path]) -> Iterator[Optional[Path]]:
+        """Put a file, and its folder, on disk, and give the folder for `add`; None for no file.
+
+        A file of new_input is taken itself; of another, that of an earlier job, a copy is made.
+        """
+        if given is None:
+            yield None
+        elif given.parent.name.startswith("unready-"):
+            sync(given)
+            sync(given.parent)
+            yield given.parent
+        else:
+            with self.new_input() as copy:
+                shutil.copyfile(given, copy.name)
+                with self.ready_input(Path(copy.name)) as folder:
+                    yield folder
+
+    def add(self, words: List[str], folder: Optional[Path] = None) -> Job:
+        """Return a new pending job, whose input is in a folder that ready_input gave, if any."""
+        job = Job(self.newest_id + 1, words, time.time_ns())
+        place = self.input(job).parent
+        if folder:
+            # An agent that was killed before it gave this id may have left something.
+            shutil.rmtree(place, ignore_errors=True)
+            folder.rename(place)
+        try:
+            if folder:
+                sync(place.parent)
+            self._commit(
+                "INSERT INTO jobs (id, words, queued, status) VALUES (?, ?, ?, ?)",
+                (job.id, json.dumps(words), job.queued, PENDING),
+            )
+        except OSError:
+            if folder:
+                shutil.rmtree(place, ignore_errors=True)
+            raise
+        self.newest_id = job.id
         return job
 
-    def _keep_input(self, folder, given):
-        sync(given)
-        # A crash before this id was given may have left something.
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(mode=0o700)
-        os.link(given, folder / "input.xml")
-        sync(folder)
-        sync(folder.parent)
-
-    def input(self, job):
-        """The file of what came on standard input with a request; its folder holds nothing else."""
+    def input(self, job: Job) -> Path:
+        """Return the file of what came on standard input; its folder holds nothing else."""
         return self.folder / "inputs" / str(job.id) / "input.xml"
 
-    def update(self, job, **changes):
-        """Changes a job, on disk before all else."""
-        columns = {**vars(job), "words": json.dumps(job.words), **changes}
-        self._execute(
-            f"REPLACE INTO jobs ({self.COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            *columns.values(),
+    def begin(self, job: Job, when: int) -> None:
+        """Enter that an attempt at a job begins, the first one at a moment `when`."""
+        started = when if job.started is None else job.started
+        attempts = job.attempts + 1
+        self._commit(
+            "UPDATE jobs SET status = ?, started = ?, attempts = ? WHERE id = ?",
+            (STARTED, started, attempts, job.id),
         )
-        vars(job).update(changes)
+        job.attempts = attempts
+        job.started = started
 
-    def log(self, job):
-        """Where a job's log is, for JobLog."""
+    def cancel(self, job: Job) -> None:
+        """Enter that a job that has begun is to end."""
+        self._commit("UPDATE jobs SET cancelled = 1 WHERE id = ?", (job.id,))
+        job.cancelled = True
+
+    def end(self, job: Job, end: End) -> None:
+        """Enter how a job ended."""
+        self._commit(
+            "UPDATE jobs SET status = ?, error = ?, ended = ? WHERE id = ?",
+            (end.status, end.error, end.when, job.id),
+        )
+        job.end = end
+
+    def log(self, job: Job) -> Path:
+        """Return where a job's log is, for JobLog."""
         return self.folder / "logs" / f"{job.id}.log"
 
-    def remove(self, job):
-        """Forgets a job: its files first, so that a crash in between leaves none without a job."""
-        for path in self.folder.glob(f"logs/{job.id}.*"):
-            path.unlink()
-        shutil.rmtree(self.input(job).parent, ignore_errors=True)
-        self._execute("DELETE FROM jobs WHERE id = ?", job.id)
+    def remove_files(self, id: int) -> None:
+        """Remove a job's log and input. Raises OSError.
+
+        This comes before `forget`, so that a crash in between leaves no files without a job.
+        """
+        for suffix in ("log", "out", "err"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.folder / "logs" / f"{id}.{suffix}")
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self.folder / "inputs" / str(id))
+
+    def forget(self, ids: Iterable[int]) -> None:
+        """Forget jobs whose files have been removed."""
+        self._commit("DELETE FROM jobs WHERE id = ?", *[(id,) for id in ids])
+
+
+def job_of_row(row: Tuple[Any, ...], words: List[str]) -> Job:
+    """Return the job that a row of JobStore.COLUMNS stands for; its words come read from JSON."""
+    id, _, queued, status, started, ended, error, attempts, cancelled = row
+    end = None
+    if status == PENDING:
+        started = None
+    elif status != STARTED:
+        end = End(status, error, queued if ended is None else ended)
+    return Job(id, words, queued, started, end, attempts, bool(cancelled))
+
+
+def identity(path: Path) -> Tuple[int, int]:
+    """Return the device and inode of a file or folder. Raises OSError."""
+    found = os.stat(path)
+    return found.st_dev, found.st_ino
+
+
+class Clock:
+    """The time of day, and whether old jobs may be forgotten by it.
+
+    Doubt is cast on a clock that is more than KEEP_DAYS ahead of what was seen of time before: at
+    the start the newest job, later the clock itself. It is believed when it is still so a day
+    later, by `steady`, which nobody can set. Both functions count nanoseconds.
+    """
+
+    def __init__(
+        self,
+        newest: int,
+        wall: Callable[[], int] = time.time_ns,
+        steady: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self._wall = wall
+        self._steady = steady
+        self._seen_at = steady()
+        self._seen = newest or wall()
+        self._doubted_at: Optional[int] = None
+
+    def believed(self) -> Optional[int]:
+        """Return the time of day, or None as long as it is doubted."""
+        now = self._wall()
+        steady_now = self._steady()
+        expected = self._seen + steady_now - self._seen_at
+        if now - expected > KEEP_DAYS * DAY:
+            if self._doubted_at is None:
+                self._doubted_at = steady_now
+                log.warning(
+                    "the clock says %s, long after the newest job: nothing is forgotten for a day",
+                    timestamp(now),
+                )
+            if steady_now - self._doubted_at < DAY:
+                return None
+        self._doubted_at = None
+        self._seen = max(now, expected)  # a clock that was set back is right again some day
+        self._seen_at = steady_now
+        return now
 
 
 def locked(path):
@@ -3746,14 +4101,14 @@ class Work(JobLog):
         return self.job.cancelled and not self.undoing
 
     def go_on(self):
-        """Raises Cancelled if the job is to end, or has ended before it began."""
+        """Raise Interrupted if the job is to end, or has ended before it began."""
         if self.cancelled or self.job.finished:
-            raise Cancelled
+            raise Interrupted
 
     def step(self, action):
         """Takes a step, a function of this work, anew while the machine lacks something for it.
 
-        Raises Problem, also for any other OSError; Cancelled, Stopping.
+        Raises Problem, also for any other OSError; Interrupted.
         """
 
         def take():
@@ -3768,7 +4123,7 @@ class Work(JobLog):
         patiently(take)
 
     def manage(self, *words):
-        """Runs manage.py with `words`. Raises Problem, Cancelled, Stopping.
+        """Runs manage.py with `words`. Raises Problem, Interrupted.
 
         The text of a Problem says how manage.py ended, and of what it has complained.
         """
@@ -3793,7 +4148,7 @@ class Work(JobLog):
         self.go_on()
         if status < 0:
             if self._stopping.wait(1):  # the signal may have come to the agent as well
-                raise Stopping
+                raise Interrupted
             raise Problem(f"killed by signal {-status} ({signal_name(-status)})")
         if status:
             raise Problem(f"exit status {status}: {self.complaint()}")
@@ -3823,7 +4178,7 @@ class Work(JobLog):
         full = False
         number = signal.SIGTERM
         next_signal = 0.0
-        while patiently(self._is_at_work):
+        while self._may_be_at_work():
             time.sleep(TICK)
             self._look()
             with contextlib.suppress(OSError):  # somebody has removed the folder
@@ -3837,6 +4192,13 @@ class Work(JobLog):
             self.note(
                 "the state folder was full meanwhile: lines that manage.py printed may be missing"
             )
+
+    def _may_be_at_work(self):
+        """Tell whether manage.py is at work, or nobody can say just now that it is not."""
+        try:
+            return patiently(self._is_at_work)
+        except OSError:
+            return True
 
     def _signal(self, number):
         """Sends a signal to the process groups, but the agent's own, that have the lock open."""
@@ -3891,13 +4253,13 @@ class Kind:
         return False
 
     def bring(self, work):
-        """Brings about what is to be reached. Raises Problem, Cancelled, Stopping."""
+        """Brings about what is to be reached. Raises Problem, Interrupted."""
 
     def verify(self, work):
         """Raises Problem, which says what there is instead, unless it is reached now."""
 
     def undo(self, work):
-        """After a cancel: takes back what was half done. Raises Problem, Stopping."""
+        """After a cancel: takes back what was half done. Raises Problem, Interrupted."""
 
     def remains(self, work):
         """What there is now, in words, for the error of a job that was unsuccessful; or ""."""
@@ -4170,62 +4532,184 @@ KINDS = {
 
 
 class JobQueue:
-    """The jobs in order, and the one thread that works on them."""
+    """The jobs in order, the one thread that works on them, and one that keeps house.
 
-    def __init__(self, store, site, on_end):
+    Whoever changes a job takes its turn (`_turn`): it changes the job on disk, then in memory. So
+    ids are given in the order of acceptance, and a batch's last job is known to who adds another.
+    What only reads takes `_lock`, which nobody holds while a disk, ONI or a client is waited for.
+    In memory are the unfinished jobs and the newest others; older ones are read from the disk.
+
+    `on_end` is called with each job that has ended, `announce` with a sentence whenever what is at
+    work or waits has changed; neither may take long.
+    """
+
+    def __init__(
+        self,
+        store: JobStore,
+        site: Site,
+        on_end: Callable[[Job], None],
+        announce: Callable[[str], None],
+    ) -> None:
         self._store = store
         self._site = site
         self._on_end = on_end
-        self._changed = threading.Condition()  # guards the jobs, and the store; re-entrant
+        self._announce = announce
         self.stopping = threading.Event()  # once set: no end is recorded that it may have caused
         self._closed = False
-        self._jobs = {job.id: job for job in store.jobs()}
-        self._waiting = queue.Queue()
-        for job in self._jobs.values():
+        self._turn = threading.Lock()
+        self._lock = threading.Lock()  # guards the five that follow
+        self._jobs: Dict[int, Job] = {}  # those in memory, oldest first
+        self._all_since = 0  # the id from which on all jobs are in memory
+        self._unfinished: Dict[int, Job] = {}  # oldest first
+        self._unfinished_on: Dict[Tuple[str, ...], List[Job]] = {}  # by subject; oldest first
+        self._callbacks: Dict[int, List[Callable[[Job], None]]] = {}  # by a job's id
+        self._waiting: "queue.SimpleQueue[Job]" = queue.SimpleQueue()
+        self._clock = Clock(store.newest_moment())
+        newest = store.select(store.newest_id + 1, newest=JOBS_IN_MEMORY)
+        unfinished = store.unfinished()
+        if len(newest) == JOBS_IN_MEMORY:
+            self._all_since = newest[0].id
+        known = {job.id: job for job in newest}
+        known.update({job.id: job for job in unfinished})
+        for id in sorted(known):
+            self._enter(known[id])
+
+    def _enter(self, job: Job) -> None:
+        """Take a job into memory, and let it wait for the worker if it has not ended."""
+        with self._lock:
+            self._jobs[job.id] = job
             if not job.finished:
-                self._waiting.put(job)
+                self._unfinished[job.id] = job
+                self._unfinished_on.setdefault(subject(job.words), []).append(job)
+            while len(self._jobs) > JOBS_IN_MEMORY:
+                oldest = self._jobs[next(iter(self._jobs))]
+                if not oldest.finished:
+                    break  # it is at work, and those behind it are let go of later
+                del self._jobs[oldest.id]
+                self._all_since = max(self._all_since, oldest.id + 1)
+        if not job.finished:
+            self._waiting.put(job)
 
-    def start(self):
-        self._announce()
-        threading.Thread(target=self._run, name="worker", daemon=True).start()
+    def start(self) -> None:
+        """Begin to work on the jobs, and to keep house."""
+        self._announce(self._state())
+        for name, duty in (("worker", self._work), ("housekeeper", self._keep_house)):
+            threading.Thread(target=self._run, args=[duty], name=name, daemon=True).start()
 
-    def close(self):
-        """From now on no job is accepted, since its answer might not be sent any more."""
-        with self._changed:
+    def close(self) -> None:
+        """Accept no job from now on, since its answer might not be sent any more."""
+        with self._turn:
             self._closed = True
 
-    def jobs(self):
-        """Every job, oldest first."""
-        with self._changed:
-            return list(self._jobs.values())
+    # -- what there is
 
-    def ended(self):
-        """Every job that has ended, the last one to do so first; of several at once, the newest."""
-        finished = [job for job in self.jobs() if job.finished]
-        return sorted(finished, key=lambda job: job.ended)[::-1]
+    def jobs(
+        self, statuses: Sequence[Status] = (), word: str = "", newest: Optional[int] = None
+    ) -> List[Job]:
+        """Return jobs, oldest first.
 
-    def get(self, id):
-        return self._jobs.get(id)
+        Only those with one of the statuses, if any are given, and with a word, as a batch's name,
+        if it is not ""; of these so many of the `newest`, if that is given. The disk is read only
+        for what is not in memory. Raises Problem, Scarce.
+        """
+        if statuses and all(status in (PENDING, STARTED) for status in statuses):
+            found = self.unfinished()
+            before = 0
+        else:
+            with self._lock:
+                before = self._all_since
+                found = [job for job in self._jobs.values() if job.id >= before]
+        if statuses:
+            found = [job for job in found if job.status in statuses]
+        if word:
+            found = [job for job in found if word in job.words]
+        if newest is None:
+            newest = sys.maxsize
+        if before and len(found) < newest:
+            older = self._store.select(before, statuses, word, newest - len(found))
+            found = [self._jobs.get(job.id, job) for job in older] + found
+        return found[max(0, len(found) - newest) :]
 
-    def kind(self, words):
-        """What a job of these words is to reach. Raises Problem if one cannot be a batch's name."""
+    def unfinished(self) -> List[Job]:
+        """Return the jobs that have not ended, oldest first: who is at work, and who waits."""
+        with self._lock:
+            return list(self._unfinished.values())
+
+    def at_work(self) -> Optional[Job]:
+        """Return the job that the worker has begun, or None."""
+        with self._lock:
+            first = next(iter(self._unfinished.values()), None)
+        return first if first and first.status == STARTED else None
+
+    def place(self, job: Job) -> int:
+        """Return the place of a pending job in the queue: 1, if it is the next or at work."""
+        return sum(each.id <= job.id for each in self.unfinished())
+
+    def ended(self, most: int = 50) -> List[Job]:
+        """Return the jobs that have ended, the last one first: so many, of those in memory."""
+        with self._lock:
+            jobs = list(self._jobs.values())
+        # Only a job that was cancelled before its turn ends out of order, but for a wrong clock.
+        order = in_order_of_end(jobs, time.time_ns())
+        return order[::-1][:most]
+
+    def get(self, id: int) -> Optional[Job]:
+        """Return the job of an id, or None. Raises Problem, Scarce if an old one is not read."""
+        job = self._jobs.get(id)
+        if job is None and id < self._all_since:
+            job = self._store.find(id)
+        return job
+
+    def kind(self, words: List[str]) -> Kind:
+        """Return what a job of these words is to reach. Raises Problem for no name of a batch."""
         return KINDS[words[0]](self._site, *words[1:])
 
-    def wait(self, job):
-        """Waits for a job's end, for a moment at most; whether it has ended."""
-        with self._changed:
-            return self._changed.wait_for(lambda: job.finished, 0.2)
+    # -- waiting for ends
 
-    def add(self, words, given=None):
-        """A job's id, on disk when this returns, and a sentence; -1: nothing is to be done.
+    def when_ended(self, job: Job, callback: Callable[[Job], None]) -> Callable[[], None]:
+        """Have `callback` called with a job once it has ended: at once, if it has already.
+
+        The worker's thread, or that of a client who cancels, calls it: it must not take long, nor
+        raise. Returns a function that withdraws it.
+        """
+        with self._lock:
+            is_registered = not job.finished
+            if is_registered:
+                self._callbacks.setdefault(job.id, []).append(callback)
+
+        def withdraw() -> None:
+            with self._lock:
+                callbacks = self._callbacks.get(job.id, [])
+                if callback in callbacks:
+                    callbacks.remove(callback)
+                if not callbacks:
+                    self._callbacks.pop(job.id, None)
+
+        if not is_registered:
+            callback(job)
+        return withdraw
+
+    def wait(self, job: Job, seconds: float = 0.2) -> bool:
+        """Wait for a job's end, so many seconds at most; return whether it has ended."""
+        has_ended = threading.Event()
+        withdraw = self.when_ended(job, lambda _: has_ended.set())
+        try:
+            return has_ended.wait(seconds)
+        finally:
+            withdraw()
+
+    # -- what clients ask for
+
+    def add(self, words: List[str], given: Optional[Path] = None) -> Tuple[int, str]:
+        """Accept a job: return its id, on disk by then, and a sentence; -1: nothing is to be done.
 
         `given` is the file of what came on standard input. A batch's last unfinished job is
-        taken if it is the same, else the new one comes after it. Raises Problem.
+        taken if it is the same, else the new one comes after it. Raises Problem, OSError.
         """
         kind = self.kind(words)
         kind.check(given)
         reached = not self._last_on(words) and kind.reached()
-        with self._changed:
+        with self._store.ready_input(given) as folder, self._turn:
             last = self._last_on(words)  # which may have come while Open ONI was asked
             if reached and not last:
                 return -1, NO_OP
@@ -4233,149 +4717,253 @@ class JobQueue:
                 raise Problem("the agent is stopping; ask again in a moment")
             if last and last.words == words and not (last.cancelled or given):
                 return last.id, "Job already in queue"
-            job = self._store.add(words, given)
-            self._jobs[job.id] = job
-            self._waiting.put(job)
-            self._announce()
-            return job.id, "Job added to queue"
+            self._store.check_in_place()
+            job = self._store.add(words, folder)
+            self._store.check_in_place()  # else it is in a database that was removed meanwhile
+            self._enter(job)
+            self._announce(self._state())
+        return job.id, "Job added to queue"
 
-    def _last_on(self, words):
-        """The newest unfinished job with the same words after the command's name, or None."""
-        for job in reversed(self.jobs()):
-            if not job.finished and job.words[1:] == words[1:]:
-                return job
-        return None
+    def _last_on(self, words: List[str]) -> Optional[Job]:
+        """Return the newest unfinished job with the same words after the command's name."""
+        with self._lock:
+            jobs = self._unfinished_on.get(subject(words))
+            return jobs[-1] if jobs else None
 
-    def cancel(self, job):
-        """Sees to it that a job ends unsuccessful; False if it has ended already. Raises Scarce."""
-        with self._changed:
+    def cancel(self, job: Job) -> bool:
+        """See to it that a job ends unsuccessful; False if it has ended already. Raises Scarce."""
+        with self._turn:
             if job.finished:
                 return False
-            if job.status == PENDING:
-                self._end(job, FAILED, "cancelled before it started")
-            else:
-                self._change(job, cancelled=1)
-            return True
+            if job.status == STARTED:
+                self._store.cancel(job)
+                return True
+            self._end(job, Outcome(FAILED, "cancelled before it started"))
+        self._tell_end(job)
+        return True
 
-    def _run(self):
-        """The worker thread. The agent ends with it: else it would only seem to be at work."""
+    # -- the worker
+
+    def _run(self, duty: Callable[[], None]) -> None:
+        """Do a thread's duty. The agent ends with it: else it would only seem to be at work."""
         try:
-            while True:
-                self._forget_old()
-                job = self._waiting.get()
-                if not job.finished:
-                    self._perform(job)
-        except Stopping:
-            log.debug("the next agent takes up what manage.py had begun")
+            duty()
         except BaseException:
-            log.critical("the worker cannot go on, and the agent ends", exc_info=True)
-            os._exit(70)
+            log.exception("the agent cannot go on")
+            end_agent("a thread that it needs has ended", EXIT_AGAIN)
 
-    def _perform(self, job):
-        """Brings a job to its end, whatever happens, but for the agent's own end.
+    def _work(self) -> None:
+        """Work on one job after another until the agent stops."""
+        while not self.stopping.is_set():
+            job = self._waiting.get()
+            if not job.finished:
+                self._perform(job)
+        log.info("what manage.py had begun is taken up by the next agent")
 
-        Wherever a cancel stops it, it is taken up anew from there, and then undone.
+    def _perform(self, job: Job) -> None:
+        """Bring a job to its end: attempt it, undo that if it was cancelled, record what came.
+
+        If the agent stops meanwhile, the job is left as it is: the next agent takes it up.
         """
-        work = patiently(lambda: Work(job, self._store, self._site.oni, self.stopping))
+        work = self._open_work(job)
+        if not work:
+            return
         with contextlib.closing(work):
             while not job.finished:
-                with contextlib.suppress(Cancelled):
-                    outcome = self._outcome(work)
-                    patiently(lambda: self._record(work, *outcome))
+                outcome = self._undo(work) if job.cancelled else self._attempt(work)
+                if outcome:
+                    patiently(functools.partial(self._record, work, outcome))
+                if self.stopping.is_set():
+                    return
 
-    def _outcome(self, work):
-        """The status that a job is to get, and its error, which says what there is now, too.
+    def _open_work(self, job: Job) -> Optional[Work]:
+        """Return what works on a job; None if the job has ended, maybe since that cannot be had."""
+        make = functools.partial(Work, job, self._store, self._site.oni, self.stopping)
+        try:
+            return patiently(make, functools.partial(self._must_go_on, job))
+        except Interrupted:
+            return None
+        except OSError as error:
+            outcome = Outcome(FAILED, f"its log cannot be opened: {error}")
+        patiently(functools.partial(self._record_unopened, job, outcome))
+        return None
 
-        Raises Cancelled, Stopping, and nothing else: a fault of the agent's is the job's end.
+    def _must_go_on(self, job: Job) -> None:
+        """Raise Interrupted if a job has ended, as by a cancel, or the agent stops."""
+        if job.finished or self.stopping.is_set():
+            raise Interrupted
+
+    def _record_unopened(self, job: Job, outcome: Outcome) -> None:
+        """Record the end of a job that cannot be worked on, unless it has ended. Raises Scarce."""
+        with self._turn:
+            if job.finished:
+                return
+            self._end(job, outcome)
+        self._tell_end(job)
+
+    def _attempt(self, work: Work) -> Optional[Outcome]:
+        """Bring about what a job is to reach, from where it is now; None: it was interrupted."""
+        return self._outcome(work, self._reach)
+
+    def _undo(self, work: Work) -> Optional[Outcome]:
+        """Take back what a cancelled job has half done; None: the agent stops."""
+        outcome = self._outcome(work, self._take_back)
+        work.undoing = True  # else what hindered it would not be recorded either
+        return outcome
+
+    def _outcome(self, work: Work, way: Callable[[Work, Kind], None]) -> Optional[Outcome]:
+        """Return what came of going a way with a job; None if that was interrupted.
+
+        A fault of the agent's own is the end of this one job.
         """
         try:
             work.take_over()
             kind = self.kind(work.job.words)
             try:
-                self._reach(work, kind)
-                return SUCCESSFUL, ""
+                way(work, kind)
+                return Outcome(SUCCESSFUL, "")
             except Problem as problem:
-                error = str(problem)
                 never_ran = isinstance(problem, CouldNotStart) and not work.commands
+                error = str(problem)
             remains = kind.remains(work)
             if remains not in error:
                 error = f"{error}; {remains}"
-            return COULD_NOT_START if never_ran else FAILED, error
+            return Outcome(COULD_NOT_START if never_ran else FAILED, error)
+        except Interrupted:
+            return None
+        except OSError as error:
+            return Outcome(FAILED, str(error))
         except Exception as fault:
             log.exception("job=%d stumbled over a fault of the agent", work.job.id)
-            return FAILED, f"a fault of the agent, see its log: {fault!r}"
+            return Outcome(FAILED, f"a fault of the agent, see its log: {fault!r}")
 
-    def _reach(self, work, kind):
-        """Reaches what a job is to reach, from where the job is now, or undoes it.
-
-        Raises Problem (in any case for a cancelled job), Cancelled, Stopping.
-        """
-        if work.undoing:
-            try:
-                work.step(kind.undo)
-            except Problem as problem:
-                raise Problem(f"cancelled; {problem}") from problem
-            raise Problem("cancelled")
-        if work.job.status == STARTED:
-            try:
-                work.step(kind.verify)
-                return
-            except Problem as problem:
-                log.warning("job=%d was interrupted: %s", work.job.id, problem)
-                work.note(f"interrupted: the agent went before the job's end; {problem}")
+    def _reach(self, work: Work, kind: Kind) -> None:
+        """Reach what a job is to reach. Raises Problem, Interrupted."""
+        if work.job.cancelled:
+            raise Interrupted  # while what an earlier agent had begun went on
+        if work.job.status == STARTED and self._was_reached(work, kind):
+            return
         for step in (self._begin, kind.bring, kind.verify):
             work.step(step)
 
-    def _begin(self, work):
-        """Enters that a job has begun. Raises Scarce; Problem if it has too often; Cancelled."""
+    def _was_reached(self, work: Work, kind: Kind) -> bool:
+        """Tell whether a job that an earlier agent had begun is done. Raises Interrupted."""
+        try:
+            work.step(kind.verify)
+            return True
+        except Problem as problem:
+            log.warning("job=%d was interrupted: %s", work.job.id, problem)
+            work.note(f"interrupted: the agent went before the job's end; {problem}")
+            return False
+
+    def _begin(self, work: Work) -> None:
+        """Enter that a job has begun. Raises Scarce; Problem if it has too often; Interrupted."""
         job = work.job
         if job.attempts >= MAX_ATTEMPTS:
             raise Problem(f"given up: {MAX_ATTEMPTS} times the agent was gone before its end")
-        with self._changed:
+        with self._turn:
             work.go_on()
-            started = job.started or time.time_ns()
-            self._change(job, status=STARTED, started=started, attempts=job.attempts + 1)
+            self._store.begin(job, time.time_ns())
+            self._announce(self._state())
         log.info("job=%d command=%r begins", job.id, shlex.join(job.words))
 
-    def _record(self, work, status, error):
-        """Records the end of the job at work. Raises Scarce, Stopping; Cancelled to undo it."""
-        with self._changed:
-            if self.stopping.is_set() and status != SUCCESSFUL:
-                raise Stopping
-            work.go_on()
-            self._end(work.job, status, error)
+    def _take_back(self, work: Work, kind: Kind) -> None:
+        """Undo what a cancelled job has half done. Raises Problem, Interrupted."""
+        work.undoing = True
+        try:
+            work.step(kind.undo)
+        except Problem as problem:
+            raise Problem(f"cancelled; {problem}") from problem
+        raise Problem("cancelled")
 
-    def _end(self, job, status, error):
-        """Records a job's end, and tells of it. Raises Scarce."""
-        error = error.encode("utf-8", "replace").decode()  # a file's name in it may be no text
-        # The agent's log, below, has it whole.
-        self._change(job, status=status, error=shortened(error), ended=time.time_ns())
+    def _record(self, work: Work, outcome: Outcome) -> None:
+        """Record an outcome as the job's end, unless something says that it is none. Raises Scarce.
+
+        That is a cancel which has come before: what was done is to be undone. Or it is the stop of
+        the agent, by a signal that manage.py may have got, too.
+        """
+        with self._turn:
+            if work.cancelled or (self.stopping.is_set() and outcome.status != SUCCESSFUL):
+                return
+            if shortened(outcome.error) != outcome.error:
+                work.note(outcome.error)
+            self._end(work.job, outcome)
+        self._tell_end(work.job)
+
+    def _end(self, job: Job, outcome: Outcome) -> None:
+        """Enter a job's end, in its turn. Raises Scarce."""
+        self._store.end(job, End(outcome.status, shortened(outcome.error), time.time_ns()))
+        with self._lock:
+            del self._unfinished[job.id]
+            on_the_same = self._unfinished_on[subject(job.words)]
+            on_the_same.remove(job)
+            if not on_the_same:
+                del self._unfinished_on[subject(job.words)]
+        self._announce(self._state())
+
+    def _tell_end(self, job: Job) -> None:
+        """Tell everybody who waits for it of a job's end, when that is on disk."""
+        status, error = job.status, job.error
         level = logging.INFO if status == SUCCESSFUL else logging.WARNING
         words = shlex.join(job.words)
         log.log(level, "job=%d command=%r status=%r error=%r", job.id, words, status, error)
         self._on_end(job)
+        with self._lock:
+            callbacks = self._callbacks.pop(job.id, [])
+        for callback in callbacks:
+            callback(job)
 
-    def _change(self, job, **changes):
-        """Changes a job on disk, then for all to see. Raises Scarce."""
-        self._store.update(job, **changes)
-        self._changed.notify_all()
-        self._announce()
+    def _state(self) -> str:
+        """Return what is at work, and how much waits, in a sentence."""
+        job = self.at_work()
+        with self._lock:
+            waiting = len(self._unfinished) - bool(job)
+        at_work = f"{shlex.join(job.words)} (job {job.id})" if job else "nothing"
+        return f"at work: {at_work}; waiting: {waiting}"
 
-    def _announce(self):
-        jobs = self._jobs.values()
-        waiting = sum(job.status == PENDING for job in jobs)
-        at_work = [
-            f"{shlex.join(job.words)} (job {job.id})" for job in jobs if job.status == STARTED
-        ]
-        tell_systemd(f"STATUS=at work: {', '.join(at_work) or 'nothing'}; waiting: {waiting}")
+    # -- keeping house
 
-    def _forget_old(self):
-        horizon = time.time_ns() - KEEP_DAYS * 86400 * 10**9
-        for job in self.ended()[KEEP_JOBS:]:
-            if job.ended < horizon:
-                with self._changed, contextlib.suppress(OSError):
-                    self._store.remove(job)  # else the next time
-                    del self._jobs[job.id]
+    def _keep_house(self) -> None:
+        """Watch over the state folder, and forget old jobs, until the agent stops."""
+        next_sweep = time.monotonic()
+        while not self.stopping.is_set():
+            try:
+                self._store.check_in_place()
+                if time.monotonic() >= next_sweep:
+                    next_sweep = time.monotonic() + SWEEP_SECONDS
+                    self._forget_old()
+            except (OSError, Problem) as error:
+                log.error("old jobs are not forgotten for now: %s", error)
+            self.stopping.wait(WATCH_SECONDS)
+
+    def _forget_old(self) -> None:
+        """Forget jobs that ended long ago, if the clock is to be believed. Raises OSError."""
+        now = self._clock.believed()
+        if now is None:
+            return
+        expired = self._store.expired(now)
+        for start in range(0, len(expired), FORGET_AT_ONCE):
+            self._forget(expired[start : start + FORGET_AT_ONCE])
+
+    def _forget(self, ids: List[int]) -> None:
+        """Forget jobs, but those whose files cannot be removed. Raises Scarce."""
+        gone = []
+        for id in ids:
+            try:
+                self._store.remove_files(id)
+                gone.append(id)
+            except OSError as error:
+                log.warning("job=%d is not forgotten: %s", id, error)
+        with self._turn:
+            self._store.forget(gone)
+        with self._lock:
+            for id in gone:
+                self._jobs.pop(id, None)
+
+
+def subject(words: List[str]) -> Tuple[str, ...]:
+    """Return what a job's words are about: those after the command's name."""
+    return tuple(words[1:])
 
 
 # ---------------------------------------------------------------- commands
@@ -4448,7 +5036,8 @@ class Request:
             raise Refused(f'"{word}" is not a valid job id')
         id = int(word)
         if id == -1:
-            return Job(-1, ["no-op"], time.time_ns(), SUCCESSFUL)
+            now = time.time_ns()
+            return Job(-1, ["no-op"], now, end=End(SUCCESSFUL, "", now))
         job = self.agent.queue.get(id)
         if not job:
             raise Refused("Job not found", job={"id": id})
@@ -4632,7 +5221,7 @@ def job_object(job: Job) -> Dict[str, Any]:
     if job.started:
         shown["started"] = timestamp(job.started)
         shown["seconds"] = max(0, (job.ended or time.time_ns()) - job.started) // 10**6 / 1000
-    if job.ended:
+    if job.ended and job.id > 0:
         shown["ended"] = timestamp(job.ended)
     return shown
 
@@ -4641,7 +5230,7 @@ def job_with_place(agent: Agent, job: Job) -> Dict[str, Any]:
     """Return a job as answers show it, with its place in the queue, or how far it is."""
     shown = job_object(job)
     if job.status == PENDING:
-        shown["place"] = sum(each.id <= job.id and not each.finished for each in agent.queue.jobs())
+        shown["place"] = agent.queue.place(job)
     elif job.status == STARTED and job.words[0] == "load-batch":
         shown.update(agent.site.progress(job.words[1], job.id))
         pages, pages_loaded = shown.get("pages"), shown.get("pages_loaded")
@@ -4938,40 +5527,31 @@ NEWEST_JOBS = 50  # that a person is shown who says no number
        4  successful 2 s     load-batch batch_oru_small_ver01  0 s ago, 15:30 UTC
        5  successful 2 s     batch-patch batch_oru_small_ver01 batch_oru_small_ver02
            0 s ago, 15:30 UTC
-    These are the newest of 4 jobs; a larger number shows more.
+    These are the newest 2 jobs; a larger number shows more.
     """,
 )
 def cmd_list_jobs(request: Request, *words: str) -> Answer:
-    batches: List[str] = []
-    statuses: List[str] = []
+    batch = ""
+    statuses: List[Status] = []
     limit = NEWEST_JOBS if request.client.width else None  # None: programs get all
     for word in words:
         if word in STATUS_MESSAGES:
             statuses.append(word)
         elif BATCH_NAME.fullmatch(batch_name(word)):
-            batches.append(batch_name(word))
+            batch = batch_name(word)
         elif re.fullmatch("[1-9][0-9]{0,8}", word):
             limit = int(word)
         else:
             known = ", ".join(STATUS_MESSAGES)
             error = f"write the name of a batch, a status ({known}), or a number of jobs"
             raise Refused(f'"{word}" is not a job status', error=error)
-    jobs = jobs_that_match(request.agent.queue.jobs(), batches, statuses)
-    newest = jobs if limit is None else jobs[-limit:]
-    keys: Dict[str, Any] = {"jobs": [job_object(job) for job in newest]}
-    if len(newest) < len(jobs):
-        keys["jobs_in_all"] = len(jobs)
-        keys["hint"] = f"These are the newest of {len(jobs)} jobs; a larger number shows more."
-    return Answer(keys)
-
-
-def jobs_that_match(jobs: List[Job], batches: List[str], statuses: List[str]) -> List[Job]:
-    """Return the jobs on one of these batches and of one of these statuses; none of them: all."""
-    if batches:
-        jobs = [job for job in jobs if not set(batches).isdisjoint(job.words)]
-    if statuses:
-        jobs = [job for job in jobs if job.status in statuses]
-    return jobs
+    newest = None if limit is None else limit + 1  # one more tells whether there are more
+    jobs = request.agent.queue.jobs(tuple(statuses), batch, newest)
+    if limit is None or len(jobs) <= limit:
+        return Answer({"jobs": [job_object(job) for job in jobs]})
+    shown = [job_object(job) for job in jobs[-limit:]]
+    hint = f"These are the newest {limit} jobs; a larger number shows more."
+    return Answer({"jobs": shown, "hint": hint})
 
 
 NO_JOB_ID = "You must supply a job ID"
@@ -5211,16 +5791,16 @@ def cmd_batch_status(request: Request, word: str) -> Answer:
     if not state.row and not state.pages_in_solr:
         site.must_be_there(name)
     message = str(state)
-    jobs = jobs_that_match(request.agent.queue.jobs(), [name], [])
-    for job in jobs:
-        if job.status == STARTED:
-            message = f"job {job.id} is at work on it; {message}"
+    jobs = request.agent.queue.jobs(word=name, newest=10)
+    at_work = request.agent.queue.at_work()
+    if at_work and name in at_work.words:
+        message = f"job {at_work.id} is at work on it; {message}"
     return Answer(
         {
             "message": message,
             "batch": batch_object(state),
             "events": state.events,
-            "jobs": [job_object(job) for job in jobs[-10:]],
+            "jobs": [job_object(job) for job in jobs],
         }
     )
 
@@ -5283,7 +5863,7 @@ BEGAN = time.monotonic()
 )
 def cmd_board(request: Request) -> Answer:
     agent = request.agent
-    jobs = agent.queue.jobs()
+    jobs = agent.queue.unfinished()
     return Answer(
         {
             "version": VERSION,
@@ -5291,7 +5871,7 @@ def cmd_board(request: Request) -> Answer:
             "oni": {"location": str(agent.site.oni.location), **agent.site.health()},
             "at_work": [job_with_place(agent, job) for job in jobs if job.status == STARTED],
             "waiting": [job_object(job) for job in jobs if job.status == PENDING],
-            "ended": [job_object(job) for job in agent.queue.ended()[:50]],
+            "ended": [job_object(job) for job in agent.queue.ended(50)],
         }
     )
 
@@ -5546,7 +6126,7 @@ SHOWN: Dict[str, Callable[[Any], Row]] = {  # what stands for the value of a key
     "ended": job_row,
 }
 UNCOUNTED = ("commands", "troubles")  # nobody wants to know how many there are
-HIDDEN = ("status", "batch", "jobs_in_all")  # the message or the hint says it
+HIDDEN = ("status", "batch")  # the message or the hint says it
 
 
 def answer_rows(keys: Dict[str, Any], most: Optional[int] = None) -> Iterator[Row]:
@@ -7090,7 +7670,7 @@ def look_at_user() -> Look:
 
 def look_at_last_job(agent: Agent) -> Look:
     """Say what became of the job that ended last; it may have failed, and all be well here."""
-    ended = agent.queue.ended()
+    ended = agent.queue.ended(1)
     if not ended:
         return Look("last job", True, "none has ended")
     job = ended[0]
@@ -7133,7 +7713,7 @@ def looks_from_outside(settings: Settings, account: Optional[Account]) -> Iterat
 
     def state() -> str:
         if (settings.state_directory / "jobs.db").exists():
-            return f"{len(JobStore(settings.state_directory).jobs())} jobs"
+            return f"{JobStore(settings.state_directory).count()} jobs"
         return writable(nearest_folder(settings.state_directory))
 
     def host_key() -> str:
@@ -7395,7 +7975,10 @@ def build(settings: Settings) -> Agent:
                     run_on_finish, settings.on_finish, job, store.log(job), oni.environment
                 )
 
-    return Agent(settings, site, store, JobQueue(store, site, ended))
+    def announce(sentence: str) -> None:
+        tell_systemd(f"STATUS={sentence}")
+
+    return Agent(settings, site, store, JobQueue(store, site, ended, announce))
 
 
 def tell_where(settings: Settings, address: Any) -> None:
@@ -7419,19 +8002,19 @@ def tell_what_goes_on(agent: Agent, is_containers: bool) -> None:
     systemd's signal reaches it, too, unless the unit has KillMode=process: so it is given a moment
     to end, and is then looked at.
     """
-    for job in agent.queue.jobs():
-        if job.status != STARTED:
-            continue
-        if is_containers:
-            log.warning("job=%d ends with the container; the next agent begins it anew", job.id)
-        elif goes_on(agent.store.folder / "run.lock"):
-            log.info("job=%d its manage.py goes on, and the next agent takes it over", job.id)
-        else:
-            log.warning(
-                "job=%d its manage.py has ended, too, and the next agent begins the job anew; with"
-                " KillMode=process in the unit it would go on",
-                job.id,
-            )
+    job = agent.queue.at_work()
+    if not job:
+        return
+    if is_containers:
+        log.warning("job=%d ends with the container; the next agent begins it anew", job.id)
+    elif goes_on(agent.store.folder / "run.lock"):
+        log.info("job=%d its manage.py goes on, and the next agent takes it over", job.id)
+    else:
+        log.warning(
+            "job=%d its manage.py has ended, too, and the next agent begins the job anew; with"
+            " KillMode=process in the unit it would go on",
+            job.id,
+        )
 
 
 def goes_on(lock: Path) -> bool:
