@@ -153,7 +153,6 @@ ENTRY_SECONDS = 0.25  # between two entries of that in the log
 NOTE_LENGTH = 8000  # characters of a note in the log
 COMPLAINT_BYTES = 512 * 1024  # of stderr, from its start and from its end, for a job's error
 MAX_COMPLAINT = 1024  # bytes of what manage.py said, in a job's error
-MAX_ERROR = 2048  # bytes of a job's error
 
 # ---------------------------------------------------------------- problems
 
@@ -1739,7 +1738,7 @@ def timestamp(nanoseconds: int) -> str:
     return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(second))}.{nanosecond:09d}Z"
 
 
-def shortened(text: str, most: int = MAX_ERROR) -> str:
+def clipped(text: str, most: int) -> str:
     """Return `text` in at most `most` bytes of UTF-8; where something was cut off it ends in …"""
     data = text.encode("utf-8", "replace")
     if len(data) <= most:
@@ -2267,8 +2266,8 @@ class LogWriter:
         for line in lines:
             error = re.match(r"\[ERROR\] |ERROR:[\w.]+:", line)  # ONI 1.1 and 1.0
             if error:
-                return shortened(line[error.end() :], MAX_COMPLAINT)
-        return shortened(lines[-1], MAX_COMPLAINT) if lines else "nothing"
+                return clipped(line[error.end() :], MAX_COMPLAINT)
+        return clipped(lines[-1], MAX_COMPLAINT) if lines else "nothing"
 
 
 # ---------------------------------------------------------------- running manage.py
@@ -2368,8 +2367,8 @@ class Runner:
     run.lock, which it inherits locked, and in which its command stands. The second one is needed
     if this agent is killed before it has written the first.
 
-    manage.py has ended when its process has. What that leaves behind is named in the log, and
-    keeps the old run.lock.
+    manage.py has ended when its process has. What that leaves behind is named in the log; while it
+    keeps run.lock locked, the first sign alone tells of a manage.py.
     """
 
     def __init__(
@@ -2382,6 +2381,7 @@ class Runner:
         self.undoing = False  # a cancelled job is tidied up, which is not to be cancelled
         self._oni = oni
         self._lock = store.folder / "run.lock"
+        self._is_left_locked = False  # by what an earlier command has left behind
         self._stopping = stopping
 
     def close(self) -> None:
@@ -2473,7 +2473,7 @@ class Runner:
             end_line(self.log.out)
             end_line(self.log.err)
             self.log.look(is_end=True)
-            lock = files.enter_context(locked(self._lock))
+            lock = files.enter_context(self._open_lock())
             lock.truncate(0)
             lock.write(f"{self.job.id} {len(self.commands) + 1} {command}")
             lock.flush()
@@ -2508,7 +2508,14 @@ class Runner:
             return Running(None, self._lock_is_free)
         if child and at_work is None:
             return Running(child, lambda: is_at_work(child) is False or self._lock_is_free())
-        return None if child else Running(None, self._lock_is_free)
+        if self.commands and not child:
+            return Running(None, self._lock_is_free)
+        return None
+
+    def _open_lock(self) -> TextIO:
+        """Open run.lock for a manage.py to inherit: locked, if that can be. Raises OSError."""
+        self._is_left_locked = not self._lock_is_free()
+        return open(self._lock, "a") if self._is_left_locked else locked(self._lock)
 
     def _lock_is_free(self) -> bool:
         """Return whether neither a manage.py nor what it has left behind holds run.lock."""
@@ -2527,7 +2534,9 @@ class Runner:
         if id == str(self.job.id) and int(number or 0) > len(self.commands):
             self.log.begin(command, None)
             return True
-        if not self.commands:  # release 1.1.0 of the agent has begun it
+        if not id:  # release 1.1.0 of the agent has begun it, and the log was deleted
+            if self.commands:
+                return False
             self.log.begin("manage.py, begun by an earlier agent", None)
             return True
         return False
@@ -2573,20 +2582,21 @@ class Runner:
             os.killpg(child.pid, number)
 
     def _name_what_is_left(self) -> None:
-        """Note what manage.py has left behind, if anything, and leave it its run.lock."""
+        """Note what manage.py has left behind, if anything and if that is new."""
+        if self._is_left_locked or not self.commands:
+            return
         for _ in range(5):  # it may be about to end, too
             with contextlib.suppress(OSError):
                 if self._lock_is_free():
                     return
             time.sleep(0.02)
+        self._is_left_locked = True
         child = self.log.child
-        pids = session_members(child.pid) if child else []
+        left = session_members(child.pid) if child else []
         self.note(
-            f"manage.py has ended, and has left behind {', '.join(pids) or 'a process'}, which is"
-            f" still at work; while it is, fuser {self._lock.parent}/left-behind.lock names it"
+            f"manage.py has ended, and has left behind {', '.join(left) or 'a process'}, which is"
+            f" still at work: fuser {self._lock} names it"
         )
-        with contextlib.suppress(OSError):
-            self._lock.rename(self._lock.with_name("left-behind.lock"))
 
 
 def session_members(leader: int) -> List[str]:

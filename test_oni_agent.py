@@ -3958,7 +3958,7 @@ def test_a_manage_py_is_adopted_though_the_agent_was_killed_before_it_wrote_of_i
     index = site.state / "logs/1.log"
     index.write_text(index.read_text().partition("[")[0])
     for _ in range(2):
-        site.start().wait_for("adopted")
+        site.start().wait_for("adopted=yes")
         assert re.search(r"\$ 0 0 manage.py load_batch ", index.read_text())
         site.kill()
     gate.open()
