@@ -59,6 +59,7 @@ import base64
 import codecs
 import collections
 import contextlib
+import copy
 import ctypes
 import difflib
 import errno
@@ -73,6 +74,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import pwd
 import queue
@@ -96,12 +98,12 @@ import zlib
 from collections import OrderedDict
 from concurrent import futures
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import datetime
 from hashlib import blake2b
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Callable, Deque, Dict, Final, Generator, Iterable
-from typing import Iterator, List, Literal, Mapping, NamedTuple, NoReturn, Optional, Sequence, Set
-from typing import Tuple, TypeVar, Union
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, Callable, Deque, Dict, Final, Generator
+from typing import Iterable, Iterator, List, Literal, Mapping, NamedTuple, NoReturn, Optional
+from typing import Sequence, Set, TextIO, Tuple, TypeVar, Union
 
 
 def stderr_is_journal() -> bool:
@@ -196,11 +198,17 @@ JOBS_IN_MEMORY = 1000  # the newest; what ended before is read from the disk
 MAX_ERROR = 2000  # bytes of why a job failed; its log has the rest
 LOCK_SECONDS = 5  # to wait for a lock on jobs.db before a change is refused
 READ_SECONDS = 1  # the same, of what only reads
-WATCH_SECONDS = 5  # between two looks at whether the state folder is in place
+STATE_SECONDS = 5  # between two looks at whether the state folder is in place
 SWEEP_SECONDS = 3600  # between two looks for jobs that are to be forgotten
 FORGET_AT_ONCE = 1000  # jobs, in one transaction
-TICK = 0.005  # seconds between two looks at what manage.py has printed
-CHUNK = 32 * 1024  # bytes read at once, of an input or a job's log; a longer line comes in parts
+TICK = 0.005  # seconds between two tries to be the only agent on a state folder
+CHUNK = 32 * 1024  # bytes read at once, of an input
+BLOCK = 64 * 1024  # bytes of a job's log; a line that is longer than two of them comes in parts
+LOOK_SECONDS = 0.1  # between two looks at how much manage.py has printed
+ENTRY_SECONDS = 0.25  # between two entries of that in the log
+NOTE_LENGTH = 8000  # characters of a note in the log
+COMPLAINT_BYTES = 512 * 1024  # of stderr, from its start and from its end, for a job's error
+MAX_COMPLAINT = 1024  # bytes of what manage.py said, in a job's error
 
 DAY = 86400 * 10**9  # nanoseconds
 EXIT_HOPELESS = 2  # the unit does not start the agent again: somebody has to mend something
@@ -3890,228 +3898,702 @@ def locked(path):
     return file
 
 
-STDOUT = "O"  # of manage.py; in logs of release 1.0 they are the kinds of their lines, too
-STDERR = "E"
-NOTE = "A"
-# An entry of a job's log: its second and nanosecond; then the sizes of both outputs, and a command
-# if one begins there; or else a kind and a text.
-ENTRY = re.compile(
-    r"(?m)^\[(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)\.(\d{9})Z\]"
-    r" (?:[=$] (\d{1,18}) (\d{1,18}) ?|([AEO]) )(.*)$"
-)
+STDOUT = "O"  # the lines that manage.py prints on standard output
+STDERR = "E"  # and on standard error
+NOTE = "A"  # what the agent itself has to say
+ALL_KINDS = (STDOUT, STDERR, NOTE)
 
 
-def timestamp(nanoseconds):
-    """A moment in UTC with nine digits: fixed width, because NCA sorts log lines as strings."""
+def timestamp(nanoseconds: int) -> str:
+    """Return a moment in UTC with nine digits: fixed width, because NCA sorts lines as strings."""
     second, nanosecond = divmod(nanoseconds, 10**9)
     return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(second))}.{nanosecond:09d}Z"
 
 
-class JobLog:
-    """The files of what manage.py has printed for a job, and of what the agent has to say of it.
+def clipped(text: str, most: int) -> str:
+    """Return `text` in at most `most` bytes of UTF-8; where something was cut off it ends in …"""
+    data = text.encode("utf-8", "replace")
+    if len(data) <= most:
+        return data.decode()
+    return data[: most - len("…".encode())].decode("utf-8", "ignore") + "…"
 
-    manage.py itself writes its output to ID.out and ID.err. Beside them ID.log has one line for
-    each moment: `[2026-11-22T11:07:19.061730250Z] K text`, K being A (a note of the agent's),
-    = (text: how many bytes the two files have by now) or $ (the same, and the command that begins
-    with the next byte). Work writes it; from it LogReader makes the stamped lines of the protocol.
+
+class Child(NamedTuple):
+    """A process of the agent's, told from a later one of the same number by its birth."""
+
+    pid: int
+    birth: str  # the boot's id, a slash, clock ticks since boot; or - where there was no /proc
+
+
+class Entry(NamedTuple):
+    """A line of a job's index, ID.log, in one of three forms:
+
+    [2026-11-22T11:07:19.061730250Z] A checked the files of 100 of 400 issues
+    [2026-11-22T11:07:19.061730250Z] = 1024 4096
+    [2026-11-22T11:07:19.061730250Z] $ 1024 4096 4711 6d1f…/40586 manage.py load_batch /batches/x
+
+    The first is a note of the agent's. The second says how many bytes ID.out and ID.err had by
+    then. The third says the same, and that a command begins there, with its process (a Child;
+    release 1.1.0 of the agent left that out).
     """
 
-    def __init__(self, path):
-        self.path = path
-        self.outputs = {STDOUT: path.with_suffix(".out"), STDERR: path.with_suffix(".err")}
-
-    def entries(self, start=0):
-        """Each entry from a byte on: an end, in bytes, and the groups of ENTRY. Raises OSError."""
-        for end, text in pieces(self.path, start, most=3 * CHUNK):  # release 1.0's had 64 KiB
-            for groups in ENTRY.findall(text):
-                yield end, *groups
+    start: int  # where it begins, in bytes of the index
+    end: int  # where the next one begins
+    second: str  # of its moment
+    nanosecond: int
+    sizes: Optional[Tuple[int, int]]  # of ID.out and ID.err; None for a note
+    child: Optional[Child]
+    text: str  # the note, or the command
 
 
-def open_to_append(path):
-    """A file that is made if missing, as its folder is.
+ENTRY = re.compile(
+    rb"(?m)^\[(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)\.(\d{9})Z\]"
+    rb" (?:A (.*)|[=$] (\d{1,18}) (\d{1,18})(?: (\d{1,9}) (\S+))?(?: (.*))?)\n"
+)
 
-    What the disk refuses of it is kept, and written with what comes next.
+
+def entries_in(data: bytes, start: int) -> Iterator[Entry]:
+    """Yield the entries in some whole lines of an index, which begin at its byte `start`."""
+    for found in ENTRY.finditer(data):
+        second, nanosecond, note, out, err, pid, birth, command = found.groups()
+        yield Entry(
+            start + found.start(),
+            start + found.end(),
+            second.decode(),
+            int(nanosecond),
+            None if out is None else (int(out), int(err)),
+            Child(int(pid), birth.decode()) if pid else None,
+            (command or note or b"").decode("utf-8", "replace"),
+        )
+
+
+def entries_from(file: BinaryIO, start: int) -> Iterator[Entry]:
+    """Yield the entries of an index from a byte on, oldest first. Raises OSError."""
+    size = BLOCK
+    while True:
+        file.seek(start)
+        data = file.read(size)
+        end = data.rfind(b"\n") + 1
+        if end:
+            yield from entries_in(data[:end], start)
+            start += end
+        elif len(data) < size:
+            return
+        else:
+            size *= 2  # a long note of release 1.1.0
+
+
+def entries_before(file: BinaryIO, stop: int) -> Iterator[Entry]:
+    """Yield the entries of an index before a byte, newest first. Raises OSError."""
+    size = BLOCK
+    while stop:
+        start = max(0, stop - size)
+        file.seek(start)
+        data = file.read(stop - start)
+        first = data.find(b"\n") + 1 if start else 0
+        if start and first in (0, len(data)):
+            size *= 2  # a long note of release 1.1.0
+        else:
+            yield from reversed(list(entries_in(data[first:], start + first)))
+            stop = start + first
+
+
+# How a log is read
+#
+# An entry that has sizes tells of the bytes that were printed since the one before it that has. A
+# line among these gets the entry's moment, and a nanosecond more for each byte up to the line's
+# end; first come the lines of standard output, then those of standard error. So the stamp of a line
+# depends on two entries alone, whatever else is read, and from where. LogWriter sees to it that the
+# next entry's moment is later than all of these.
+#
+# A line that is very long comes in parts. A part ends where a block of the file ends in which there
+# is no newline. Blocks are BLOCK bytes long; the first one begins where the file does.
+
+
+def nanoseconds_for(before: Tuple[int, int], after: Tuple[int, int]) -> int:
+    """Return how many nanoseconds the lines between two pairs of sizes may take."""
+    return max(0, after[0] - before[0]) + max(0, after[1] - before[1]) + 2
+
+
+def stretches(file: BinaryIO, start: int, stop: int, is_over: bool) -> Iterator[Tuple[int, bytes]]:
+    """Yield the lines of a file between two bytes: where some end that follow each other, and all
+    their bytes; or the same of a part of one line.
+
+    `start` is where a line or a part begins. An unfinished line at `stop` is left out, unless the
+    file `is_over`. Raises OSError.
+    """
+    while start < stop:
+        first_whole_block = -(-start // BLOCK)
+        limit = (first_whole_block + 1) * BLOCK
+        file.seek(start)
+        data = file.read(min(stop, limit) - start)
+        end = data.rfind(b"\n") + 1
+        if not end and (is_over or start + len(data) == limit):
+            end = len(data)
+        if not end:
+            return
+        start += end
+        yield start, data[:end]
+
+
+def line_start(file: BinaryIO, position: int) -> int:
+    """Return where the line, or the part, begins that is unfinished at a byte. Raises OSError."""
+    block = position // BLOCK * BLOCK
+    for low, high in ((block, position), (block - BLOCK, block)):
+        if low >= 0:
+            file.seek(low)
+            newline = file.read(high - low).rfind(b"\n")
+            if newline >= 0:
+                return low + newline + 1
+    return block
+
+
+def last_lines(
+    file: BinaryIO, low: int, high: int, count: int, is_over: bool
+) -> Tuple[int, int]:
+    """Find the last lines and parts, `count` at most, that end between two bytes of a file.
+
+    Returns how many there are, and where the first of them begins. An unfinished line at `high`
+    is one of them if the file `is_over`. Raises OSError.
+    """
+    found = 0
+    if is_over and line_start(file, high) < high:
+        if not count:
+            return 0, high
+        found = 1
+    while high > low:
+        block = (high - 1) // BLOCK * BLOCK
+        file.seek(block)
+        data = file.read(high - block)
+        is_part = len(data) == BLOCK and b"\n" not in data
+        ends = 1 if is_part else data.count(b"\n", max(0, low - block))
+        if found + ends > count:
+            end = len(data)
+            if not is_part:
+                for _ in range(count - found + 1):
+                    end = data.rfind(b"\n", 0, end)
+                end += 1
+            return count, block + end
+        found += ends
+        high = block
+    return found, line_start(file, low)
+
+
+def unfinished_character(data: bytes) -> bytes:
+    """Return the bytes at the end of `data` with which a character of UTF-8 begins, or none."""
+    tail = data[-3:]
+    return tail[codecs.utf_8_decode(tail, "replace", False)[1] :]
+
+
+def opened(path: Path) -> Optional[BinaryIO]:
+    """Open a file for reading; return None if there is none. Raises OSError.
+
+    While the machine lacks something for that, it is tried again, for a second.
+    """
+    tries_left = 10
+    while True:
+        tries_left -= 1
+        try:
+            return open(path, "rb")
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            if not is_scarce(error) or not tries_left:
+                raise
+        time.sleep(0.1)
+
+
+class Position(NamedTuple):
+    """How far a log has been read."""
+
+    entry: int = 0  # where the next entry begins, in bytes of the index
+    sizes: Tuple[int, int] = (0, 0)  # of the outputs, as the entries before say
+    at: Tuple[int, int] = (0, 0)  # where the next line of each output begins
+    second: str = "1970-01-01T00:00:00"  # what the entries do not tell of has this moment
+    nanosecond: int = 0
+
+
+class LogReader:
+    """The log of a job, as stamped lines in order: `[2026-11-22T11:07:19.061730250Z] text`.
+
+    It lies in three files: manage.py itself writes ID.out and ID.err, LogWriter the index ID.log.
+    One that is not there is as an empty one. All other that keeps it from being read is an OSError.
+    """
+
+    def __init__(self, path: Path, is_over: bool = False) -> None:
+        """Open the log whose index is `path`, to read what a job that `is_over` has printed, or
+        the whole lines that one at work has printed so far.
+        """
+        self._paths = (path, path.with_suffix(".out"), path.with_suffix(".err"))
+        self._files: List[Optional[BinaryIO]] = [None, None, None]
+        self._kinds: Tuple[str, ...] = ALL_KINDS
+        self._position = Position()
+        self._tail: Optional[Tuple[int, int]] = None  # the outputs' sizes once the job is over
+        self._open(is_over)
+
+    def _open(self, is_over: bool) -> None:
+        """Open the files that were not there before, and see where they end if the job is over."""
+        for number, path in enumerate(self._paths):
+            self._files[number] = self._files[number] or opened(path)
+        if is_over:
+            self._tail = (self._size(1), self._size(2))
+
+    def _size(self, number: int) -> int:
+        """Return the size of one of the files in bytes."""
+        file = self._files[number]
+        return os.fstat(file.fileno()).st_size if file else 0
+
+    def new_lines(self, is_over: bool) -> Iterator[List[str]]:
+        """Yield the lines that have come since the last call, some at a time."""
+        self._open(is_over)
+        for lines in self._read():
+            if lines:
+                yield lines
+
+    def lines(self, *kinds: str) -> Iterator[List[str]]:
+        """Return all lines of these kinds, or of all, some at a time, for a loop of its own.
+
+        A list of none stands for some of another kind, so that the caller can look up meanwhile.
+        """
+        reader = copy.copy(self)
+        reader._kinds = kinds or ALL_KINDS
+        return reader._read()
+
+    def skip_to_last(self, count: int) -> None:
+        """Leave out all lines but the last `count`. Reads from the end, and no more than needed."""
+        index = self._files[0]
+        entries = entries_before(index, self._size(0)) if index else iter(())
+        steps = with_sizes_before(entries)
+        nothing: Tuple[Optional[Entry], Tuple[int, int]] = (None, (0, 0))
+        newest, before = next(steps, nothing)
+        self._position = self._end(newest, before)
+        if self._tail:
+            count, at = self._last_printed(self._position.sizes, self._tail, count, True)
+            self._position = self._position._replace(at=at)
+        while count and newest:
+            if newest.sizes is None:
+                count -= 1
+                at = self._line_starts(before)
+            else:
+                count, at = self._last_printed(before, newest.sizes, count, False)
+            self._position = Position(newest.start, before, at)
+            newest, before = next(steps, nothing)
+
+    def _end(self, newest: Optional[Entry], before: Tuple[int, int]) -> Position:
+        """Return the position after the newest entry, before which the outputs had these sizes."""
+        if newest is None:
+            return Position()
+        sizes = newest.sizes or before
+        later = newest.nanosecond + nanoseconds_for(before, sizes)
+        return Position(newest.end, sizes, self._line_starts(sizes), newest.second, later)
+
+    def _line_starts(self, sizes: Tuple[int, int]) -> Tuple[int, int]:
+        """Return where the lines begin that were unfinished when the outputs had these sizes."""
+        _, out, err = self._files
+        return line_start(out, sizes[0]) if out else 0, line_start(err, sizes[1]) if err else 0
+
+    def _last_printed(
+        self, before: Tuple[int, int], after: Tuple[int, int], count: int, is_over: bool
+    ) -> Tuple[int, Tuple[int, int]]:
+        """Find the last `count` lines of those printed between two pairs of sizes.
+
+        Returns how many there are too few, and where the first of each output begins.
+        """
+        starts = list(self._line_starts(before))
+        for number in (1, 0):
+            file = self._files[number + 1]
+            if file:
+                found, starts[number] = last_lines(
+                    file, before[number], after[number], count, is_over
+                )
+                count -= found
+        return count, (starts[0], starts[1])
+
+    def _read(self) -> Iterator[List[str]]:
+        """Yield the lines of the wanted kinds from the position on, some at a time."""
+        some: List[str] = []
+        weight = 0  # bytes that have been read for them
+        for entry in self._entries():
+            for size, lines in self._lines_of(entry):
+                some += lines
+                weight += size
+                if weight >= BLOCK // 2:
+                    yield some
+                    some = []
+                    weight = 0
+        yield some
+
+    def _entries(self) -> Iterator[Entry]:
+        """Yield the entries from the position on; of a job that is over one more, for the tail."""
+        index = self._files[0]
+        if index:
+            yield from entries_from(index, self._position.entry)
+        if self._tail:
+            end, _, _, second, nanosecond = self._position
+            yield Entry(end, end, second, nanosecond, self._tail, None, "")
+
+    def _lines_of(self, entry: Entry) -> Iterator[Tuple[int, List[str]]]:
+        """Yield the wanted lines of an entry, with the bytes read for them, and step past it."""
+        before = self._position.sizes
+        sizes = entry.sizes or before
+        at = list(self._position.at)
+        first = entry.nanosecond
+        is_tail = entry.end == entry.start
+        yield entry.end - entry.start, []
+        if entry.sizes is None and NOTE in self._kinds:
+            yield len(entry.text), stamped(entry.second, [first], first, [entry.text])
+        for number, kind in enumerate((STDOUT, STDERR)):
+            low, high = before[number], sizes[number]
+            file = self._files[number + 1]
+            if file and kind in self._kinds and (high > low or is_tail):
+                for end, data in stretches(file, at[number], high, is_tail):
+                    yield len(data), printed_lines(file, entry.second, first - low, end, data)
+                    at[number] = end
+            first += max(0, high - low) + 1
+        self._position = Position(entry.end, sizes, (at[0], at[1]), entry.second, first)
+
+
+def printed_lines(file: BinaryIO, second: str, zero: int, end: int, data: bytes) -> List[str]:
+    """Return some lines of a file, or a part of one, with stamps (see "How a log is read").
+
+    `data` is what lies before the file's byte `end`; `zero` is the nanosecond of its first byte.
+    """
+    start = end - len(data)
+    # A character that a part ends amid is the next part's.
+    begun = b""
+    if start and start % BLOCK == 0:
+        file.seek(start - 3)
+        begun = unfinished_character(file.read(3))
+    if data.endswith(b"\n"):
+        lines = data[:-1].split(b"\n")
+        text = (begun + data[:-1]).decode("utf-8", "replace")
+        lengths = itertools.accumulate(map(len, lines))
+        moments = map(operator.add, lengths, itertools.count(zero + start))
+        return stamped(second, moments, zero + end, text.split("\n"))
+    moment = zero + end
+    if end % BLOCK == 0 and len(data) >= BLOCK:  # a part, and the file may go on
+        moment -= 1
+        data = data[: len(data) - len(unfinished_character(data))]
+    text = (begun + data).decode("utf-8", "replace")
+    return stamped(second, [moment], moment, [text])
+
+
+def stamped(second: str, moments: Iterable[int], most: int, texts: List[str]) -> List[str]:
+    """Return texts with stamps, each so many nanoseconds after a second, `most` at the most."""
+    if most < 10**9:
+        return [f"[{second}.{moment:09d}Z] {text}" for moment, text in zip(moments, texts)]
+    first = int(datetime.fromisoformat(f"{second}+00:00").timestamp()) * 10**9
+    return [f"[{timestamp(first + moment)}] {text}" for moment, text in zip(moments, texts)]
+
+
+def with_sizes_before(entries: Iterable[Entry]) -> Iterator[Tuple[Entry, Tuple[int, int]]]:
+    """Yield entries, newest first, each with the sizes that the outputs had before it."""
+    waiting: List[Entry] = []
+    for entry in entries:
+        if entry.sizes is not None:
+            for each in waiting:
+                yield each, entry.sizes
+            waiting = []
+        waiting.append(entry)
+    for each in waiting:
+        yield each, (0, 0)
+
+
+def open_to_append(path: Path) -> TextIO:
+    """Open a file for appending; make it, and its folder, if missing. Raises OSError.
+
+    What the disk refuses of a text is kept, and written with what comes next.
     """
     path.parent.mkdir(mode=0o700, exist_ok=True)
     return open(path, "a", 1 << 20, "utf-8", "replace")
 
 
-def pieces(path, start, stop=sys.maxsize, over=False, most=CHUNK):
-    """The whole lines between two bytes of a file; an unfinished one too if what has printed it is
-    `over`. A line of more than `most` bytes comes in parts.
+def end_line(path: Path) -> None:
+    """Append a newline to a file that does not end with one, unless it is empty. Raises OSError."""
+    with open(path, "a+b", buffering=0) as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
 
-    Yields some lines at a time: where they end, in bytes, and their text. Raises OSError.
+
+class LogWriter:
+    """Writes the index of a job's log (see Entry), while manage.py itself writes its output.
+
+    While manage.py prints there are at most so many entries a second as ENTRY_SECONDS allow; the
+    first output after a silence is entered when it is seen.
     """
-    while start < stop:
-        with open(path, "rb") as file:
-            file.seek(start)
-            data = file.read(min(most + 1, stop - start))
-        is_long = len(data) > most
-        end = data.rfind(b"\n") + 1
-        if not end and (over or is_long):
-            end = most
-        # No part ends amid a character. It is kept as text alone: a slow reader may take long.
-        data, size = codecs.utf_8_decode(data[:end], "replace", not is_long)
-        if not size:
+
+    def __init__(self, path: Path) -> None:
+        """Go on with the log whose index is `path`; it is made if missing. Raises OSError."""
+        self.path = path
+        self.out = path.with_suffix(".out")
+        self.err = path.with_suffix(".err")
+        self.commands: List[str] = []  # all that have begun
+        self.child: Optional[Child] = None  # the newest one's process, if it is known
+        self.begun = 0  # bytes of stderr when it began
+        self._sizes = (0, 0)  # bytes of the outputs, as last entered
+        self._earliest = 0  # the moment of the next entry, at the earliest
+        self._entered = -ENTRY_SECONDS  # when output was last entered, by the monotonic clock
+        self._file = open_to_append(path)
+        self._read_on()
+
+    def _read_on(self) -> None:
+        """Read what an earlier agent has written, and cut off what it did not finish."""
+        newest: Optional[Entry] = None
+        before = (0, 0)
+        with open(self.path, "rb") as file:
+            for entry in entries_from(file, 0):
+                newest = entry
+                before = self._sizes
+                if entry.sizes is not None:
+                    self._sizes = entry.sizes
+                    if entry.text:
+                        self._remember(entry.text, entry.child)
+        if newest is None:
+            self._file.truncate(0)
             return
-        start += size
-        yield start, data
+        self._file.truncate(newest.end)
+        second = datetime.fromisoformat(f"{newest.second}+00:00").timestamp()
+        self._earliest = int(second) * 10**9 + newest.nanosecond
+        self._earliest += nanoseconds_for(before, self._sizes)
 
+    def _remember(self, command: str, child: Optional[Child]) -> None:
+        """Take a command for the newest one."""
+        self.commands.append(command)
+        self.child = child
+        self.begun = self._sizes[1]
 
-class LogReader(JobLog):
-    """Reads a job's log, as stamped lines, in order. Can be read again for what has come since.
-
-    Only lines of these kinds, or of all, are given out, without the first `skip` of all; each
-    has the same stamp whichever are wanted.
-    """
-
-    def __init__(self, path, *kinds, skip=0):
-        super().__init__(path)
-        self._kinds = kinds or (STDOUT, STDERR, NOTE)
-        self._skip = skip
-        self._index = 0  # bytes of the log that have been read
-        self._at = {STDOUT: 0, STDERR: 0}  # bytes of the outputs, each to the end of a line
-        # Of the next line at the earliest: stamps increase, clocks may not.
-        self._stamp = ("1970-01-01T00:00:00", 0)
-
-    def read(self, over):
-        """Some lines at a time, `[stamp] text` each; if the job is `over`, unfinished ones too.
-
-        A list of none stands for some that are not wanted, so that a reader can look up meanwhile.
-        """
-        with contextlib.suppress(OSError):  # there is none yet, say
-            for entry in self.entries(self._index):
-                self._index, second, nanosecond, out, err, kind, text = entry
-                self._stamp = max(self._stamp, (second, int(nanosecond)))
-                if kind:  # a note; or a line in a log of release 1.0
-                    yield self._stamped(kind, text)
-                else:  # where a command begins, those before it have ended
-                    yield from self._printed([int(out), int(err)], over=bool(text))
-        if over:
-            # The log may not know of all that was printed.
-            yield from self._printed([sys.maxsize] * 2, over)
-
-    def _printed(self, sizes, over):
-        """The lines of both outputs within these sizes."""
-        for output, size in zip(self._at, sizes):
-            with contextlib.suppress(OSError):  # somebody has removed it
-                for end, text in pieces(self.outputs[output], self._at[output], size, over):
-                    self._at[output] = end
-                    yield self._stamped(output, text)
-
-    def _stamped(self, kind, text):
-        """The lines of a text that are wanted, with stamps of one second."""
-        text = text.removesuffix("\n")
-        count = text.count("\n") + 1
-        second, first = self._stamp
-        if first + count > 10**9:
-            second = (datetime.fromisoformat(second) + timedelta(seconds=1)).isoformat()
-            first = 0
-        self._stamp = (second, first + count)
-        skip = self._skip
-        self._skip = max(0, skip - count)
-        if kind not in self._kinds or skip >= count:
-            return []
-        numbered = enumerate(text.split("\n")[skip:], first + skip)
-        return [f"[{second}.{number:09d}Z] {line}" for number, line in numbered]
-
-
-# ---------------------------------------------------------------- manage.py at work
-
-
-def signal_name(number):
-    """SIGKILL for 9; real-time signals have none."""
-    return next((each.name for each in signal.Signals if each == number), "of no name")
-
-
-class Work(JobLog):
-    """One job at work: keeps its log, and runs one manage.py after another, each to its end.
-
-    manage.py runs in a session of its own, prints to files and inherits a locked file, so that it
-    outlives this agent, and the next one can tell that it is still at work, and wait for its end.
-    """
-
-    def __init__(self, job, store, oni, stopping):
-        """Makes the log ready to go on, after whatever an earlier agent left. Raises OSError."""
-        super().__init__(store.log(job))
-        self.job = job
-        self.input = store.input(job)
-        self.commands = []  # all that have begun
-        self.undoing = False  # a cancelled job is tidied up, which is not to be cancelled
-        self._oni = oni
-        self._lock = store.folder / "run.lock"
-        self._stopping = stopping
-        self._sizes = [0, 0]  # bytes of the outputs, as last written down
-        self._begun = 0  # bytes of stderr when the newest command began
-        self._file = open_to_append(self.path)
-        whole = 0
-        for end, *_, begun, kind, command in self.entries():
-            whole = end
-            if command and not kind:
-                self._begun = int(begun)
-                self.commands.append(command)
-        self._file.truncate(whole)  # a crash may have cut the last entry short
-
-    def close(self):
-        """Puts the log safely on disk."""
+    def close(self) -> None:
+        """Put the log safely on disk."""
         with contextlib.suppress(OSError):
             self._file.close()
             sync(self.path)
 
-    def note(self, text, kind=NOTE):
-        """Enters what the agent does, or what an entry of another kind says."""
-        entry = f"[{timestamp(time.time_ns())}] {kind} {text}".replace("\n", " ")
+    def note(self, text: str) -> None:
+        """Enter what the agent does; a long text as several notes."""
+        text = text.replace("\n", " ")
+        for start in range(0, max(1, len(text)), NOTE_LENGTH):
+            self._enter(f"A {text[start : start + NOTE_LENGTH]}", time.time_ns(), 1)
+
+    def begin(self, command: str, child: Optional[Child]) -> None:
+        """Enter that what is printed from now on is a command's, and its process if known."""
+        command = command.replace("\n", " ")
+        self._remember(command, child)
+        process = f"{child.pid} {child.birth} " if child else ""
+        out, err = self._sizes
+        self._enter(f"$ {out} {err} {process}{command}", time.time_ns(), 2)
+
+    def look(self, is_end: bool = False) -> None:
+        """Enter how much has been printed by now if that has changed, and the last time was not
+        just before; in any case at a command's end.
+        """
+        if not is_end and time.monotonic() < self._entered + ENTRY_SECONDS:
+            return
         try:
-            print(entry, file=self._file, flush=True)
+            out, err = self.out.stat(), self.err.stat()
+        except OSError:  # nothing has been printed, or somebody has removed the files
+            return
+        sizes = (out.st_size, err.st_size)
+        if sizes != self._sizes:
+            printed = max(out.st_mtime_ns, err.st_mtime_ns)
+            needed = nanoseconds_for(self._sizes, sizes)
+            self._sizes = sizes
+            self._entered = time.monotonic()
+            self._enter(f"= {sizes[0]} {sizes[1]}", min(printed, time.time_ns()), needed)
+
+    def _enter(self, text: str, moment: int, needed: int) -> None:
+        """Write an entry of a moment, or later; the next one is `needed` nanoseconds after it."""
+        moment = max(moment, self._earliest)
+        self._earliest = moment + needed
+        try:
+            print(f"[{timestamp(moment)}] {text}", file=self._file, flush=True)
         except OSError as error:
             log.error("%s cannot be written for now: %s", self.path, error)
 
-    def _look(self):
-        """Enters how much has been printed by now, if that has changed."""
-        with contextlib.suppress(OSError):  # nothing has, or somebody has removed it
-            sizes = [path.stat().st_size for path in self.outputs.values()]
-            if sizes != self._sizes:
-                self._sizes = sizes
-                self.note(f"{sizes[0]} {sizes[1]}", "=")
+    def complaints(self) -> List[str]:
+        """Return the lines that the newest command has printed on stderr, but for empty ones.
 
-    def _enter(self, command):
-        """Enters that what follows after the last look is a command's output."""
-        out, self._begun = self._sizes
-        self.commands.append(command)
-        self.note(f"{out} {self._begun} {command}", "$")
+        Of more than twice COMPLAINT_BYTES only the first and the last ones are looked at.
+        """
+        try:
+            with open(self.err, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                file.seek(self.begun)
+                data = file.read(min(COMPLAINT_BYTES, max(0, size - self.begun)))
+                rest = max(self.begun + len(data), size - COMPLAINT_BYTES)
+                if rest > self.begun + len(data):
+                    data += b"\n"
+                file.seek(rest)
+                data += file.read(COMPLAINT_BYTES)
+        except OSError:  # there is none, or it cannot be read
+            return []
+        return re.findall(r"(?m)^.*\S", data.decode("utf-8", "replace"))
 
-    def complaints(self):
-        """The lines that the newest manage.py has printed on stderr, but for empty ones."""
-        with contextlib.suppress(OSError):
-            for _, text in pieces(self.outputs[STDERR], self._begun, over=True):
-                yield from re.findall(r"(?m)^.*\S", text)
-
-    def complaint(self):
-        """The first line that the newest manage.py has logged as an error, else its last."""
-        last = "nothing"
-        for last in self.complaints():
-            error = re.match(r"\[ERROR\] |ERROR:[\w.]+:", last)  # ONI 1.1 and 1.0
+    def complaint(self) -> str:
+        """Return what is likely the reason why the newest command failed, MAX_COMPLAINT bytes at
+        most: the first of its `complaints` that was logged as an error, else the last.
+        """
+        lines = self.complaints()
+        for line in lines:
+            error = re.match(r"\[ERROR\] |ERROR:[\w.]+:", line)  # ONI 1.1 and 1.0
             if error:
-                return last[error.end() :]
-        return last
+                return clipped(line[error.end() :], MAX_COMPLAINT)
+        return clipped(lines[-1], MAX_COMPLAINT) if lines else "nothing"
+
+
+# ---------------------------------------------------------------- running manage.py
+
+
+def signal_name(number: int) -> str:
+    """Return SIGKILL for 9; real-time signals have no name."""
+    for each in signal.Signals:
+        if each == number:
+            return each.name
+    return "of no name"
+
+
+def stat_of(pid: int) -> Optional[List[str]]:
+    """Return the fields of /proc/PID/stat from the third one on (see proc(5)), None if there is no
+    such process, or no /proc. Raises OSError if that cannot be told for now.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError, PermissionError):  # another user's is not ours
+        return None
+
+
+def boot_id() -> str:
+    """Return what tells this boot of the machine from others, or "" if that is hidden."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def as_child(pid: int) -> Child:
+    """Describe a process that has just been begun, so that the next agent knows it again."""
+    fields = None
+    with contextlib.suppress(OSError):  # of its two signs the lock remains
+        fields = stat_of(pid)
+    return Child(pid, f"{boot_id()}/{fields[19]}" if fields else "-")
+
+
+def is_at_work(child: Child) -> Optional[bool]:
+    """Return whether a process has not ended yet, None if that cannot be known. Raises OSError."""
+    fields = stat_of(child.pid)
+    if child.birth == "-" or not (fields or os.path.exists("/proc/self/stat")):
+        try:
+            os.kill(child.pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:  # another user's has that number now
+            return False
+        return None
+    if not fields:
+        return False
+    boot, _, ticks = child.birth.partition("/")
+    is_same = fields[19] == ticks and boot in ("", boot_id() or boot)
+    return is_same and fields[0] not in "ZX"
+
+
+class Running:
+    """A manage.py at work, whose end is waited for, begun by this agent or by an earlier one."""
+
+    def __init__(self, child: Optional[Child], has_ended: Callable[[], bool]) -> None:
+        """`child` is None where the process is not known; `has_ended` may raise OSError."""
+        self.child = child
+        self._has_ended = has_ended
+        self._descriptor: Optional[int] = None
+        pidfd_open = getattr(os, "pidfd_open", None)  # from Python 3.9 and Linux 5.3 on
+        if child and pidfd_open:
+            with contextlib.suppress(OSError):
+                self._descriptor = pidfd_open(child.pid)
+
+    def ended_within(self, seconds: float) -> bool:
+        """Wait for its end, for so many seconds at most; return whether it has ended."""
+        if self._descriptor is None:
+            time.sleep(seconds)
+        else:
+            poll = select.poll()
+            poll.register(self._descriptor, select.POLLIN)
+            if poll.poll(seconds * 1000):
+                return True
+        try:
+            return self._has_ended()
+        except OSError:  # that cannot be told for now
+            return False
+
+    def close(self) -> None:
+        """Let go of it."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+
+
+class Runner:
+    """What a job at work is given: it runs one manage.py after another, and has the job's log.
+
+    manage.py runs in a session of its own and prints to files, so that it outlives this agent. Two
+    signs tell the next agent that it is still at work: its process, which the log names, and
+    run.lock, which it inherits locked, and in which its command stands. The second one is needed
+    if this agent is killed before it has written the first.
+
+    manage.py has ended when its process has. What that leaves behind is named in the log; while it
+    keeps run.lock locked, the first sign alone tells of a manage.py.
+    """
+
+    def __init__(
+        self, job: Job, store: JobStore, oni: OpenONI, stopping: threading.Event
+    ) -> None:
+        """Make the log ready to go on, after whatever an earlier agent left. Raises OSError."""
+        self.job = job
+        self.input = store.input(job)
+        self.log = LogWriter(store.log(job))
+        self.undoing = False  # a cancelled job is tidied up, which is not to be cancelled
+        self._oni = oni
+        self._lock = store.folder / "run.lock"
+        self._is_left_locked = False  # by what an earlier command has left behind
+        self._stopping = stopping
+
+    def close(self) -> None:
+        """Put the log safely on disk."""
+        self.log.close()
 
     @property
-    def cancelled(self):
-        """Whether the job is to end."""
-        return self.job.cancelled and not self.undoing
+    def commands(self) -> List[str]:
+        """All commands of the job that have begun."""
+        return self.log.commands
 
-    def go_on(self):
+    def note(self, text: str) -> None:
+        """Enter in the log what the agent does."""
+        self.log.note(text)
+
+    def complaints(self) -> List[str]:
+        """Return what the newest manage.py has printed on stderr (see LogWriter.complaints)."""
+        return self.log.complaints()
+
+    def complaint(self) -> str:
+        """Return the likely reason why the newest manage.py failed (see LogWriter.complaint)."""
+        return self.log.complaint()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the job is to end."""
+        return bool(self.job.cancelled) and not self.undoing
+
+    def go_on(self) -> None:
         """Raise Interrupted if the job is to end, or has ended before it began."""
         if self.cancelled or self.job.finished:
             raise Interrupted
 
-    def step(self, action):
-        """Takes a step, a function of this work, anew while the machine lacks something for it.
+    def step(self, action: Callable[["Runner"], None]) -> None:
+        """Take a step, a function of this runner, anew while the machine lacks something for it.
 
         Raises Problem, also for any other OSError; Interrupted.
         """
 
-        def take():
+        def take() -> None:
             self.go_on()
             try:
                 action(self)
@@ -4122,28 +4604,26 @@ class Work(JobLog):
 
         patiently(take)
 
-    def manage(self, *words):
-        """Runs manage.py with `words`. Raises Problem, Interrupted.
+    def manage(self, *words: str) -> None:
+        """Run manage.py with `words`. Raises Problem, Interrupted.
 
         The text of a Problem says how manage.py ended, and of what it has complained.
         """
         self._run("manage.py", self._oni.start, *words)
 
-    def task(self, name, *words):
-        """Runs a function of INSIDE_ONI in a manage.py of its own. Raises as manage does."""
+    def task(self, name: str, *words: str) -> None:
+        """Run a function of INSIDE_ONI in a manage.py of its own. Raises as manage does."""
         self._run("manage.py shell:", self._oni.start_task, name, *words)
 
-    def _run(self, program, start, *words):
-        def begin():
-            self.go_on()
-            out, err = map(open_to_append, self.outputs.values())
-            with out, err, locked(self._lock) as lock:
-                self._look()
-                return start(*words, stdout=out, stderr=err, pass_fds=[lock.fileno()])
-
-        process = patiently(begin)
-        self._enter(f"{program} {shlex.join(words)}")
-        self._follow()
+    def _run(
+        self, program: str, start: Callable[..., "subprocess.Popen[bytes]"], *words: str
+    ) -> None:
+        command = f"{program} {shlex.join(words)}"
+        process = patiently(lambda: self._begin(command, start, *words))
+        with contextlib.closing(
+            Running(self.log.child, lambda: process.poll() is not None)
+        ) as running:
+            self._follow(running)
         status = process.wait()
         self.go_on()
         if status < 0:
@@ -4153,65 +4633,154 @@ class Work(JobLog):
         if status:
             raise Problem(f"exit status {status}: {self.complaint()}")
 
-    def take_over(self):
-        """Waits for the end of what an earlier agent, or a cancelled step, has begun, if anything.
+    def _begin(
+        self, command: str, start: Callable[..., "subprocess.Popen[bytes]"], *words: str
+    ) -> "subprocess.Popen[bytes]":
+        """Start a manage.py, and enter it in the log. Raises OSError, Problem, Interrupted."""
+        self.go_on()
+        with contextlib.ExitStack() as files:
+            out = files.enter_context(open_to_append(self.log.out))
+            err = files.enter_context(open_to_append(self.log.err))
+            # What an earlier command left unfinished is a line of its own.
+            end_line(self.log.out)
+            end_line(self.log.err)
+            self.log.look(is_end=True)
+            lock = files.enter_context(self._open_lock())
+            lock.truncate(0)
+            lock.write(f"{self.job.id} {len(self.commands) + 1} {command}")
+            lock.flush()
+            process = start(*words, stdout=out, stderr=err, pass_fds=[lock.fileno()])
+            self.log.begin(command, as_child(process.pid))
+        return process
+
+    def take_over(self) -> None:
+        """Wait for the end of what an earlier agent has begun, if that is still at work.
 
         From then on there is nothing to end, and a cancelled job is undone.
         """
-        if patiently(self._is_at_work):
+        running = patiently(self._left_at_work)
+        if running:
             log.warning("job=%d adopted=yes: its manage.py is at work", self.job.id)
-            if not self.commands:  # the log was deleted, or the agent killed before it said so
-                self._enter("manage.py, begun by an earlier agent")
-        self._follow()
-        self.undoing = self.job.cancelled
+            with contextlib.closing(running):
+                self._follow(running)
+        else:
+            self.log.look(is_end=True)
+            self._name_what_is_left()
+        self.undoing = bool(self.job.cancelled)
 
-    def _is_at_work(self):
-        """Whether manage.py, or what it has left behind, holds the lock. Raises OSError."""
+    def _left_at_work(self) -> Optional[Running]:
+        """Return the manage.py of an earlier agent's that is still at work. Raises OSError."""
+        child = self.log.child
+        at_work = is_at_work(child) if child else None
+        if child and at_work:
+            return Running(child, lambda: not is_at_work(child))
+        if self._lock_is_free():
+            return None
+        if self._enter_what_is_locked():
+            return Running(None, self._lock_is_free)
+        if child and at_work is None:
+            return Running(child, lambda: is_at_work(child) is False or self._lock_is_free())
+        if self.commands and not child:
+            return Running(None, self._lock_is_free)
+        return None
+
+    def _open_lock(self) -> TextIO:
+        """Open run.lock for a manage.py to inherit: locked, if that can be. Raises OSError."""
+        self._is_left_locked = not self._lock_is_free()
+        return open(self._lock, "a") if self._is_left_locked else locked(self._lock)
+
+    def _lock_is_free(self) -> bool:
+        """Return whether neither a manage.py nor what it has left behind holds run.lock."""
         try:
             locked(self._lock).close()
         except BlockingIOError:
+            return False
+        return True
+
+    def _enter_what_is_locked(self) -> bool:
+        """Enter the command that holds run.lock, and return True, if the log does not have it: the
+        agent was killed before it had entered it, or the log was deleted. Raises OSError.
+        """
+        id, _, rest = self._lock.read_text().partition(" ")
+        number, _, command = rest.partition(" ")
+        if id == str(self.job.id) and int(number or 0) > len(self.commands):
+            self.log.begin(command, None)
+            return True
+        if not id:  # release 1.1.0 of the agent has begun it, and the log was deleted
+            if self.commands:
+                return False
+            self.log.begin("manage.py, begun by an earlier agent", None)
             return True
         return False
 
-    def _follow(self):
-        """Waits until manage.py, and all that it left behind, have ended; ends it if cancelled."""
+    def _follow(self, running: Running) -> None:
+        """Wait until manage.py has ended; end it if the job is cancelled."""
+        begun = time.monotonic()
+        pause = 0.0
         full = False
         number = signal.SIGTERM
         next_signal = 0.0
-        while self._may_be_at_work():
-            time.sleep(TICK)
-            self._look()
-            with contextlib.suppress(OSError):  # somebody has removed the folder
-                full = full or not shutil.disk_usage(self.path.parent).free
-            if self.cancelled and time.monotonic() > next_signal:
-                self._signal(number)
+        while not running.ended_within(pause):
+            self.log.look()
+            full = full or self._disk_is_full()
+            now = time.monotonic()
+            if self.cancelled and now > next_signal:
+                self._signal(running.child, number)
                 number = signal.SIGKILL
-                next_signal = time.monotonic() + TERM_SECONDS
-        self._look()
+                next_signal = now + TERM_SECONDS
+            # Its first line is seen soon; that takes little of the processor in the long run.
+            pause = min(LOOK_SECONDS, 0.001 + (now - begun) / 20)
+        self.log.look(is_end=True)
         if full:
             self.note(
                 "the state folder was full meanwhile: lines that manage.py printed may be missing"
             )
+        self._name_what_is_left()
 
-    def _may_be_at_work(self):
-        """Tell whether manage.py is at work, or nobody can say just now that it is not."""
+    def _disk_is_full(self) -> bool:
+        """Return whether the state folder has no byte left."""
         try:
-            return patiently(self._is_at_work)
-        except OSError:
-            return True
+            return not shutil.disk_usage(self._lock.parent).free
+        except OSError:  # somebody has removed the folder
+            return False
 
-    def _signal(self, number):
-        """Sends a signal to the process groups, but the agent's own, that have the lock open."""
-        groups = set()
-        with contextlib.suppress(OSError):  # nobody can tell just now: the next time, then
-            for entry in Path("/proc").glob("[0-9]*/fd/*"):
-                with contextlib.suppress(OSError):  # it has ended, or is another user's
-                    if entry.readlink() == self._lock:
-                        groups.add(os.getpgid(int(entry.parts[2])))
-        for group in groups - {os.getpgrp()}:
-            self.note(f"cancelled: {number.name} to process group {group}")
-            with contextlib.suppress(OSError):  # it has ended meanwhile
-                os.killpg(group, number)
+    def _signal(self, child: Optional[Child], number: signal.Signals) -> None:
+        """Send a signal to the process group that a manage.py leads."""
+        if not child:
+            self.note("cancelled: what an earlier agent has begun is not known, and is waited for")
+            return
+        self.note(f"cancelled: {number.name} to process group {child.pid}")
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            os.killpg(child.pid, number)
+
+    def _name_what_is_left(self) -> None:
+        """Note what manage.py has left behind, if anything and if that is new."""
+        if self._is_left_locked or not self.commands:
+            return
+        for _ in range(5):  # it may be about to end, too
+            with contextlib.suppress(OSError):
+                if self._lock_is_free():
+                    return
+            time.sleep(0.02)
+        self._is_left_locked = True
+        child = self.log.child
+        left = session_members(child.pid) if child else []
+        self.note(
+            f"manage.py has ended, and has left behind {', '.join(left) or 'a process'}, which is"
+            f" still at work: fuser {self._lock} names it"
+        )
+
+
+def session_members(leader: int) -> List[str]:
+    """Return the processes of a session, as `process 4712 (sleep)`."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            fields = stat_of(int(folder.name))
+            if fields and fields[3] == str(leader) and fields[0] not in "ZX":
+                name = (folder / "comm").read_text().strip()
+                found.append(f"process {folder.name} ({name})")
+    return found
 
 
 # ---------------------------------------------------------------- kinds of job
@@ -4232,7 +4801,7 @@ class Kind:
     any time, and ends in the same place; and `verify` tells a job that was cut short from one that
     is done.
 
-    `work` is a Work: it runs manage.py, takes notes for the job's log, and knows the file of what
+    `work` is a Runner: it runs manage.py, takes notes for the job's log, and knows the file of what
     came on standard input. An OSError is a Problem, too, but if it is scarce: then the same method
     is called anew.
     """
@@ -4282,7 +4851,7 @@ class BatchKind(Kind):
     def reached(self) -> bool:
         return self.is_goal(self.site.batch(self.name))
 
-    def verify(self, work: "Work") -> None:
+    def verify(self, work: "Runner") -> None:
         held = self.site.patient_batch(self.name)
         if not self.is_goal(held):
             said = f"; manage.py said: {work.complaint()}" if work.commands else ""
@@ -4290,7 +4859,7 @@ class BatchKind(Kind):
         if not work.commands:
             work.note(f"nothing to do: {held}")
 
-    def remains(self, work: "Work") -> str:
+    def remains(self, work: "Runner") -> str:
         if not work.commands and not work.undoing:
             return ""  # nothing has changed, and the error says what was in the way
         try:
@@ -4323,7 +4892,7 @@ class LoadBatch(BatchKind):
     def is_goal(self, held: BatchState) -> bool:
         return held.state == "complete"
 
-    def bring(self, work: "Work") -> None:
+    def bring(self, work: "Runner") -> None:
         held = self.site.patient_batch(self.name)
         if held.row and held.rows_are_right is None:
             raise Problem(str(held))  # it may be complete
@@ -4337,7 +4906,7 @@ class LoadBatch(BatchKind):
             work.note(f"{held}; mending the index")
             work.task("task_mend_index", self.name)
 
-    def _check_files(self, work: "Work") -> None:
+    def _check_files(self, work: "Runner") -> None:
         """Find out what would go wrong before hours of loading, and load titles that ONI lacks."""
         noted = 0
 
@@ -4360,7 +4929,7 @@ class LoadBatch(BatchKind):
             raise Problem(f"{found.summary}; ONI was left as it is")
         self._load_titles(work, found.titles)
 
-    def _load_titles(self, work: "Work", records: Mapping[str, bytes]) -> None:
+    def _load_titles(self, work: "Runner", records: Mapping[str, bytes]) -> None:
         """Have ONI load the records of titles that it lacks, as the check has fetched them."""
         if not records:
             return
@@ -4377,7 +4946,7 @@ class LoadBatch(BatchKind):
                 raise Problem(f"ONI did not store the title {lccn}: {work.complaint()}")
         shutil.rmtree(folder, ignore_errors=True)
 
-    def _make_room(self, work: "Work", held: BatchState) -> None:
+    def _make_room(self, work: "Runner", held: BatchState) -> None:
         """Take away what would keep load_batch from loading the whole of this very folder."""
         if held.row or held.pages_in_solr:  # load_batch would leave a part of a batch as it is
             PurgeBatch(self.site, self.name).bring(work)
@@ -4387,8 +4956,8 @@ class LoadBatch(BatchKind):
             work.note(f"removing {link}, a leftover link to {os.readlink(link)}")
             link.unlink()
 
-    def undo(self, work: "Work") -> None:
-        # As Work writes them down; the others leave the rows as they are.
+    def undo(self, work: "Runner") -> None:
+        # As Runner writes them down; the others leave the rows as they are.
         changing = ("manage.py load_batch", "manage.py purge_batch", "manage.py, begun")
         if any(command.startswith(changing) for command in work.commands):
             PurgeBatch(self.site, self.name).bring(work)
@@ -4402,7 +4971,7 @@ class PurgeBatch(BatchKind):
     def is_goal(self, held: BatchState) -> bool:
         return not held.row and held.pages_in_solr == 0  # None, if Solr cannot be asked
 
-    def bring(self, work: "Work") -> None:
+    def bring(self, work: "Runner") -> None:
         held = self.site.patient_batch(self.name)
         failure = None
         if held.row:
@@ -4429,7 +4998,7 @@ class LoadTitle(Kind):
         assert given is not None
         self.site.records(given, ANSWER_SECONDS)
 
-    def bring(self, work: "Work") -> None:
+    def bring(self, work: "Runner") -> None:
         self._records = self.site.records(work.input)
         for record in self._records:
             if record["outcome"] == "unchanged":
@@ -4447,7 +5016,7 @@ class LoadTitle(Kind):
         lccns = [record["lccn"] for record in self._records]
         return dict(self.site.oni.insist("answer_titles", lccns, PATIENT_SECONDS))
 
-    def verify(self, work: "Work") -> None:
+    def verify(self, work: "Runner") -> None:
         self._records = self.site.records(work.input)
         stored = self._stored()
         said = f"; load_titles said: {work.complaint()}" if work.commands else ""
@@ -4464,7 +5033,7 @@ class LoadTitle(Kind):
             if not is_indexed:
                 raise Problem(f"ONI has the title {lccn}, but Solr does not find it{said}")
 
-    def remains(self, work: "Work") -> str:
+    def remains(self, work: "Runner") -> str:
         return f"the MARC record is kept in {work.input.parent}"
 
 
@@ -4506,7 +5075,7 @@ class BatchPatch(Kind):
             patch.make(self.target, work.note, work.go_on, lambda made: self._rehearse(made, work))
             work.note(f"{self.target} is whole")
 
-    def _rehearse(self, made: Path, work: "Work") -> None:
+    def _rehearse(self, made: Path, work: "Runner") -> None:
         """Raise Problem unless ONI could load the new batch, which is in the folder `made`."""
         found = self.site.check(self.new, lambda done, of: None, work.go_on, str(made))
         if found.faults:
@@ -4776,9 +5345,9 @@ class JobQueue:
                 if self.stopping.is_set():
                     return
 
-    def _open_work(self, job: Job) -> Optional[Work]:
+    def _open_work(self, job: Job) -> Optional[Runner]:
         """Return what works on a job; None if the job has ended, maybe since that cannot be had."""
-        make = functools.partial(Work, job, self._store, self._site.oni, self.stopping)
+        make = functools.partial(Runner, job, self._store, self._site.oni, self.stopping)
         try:
             return patiently(make, functools.partial(self._must_go_on, job))
         except Interrupted:
@@ -4801,17 +5370,17 @@ class JobQueue:
             self._end(job, outcome)
         self._tell_end(job)
 
-    def _attempt(self, work: Work) -> Optional[Outcome]:
+    def _attempt(self, work: Runner) -> Optional[Outcome]:
         """Bring about what a job is to reach, from where it is now; None: it was interrupted."""
         return self._outcome(work, self._reach)
 
-    def _undo(self, work: Work) -> Optional[Outcome]:
+    def _undo(self, work: Runner) -> Optional[Outcome]:
         """Take back what a cancelled job has half done; None: the agent stops."""
         outcome = self._outcome(work, self._take_back)
         work.undoing = True  # else what hindered it would not be recorded either
         return outcome
 
-    def _outcome(self, work: Work, way: Callable[[Work, Kind], None]) -> Optional[Outcome]:
+    def _outcome(self, work: Runner, way: Callable[[Runner, Kind], None]) -> Optional[Outcome]:
         """Return what came of going a way with a job; None if that was interrupted.
 
         A fault of the agent's own is the end of this one job.
@@ -4837,7 +5406,7 @@ class JobQueue:
             log.exception("job=%d stumbled over a fault of the agent", work.job.id)
             return Outcome(FAILED, f"a fault of the agent, see its log: {fault!r}")
 
-    def _reach(self, work: Work, kind: Kind) -> None:
+    def _reach(self, work: Runner, kind: Kind) -> None:
         """Reach what a job is to reach. Raises Problem, Interrupted."""
         if work.job.cancelled:
             raise Interrupted  # while what an earlier agent had begun went on
@@ -4846,7 +5415,7 @@ class JobQueue:
         for step in (self._begin, kind.bring, kind.verify):
             work.step(step)
 
-    def _was_reached(self, work: Work, kind: Kind) -> bool:
+    def _was_reached(self, work: Runner, kind: Kind) -> bool:
         """Tell whether a job that an earlier agent had begun is done. Raises Interrupted."""
         try:
             work.step(kind.verify)
@@ -4856,7 +5425,7 @@ class JobQueue:
             work.note(f"interrupted: the agent went before the job's end; {problem}")
             return False
 
-    def _begin(self, work: Work) -> None:
+    def _begin(self, work: Runner) -> None:
         """Enter that a job has begun. Raises Scarce; Problem if it has too often; Interrupted."""
         job = work.job
         if job.attempts >= MAX_ATTEMPTS:
@@ -4867,7 +5436,7 @@ class JobQueue:
             self._announce(self._state())
         log.info("job=%d command=%r begins", job.id, shlex.join(job.words))
 
-    def _take_back(self, work: Work, kind: Kind) -> None:
+    def _take_back(self, work: Runner, kind: Kind) -> None:
         """Undo what a cancelled job has half done. Raises Problem, Interrupted."""
         work.undoing = True
         try:
@@ -4876,7 +5445,7 @@ class JobQueue:
             raise Problem(f"cancelled; {problem}") from problem
         raise Problem("cancelled")
 
-    def _record(self, work: Work, outcome: Outcome) -> None:
+    def _record(self, work: Runner, outcome: Outcome) -> None:
         """Record an outcome as the job's end, unless something says that it is none. Raises Scarce.
 
         That is a cancel which has come before: what was done is to be undone. Or it is the stop of
@@ -4934,7 +5503,7 @@ class JobQueue:
                     self._forget_old()
             except (OSError, Problem) as error:
                 log.error("old jobs are not forgotten for now: %s", error)
-            self.stopping.wait(WATCH_SECONDS)
+            self.stopping.wait(STATE_SECONDS)
 
     def _forget_old(self) -> None:
         """Forget jobs that ended long ago, if the clock is to be believed. Raises OSError."""
@@ -5632,12 +6201,14 @@ def ends_answer(agent: Agent, jobs: List[Job]) -> Answer:
 def cmd_job_follow(request: Request, id: str, count: str = "") -> Answer:
     job = request.job(id)
     path = request.agent.store.log(job)
-    reader = LogReader(path, skip=lines_to_skip(request, job, count))
+    reader = LogReader(path)
+    if count:
+        reader.skip_to_last(number_of_lines(count))
 
     def what_has_come() -> Answer:
         is_over = job.finished  # asked first: what comes before the end is read, too
         seen = size_of(path)
-        lines = reader.read(is_over)
+        lines = reader.new_lines(is_over)
         if is_over:
             return Answer(lines=lines, exit_status=int(job.status != SUCCESSFUL))
         return Answer(
@@ -5655,20 +6226,11 @@ def size_of(path: Path) -> int:
         return 0
 
 
-def lines_to_skip(request: Request, job: Job, count: str) -> int:
-    """Return how many lines of a job's log come before the last `count`; "" is for all.
-
-    Raises Refused if `count` is no number.
-    """
-    if not count:
-        return 0
-    if not re.fullmatch("[0-9]{1,9}", count):
-        raise Refused(f'"{count}" is not a number of lines')
-    reader = LogReader(request.agent.store.log(job))
-    in_all = 0
-    for lines in reader.read(job.finished):
-        in_all += len(lines)
-    return max(0, in_all - int(count))
+def number_of_lines(word: str) -> int:
+    """Return the number of lines that a word says. Raises Refused."""
+    if not re.fullmatch("[0-9]{1,9}", word):
+        raise Refused(f'"{word}" is not a number of lines')
+    return int(word)
 
 
 @command(
@@ -5684,15 +6246,13 @@ def lines_to_skip(request: Request, job: Job, count: str) -> int:
 )
 def cmd_job_logs(request: Request, id: str, count: str = "") -> Answer:
     job = request.job(id)
-    path = request.agent.store.log(job)
-    skip = lines_to_skip(request, job, count)
-
-    def read(*kinds: str) -> Iterator[List[str]]:
-        lines: Iterator[List[str]] = LogReader(path, *kinds, skip=skip).read(job.finished)
-        return lines
-
-    shown = {**job_object(job), "stdout": read(STDOUT, NOTE), "stderr": read(STDERR)}
-    return Answer({"job": shown}, read())
+    shown = job_object(job)  # first, so that the log of a job that is shown to be over is whole
+    reader = LogReader(request.agent.store.log(job), job.finished)
+    if count:
+        reader.skip_to_last(number_of_lines(count))
+    shown["stdout"] = reader.lines(STDOUT, NOTE)
+    shown["stderr"] = reader.lines(STDERR)
+    return Answer({"job": shown}, reader.lines())
 
 
 @command(

@@ -3790,16 +3790,272 @@ def test_what_a_command_leaves_unfinished_is_a_line_of_its_own(site):
     assert ends == ["the end of purge_batch", "the end of load_batch"]
 
 
-def test_a_log_that_release_1_0_has_written_is_shown_as_it_was(site):
+def test_a_log_that_release_1_1_has_written_is_shown_as_it_was(site):
     past_jobs(site, (["load-batch", ALPHA], "failed", 1, 1))
-    stamps = [f"[2026-01-01T00:00:00.{number:09}Z]" for number in range(5)]
-    long = "é" * 32_000
-    kinds = ["$ manage.py load_batch", "E on stderr", "O = 1 2", f"E {long}", "A a note"]
+    stamps = [f"[2026-01-01T00:00:{second:02}.000000000Z]" for second in range(5)]
+    kinds = ["A a note", "$ 0 0 manage.py load_batch", "= 0 14", "= 9 14", "A the end"]
     lines = [f"{stamp} {line}\n" for stamp, line in zip(stamps, kinds)]
-    (site.state / "logs/1.log").write_text("".join(lines), encoding="utf-8")
+    (site.state / "logs/1.log").write_text("".join(lines))
+    (site.state / "logs/1.out").write_text("= 1 2 é\nunfinished")
+    (site.state / "logs/1.err").write_text("first\nsecond\n\n")
     job = site.start().call("job-logs", "1")["job"]
-    assert job["stdout"] == [f"{stamps[2]} = 1 2", f"{stamps[4]} a note"]
-    assert job["stderr"] == [f"{stamps[1]} on stderr", f"{stamps[3]} {long}"]
+    assert [line[33:] for line in job["stdout"]] == ["a note", "= 1 2 é", "the end", "unfinished"]
+    assert [line[33:] for line in job["stderr"]] == ["first", "second", ""]
+    assert [job["stdout"][number][:21] for number in (0, 1, 2)] == [
+        stamp[:21] for stamp in (stamps[0], stamps[3], stamps[4])
+    ]
+
+
+PRINTED = strategies.text(alphabet="a\né€𝄞", max_size=60)
+
+
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    strategies.lists(strategies.one_of(strategies.tuples(PRINTED, PRINTED), strategies.just(()))),
+    strategies.integers(0, 40),
+)
+def test_each_line_of_a_log_has_one_stamp_whichever_lines_are_asked_for(monkeypatch, steps, count):
+    """And stamps increase, and no character is lost, in parts of lines that are very long."""
+    monkeypatch.setattr(oni_agent, "BLOCK", 16)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "1.log")
+        for suffix in (".out", ".err"):
+            path.with_suffix(suffix).touch()
+        follower = oni_agent.LogReader(path)
+        followed = write_log(path, steps, follower)
+        reader = oni_agent.LogReader(path, is_over=True)
+        lines = all_lines(reader.lines())
+        stamps = [line[:32] for line in lines]
+        assert stamps == sorted(set(stamps))
+        assert followed == lines
+        for kinds, suffix in ((("O",), ".out"), (("E",), ".err")):
+            text = path.with_suffix(suffix).read_text()
+            assert "".join(line[33:] for line in all_lines(reader.lines(*kinds))) == text.replace(
+                "\n", ""
+            )
+        reader.skip_to_last(count)
+        assert all_lines(reader.lines()) == lines[max(0, len(lines) - count) :]
+        some = all_lines(reader.lines("O", "A")) + all_lines(reader.lines("E"))
+        assert sorted(some) == lines[max(0, len(lines) - count) :]
+
+
+def write_log(path: Path, steps: list[tuple], follower: oni_agent.LogReader) -> list[str]:
+    """Writes a log, of notes where a step is empty; the lines that a follower has seen meanwhile.
+
+    The log does not know of the last step.
+    """
+    followed = []
+    writer = oni_agent.LogWriter(path)
+    for number, step in enumerate(steps):
+        for text, suffix in zip(step, (".out", ".err")):
+            with open(path.with_suffix(suffix), "a") as file:
+                file.write(text)
+        if number < len(steps) - 1:
+            writer.look(is_end=True) if step else writer.note("a note")
+            followed += all_lines(follower.new_lines(False))
+    writer.close()
+    return followed + all_lines(follower.new_lines(True))
+
+
+def all_lines(some: Iterator[list[str]]) -> list[str]:
+    """The lines of a log, in one list."""
+    return [line for lines in some for line in lines]
+
+
+def test_a_log_has_few_entries_however_steadily_manage_py_prints(site):
+    site.prepend_to_manage(
+        "import sys, time\nif 'load_batch' in sys.argv:\n"
+        "    for n in range(200): print(n, flush=True); time.sleep(0.005)"
+    )
+    site.batch(ALPHA)
+    site.start()
+    job = site.run("load-batch", ALPHA)
+    entries = re.findall("(?m)^.{32} = ", (site.state / "logs/1.log").read_text())
+    assert 1 < len(entries) <= 4 * job["seconds"] + 3
+
+
+@pytest.mark.parametrize("name", ["1.log", "1.out", "1.err"])
+def test_a_log_that_cannot_be_read_is_an_error_and_no_success_with_lines_missing(site, name):
+    past_jobs(site, (["load-batch", ALPHA], "failed", 1, 1))
+    (site.state / "logs" / name).unlink(missing_ok=True)
+    (site.state / "logs" / name).mkdir()
+    site.start()
+    for words in ("job-logs", "1"), ("job-logs", "1", "5"), ("job-follow", "1"):
+        reply = site.call(*words)
+        assert (reply["status"], "job" in reply) == ("error", False)
+        assert name in reply["error"]
+
+
+def test_job_logs_without_a_descriptor_to_be_had_is_an_error(agent):
+    agent.batch(ALPHA)
+    id = agent.job("load-batch", ALPHA)
+    agent.ended(id)
+    with Client(agent.port) as client:
+        client.ask("version")
+        with without_descriptors(agent):
+            reply = client.ask(f"job-logs {id}")
+        assert (reply["status"], "Too many open files" in reply["error"]) == ("error", True)
+        assert client.ask(f"job-logs {id}")["job"]["stderr"]
+
+
+def test_an_error_is_short_though_what_manage_py_said_is_not_and_the_log_has_it_whole(site):
+    site.prepend_to_manage(
+        "import sys\nif 'load_batch' in sys.argv: sys.exit('[ERROR] ' + '€' * 50_000)"
+    )
+    site.batch(ALPHA)
+    job = site.start().run("load-batch", ALPHA)
+    assert "exit status 1: €€€" in job["error"] and "€…" in job["error"]
+    assert len(job["error"].encode()) <= 2048
+    assert "".join(on_stderr(site, 1)) == "[ERROR] " + "€" * 50_000
+
+
+MANY_ERRORS = """
+import sys
+if "load_batch" in sys.argv:
+    for n in range(30):
+        sys.stderr.write("[INFO] a page\\n" * 70_000)
+        sys.stderr.write("[ERROR] the %dth error\\n" % n if n else "")
+    sys.exit(1)
+"""
+
+
+def test_the_reason_of_a_failure_costs_little_memory_however_much_was_printed(site):
+    site.prepend_to_manage(MANY_ERRORS)
+    site.batch(ALPHA)
+    job = site.start().run("load-batch", ALPHA)
+    assert job["error"].startswith("exit status 1: the 29th error")
+    assert memory(site, "VmHWM") < 70
+
+
+# How a manage.py lets go of all that it has inherited, and what it may leave behind.
+CLOSES_ALL = """
+import os, sys
+if "load_batch" in sys.argv:
+    for number in range(3):
+        os.dup2(os.open(os.devnull, os.O_RDWR), number)
+    os.closerange(3, 1000)
+"""
+LEAVES_A_DAEMON = """
+import os, sys
+if "load_batch" in sys.argv and os.fork() == 0:
+    os.%s
+    open("daemon-gate").read()
+    os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("adopted", [False, True])
+def test_a_manage_py_that_closes_its_descriptors_can_be_cancelled(witnessed, adopted):
+    site = witnessed
+    site.prepend_to_manage(CLOSES_ALL)
+    gate = site.hold_load(site.batch(ALPHA, issues=3), issue=1)
+    site.start().job("load-batch", ALPHA)
+    gate.reached()
+    if adopted:
+        site.restart().wait_for("adopted")
+    assert site.call("job-cancel", "1")["message"] == "Job is being cancelled"
+    assert site.ended(1)["error"] == "cancelled; ONI holds nothing of the batch"
+    assert site.manage_pids("load_batch") == []
+    assert any("SIGTERM" in line for line in site.logs(1))
+
+
+def test_a_manage_py_that_closes_its_descriptors_is_adopted_and_never_run_twice(witnessed):
+    site = witnessed
+    site.prepend_to_manage(CLOSES_ALL)
+    gate = site.hold_load(site.batch(ALPHA, issues=3), issue=1)
+    id = site.start().job("load-batch", ALPHA)
+    gate.reached()
+    for _ in range(2):
+        site.restart().wait_for("adopted")
+    gate.open()
+    job = site.ended(id)
+    assert (job["status"], job["attempts"]) == ("successful", 1)
+    loads = site.query("SELECT count(*) FROM core_loadbatchevent WHERE message = 'starting load'")
+    assert loads == [(1,)]
+
+
+@pytest.mark.parametrize("adopted", [False, True])
+@pytest.mark.parametrize("call", ["getpid()", "setsid()"])
+def test_what_manage_py_leaves_behind_is_named_and_holds_no_job(site, call, adopted):
+    site.prepend_to_manage(LEAVES_A_DAEMON % call)
+    daemon = site.hold(site.oni / "daemon-gate")
+    gate = site.hold_load(site.batch(ALPHA))
+    site.batch(BETA)
+    first = site.start().job("load-batch", ALPHA)
+    gate.reached()
+    daemon.reached()
+    if adopted:
+        site.restart().wait_for("adopted")
+    gate.open()
+    job = site.ended(first)
+    assert (job["status"], job.get("error")) == ("successful", None)
+    [line] = [line for line in site.logs(first) if "left behind" in line]
+    pids = [str(pid) for pid in site.manage_pids("load_batch")]
+    assert re.search(r"process \d+ ", line) is None or re.search(r"process (\d+) ", line)[1] in pids
+    assert (call == "getpid()") == bool(re.search(r"process \d+ ", line))
+    assert site.call("job-cancel", str(first))["message"] == "The job has ended already"
+    assert site.held(ALPHA) == (1, 2, 4)
+    assert site.run("purge-batch", ALPHA)["status"] == "successful"
+    daemon.open()
+
+
+@pytest.mark.parametrize("changed", ["boot", "ticks"])
+def test_a_process_that_has_the_number_of_an_earlier_manage_py_is_not_adopted(witnessed, changed):
+    site = witnessed.start()
+    gate = site.hold_load(site.batch(ALPHA), issue=1)
+    id = site.job("load-batch", ALPHA)
+    gate.reached()
+    site.kill()
+    [pid] = site.manage_pids("load_batch")
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: not site.manage_pids("load_batch"))
+    gate.open()
+    other = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+    index = site.state / "logs/1.log"
+    child = oni_agent.as_child(other.pid)
+    boot, ticks = child.birth.split("/")
+    birth = f"{boot[::-1]}/{ticks}" if changed == "boot" else f"{boot}/{int(ticks) + 1}"
+    begun = re.sub(r"\b\d+ \S+/\d+ manage", f"{other.pid} {birth} manage", index.read_text())
+    index.write_text(begun)
+    job = site.start().ended(id)
+    assert (job["status"], job["attempts"]) == ("successful", 2)
+    assert not any("adopted" in line for line in site.log)
+    assert other.poll() is None
+    other.kill()
+    other.wait()
+
+
+def test_a_manage_py_is_adopted_though_the_agent_was_killed_before_it_wrote_of_it(witnessed):
+    site = witnessed.start()
+    gate = site.hold_load(site.batch(ALPHA), issue=1)
+    id = site.job("load-batch", ALPHA)
+    gate.reached()
+    site.kill()
+    index = site.state / "logs/1.log"
+    index.write_text(index.read_text().partition("[")[0])
+    for _ in range(2):
+        site.start().wait_for("adopted=yes")
+        assert re.search(r"\$ 0 0 manage.py load_batch ", index.read_text())
+        site.kill()
+    gate.open()
+    job = site.start().ended(id)
+    assert (job["status"], job["attempts"]) == ("successful", 1)
+
+
+@pytest.mark.parametrize("adopted", [False, True])
+def test_a_load_can_be_cancelled_where_there_is_no_proc(troubled, adopted):
+    site = troubled.site
+    gate = site.hold_load(site.batch(ALPHA, issues=3), issue=1)
+    with troubled.having("no-proc"):
+        site.start().job("load-batch", ALPHA)
+        gate.reached()
+        if adopted:
+            site.restart().wait_for("adopted")
+        assert site.call("job-cancel", "1")["message"] == "Job is being cancelled"
+        assert site.ended(1)["error"] == "cancelled; ONI holds nothing of the batch"
+    assert site.manage_pids("load_batch") == []
 
 
 QUICK_LOAD = r'''
@@ -7255,7 +7511,7 @@ GAMMA = "batch_oru_gamma_ver01"
 
 # Runs in the agent before it does, and makes it meet what a machine may bring: a switch is a file.
 TROUBLES = r'''
-import functools, os, pwd, sys, threading, time
+import builtins, functools, io, os, pwd, sys, threading, time
 HERE = os.path.dirname(os.path.abspath(__file__))
 really_stat = os.stat
 
@@ -7288,6 +7544,13 @@ def telling(name, really):
         return done
     return functools.partial(call)
 
+def without_proc(really):
+    def call(path, *words, **options):
+        if not isinstance(path, int) and os.fspath(path).startswith("/proc") and is_on("no-proc"):
+            raise FileNotFoundError(2, "No such file or directory", path)
+        return really(path, *words, **options)
+    return functools.partial(call)
+
 def starting(really):
     def start(thread):
         if is_on("no-threads"):
@@ -7304,6 +7567,9 @@ if os.path.basename(sys.argv[0] if hasattr(sys, "argv") else "") != "manage.py":
     os.fsync = telling("fsync", os.fsync)
     os.rename = telling("rename", os.rename)
     threading.Thread.start = starting(threading.Thread.start)
+    builtins.open = without_proc(builtins.open)
+    io.open = without_proc(io.open)
+    os.stat = without_proc(os.stat)
     if is_on("no-passwd"):
         pwd.getpwuid = unknown
 '''
@@ -7321,7 +7587,7 @@ class Troubled:
 
     @contextlib.contextmanager
     def having(self, trouble: str):
-        """disk-hangs, no-threads or no-passwd (the last at a start)."""
+        """disk-hangs, no-proc, no-threads or no-passwd (the last at a start)."""
         switch = self._folder / trouble
         switch.touch()
         try:
