@@ -4074,6 +4074,11 @@ class Visitor:
         return b"\n" in self.said
 
 
+    def has_begun_to_shake_hands(self) -> bool:
+        """Return whether it has said more than its version line."""
+        return not self.said.endswith(b"\n")
+
+
 class Door:
     """Where clients come in: it greets them, hears their version lines, and hands them over.
 
@@ -4154,11 +4159,14 @@ class Door:
             accepted.send(f"{GREETING}\r\n".encode())
 
     def _make_room(self, visitor: Visitor) -> bool:
-        """Send the one away that has been silent longest, of a visitor's address, if there is."""
-        for other in self._silent:
-            if other.holder == visitor.holder:
-                self._send_away(other)
-                return self._visitors.take(visitor.holder)
+        """Send those away, of a visitor's address, that have said least for longest, as needed."""
+        silent = [each for each in self._silent if each.holder == visitor.holder]
+        waiting = self._waiting.get(visitor.holder, {})
+        idle = [each for each in waiting if not each.has_begun_to_shake_hands()]
+        for other in silent + idle:
+            self._send_away(other)
+            if self._visitors.take(visitor.holder):
+                return True
         return False
 
     def _hear(self, visitor: Visitor) -> None:
@@ -4221,7 +4229,7 @@ class Door:
         """Return whose turn it is at an address: one that has begun to shake hands comes first."""
         waiting = self._waiting[holder]
         for visitor in waiting:
-            if not visitor.said.endswith(b"\n"):
+            if visitor.has_begun_to_shake_hands():
                 return visitor
         return next(iter(waiting))
 
@@ -4282,7 +4290,8 @@ class Server:
     def _make_room(self, holder: Holder) -> bool:
         """Take a place for one more connection of an address; return False if there is none.
 
-        At need its connection that has been idle longest ends; else one on which commands wait.
+        At need its connection that has been idle longest ends; else one on which commands wait. It
+        takes more than one where its share has become smaller, since others have come.
         """
         if self._places.take(holder):
             return True
@@ -4292,7 +4301,8 @@ class Server:
                 for connection in own:
                     if is_free(connection):
                         self._end(connection, "others came, and it was idle")
-                        return self._places.take(holder)
+                        if self._places.take(holder):
+                            return True
         return False
 
     def _is_idle(self, connection: Connection) -> bool:
