@@ -3679,6 +3679,18 @@ class Connection(paramiko.ServerInterface, paramiko.Transport):  # type: ignore[
             why = self._what_failed()
             if why:
                 self.server.complaints.tell(self.host, why)
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Undo the circles in which what was made for a connection refers to itself.
+
+        So it is freed at once. Else only the garbage collector would find it, which then stops
+        everybody for as long as 100 ms.
+        """
+        self._sessions.clear()
+        self.server_object = None
+        # This works around paramiko's table of its own methods in each transport (from 3.4 on).
+        self._handler_table: Dict[int, Any] = {}
 
     def _what_failed(self) -> str:
         """Return why the client got no further than it did; "" if it left by itself."""
@@ -4433,13 +4445,11 @@ class Server:
 
 
 def give_memory_back() -> None:
-    """Give the system what connections have left behind, which Python and libc would keep.
+    """Give the system what connections have left behind amid the heaps of threads.
 
-    What paramiko makes for a connection refers to itself in circles, so that only the garbage
-    collector frees it; and what is free amid the heap of a thread libc keeps unless it is told.
+    libc would keep that unless it is told; not every libc can be.
     """
-    gc.collect()
-    with contextlib.suppress(AttributeError, OSError):  # not every libc has it
+    with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
@@ -4750,6 +4760,8 @@ def main():
         complain(error)
         return exit_status
     gc.freeze()  # what is there by now stays, and need not be looked at
+    # A look at everything stops everybody for as long as 100 ms, and finds little: see _let_go.
+    gc.set_threshold(10_000, 20, 100)
     tell_where(settings, listener.getsockname())
     agent.queue.start()
     ASIDE.submit(look_once, agent.site.oni)
