@@ -32,12 +32,6 @@ no command at all) the answers are text. Settings come from the environment:
 
 Its callers are administrators and NCA, the Newspaper Curation App, a Go program that loads batches
 unattended. An agent written in Go speaks the same protocol: words that look odd here are its words.
-
-To add a command, write a function cmd_… under "commands", as it is described there. To add a kind
-of job, write a class under "kinds of job", enter it in KINDS, and give it a command of the same
-name. To add a setting, enter it in OWN_VARIABLES with its reader, in DEFAULTS (as text) if it has
-one, and in the list above. It is then settings.its_name, and `build` hands it to what needs it;
-neither manage.py nor ON_FINISH gets to see it.
 """
 
 from __future__ import annotations
@@ -77,7 +71,6 @@ import tempfile
 import textwrap
 import threading
 import time
-import unicodedata
 import urllib.parse
 import warnings
 import xml.etree.ElementTree as ET
@@ -96,6 +89,7 @@ from typing import (
     Iterable,
     Iterator,
     List,
+    NamedTuple,
     Optional,
     Set,
     Tuple,
@@ -214,6 +208,17 @@ class Stopping(BaseException):
 
     As for a SystemExit, nobody takes it for a fault on its way through the worker.
     """
+
+
+def shortened(text: str, most: int = 2000) -> str:
+    """Return a text, or `most` bytes of its start and end with a sign for what is left out."""
+    data = text.encode("utf-8", "replace")
+    if len(data) <= most:
+        return text
+    left_out = len(data) - most
+    start = data[: most * 3 // 4].decode("utf-8", "ignore")
+    end = data[-most // 4 :].decode("utf-8", "ignore")
+    return f"{start} […{left_out} bytes are left out here…] {end}"
 
 
 SCARCE = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)
@@ -341,6 +346,9 @@ def log_level(value):
     return value.upper()
 
 
+# To add a setting, enter it here with its reader, in DEFAULTS (as text) if it has one, and in this
+# file's docstring. It is then settings.its_name, and `build` hands it to what needs it. Neither
+# manage.py nor ON_FINISH gets to see it.
 OWN_VARIABLES = {  # and their readers
     "ONI_LOCATION": path_that(
         lambda path: (path / "manage.py").is_file(), "that folder holds no manage.py"
@@ -1575,6 +1583,7 @@ STATUS_MESSAGES = {  # NCA knows no others
     SUCCESSFUL: "Success: this job is complete.",
     FAILED: "Failed: this job started but returned a non-zero exit code.",
 }
+NO_OP = "No-op: job is redundant or already completed"  # in place of a new job
 
 
 @dataclass
@@ -2351,6 +2360,7 @@ class BatchPatch(Kind):
         return f"{self.target} is there" if os.path.lexists(self.target) else ""
 
 
+# To add a kind of job, write a class above, enter it here, and give it a command of the same name.
 KINDS = {
     "load-batch": LoadBatch,
     "purge-batch": PurgeBatch,
@@ -2420,7 +2430,7 @@ class JobQueue:
         with self._changed:
             last = self._last_on(words)  # which may have come while Open ONI was asked
             if reached and not last:
-                return -1, "No-op: job is redundant or already completed"
+                return -1, NO_OP
             if self._closed:
                 raise Problem("the agent is stopping; ask again in a moment")
             if last and last.words == words and not (last.cancelled or given):
@@ -2540,7 +2550,8 @@ class JobQueue:
     def _end(self, job, status, error):
         """Records a job's end, and tells of it. Raises Scarce."""
         error = error.encode("utf-8", "replace").decode()  # a file's name in it may be no text
-        self._change(job, status=status, error=error, ended=time.time_ns())
+        # The agent's log, below, has it whole.
+        self._change(job, status=status, error=shortened(error), ended=time.time_ns())
         level = logging.INFO if status == SUCCESSFUL else logging.WARNING
         words = shlex.join(job.words)
         log.log(level, "job=%d command=%r status=%r error=%r", job.id, words, status, error)
@@ -2653,14 +2664,14 @@ class Request:
         id, message = self.agent.queue.add(words, given)
         return Answer({"message": message, "job": {"id": id}})
 
-    def submit_with_input(self, limit: int) -> Answer:
-        """Queue a job of the request's words and of its standard input, at most `limit` bytes.
+    def submit_with_input(self, words: List[str], limit: int) -> Answer:
+        """Queue a job of `words` and of the client's standard input, at most `limit` bytes.
 
         Raises Problem if it may not be asked for, or the input cannot be read.
         """
         with self.agent.store.new_input() as given:
             self.client.read_input(given, limit)
-            return self.submit(self.words, Path(given.name))
+            return self.submit(words, Path(given.name))
 
 
 @dataclass(frozen=True)
@@ -2670,7 +2681,7 @@ class Command:
     run: Callable[..., Answer]
     usage: str
     help: str  # one line
-    example: str
+    example: str  # an exchange: what one types, and what comes back
     misuse: str  # the message for a wrong number of words
     missing: str  # the message for too few, where it is another
     failure: str  # the message for a Problem, {} being the words after the name
@@ -2684,7 +2695,7 @@ COMMANDS: Dict[str, Command] = {}  # in the order of `help`
 def command(
     usage: str,
     help: str,
-    misuse: str,
+    misuse: str = "",
     failure: str = "The agent cannot do this just now",
     missing: str = "",
     example: str = "",
@@ -2701,7 +2712,7 @@ def command(
             run=function,
             usage=usage,
             help=help,
-            example=example,
+            example=inspect.cleandoc(example),
             misuse=misuse,
             missing=missing or misuse,
             failure=failure,
@@ -2742,8 +2753,8 @@ def whatever_goes_wrong(get: Callable[[], Answer]) -> Answer:
         return Answer(refusal.keys)
     except Exception as fault:
         log.exception("a command stumbled over a fault of the agent")
-        refusal = Refused("A fault of the agent; its log says more", error=repr(fault))
-        return Answer(refusal.keys)
+        error = shortened(repr(fault))
+        return Answer(Refused("A fault of the agent; its log says more", error=error).keys)
 
 
 def perform(request: Request) -> Answer:
@@ -2755,14 +2766,29 @@ def perform(request: Request) -> Answer:
     if len(arguments) < found.least:
         raise Refused(found.missing, error=f"usage: {found.usage}")
     if len(arguments) > found.most:
-        raise Refused(found.misuse, error=f"usage: {found.usage}")
+        error = f"usage: {found.usage}{one_by_one(found, arguments)}"
+        raise Refused(found.misuse, error=error)
     try:
         reply = found.run(request, *arguments)
     except (Problem, OSError) as problem:
-        raise Refused(found.failure.format(*arguments), error=str(problem))
+        raise Refused(found.failure.format(*arguments), error=shortened(str(problem)))
     if reply.keys:
         reply.keys = {"status": "success", **reply.keys}
     return reply
+
+
+def one_by_one(command: Command, arguments: List[str]) -> str:
+    """Return how a shell gives a command that takes one word several, one after the other."""
+    if command.most != 1:
+        return ""
+    words = " ".join(map(shlex.quote, arguments))
+    name = command.usage.split()[0]
+    return f"; for several: for each in {words}; do ssh oni {name} $each; done"
+
+
+def batch_name(word: str) -> str:
+    """Return a batch's name without the slash that a shell adds when it completes a folder's."""
+    return word[:-1] if word.endswith("/") else word
 
 
 GO_WORD = (
@@ -2801,7 +2827,7 @@ def job_object(job: Job) -> Dict[str, Any]:
         "status": job.status,
     }
     if job.error:
-        shown["error"] = job.error
+        shown["error"] = shortened(job.error)
     if job.id > 0:
         shown["words"] = job.words
         shown["attempts"] = job.attempts
@@ -2820,7 +2846,20 @@ def job_with_place(agent: Agent, job: Job) -> Dict[str, Any]:
         shown["place"] = sum(each.id <= job.id and not each.finished for each in agent.queue.jobs())
     elif job.status == STARTED and job.words[0] == "load-batch":
         shown.update(agent.site.progress(job.words[1], job.id))
+        pages, pages_loaded = shown.get("pages"), shown.get("pages_loaded")
+        if pages and pages_loaded and pages_loaded < pages:
+            shown["seconds_left"] = int(shown["seconds"] * (pages - pages_loaded) / pages_loaded)
     return shown
+
+
+NEVER_STARTED = "Failed: this job never started."  # which NCA does not know
+
+
+def job_message(job: Job) -> str:
+    """Return what a job's status means, as a sentence that is true of this job."""
+    if job.status == FAILED and not job.started:
+        return NEVER_STARTED
+    return STATUS_MESSAGES[job.status]
 
 
 def job_answer(agent: Agent, job: Job) -> Dict[str, Any]:
@@ -2850,23 +2889,140 @@ def batch_object(held: BatchState) -> Dict[str, Any]:
     usage="version",
     help="Says which version of the agent is running.",
     misuse='"version" takes no arguments',
-    example="ssh -p 2222 nobody@localhost version",
+    example=f"""
+    $ ssh oni version
+    ONI Agent {VERSION}
+    """,
 )
 def cmd_version(request: Request) -> Answer:
     return Answer({"version": VERSION})
 
 
+class Trouble(NamedTuple):
+    """Something that can go wrong, and whose own message does not say what to do."""
+
+    seen: str
+    meaning: str
+    remedy: str
+
+
+TROUBLES = (
+    Trouble(
+        'ONI holds 131 of the 400 issues …, and its last event is "starting load"',
+        "If no job is at work on it, a load was killed; ONI itself would leave it so for ever",
+        "load-batch again: the agent purges, then loads",
+    ),
+    Trouble(
+        "2 faults in the batch's files: …; ONI was left as it is",
+        "ONI would abort, or drop something without a word",
+        "Mend the files named there (batch-check lists all faults), then load-batch again",
+    ),
+    Trouble(
+        'Open ONI has no awardee "zzz"',
+        "The second part of the batch's name is no awardee of ONI's",
+        "ensure-awardee zzz \"'Its name'\", then load-batch again",
+    ),
+    Trouble(
+        "ONI does not have the title sn…, nor has http…",
+        "ONI cannot fetch the title's MARC record",
+        "load-title < MARC.xml, then load-batch again",
+    ),
+    Trouble(
+        "Solr lacks 12 of 400 pages",
+        "The index was emptied or restored, or lost a commit",
+        "load-batch again: only those pages are indexed",
+    ),
+    Trouble(
+        "Solr has documents under its name that are none of its pages",
+        "The index was restored from an older day",
+        "load-batch again: they are deleted",
+    ),
+    Trouble(
+        "Solr still has 400 of its pages, which lead nowhere",
+        "Solr was down during a purge",
+        "purge-batch again",
+    ),
+    Trouble(
+        "… pages are found under another batch",
+        "Two batches have the same pages; the one that was indexed last is found",
+        "Purge the batch that should not have them",
+    ),
+    Trouble(
+        "Failed to connect to server at …solr…, Solr cannot be asked",
+        "Solr is down",
+        "Start it, then job-retry",
+    ),
+    Trouble(
+        "Open ONI cannot answer: OperationalError: …",
+        "The database is down, or ONI's settings for it do not reach the agent",
+        "Sites that configure ONI by environment put ONI_DB_… into the agent's, too",
+    ),
+    Trouble(
+        "Open ONI did not answer within 10 s",
+        "Database or host are overloaded, or a lock is held",
+        "Ask again; jobs wait longer by themselves",
+    ),
+    Trouble(
+        "the file system of the batches did not answer",
+        "The mount of BATCH_SOURCE hangs",
+        "Look at the file server; all else goes on",
+    ),
+    Trouble(
+        "exit status 1: … Permission denied …; the batch is complete",
+        "ONI could not write its cache, since the agent does not run as the site's user",
+        "Run it as that user; the batch needs no new load",
+    ),
+    Trouble(
+        "what ONI holds of the batch now is not known",
+        "The database went away during the job",
+        "When it is back: batch-status, or just load-batch again",
+    ),
+    Trouble(
+        "given up: 3 times the agent was gone before its end",
+        "Host or agent went down in each attempt, or the job brings them down",
+        "Look at memory and the kernel's log, then job-retry",
+    ),
+    Trouble(
+        "killed by signal 9 (SIGKILL)",
+        "Often it was the kernel, for want of memory: journalctl -k -g oom",
+        "Give the host more memory, then load-batch again",
+    ),
+    Trouble(
+        "removing …, a leftover link to …",
+        "A killed load of another copy left a link that ONI would follow",
+        "Nothing is to be done",
+    ),
+)
+
+
 @command(
     usage="help [COMMAND]",
-    help="Lists the commands, or tells of one.",
+    help="Lists the commands, or shows one at work; help problems: what can go wrong.",
     misuse='"help" takes at most one command',
-    example="ssh -p 2222 nobody@localhost help load-batch",
+    example="""
+    $ ssh oni help                lists the commands
+    $ ssh oni help job-wait       shows one at work
+    $ ssh oni help problems       what can go wrong, and what to do
+    """,
 )
 def cmd_help(request: Request, name: str = "") -> Answer:
-    names = [name] if name else list(COMMANDS)
-    commands = [find_command(each) for each in names]
-    texts = [{key: getattr(each, key) for key in ("usage", "help", "example")} for each in commands]
-    return Answer({"commands": texts}, [[commands[0].example]] if name else [])
+    if name == "problems":
+        return Answer({"troubles": [trouble._asdict() for trouble in TROUBLES]})
+    if name:
+        found = find_command(name)
+        return Answer({"commands": [command_object(found)]}, [found.example.splitlines()])
+    return Answer(
+        {
+            "commands": [command_object(each) for each in COMMANDS.values()],
+            "hint": "`help COMMAND` shows a command at work, `help problems` says what can go"
+            " wrong. `ssh oni` stands for `ssh -t -p 2222 nobody@HOST`.",
+        }
+    )
+
+
+def command_object(command: Command) -> Dict[str, str]:
+    """Return a command as `help` shows it."""
+    return {"usage": command.usage, "help": command.help, "example": command.example}
 
 
 @command(
@@ -2874,10 +3030,19 @@ def cmd_help(request: Request, name: str = "") -> Answer:
     help="Loads a batch from BATCH_SOURCE into Open ONI, as a job.",
     misuse='"load-batch" requires exactly one batch name',
     failure='"{}" cannot be loaded',
-    example="ssh -p 2222 nobody@localhost load-batch batch_oru_alpha_ver01",
+    example="""
+    $ ssh oni load-batch batch_oru_small_ver01
+    Job added to queue
+    It is job 1: job-wait 1 waits for its end, job-follow 1 shows its log.
+    $ ssh oni job-wait 1
+    Success: this job is complete.
+       1  successful 2 s     load-batch batch_oru_small_ver01  0 s ago, 15:30 UTC
+    $ ssh oni load-batch batch_oru_small_ver01
+    No-op: job is redundant or already completed
+    """,
 )
 def cmd_load_batch(request: Request, name: str) -> Answer:
-    return request.submit(["load-batch", name])
+    return request.submit(["load-batch", batch_name(name)])
 
 
 @command(
@@ -2885,9 +3050,18 @@ def cmd_load_batch(request: Request, name: str) -> Answer:
     help="Removes a batch from Open ONI, as a job; its files stay.",
     misuse='"purge-batch" requires exactly one batch name',
     failure='"{}" cannot be purged',
-    example="ssh -p 2222 nobody@localhost purge-batch batch_oru_alpha_ver01",
+    example="""
+    $ ssh oni purge-batch batch_oru_small_ver01
+    Job added to queue
+    It is job 2: job-wait 2 waits for its end, job-follow 2 shows its log.
+    """,
 )
 def cmd_purge_batch(request: Request, name: str) -> Answer:
+    name = batch_name(name)
+    try:
+        request.agent.site.folder(name)
+    except Problem as problem:  # Open ONI can hold no such batch, so nothing is to be done
+        return Answer({"message": NO_OP, "job": {"id": -1}, "hint": str(problem)})
     return request.submit(["purge-batch", name])
 
 
@@ -2896,10 +3070,13 @@ def cmd_purge_batch(request: Request, name: str) -> Answer:
     help="Loads or updates titles from MARC XML on standard input, as a job.",
     misuse='"load-title" takes no arguments; the MARC XML comes on standard input',
     failure="Invalid data",
-    example="ssh -p 2222 nobody@localhost load-title < marc.xml",
+    example="""
+    $ ssh oni load-title < herald.xml
+    {"status":"success","message":"Job added to queue","job":{"id":3},"session":{"id":5}}
+    """,
 )
 def cmd_load_title(request: Request) -> Answer:
-    return request.submit_with_input(MAX_PAYLOAD)
+    return request.submit_with_input(["load-title"], MAX_PAYLOAD)
 
 
 @command(
@@ -2907,13 +3084,20 @@ def cmd_load_title(request: Request) -> Answer:
     help="Makes sure that Open ONI has an awardee, at once and without a job.",
     misuse='"ensure-awardee" requires one or two arguments: an awardee code and, to create it, a'
     " name",
-    example="ssh -p 2222 nobody@localhost ensure-awardee oru \"'University of Oregon'\"",
+    example="""
+    $ ssh oni ensure-awardee zzz
+    error: Unable to create awardee
+           awardee name must be given to auto-create awardees
+    $ ssh oni ensure-awardee zzz "'University of Zzz'"
+    Awardee created
+    """,
 )
 def cmd_ensure_awardee(request: Request, code: str, name: str = "") -> Answer:
     try:
         is_new = request.agent.site.oni.ask("awardee", code, name)
     except Problem as problem:
-        raise Refused("Unable to create awardee", error=str(problem), org_code=code, name=name)
+        error = shortened(str(problem))
+        raise Refused("Unable to create awardee", error=error, org_code=code, name=name)
     return Answer({"message": "Awardee created" if is_new else "Awardee already exists"})
 
 
@@ -2923,25 +3107,71 @@ def cmd_ensure_awardee(request: Request, code: str, name: str = "") -> Answer:
     " `RemoveIssue LCCN/YYYYMMDDEE`.",
     misuse='"batch-patch" requires exactly two batch names',
     failure='"{}" cannot be modified',
-    example="ssh -p 2222 nobody@localhost batch-patch batch_oru_a_ver01 batch_oru_a_ver02"
-    " < instructions.txt",
+    example="""
+    $ cat instructions.txt
+    RemoveIssue sn99990001/1900010101
+    $ ssh oni batch-patch batch_oru_small_ver01 batch_oru_small_ver02 < instructions.txt
+    {"status":"success","message":"Job added to queue","job":{"id":5},"session":{"id":10}}
+    """,
 )
 def cmd_batch_patch(request: Request, old: str, new: str) -> Answer:
-    return request.submit_with_input(MAX_INSTRUCTIONS)
+    words = ["batch-patch", batch_name(old), batch_name(new)]
+    return request.submit_with_input(words, MAX_INSTRUCTIONS)
+
+
+NEWEST_JOBS = 50  # that a person is shown who says no number
 
 
 @command(
-    usage="list-jobs [STATUS]",
-    help="Lists all jobs, oldest first; or those that are pending, started, successful, failed, …",
-    misuse='"list-jobs" takes at most one argument, a status',
-    failure='"{}" is not a job status',
-    example="ssh -p 2222 nobody@localhost list-jobs failed",
+    usage="list-jobs [BATCH] [STATUS...] [LIMIT]",
+    help="Lists jobs, oldest first: those on a batch, those that are pending, started,"
+    " successful, failed, the newest LIMIT.",
+    example="""
+    $ ssh oni list-jobs failed
+    Jobs: 1
+       6  failed 1 s         load-batch batch_oru_hole_ver01  0 s ago, 15:30 UTC
+           1 fault in the batch's files:
+           data/sn99990001/print/1920010201/1920010201.xml: the edition is '': ONI
+           would leave this issue out; ONI was left as it is
+    $ ssh oni list-jobs batch_oru_small_ver01 successful 2
+    Jobs: 2
+       4  successful 2 s     load-batch batch_oru_small_ver01  0 s ago, 15:30 UTC
+       5  successful 2 s     batch-patch batch_oru_small_ver01 batch_oru_small_ver02
+           0 s ago, 15:30 UTC
+    These are the newest of 4 jobs; a larger number shows more.
+    """,
 )
-def cmd_list_jobs(request: Request, status: str = "") -> Answer:
-    if status and status not in STATUS_MESSAGES:
-        raise Problem(f"there are {', '.join(STATUS_MESSAGES)}")
-    jobs = request.agent.queue.jobs()
-    return Answer({"jobs": [job_object(job) for job in jobs if status in ("", job.status)]})
+def cmd_list_jobs(request: Request, *words: str) -> Answer:
+    batches: List[str] = []
+    statuses: List[str] = []
+    limit = NEWEST_JOBS if request.client.width else None  # None: programs get all
+    for word in words:
+        if word in STATUS_MESSAGES:
+            statuses.append(word)
+        elif BATCH_NAME.fullmatch(batch_name(word)):
+            batches.append(batch_name(word))
+        elif re.fullmatch("[1-9][0-9]{0,8}", word):
+            limit = int(word)
+        else:
+            known = ", ".join(STATUS_MESSAGES)
+            error = f"write the name of a batch, a status ({known}), or a number of jobs"
+            raise Refused(f'"{word}" is not a job status', error=error)
+    jobs = jobs_that_match(request.agent.queue.jobs(), batches, statuses)
+    newest = jobs if limit is None else jobs[-limit:]
+    keys: Dict[str, Any] = {"jobs": [job_object(job) for job in newest]}
+    if len(newest) < len(jobs):
+        keys["jobs_in_all"] = len(jobs)
+        keys["hint"] = f"These are the newest of {len(jobs)} jobs; a larger number shows more."
+    return Answer(keys)
+
+
+def jobs_that_match(jobs: List[Job], batches: List[str], statuses: List[str]) -> List[Job]:
+    """Return the jobs on one of these batches and of one of these statuses; none of them: all."""
+    if batches:
+        jobs = [job for job in jobs if not set(batches).isdisjoint(job.words)]
+    if statuses:
+        jobs = [job for job in jobs if job.status in statuses]
+    return jobs
 
 
 NO_JOB_ID = "You must supply a job ID"
@@ -2952,42 +3182,78 @@ NO_JOB_ID = "You must supply a job ID"
     help="Says what has become of a job: its place in the queue, or how far a running load is.",
     misuse='"job-status" takes one job ID',
     missing=NO_JOB_ID,
-    example="ssh -p 2222 nobody@localhost job-status 7",
+    example="""
+    $ ssh oni job-status 6
+    Failed: this job started but returned a non-zero exit code.
+       6  failed 1 s         load-batch batch_oru_hole_ver01  0 s ago, 15:30 UTC
+           1 fault in the batch's files:
+           data/sn99990001/print/1920010201/1920010201.xml: the edition is '': ONI
+           would leave this issue out; ONI was left as it is
+    """,
 )
 def cmd_job_status(request: Request, id: str) -> Answer:
     return Answer(job_answer(request.agent, request.job(id)))
 
 
 @command(
-    usage="job-wait ID",
-    help="Answers as job-status when the job has ended; the exit status is 1 if it was"
+    usage="job-wait ID...",
+    help="Answers as job-status when all these jobs have ended; the exit status is 1 if one was"
     " unsuccessful.",
-    misuse='"job-wait" takes one job ID',
     missing=NO_JOB_ID,
-    example="ssh -p 2222 nobody@localhost job-wait 7",
+    example="""
+    $ ssh oni job-wait 4 6
+    Failed: 1 of these 2 jobs did not succeed.
+    Jobs: 2
+       4  successful 2 s     load-batch batch_oru_small_ver01  0 s ago, 15:30 UTC
+       6  failed 1 s         load-batch batch_oru_hole_ver01  0 s ago, 15:30 UTC
+           1 fault in the batch's files:
+           data/sn99990001/print/1920010201/1920010201.xml: the edition is '': ONI
+           would leave this issue out; ONI was left as it is
+    """,
 )
-def cmd_job_wait(request: Request, id: str) -> Answer:
-    job = request.job(id)
+def cmd_job_wait(request: Request, id: str, *more_ids: str) -> Answer:
+    jobs = [request.job(each) for each in (id, *more_ids)]
+    return ends_answer(request.agent, jobs)
 
-    def when_ended() -> Answer:
-        keys = {"status": "success", **job_answer(request.agent, job)}
-        return Answer(keys, exit_status=int(job.status != SUCCESSFUL))
 
-    return Answer(rest=Rest(lambda: job.finished, when_ended, job))
+def ends_answer(agent: Agent, jobs: List[Job]) -> Answer:
+    """Return the answer about the ends of jobs, which is to come until all of them have ended.
+
+    Its exit status is 1 if one was unsuccessful.
+    """
+    unfinished = [job for job in jobs if not job.finished]
+    if unfinished:
+        first = unfinished[0]
+        return Answer(rest=Rest(lambda: first.finished, lambda: ends_answer(agent, jobs), first))
+    unsuccessful = sum(job.status != SUCCESSFUL for job in jobs)
+    exit_status = int(unsuccessful > 0)
+    if len(jobs) == 1:
+        keys = job_answer(agent, jobs[0])
+    elif unsuccessful:
+        message = f"Failed: {unsuccessful} of these {len(jobs)} jobs did not succeed."
+        keys = {"message": message, "jobs": [job_object(job) for job in jobs]}
+    else:
+        message = f"Success: these {len(jobs)} jobs are complete."
+        keys = {"message": message, "jobs": [job_object(job) for job in jobs]}
+    return Answer({"status": "success", **keys}, exit_status=exit_status)
 
 
 @command(
-    usage="job-follow ID",
-    help="Shows a job's log as it comes, until the job ends; then the exit status is as"
-    " job-wait's.",
-    misuse='"job-follow" takes one job ID',
+    usage="job-follow ID [LINES]",
+    help="Shows a job's log, or the last LINES of it and what comes, until the job ends; then the"
+    " exit status is as job-wait's.",
+    misuse='"job-follow" takes a job ID and a number of lines',
     missing=NO_JOB_ID,
-    example="ssh -p 2222 nobody@localhost job-follow 7",
+    example="""
+    $ ssh oni job-follow 4 1
+    [2026-12-01 15:30:58 UTC] [INFO] processed 4 pages
+    """,
 )
-def cmd_job_follow(request: Request, id: str) -> Answer:
+def cmd_job_follow(request: Request, id: str, count: str = "") -> Answer:
     job = request.job(id)
+    skip = lines_to_skip(request, job, count)
     path = request.agent.store.log(job)
-    reader = LogReader(path)
+    reader = LogReader(path, skip=skip)
 
     def what_has_come() -> Answer:
         is_over = job.finished  # asked first: what comes before the end is read, too
@@ -3010,25 +3276,41 @@ def size_of(path: Path) -> int:
         return 0
 
 
+def lines_to_skip(request: Request, job: Job, count: str) -> int:
+    """Return how many lines of a job's log come before the last `count`; "" is for all.
+
+    Raises Refused if `count` is no number.
+    """
+    if not count:
+        return 0
+    if not re.fullmatch("[0-9]{1,9}", count):
+        raise Refused(f'"{count}" is not a number of lines')
+    reader = LogReader(request.agent.store.log(job))
+    in_all = 0
+    for lines in reader.read(job.finished):
+        in_all += len(lines)
+    return max(0, in_all - int(count))
+
+
 @command(
     usage="job-logs ID [LINES]",
     help="Shows what a job has printed so far, or the last LINES of it, each line with its time.",
     misuse='"job-logs" takes a job ID and a number of lines',
     missing=NO_JOB_ID,
-    example="ssh -p 2222 nobody@localhost job-logs 7 20",
+    example="""
+    $ ssh oni job-logs 4 1
+       4  successful 2 s     load-batch batch_oru_small_ver01  0 s ago, 15:30 UTC
+    [2026-12-01 15:30:58 UTC] [INFO] processed 4 pages
+    """,
 )
 def cmd_job_logs(request: Request, id: str, count: str = "") -> Answer:
     job = request.job(id)
     path = request.agent.store.log(job)
-    skip = 0
-    if count:
-        if not re.fullmatch("[0-9]{1,9}", count):
-            raise Refused(f'"{count}" is not a number of lines')
-        lines_in_all = sum(len(lines) for lines in LogReader(path).read(job.finished))
-        skip = max(0, lines_in_all - int(count))
+    skip = lines_to_skip(request, job, count)
 
     def read(*kinds: str) -> Iterator[List[str]]:
-        return LogReader(path, *kinds, skip=skip).read(job.finished)
+        lines: Iterator[List[str]] = LogReader(path, *kinds, skip=skip).read(job.finished)
+        return lines
 
     shown = {**job_object(job), "stdout": read(STDOUT, NOTE), "stderr": read(STDERR)}
     return Answer({"job": shown}, read())
@@ -3039,14 +3321,17 @@ def cmd_job_logs(request: Request, id: str, count: str = "") -> Answer:
     help="Ends a job: a pending one never starts, one at work is terminated, and its load purged.",
     misuse='"job-cancel" takes one job ID',
     missing=NO_JOB_ID,
-    example="ssh -p 2222 nobody@localhost job-cancel 7",
+    example="""
+    $ ssh oni job-cancel 8
+    Job cancelled
+       8  failed             load-batch batch_oru_faults_ver01  0 s ago, 15:30 UTC
+           cancelled before it started
+    """,
 )
 def cmd_job_cancel(request: Request, id: str) -> Answer:
     job = request.job(id)
     if not request.agent.queue.cancel(job):
-        raise Refused(
-            "The job has ended already", error=STATUS_MESSAGES[job.status], job=job_object(job)
-        )
+        raise Refused("The job has ended already", error=job_message(job), job=job_object(job))
     message = "Job cancelled" if job.finished else "Job is being cancelled"
     return Answer({"message": message, "job": job_object(job)})
 
@@ -3057,16 +3342,19 @@ def cmd_job_cancel(request: Request, id: str) -> Answer:
     misuse='"job-retry" takes one job ID',
     missing=NO_JOB_ID,
     failure="The job cannot be retried",
-    example="ssh -p 2222 nobody@localhost job-retry 7",
+    example="""
+    $ ssh oni job-retry 6
+    Job added to queue
+    It is job 9: job-wait 9 waits for its end, job-follow 9 shows its log.
+    It does job 6 again.
+    """,
 )
 def cmd_job_retry(request: Request, id: str) -> Answer:
     job = request.job(id)
     kind = KINDS.get(job.words[0])
     if job.status not in (FAILED, COULD_NOT_START) or not kind:
         raise Refused(
-            "Only a failed job can be retried",
-            error=STATUS_MESSAGES[job.status],
-            job=job_object(job),
+            "Only a failed job can be retried", error=job_message(job), job=job_object(job)
         )
     given = request.agent.store.input(job) if kind.takes_input else None
     retried = request.submit(job.words, given)
@@ -3079,7 +3367,15 @@ def cmd_job_retry(request: Request, id: str) -> Answer:
     help="Lists every batch in BATCH_SOURCE or Open ONI: absent, partial, complete, or unknown.",
     misuse='"list-batches" takes no arguments',
     failure="The batches cannot be listed",
-    example="ssh -p 2222 nobody@localhost list-batches",
+    example="""
+    $ ssh oni list-batches
+    Batches: 5
+    absent       0 of 3    issues      0 of 6      pages  batch_oru_faults_ver01
+    absent       0 of 4    issues      0 of 4      pages  batch_oru_hole_ver01
+    absent       0 of 60   issues      0 of 300    pages  batch_oru_slow_ver01
+    complete     2 of 2    issues      4 of 4      pages  batch_oru_small_ver01
+    absent       0 of 1    issues      0 of 2      pages  batch_oru_small_ver02
+    """,
 )
 def cmd_list_batches(request: Request) -> Answer:
     return Answer({"batches": [batch_object(state) for state in request.agent.site.batches()]})
@@ -3090,16 +3386,32 @@ def cmd_list_batches(request: Request) -> Answer:
     help="Says what Open ONI holds of a batch, and its newest events and jobs.",
     misuse='"batch-status" requires exactly one batch name',
     failure='"{}" cannot be looked up',
-    example="ssh -p 2222 nobody@localhost batch-status batch_oru_alpha_ver01",
+    example="""
+    $ ssh oni batch-status batch_oru_small_ver01
+    the batch is complete: ONI holds 2 of the 2 issues and 4 of the 4 pages
+    Events: 5
+      3 s ago, 15:30 UTC  processed 4 pages
+      2 s ago, 15:30 UTC  starting purge
+      2 s ago, 15:30 UTC  purged
+      1 s ago, 15:30 UTC  starting load
+      0 s ago, 15:30 UTC  processed 4 pages
+    Jobs: 4
+       1  successful 2 s     load-batch batch_oru_small_ver01  2 s ago, 15:30 UTC
+       2  successful 2 s     purge-batch batch_oru_small_ver01  2 s ago, 15:30 UTC
+       4  successful 2 s     load-batch batch_oru_small_ver01  0 s ago, 15:30 UTC
+       5  successful 2 s     batch-patch batch_oru_small_ver01 batch_oru_small_ver02
+           0 s ago, 15:30 UTC
+    """,
 )
-def cmd_batch_status(request: Request, name: str) -> Answer:
+def cmd_batch_status(request: Request, word: str) -> Answer:
+    name = batch_name(word)
     site = request.agent.site
     site.folder(name)
     state = site.batch(name)
     if not state.row and not state.pages_in_solr:
         site.must_be_there(name)
     message = str(state)
-    jobs = [job for job in request.agent.queue.jobs() if name in job.words]
+    jobs = jobs_that_match(request.agent.queue.jobs(), [name], [])
     for job in jobs:
         if job.status == STARTED:
             message = f"job {job.id} is at work on it; {message}"
@@ -3119,9 +3431,19 @@ def cmd_batch_status(request: Request, name: str) -> Answer:
     " is.",
     misuse='"batch-check" requires exactly one batch name',
     failure='"{}" cannot be checked',
-    example="ssh -p 2222 nobody@localhost batch-check batch_oru_alpha_ver01",
+    example="""
+    $ ssh oni batch-check batch_oru_faults_ver01
+    2 faults would keep Open ONI from loading all of this batch
+    Faults: 2
+    fault: data/sn99990001/print/1930010201/1930010201.xml: page 2 has the sequence
+           '': ONI would leave it out
+    fault: data/sn99990001/print/1930010301/0002.xml: no such file or directory: ONI
+           could not index this page
+    Warnings: 0
+    """,
 )
-def cmd_batch_check(request: Request, name: str) -> Answer:
+def cmd_batch_check(request: Request, word: str) -> Answer:
+    name = batch_name(word)
     site = request.agent.site
     site.must_be_there(name)
 
@@ -3134,11 +3456,16 @@ def cmd_batch_check(request: Request, name: str) -> Answer:
         {
             "message": f"{what} would keep Open ONI from loading all of this batch",
             "batch": {"name": name},
-            "faults": found.faults,
-            "warnings": found.warnings,
+            "faults": [with_short_text(each, "fault") for each in found.faults],
+            "warnings": [with_short_text(each, "warning") for each in found.warnings],
         },
         exit_status=int(bool(found.faults)),
     )
+
+
+def with_short_text(finding: Dict[str, str], key: str) -> Dict[str, str]:
+    """Return a finding of a check, its text under `key` shortened."""
+    return {**finding, key: shortened(finding[key])}
 
 
 BEGAN = time.monotonic()
@@ -3148,7 +3475,10 @@ BEGAN = time.monotonic()
     usage="board",
     help="Shows what is at work, what waits and what has ended; on a terminal, anew each second.",
     misuse='"board" takes no arguments',
-    example="ssh -p 2222 nobody@localhost -t board",
+    example="""
+    $ ssh oni                          draws the board anew each second, until q; ? shows its keys
+    $ ssh -T oni board | jq .at_work   once, for a program
+    """,
 )
 def cmd_board(request: Request) -> Answer:
     agent = request.agent
@@ -3167,23 +3497,54 @@ def cmd_board(request: Request) -> Answer:
 
 # ---------------------------------------------------------------- presentation
 
-# Answers become lines for a person.
+# Answers become lines for a person: text in, text out. Nothing here knows of channels or keys.
 
-# A line has the colour of such a word, maybe with a time, before two blanks, a colon or a bracket.
 COLOURS = {
-    31: "failed|couldn't start|partial|error|fault|ERROR",
-    32: "successful|complete",
-    33: "unknown|warning|WARNING",
-    36: "started",
+    "failed": 31,
+    "couldn't start": 31,
+    "partial": 31,
+    "error": 31,
+    "fault": 31,
+    "ERROR": 31,
+    "successful": 32,
+    "complete": 32,
+    "unknown": 33,
+    "warning": 33,
+    "WARNING": 33,
+    "started": 36,
 }
+# A line has the colour of such a word, maybe with a time, before two blanks, a colon or a bracket.
+COLOURED = re.compile(rf"\b({'|'.join(COLOURS)})(?: \d+ \w+)?(?:  |[:\]])")
+INDENT = " " * 7  # of what belongs to the line above
+STAMP = re.compile(r"\[(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)\.\d{9}Z\] ")  # of a line of a log
+
+# DEL, C1, the line separators, and what changes the direction of text. JSON need not escape them,
+# but a terminal is often at the other end of a pipe.
+HAZARDS = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
-def plain(text):
-    """A text as a person is to see it: its control characters do nothing to a terminal, and a line
-    of a log has no parts of a second, which programs need, to sort by.
-    """
-    text = re.sub(r"(?<=^\[.{19})\.\d{9}", "", text).replace("\t", "    ")
-    return "".join(each if each.isprintable() else f"\\x{ord(each):02x}" for each in text)
+def safe_json(text: str) -> str:
+    """Return JSON with everything escaped that would do something to a terminal."""
+    if text.isascii():  # nearly all is, and then this takes no time
+        return text.replace("\x7f", "\\u007f")
+    return HAZARDS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def plain(text: str) -> str:
+    """Return a text with its tabs as blanks, and visible escapes for all that cannot be printed."""
+    if text.isprintable():
+        return text
+    return "".join(
+        each if each.isprintable() else escaped(each) for each in text.replace("\t", "    ")
+    )
+
+
+def escaped(character: str) -> str:
+    """Return a character as Python's literals name it."""
+    code = ord(character)
+    if code < 0x100:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 # What moves a terminal's cursor, changes its colours, or turns the order of what is shown.
@@ -3194,133 +3555,277 @@ CONTROLS = re.compile(
 
 def harmless(line: str) -> str:
     """Return a line of a log with its control characters written out, but for the tabs."""
-    return CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", line)
+    return CONTROLS.sub(lambda found: escaped(found[0]), line)
 
 
-def wrapped(texts, width):
-    """Texts on as many lines as they take, none wider. A word, or a path, that is longer than a
-    line is broken: nothing is cut off.
+def wrapped(text: str, width: int, indent: str = "") -> List[str]:
+    """Return a text as lines, none of more than `width` characters, the first one indented.
+
+    A word, or a path, that is longer than a line is broken: nothing is cut off.
     """
-    for text in map(plain, texts):
-        # textwrap counts characters, and some of these take two columns.
-        wide = any(unicodedata.east_asian_width(each) in "WF" for each in text)
-        yield from textwrap.wrap(
-            text, width // 2 if wide else width, subsequent_indent=" " * 7, break_on_hyphens=False
-        )
+    return textwrap.wrap(
+        plain(text),
+        width,
+        initial_indent=indent,
+        subsequent_indent=INDENT,
+        break_on_hyphens=False,
+    )
 
 
-def ago(stamp):
-    """How long ago, and when: `12 min ago, 14:05`."""
-    then = datetime.fromisoformat(stamp[:19] + "+00:00").astimezone()
-    seconds = time.time() - then.timestamp()
-    form = "%H:%M" if seconds < 43200 else "%Y-%m-%d %H:%M"
-    return f"{span(seconds)} ago, {then:{form}}"
+def coloured(line: str) -> str:
+    """Return a line in the colour that one of its words gives it."""
+    found = COLOURED.search(line)
+    return f"\x1b[{COLOURS[found[1]]}m{line}\x1b[0m" if found else line
 
 
-def span(seconds):
-    """A length of time in words."""
-    for size, name in {86400: "days", 3600: "h", 60: "min"}.items():
+def counted(number: Any, one: str, many: str) -> str:
+    """Return a number, or a sign for one, with its noun: `1 batch`, `2 batches`."""
+    return f"{number} {one if number == 1 else many}"
+
+
+def span(seconds: float) -> str:
+    """Return a length of time in words."""
+    for size, name in ((86400, "days"), (3600, "h"), (60, "min")):
         if seconds >= 2 * size:
             return f"{int(seconds // size)} {name}"
     return f"{int(max(0, seconds))} s"  # a clock may have been set back
 
 
-def job_line(job):
-    """A job in a table. How far it is, or why it failed, comes below on a narrow terminal."""
-    id = job["id"]
-    if id < 0:
-        return ""
-    if "words" not in job:
-        return f"It is job {id}: job-wait {id} waits for its end, job-follow {id} shows its log."
-    state = job["status"]
-    if "seconds" in job:
-        state += f" {span(job['seconds'])}"
-    when = ago(job.get("ended", job.get("started", job["queued"])))
-    row = f"{id:>4}  {state:<17}  {' '.join(job['words']):<36}  {when:<17}"
-    return f"{row}  {how_far(job)}{job.get('error', '')}"
+def local(stamp: str) -> datetime:
+    """Return the host's time, with its zone, of a stamp in UTC."""
+    return datetime.fromisoformat(stamp[:19] + "+00:00").astimezone()
 
 
-def how_far(job):
-    """The place in the queue; or of a load a bar, issues, pages a second and time left."""
-    if "place" in job:
-        return f"It is number {job['place']} in the queue."
-    wanted = job.get("pages")
-    if not wanted:
-        return ""
-    pages = job["pages_loaded"]
-    bar = "#" * (20 * pages // wanted)
-    text = f"[{bar:.<20}] {job['issues_loaded']} of {job['issues']} issues"
-    if 0 < pages < wanted:
-        rate = pages / max(1, job["seconds"])
-        text += f", {rate:.1f} pages a second, {span((wanted - pages) / rate)} left"
-    return text
+def ago(stamp: str) -> str:
+    """Return how long ago a stamp in UTC was, and when: `12 min ago, 14:05 CET`."""
+    then = local(stamp)
+    seconds = time.time() - then.timestamp()
+    form = "%H:%M %Z" if seconds < 43200 else "%Y-%m-%d %H:%M %Z"
+    return f"{span(seconds)} ago, {then.strftime(form)}"
 
 
-def batch_line(batch):
-    """A batch in a table, with question marks for what was not counted."""
+@functools.lru_cache(maxsize=100)
+def clock_time(stamp: str) -> str:
+    """Return a stamp in UTC as the host's time, with the name of its zone."""
+    return local(stamp).strftime("%Y-%m-%d %H:%M:%S %Z")
+
+
+def log_line(line: str) -> str:
+    """Return a line of a log for a person: in the host's time, without parts of a second."""
+    found = STAMP.match(line)
+    return f"[{clock_time(found[1])}] {plain(line[found.end() :])}" if found else plain(line)
+
+
+class Row(NamedTuple):
+    """A line of an answer. Its detail stands beside it if both fit on a line, else below."""
+
+    text: str
+    detail: str = ""
+
+
+def laid_out(row: Row, width: int) -> List[str]:
+    """Return a row as lines of at most `width` characters."""
+    if row.detail and len(plain(f"{row.text}  {row.detail}")) <= width:
+        return [plain(f"{row.text}  {row.detail}")]
+    return wrapped(row.text, width) + wrapped(row.detail, width, INDENT)
+
+
+def version_row(version: str) -> Row:
+    return Row(f"ONI Agent {version}")
+
+
+def uptime_row(seconds: int) -> Row:
+    return Row(f"up {span(seconds)}")
+
+
+def oni_row(oni: Dict[str, Any]) -> Row:
+    batches = counted(oni.get("batches", "?"), "batch", "batches")
+    return Row(f"Open ONI in {oni['location']}: {batches}", oni.get("problem", ""))
+
+
+def text_row(text: str) -> Row:
+    return Row(text)
+
+
+def command_row(command: Dict[str, str]) -> Row:
+    return Row(f"{command['usage']:<36}", command["help"])
+
+
+def retry_row(id: int) -> Row:
+    return Row(f"It does job {id} again.")
+
+
+def look_row(look: Dict[str, Any]) -> Row:
+    return Row(f"{'✓' if look['well'] else '✗'} {look['name']}: {look['found']}")
+
+
+def trouble_row(trouble: Dict[str, str]) -> Row:
+    return Row(trouble["seen"], f"{trouble['meaning']}. {trouble['remedy']}.")
+
+
+def event_row(event: List[str]) -> Row:
+    return Row(f"  {ago(event[0])}  {event[1]}")
+
+
+def fault_row(fault: Dict[str, str]) -> Row:
+    return Row(f"fault: {fault['file']}: {fault['fault']}")
+
+
+def warning_row(warning: Dict[str, str]) -> Row:
+    return Row(f"warning: {warning['file']}: {warning['warning']}")
+
+
+def batch_row(batch: Dict[str, Any]) -> Row:
+    """Return a batch of a table, with question marks for what was not counted."""
     row = {key: "?" if value is None else value for key, value in batch.items()}
-    return (
+    return Row(
         f"{row['state']:<10}{row['issues']:>4} of {row['issues_in_batch_xml']:<4} issues"
         f"{row['pages']:>7} of {row['pages_in_mets']:<6} pages  {row['name']}"
     )
 
 
-SHOWN = {  # what stands under a key, or each thing in a list there, as text; "" is not shown
-    "status": "".format,
-    "batch": "".format,  # the message says it
-    "message": str,
-    "version": "ONI Agent {}".format,
-    "uptime": lambda seconds: f"up {span(seconds)}",
-    "oni": lambda oni: (
-        f"Open ONI in {oni['location']}: {oni.get('batches', '?')} batches"
-        f"  {oni.get('problem', '')}"
-    ),
-    "commands": "{0[usage]:<30}  {0[help]}".format,
-    "events": lambda event: f"  {ago(event[0])}  {event[1]}",
-    "faults": "fault: {0[file]}: {0[fault]}".format,
-    "warnings": "warning: {0[file]}: {0[warning]}".format,
-    "batches": batch_line,
-    "job": job_line,
-    "jobs": job_line,
-    "at_work": job_line,
-    "waiting": job_line,
-    "ended": job_line,
+def job_row(job: Dict[str, Any]) -> Row:
+    """Return a job of a table; its detail is how far it is, or why it failed."""
+    id = job["id"]
+    if id < 0:
+        return Row("")
+    if "words" not in job:
+        return Row(
+            f"It is job {id}: job-wait {id} waits for its end, job-follow {id} shows its log."
+        )
+    state = job["status"]
+    if "seconds" in job:
+        state += f" {span(job['seconds'])}"
+    when = ago(job.get("ended", job.get("started", job["queued"])))
+    row = f"{id:>4}  {state:<17}  {' '.join(job['words']):<31}  {when}"
+    return Row(row, job_progress(job) or job.get("error", ""))
+
+
+def job_progress(job: Dict[str, Any]) -> str:
+    """Return a job's place in the queue, or a bar of its check or its load; "" if none is known."""
+    if "place" in job:
+        return f"It is number {job['place']} in the queue."
+    if job.get("to_check"):
+        checked = f"{job['checked']} of {counted(job['to_check'], 'issue', 'issues')} checked"
+        return f"{bar(job['checked'], job['to_check'])} {checked}"
+    if not job.get("pages"):
+        return ""
+    issues = f"{job['issues_loaded']} of {counted(job['issues'], 'issue', 'issues')}"
+    text = f"{bar(job['pages_loaded'], job['pages'])} {issues}"
+    if "seconds_left" in job:
+        rate = job["pages_loaded"] / max(1, job["seconds"])
+        text += f", {rate:.1f} pages a second, {span(job['seconds_left'])} left"
+    return text
+
+
+def bar(done: int, wanted: int) -> str:
+    """Return a bar, full when as much is done as is wanted."""
+    return f"[{'#' * (20 * min(done, wanted) // wanted):.<20}]"
+
+
+SHOWN: Dict[str, Callable[[Any], Row]] = {  # what stands for the value of a key, or each of a list
+    "message": text_row,
+    "hint": text_row,
+    "version": version_row,
+    "uptime": uptime_row,
+    "oni": oni_row,
+    "commands": command_row,
+    "troubles": trouble_row,
+    "looks": look_row,
+    "retry_of": retry_row,
+    "events": event_row,
+    "faults": fault_row,
+    "warnings": warning_row,
+    "batches": batch_row,
+    "job": job_row,
+    "jobs": job_row,
+    "at_work": job_row,
+    "waiting": job_row,
+    "ended": job_row,
 }
+UNCOUNTED = ("commands", "troubles")  # nobody wants to know how many there are
+HIDDEN = ("status", "batch", "jobs_in_all")  # the message or the hint says it
 
 
-def answer_lines(keys, most=None):
-    """Any answer, key by key, as texts of a line or more; of a list so many things at most."""
+def answer_rows(keys: Dict[str, Any], most: Optional[int] = None) -> Iterator[Row]:
+    """Yield the rows of any answer, key by key; of a list so many things at most."""
     if keys.get("status") == "error":
-        yield f"error: {keys['message']}"
-        yield f"       {keys.get('error', '')}"
+        yield Row(f"error: {keys['message']}")
+        yield Row(f"{INDENT}{keys.get('error', '')}")
         return
     for key, value in keys.items():
-        if isinstance(value, list):
-            yield f"{key.replace('_', ' ').capitalize()}: {len(value)}"
-        else:
-            value = [value]
-        for each in value[:most]:
-            if key in SHOWN:
-                yield SHOWN[key](each)
-            else:
-                yield f"{key}: {each}"
+        if key in HIDDEN:
+            continue
+        things = value[:most] if isinstance(value, list) else [value]
+        if isinstance(value, list) and key not in UNCOUNTED:
+            yield Row(f"{key.replace('_', ' ').capitalize()}: {len(value)}")
+        for each in things:
+            yield SHOWN[key](each) if key in SHOWN else Row(f"{key}: {each}")
 
 
-def shown(reply, terminal):
-    """What a person is shown of an Answer, in pieces."""
-    yield drawn(wrapped(answer_lines(reply.keys), terminal.width), terminal)
-    for lines in reply.lines:  # which the terminal itself may wrap: they can be copied whole
-        yield drawn(map(plain, lines), terminal)
+def as_told_a_person(keys: Dict[str, Any]) -> Dict[str, Any]:
+    """Return an answer's keys without a message that NCA needs and that would mislead a person."""
+    job = keys.get("job", {})
+    if keys.get("message") == STATUS_MESSAGES[FAILED] and "started" not in job:
+        return {**keys, "message": NEVER_STARTED}
+    return keys
 
 
-def drawn(lines, terminal):
-    """Lines as a terminal takes them, each in the colour that one of its words gives it."""
-    text = "".join(f"{line}\r\n" for line in lines)
-    for colour, words in COLOURS.items():
-        if terminal.colour:
-            line = rf"(?m)^.*\b({words})( \d+ \w+)?(  |[:\]]).*(?=\r)"
-            text = re.sub(line, f"\x1b[{colour}m\\g<0>\x1b[0m", text)
-    return text
+def answer_lines(keys: Dict[str, Any], width: int, most: Optional[int] = None) -> List[str]:
+    """Return an answer's object as lines of at most `width` characters."""
+    rows = answer_rows(as_told_a_person(keys), most)
+    return [line for row in rows for line in laid_out(row, width)]
+
+
+def terminal_text(lines: Iterable[str], colour: bool) -> str:
+    """Return lines as a terminal takes them, in colours if it has some."""
+    return "".join(f"{coloured(line) if colour else line}\r\n" for line in lines)
+
+
+def answer_text(reply: Answer, width: int, colour: bool) -> Iterator[str]:
+    """Yield what a person is shown of an answer, piece by piece.
+
+    The lines of a log are not wrapped, so that they can be copied whole from a terminal.
+    """
+    yield terminal_text(answer_lines(reply.keys, width), colour)
+    for lines in reply.lines:
+        yield terminal_text(map(log_line, lines), colour)
+
+
+def progress_line(job: Dict[str, Any], width: int) -> str:
+    """Return how far a job is on one line of at most `width` characters."""
+    return wrapped(job_progress(job) or STATUS_MESSAGES[job["status"]], width)[0]
+
+
+BOARD_FOOTER = "q leaves; jobs go on; ? shows keys"
+BOARD_KEYS = (
+    "q, Ctrl-C, Ctrl-D  leave the board; jobs go on",
+    "?                  show or hide these lines",
+    "",
+    "In another terminal: `ssh oni help` lists what you can ask for.",
+    "",
+)
+BOARD_EMPTY = (
+    "",
+    "Nothing has been asked for yet. In another terminal:",
+    "ssh oni list-batches        which batches are there?",
+    "ssh oni load-batch BATCH    load one",
+    "ssh oni help                what else?",
+)
+
+
+def board_lines(keys: Dict[str, Any], width: int, height: int, with_keys: bool) -> List[str]:
+    """Return the board for a screen of so many columns and lines, but for its last line.
+
+    `keys` is the answer to `board`; `with_keys` puts an explanation of the board's keys on top.
+    """
+    lines = answer_lines(keys, width, height // 2)
+    if with_keys:
+        lines = [line[:width] for line in BOARD_KEYS] + lines
+    has_jobs = any(keys.get(key) for key in ("at_work", "waiting", "ended"))
+    if keys["status"] == "success" and not has_jobs:
+        lines += [line[:width] for line in BOARD_EMPTY]
+    return lines[: height - 1]
 
 
 # ---------------------------------------------------------------- SSH server
@@ -3479,14 +3984,14 @@ def encoded(keys: Dict[str, Any]) -> Iterator[str]:
         return [LINES_HERE]
 
     compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=later)
-    before, *parts = f"{compact.encode(keys)}\n".split(f'"{LINES_HERE}"')
+    before, *parts = f"{safe_json(compact.encode(keys))}\n".split(f'"{LINES_HERE}"')
     yield before
     for lines, after in zip(logs, parts):
         comma = ""
         for some in lines:
             yield ""  # so that it is noticed if the client has gone
             if some:
-                yield comma + compact.encode(some)[1:-1]
+                yield comma + safe_json(compact.encode(some)[1:-1])
                 comma = ","
         yield after
 
@@ -3855,7 +4360,9 @@ class Session:
         """
         line = self.line or b""
         if self.width and line.strip() in (b"", b"board"):
-            return (yield from show_board(self))
+            if self.colour:
+                return (yield from show_board(self))
+            line = b"board"  # once: a terminal without escapes cannot draw it anew
         reply = answer(line, self)
         self._send_answer(reply, number)
         while reply.rest:
@@ -3867,7 +4374,7 @@ class Session:
     def _send_answer(self, reply: Answer, number: int) -> None:
         """Send what there is of an answer. Raises what GONE lists if the client has gone."""
         if self.width:
-            texts = shown(reply, self)
+            texts = answer_text(reply, self.width, self.colour)
         elif reply.keys:
             texts = encoded({**reply.keys, "session": {"id": number}})
         else:
@@ -3922,7 +4429,7 @@ class Session:
     def read_input(self, into: IO[bytes], limit: int) -> None:
         """Copy standard input to its trailer or its end. Raises ClientGone, Problem."""
         if self.width:
-            raise Problem("this command reads a file: leave out -t, and give it < FILE")
+            raise Problem("this command reads a file: give it < FILE, and leave out -t")
         widen_window(self.channel)
         try:
             copy_input(self, into, limit)
@@ -4034,24 +4541,27 @@ class Watcher(threading.Thread):
 
 def show_progress(job: Dict[str, Any], terminal: Session) -> None:
     """Show how far a job is on one line, which the next time, or the answer, overwrites."""
-    text = how_far(job) or STATUS_MESSAGES[job["status"]]
-    terminal.send(f"\x1b[K{next(wrapped([text], terminal.width))}\r")
+    terminal.send(f"\x1b[K{progress_line(job, terminal.width)}\r")
 
 
 def show_board(terminal: Session) -> Generator[News, None, Answer]:
-    """Draw the board anew each second, until q or Ctrl-C; return its newest Answer."""
+    """Draw the board anew each second, until q or Ctrl-C, and return its newest answer."""
     terminal.send("\x1b[?1049h\x1b[?25l")  # another screen, and no cursor
     reply = Answer()
+    with_keys = False
     with contextlib.suppress(ClientGone):  # by Ctrl-C, maybe
         while True:
             reply = answer(b"board", terminal)
-            texts = answer_lines(reply.keys, terminal.height // 2)
-            lines = itertools.islice(wrapped(texts, terminal.width), terminal.height - 1)
-            text = drawn((f"\x1b[K{line}" for line in lines), terminal)
-            terminal.send(f"\x1b[H{text}\x1b[J\x1b[{terminal.height}Hq leaves; jobs go on")
+            lines = board_lines(reply.keys, terminal.width, terminal.height, with_keys)
+            text = "".join(f"\x1b[K{coloured(line)}\r\n" for line in lines)
+            footer = BOARD_FOOTER[: terminal.width]
+            terminal.send(f"\x1b[H{text}\x1b[J\x1b[{terminal.height}H{footer}")
             yield from terminal.pause(1, lambda: False)
-            if re.search(b"[q\x04]", terminal.hear()):
+            typed = terminal.hear()
+            if b"q" in typed or b"\x04" in typed:
                 break
+            if b"?" in typed:
+                with_keys = not with_keys
     terminal.send("\x1b[?25h\x1b[?1049l")
     return reply
 
