@@ -4391,7 +4391,7 @@ class Session:
             self.hear()
 
     def pause(self, seconds: float, news: News) -> Iterator[News]:
-        """Wait, without a thread, for `news`, a person's key, the client's leaving, or `seconds`."""
+        """Wait, without a thread, for `news`, a key, the client's leaving, or so many seconds."""
         until = time.monotonic() + seconds
 
         def is_over() -> bool:
