@@ -6174,13 +6174,21 @@ def when_ended(agent: Agent, jobs: List[Job]) -> Answer:
 
 
 def ends_answer(agent: Agent, jobs: List[Job]) -> Answer:
-    """Return the answer about the ends of jobs, with exit status 1 if one was unsuccessful."""
+    """Return the answer about the ends of jobs, which is to come until all of them have ended.
+
+    Its exit status is 1 if one was unsuccessful.
+    """
+    unfinished = [job for job in jobs if not job.finished]
+    if unfinished:
+        first = unfinished[0]
+        return Answer(rest=Rest(lambda: first.finished, lambda: ends_answer(agent, jobs), first))
     unsuccessful = sum(job.status != SUCCESSFUL for job in jobs)
     exit_status = int(unsuccessful > 0)
     if len(jobs) == 1:
-        return Answer(job_answer(agent, jobs[0]), exit_status=exit_status)
-    if unsuccessful:
+        keys = job_answer(agent, jobs[0])
+    elif unsuccessful:
         message = f"Failed: {unsuccessful} of these {len(jobs)} jobs did not succeed."
+        keys = {"message": message, "jobs": [job_object(job) for job in jobs]}
     else:
         message = f"Success: these {len(jobs)} jobs are complete."
     keys = {"message": message, "jobs": [job_object(job) for job in jobs]}
@@ -7126,6 +7134,18 @@ class Connection(paramiko.ServerInterface, paramiko.Transport):  # type: ignore[
             why = self._what_failed()
             if why:
                 self.server.complaints.tell(self.host, why)
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Undo the circles in which what was made for a connection refers to itself.
+
+        So it is freed at once. Else only the garbage collector would find it, which then stops
+        everybody for as long as 100 ms.
+        """
+        self._sessions.clear()
+        self.server_object = None
+        # This works around paramiko's table of its own methods in each transport (from 3.4 on).
+        self._handler_table: Dict[int, Any] = {}
 
     def _what_failed(self) -> str:
         """Return why the client got no further than it did; "" if it left by itself."""
@@ -7475,7 +7495,7 @@ def show_progress(job: Dict[str, Any], terminal: Session) -> None:
 
 
 def show_board(terminal: Session) -> Generator[News, None, Answer]:
-    """Draw the board anew each second, until q or Ctrl-C; return its newest Answer."""
+    """Draw the board anew each second, until q or Ctrl-C, and return its newest answer."""
     terminal.send("\x1b[?1049h\x1b[?25l")  # another screen, and no cursor
     reply = Answer()
     with_keys = False
@@ -7524,6 +7544,11 @@ class Visitor:
         if len(line) > MAX_VERSION_LINE or not line.startswith(b"SSH-"[: len(line)]):
             raise Problem("its first line is no version of SSH")
         return b"\n" in self.said
+
+
+    def has_begun_to_shake_hands(self) -> bool:
+        """Return whether it has said more than its version line."""
+        return not self.said.endswith(b"\n")
 
 
 class Door:
@@ -7606,11 +7631,14 @@ class Door:
             accepted.send(f"{GREETING}\r\n".encode())
 
     def _make_room(self, visitor: Visitor) -> bool:
-        """Send the one away that has been silent longest, of a visitor's address, if there is."""
-        for other in self._silent:
-            if other.holder == visitor.holder:
-                self._send_away(other)
-                return self._visitors.take(visitor.holder)
+        """Send those away, of a visitor's address, that have said least for longest, as needed."""
+        silent = [each for each in self._silent if each.holder == visitor.holder]
+        waiting = self._waiting.get(visitor.holder, {})
+        idle = [each for each in waiting if not each.has_begun_to_shake_hands()]
+        for other in silent + idle:
+            self._send_away(other)
+            if self._visitors.take(visitor.holder):
+                return True
         return False
 
     def _hear(self, visitor: Visitor) -> None:
@@ -7673,7 +7701,7 @@ class Door:
         """Return whose turn it is at an address: one that has begun to shake hands comes first."""
         waiting = self._waiting[holder]
         for visitor in waiting:
-            if not visitor.said.endswith(b"\n"):
+            if visitor.has_begun_to_shake_hands():
                 return visitor
         return next(iter(waiting))
 
@@ -7734,7 +7762,8 @@ class Server:
     def _make_room(self, holder: Holder) -> bool:
         """Take a place for one more connection of an address; return False if there is none.
 
-        At need its connection that has been idle longest ends; else one on which commands wait.
+        At need its connection that has been idle longest ends; else one on which commands wait. It
+        takes more than one where its share has become smaller, since others have come.
         """
         if self._places.take(holder):
             return True
@@ -7744,7 +7773,8 @@ class Server:
                 for connection in own:
                     if is_free(connection):
                         self._end(connection, "others came, and it was idle")
-                        return self._places.take(holder)
+                        if self._places.take(holder):
+                            return True
         return False
 
     def _is_idle(self, connection: Connection) -> bool:
@@ -7875,13 +7905,11 @@ class Server:
 
 
 def give_memory_back() -> None:
-    """Give the system what connections have left behind, which Python and libc would keep.
+    """Give the system what connections have left behind amid the heaps of threads.
 
-    What paramiko makes for a connection refers to itself in circles, so that only the garbage
-    collector frees it; and what is free amid the heap of a thread libc keeps unless it is told.
+    libc would keep that unless it is told; not every libc can be.
     """
-    gc.collect()
-    with contextlib.suppress(AttributeError, OSError):  # not every libc has it
+    with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
@@ -8498,6 +8526,8 @@ def run(is_containers: bool) -> int:
     agent = build(settings)
     host_key = host_key or make_host_key(settings.host_key_file)
     gc.freeze()  # what is there by now stays, and need not be looked at
+    # A look at everything stops everybody for as long as 100 ms, and finds little: see _let_go.
+    gc.set_threshold(10_000, 20, 100)
     tell_where(settings, listener.getsockname())
     agent.queue.start()
     ASIDE.submit(look_once, agent.site.oni)

@@ -6363,6 +6363,151 @@ def test_channels_that_were_opened_before_do_not_let_in_too_many_commands(site):
         until(lambda: is_answered(site))
 
 
+def test_clients_that_wait_cost_no_thread_and_keep_nobody_out(agent):
+    gate = agent.hold_load(agent.batch(ALPHA))
+    id = agent.job("load-batch", ALPHA)
+    gate.reached()
+    clients = [Client(agent.port) for _ in range(26)]
+    threads = resources_now(agent)[0]
+    waiting = [client.channel(f"job-wait {id}") for client in clients for _ in range(10)]
+    until(lambda: resources_now(agent)[0] <= threads + 2)
+    assert agent.call("version")["status"] == "success"
+    assert agent.call("job-cancel", str(id))["status"] == "success"
+    gate.open()
+    assert [channel.recv_exit_status() for channel in waiting] == [1] * 260
+    for client in clients:
+        client.transport.close()
+
+
+def send_data(client: Client, channel: paramiko.Channel, kind: int, data: bytes) -> None:
+    """Sends data on a channel, of whatever window: kind 0 as standard input, 1 as its errors."""
+    message = paramiko.Message()
+    message.add_byte(bytes([95 if kind else 94]))  # SSH_MSG_CHANNEL_(EXTENDED_)DATA
+    message.add_int(channel.remote_chanid)
+    if kind:
+        message.add_int(kind)
+    message.add_string(data)
+    client.transport._send_user_message(message)
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+@pytest.mark.parametrize("command", ["", "load-title"])
+def test_what_is_sent_past_the_window_is_not_kept(agent, kind, command):
+    agent.call("version")
+    before = memory(agent, "VmHWM")
+    with Client(agent.port) as client:
+        channel = client.transport.open_session(timeout=30)
+        if command:
+            channel.exec_command(command)
+        with contextlib.suppress(EOFError, OSError):
+            while client.transport.is_active():
+                send_data(client, channel, kind, bytes(30_000))
+    agent.wait_for("refused='it sent more than the window lets it'")
+    assert memory(agent, "VmHWM") < before + 10
+
+
+@pytest.mark.parametrize(
+    "said, why",
+    [
+        (b"GET / HTTP/1.1\r\n\r\n", "its first line is no version of SSH"),
+        (b"SSH-2.0-" + b"x" * 300, "its first line is no version of SSH"),
+        (b"SSH-2.0-x\r\n" + bytes(100), "[^']+"),
+    ],
+)
+def test_a_client_that_is_no_client_of_ssh_is_gone_at_once_with_a_line_in_the_log(agent, said, why):
+    for _ in range(3):
+        with silent(agent.port, said) as connection, contextlib.suppress(ConnectionResetError):
+            while connection.recv(1000):
+                pass
+    pattern = rf"connection from=127.0.0.1 refused='{why}'"
+    agent.wait_for(pattern)
+    assert len([line for line in agent.log if re.search(pattern, line)]) == 1  # a minute
+
+
+def test_a_client_with_no_algorithm_in_common_leaves_a_line_in_the_log(agent):
+    with pytest.raises((paramiko.SSHException, EOFError)):
+        Client(agent.port, disabled_algorithms={"kex": list(paramiko.Transport._preferred_kex[:3])})
+    agent.wait_for("connection from=127.0.0.1 refused='.*no acceptable kex algorithm")
+
+
+def test_no_address_holds_more_than_half_of_what_the_others_leave():
+    share = oni_agent.Share(16)
+    one, two, three = map(oni_agent.ipaddress.ip_address, ("127.0.0.1", "127.0.0.2", "::1"))
+    assert [share.take(one) for _ in range(9)] == [True] * 8 + [False]
+    assert [share.take(two) for _ in range(5)] == [True] * 4 + [False]
+    assert [share.take(three) for _ in range(3)] == [True] * 2 + [False]
+    for holder in (three, three, two):
+        share.give_back(holder)
+    assert share.take(two)
+    assert not share.take(one)
+
+
+def test_addresses_of_one_ipv6_network_are_one_holder_of_a_share():
+    first, second, other = map(
+        oni_agent.ipaddress.ip_address, ("2001:db8::1", "2001:db8::ffff:1", "2001:db8:0:1::1")
+    )
+    assert oni_agent.holder_of(first) == oni_agent.holder_of(second) != oni_agent.holder_of(other)
+
+
+def test_warnings_about_clients_are_bounded_in_number_and_in_memory(caplog):
+    complaints = oni_agent.Complaints()
+    hosts = [oni_agent.ipaddress.ip_address(number) for number in range(2**24, 2**24 + 3000)]
+    for host in hosts:
+        complaints.tell(host, "it came")
+        complaints.tell(host, "it came again")
+    assert len(caplog.records) == 3000
+    assert len(complaints._told) == oni_agent.MAX_COMPLAINTS
+
+
+FIPS_HOST = """
+try:
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+except ImportError:  # in Open ONI's own Python
+    pass
+else:
+    def refuse(*_):
+        raise UnsupportedAlgorithm("this host is in FIPS mode")
+    X25519PrivateKey.generate = Ed25519PrivateKey.generate = refuse
+"""
+
+
+def test_a_host_without_curve25519_offers_nists_curves_and_makes_an_ecdsa_key(site, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(FIPS_HOST)
+    site.start(PYTHONPATH=str(tmp_path))
+    with Client(site.port) as client:
+        assert client.transport.get_remote_server_key().get_name() == "ecdsa-sha2-nistp256"
+        assert client.ask("version")["status"] == "success"
+    assert site.ssh("version")["status"] == "success"
+
+
+def test_only_where_curves_are_missing_nists_are_offered():
+    assert not set(oni_agent.algorithms_to_offer().kex) & set(oni_agent.NIST_CURVES)
+
+
+def test_a_host_key_that_came_to_be_there_meanwhile_is_kept(tmp_path):
+    made = oni_agent.make_host_key(tmp_path / "key")
+    content = (tmp_path / "key").read_bytes()
+    again = oni_agent.make_host_key(tmp_path / "key")
+    assert again.get_base64() == made.get_base64()
+    assert (tmp_path / "key").read_bytes() == content
+    assert (tmp_path / "key").stat().st_mode & 0o777 == 0o600
+    assert {path.name for path in tmp_path.iterdir()} == {"key", "key.pub"}
+
+
+def test_job_follow_without_a_terminal_passes_no_control_characters(site):
+    nasty = "\x1b[31m\x9b31m\u202e\x07tab\there é"
+    site.prepend_to_manage(
+        f"import sys\nif 'load_batch' in sys.argv:\n    print({nasty!r}); sys.exit(1)"
+    )
+    site.batch(ALPHA)
+    id = site.start(PYTHONIOENCODING="utf-8").run("load-batch", ALPHA)["id"]
+    with Client(site.port) as client:
+        printed = client.channel(f"job-follow {id}").makefile("rb").read().decode()
+    assert r"\x1b[31m\x9b31m\u202e\x07tab" + "\there é\n" in printed
+
+
 @pytest.mark.parametrize("length", [0x40000004, 0xFFFFFFFC])
 def test_a_packet_without_end_is_not_collected(agent, length):
     agent.call("version")
@@ -12551,6 +12696,70 @@ class OwnBench(Bench):
         yield "memory with 200 connections held open", memory(self.site), "MB"
         for client in clients:
             client.transport.close()
+        calls = [seconds(self.call) for _ in range(400)]
+        yield "slowest of 400 calls with a connection each", max(calls) * 1000, "ms"
+        yield "  beside clients that begin 900 times a second", self.slowest(self.knock), "ms"
+        yield "  beside 20 version lines without end", self.slowest(self.babble), "ms"
+        self.forget_peak()
+        yield "  beside 1,000 clients that stay", self.slowest(self.crowd), "ms"
+        yield "  the agent's most memory meanwhile", memory(self.site, "VmHWM"), "MB"
+        until(lambda: resources_now(self.site)[0] < 30)
+        time.sleep(6)
+        yield "  its memory 6 s after they have left", memory(self.site), "MB"
+
+    def slowest(self, disturb: Callable[[], None]) -> float:
+        """How long the slowest call from another address takes meanwhile, in milliseconds."""
+        process = os.fork()
+        if not process:
+            try:
+                with contextlib.suppress(Exception):
+                    disturb()
+            finally:
+                os._exit(0)
+        waits = []
+        while not os.waitpid(process, os.WNOHANG)[0]:
+            waits.append(seconds(self.call_from_elsewhere))
+        return max(waits) * 1000
+
+    def call_from_elsewhere(self) -> None:
+        """A call from 127.0.0.2."""
+        connection = socket.create_connection((self.host, self.port), 60, ("127.0.0.2", 0))
+        with paramiko.Transport(connection) as transport:
+            transport.start_client(timeout=60)
+            transport.auth_none("nobody")
+            channel = transport.open_session(timeout=60)
+            channel.exec_command("version")
+            assert channel.recv_exit_status() == 0
+
+    def knock(self) -> None:
+        """Connects 900 times a second, says a version line, and waits for as long as it may."""
+        held: list[socket.socket] = []
+        end = time.monotonic() + 5
+        while time.monotonic() < end:
+            with contextlib.suppress(OSError):
+                held.append(silent(self.port, b"SSH-2.0-knock\r\n"))
+            if len(held) > 300:
+                held.pop(0).close()
+            time.sleep(1 / 1200)
+
+    def babble(self) -> None:
+        """Twenty clients whose version lines never end."""
+        sockets = [silent(self.port) for _ in range(20)]
+        end = time.monotonic() + 5
+        while time.monotonic() < end:
+            for number, connection in enumerate(sockets):
+                try:
+                    connection.sendall(b"S")
+                except OSError:
+                    sockets[number] = silent(self.port, b"SSH-2.0-")
+            time.sleep(1 / 1000)
+
+    def crowd(self) -> None:
+        """A thousand clients that stay; the agent may end those that have been idle longest."""
+        held = []
+        for _ in range(1000):
+            held.append(Client(self.port))
+            held[-1].transport.sock.settimeout(1000)  # else it would poll, and take the time
 
     def question_rows(self) -> Iterator[tuple[str, float, str]]:
         """What it takes to ask Open ONI."""
