@@ -125,7 +125,7 @@ def complain(*problems: object) -> None:
     """Say why the agent cannot start, a sentence each; to the journal, as errors."""
     priority = "<3>" if stderr_is_journal() else ""
     for problem in problems:
-        print(f"{priority}oni_agent: {problem}.", file=sys.stderr)
+        print(f"{priority}oni_agent: {problem}.", file=sys.stderr, flush=True)
 
 
 # Old releases of paramiko warn of ciphers that are switched off below.
@@ -4736,8 +4736,8 @@ def looks_inside(agent: Agent) -> Iterator[Look]:
     help="Looks at all that the agent needs; the exit status is 1 if something is not well.",
     misuse='"check" takes no arguments',
     example="""
-    $ ssh oni check                  a line for each look, with ✓ or ✗
-    $ ssh -T oni check | jq .looks   the same for a program; monitoring reads the exit status
+    $ ssh oni check | head -n 1
+    All is well
     """,
 )
 def cmd_check(request: Request) -> Answer:
