@@ -35,12 +35,6 @@ Its callers are administrators and NCA, the Newspaper Curation App, a Go program
 unattended. An agent written in Go speaks the same protocol: words that look odd here are its words.
 """
 
-# To add a command, write a function cmd_… under "commands", as it is described there. To add a kind
-# of job, write a class under "kinds of job", enter it in KINDS, and give it a command of the same
-# name. To add a setting, enter it in OWN_VARIABLES with its reader, in DEFAULTS (as text) if it has
-# one, in Settings, and in the list above. It is then settings.its_name, and `build` hands it to
-# what needs it; neither manage.py nor ON_FINISH gets to see it.
-
 from __future__ import annotations
 
 import sys
@@ -414,6 +408,9 @@ def is_set(value: str) -> bool:
     return True
 
 
+# To add a setting, enter it here with its reader, in DEFAULTS (as text) if it has one, in Settings,
+# and in this file's docstring. It is then settings.its_name, and `build` hands it to what needs it.
+# Neither manage.py nor ON_FINISH gets to see it.
 OWN_VARIABLES: Dict[str, Callable[[str], Any]] = {  # and their readers
     "ONI_LOCATION": oni_folder,
     "BATCH_SOURCE": folder_there,
@@ -2553,6 +2550,7 @@ class BatchPatch(Kind):
         return f"{self.target} is there" if os.path.lexists(self.target) else ""
 
 
+# To add a kind of job, write a class above, enter it here, and give it a command of the same name.
 KINDS = {
     "load-batch": LoadBatch,
     "purge-batch": PurgeBatch,
@@ -3172,10 +3170,9 @@ TROUBLES = (
     help="Lists the commands, or shows one at work; help problems: what can go wrong.",
     misuse='"help" takes at most one command',
     example="""
-    $ ssh oni help job-wait
-    …
-    $ ssh oni help problems
-    …
+    $ ssh oni help                lists the commands
+    $ ssh oni help job-wait       shows one at work
+    $ ssh oni help problems       what can go wrong, and what to do
     """,
 )
 def cmd_help(request: Request, name: str = "") -> Answer:
@@ -3712,6 +3709,17 @@ def escaped(character: str) -> str:
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
+# What moves a terminal's cursor, changes its colours, or turns the order of what is shown.
+CONTROLS = re.compile(
+    "[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
+)
+
+
+def harmless(line: str) -> str:
+    """Return a line of a log with its control characters written out, but for the tabs."""
+    return CONTROLS.sub(lambda found: escaped(found[0]), line)
+
+
 def wrapped(text: str, width: int, indent: str = "") -> List[str]:
     """Return a text as lines, none of more than `width` characters, the first one indented.
 
@@ -3809,6 +3817,10 @@ def retry_row(id: int) -> Row:
     return Row(f"It does job {id} again.")
 
 
+def look_row(look: Dict[str, Any]) -> Row:
+    return Row(f"{'✓' if look['well'] else '✗'} {look['name']}: {look['found']}")
+
+
 def trouble_row(trouble: Dict[str, str]) -> Row:
     return Row(trouble["seen"], f"{trouble['meaning']}. {trouble['remedy']}.")
 
@@ -3871,11 +3883,6 @@ def job_progress(job: Dict[str, Any]) -> str:
 def bar(done: int, wanted: int) -> str:
     """Return a bar, full when as much is done as is wanted."""
     return f"[{'#' * (20 * min(done, wanted) // wanted):.<20}]"
-
-
-def look_row(look: Dict[str, Any]) -> Row:
-    """Return a look of `check` at one thing."""
-    return Row(f"{'✓' if look['well'] else '✗'} {look['name']}: {look['found']}")
 
 
 SHOWN: Dict[str, Callable[[Any], Row]] = {  # what stands for the value of a key, or each of a list
@@ -4005,7 +4012,8 @@ def show_board(terminal: "Session") -> Answer:
             typed = terminal.hear(1)
             if b"q" in typed or b"\x04" in typed:
                 break
-            with_keys ^= b"?" in typed
+            if b"?" in typed:
+                with_keys = not with_keys
     terminal.send("\x1b[?25h\x1b[?1049l")
     return reply
 
@@ -4248,7 +4256,7 @@ class Session(threading.Thread):
         elif reply.keys:
             texts = encoded({**reply.keys, "session": {"id": number}})
         else:
-            texts = ("".join(f"{plain(line)}\n" for line in lines) for lines in reply.lines)
+            texts = ("".join(f"{harmless(line)}\n" for line in lines) for lines in reply.lines)
         for text in texts:
             self.send(text)
         return reply
