@@ -35,12 +35,6 @@ Its callers are administrators and NCA, the Newspaper Curation App, a Go program
 unattended. An agent written in Go speaks the same protocol: words that look odd here are its words.
 """
 
-# To add a command, write a function cmd_… under "commands", as it is described there. To add a kind
-# of job, write a class under "kinds of job", enter it in KINDS, and give it a command of the same
-# name. To add a setting, enter it in OWN_VARIABLES with its reader, in DEFAULTS (as text) if it has
-# one, in Settings, and in the list above. It is then settings.its_name, and `build` hands it to
-# what needs it; neither manage.py nor ON_FINISH gets to see it.
-
 from __future__ import annotations
 
 import sys
@@ -119,7 +113,7 @@ def complain(*problems: object) -> None:
     """Say why the agent cannot start, a sentence each; to the journal, as errors."""
     priority = "<3>" if stderr_is_journal() else ""
     for problem in problems:
-        print(f"{priority}oni_agent: {problem}.", file=sys.stderr)
+        print(f"{priority}oni_agent: {problem}.", file=sys.stderr, flush=True)
 
 
 # Old releases of paramiko warn of ciphers that are switched off below.
@@ -462,6 +456,9 @@ def is_set(value: str) -> bool:
     return True
 
 
+# To add a setting, enter it here with its reader, in DEFAULTS (as text) if it has one, in Settings,
+# and in this file's docstring. It is then settings.its_name, and `build` hands it to what needs it.
+# Neither manage.py nor ON_FINISH gets to see it.
 OWN_VARIABLES: Dict[str, Callable[[str], Any]] = {  # and their readers
     "ONI_LOCATION": oni_folder,
     "BATCH_SOURCE": folder_there,
@@ -6161,16 +6158,7 @@ def cmd_job_status(request: Request, id: str) -> Answer:
     """,
 )
 def cmd_job_wait(request: Request, id: str, *more_ids: str) -> Answer:
-    return when_ended(request.agent, [request.job(each) for each in (id, *more_ids)])
-
-
-def when_ended(agent: Agent, jobs: List[Job]) -> Answer:
-    """Return the answer about the ends of jobs, which waits for one job after the other."""
-    unfinished = [job for job in jobs if not job.finished]
-    if not unfinished:
-        return ends_answer(agent, jobs)
-    first = unfinished[0]
-    return Answer(rest=Rest(lambda: first.finished, lambda: when_ended(agent, jobs), first))
+    return ends_answer(request.agent, [request.job(each) for each in (id, *more_ids)])
 
 
 def ends_answer(agent: Agent, jobs: List[Job]) -> Answer:
@@ -6185,10 +6173,9 @@ def ends_answer(agent: Agent, jobs: List[Job]) -> Answer:
     unsuccessful = sum(job.status != SUCCESSFUL for job in jobs)
     exit_status = int(unsuccessful > 0)
     if len(jobs) == 1:
-        keys = job_answer(agent, jobs[0])
-    elif unsuccessful:
+        return Answer(job_answer(agent, jobs[0]), exit_status=exit_status)
+    if unsuccessful:
         message = f"Failed: {unsuccessful} of these {len(jobs)} jobs did not succeed."
-        keys = {"message": message, "jobs": [job_object(job) for job in jobs]}
     else:
         message = f"Success: these {len(jobs)} jobs are complete."
     keys = {"message": message, "jobs": [job_object(job) for job in jobs]}
@@ -6668,11 +6655,6 @@ def bar(done: int, wanted: int) -> str:
     return f"[{'#' * (20 * min(done, wanted) // wanted):.<20}]"
 
 
-def look_row(look: Dict[str, Any]) -> Row:
-    """Return a look of `check` at one thing."""
-    return Row(f"{'✓' if look['well'] else '✗'} {look['name']}: {look['found']}")
-
-
 SHOWN: Dict[str, Callable[[Any], Row]] = {  # what stands for the value of a key, or each of a list
     "message": text_row,
     "hint": text_row,
@@ -6681,7 +6663,6 @@ SHOWN: Dict[str, Callable[[Any], Row]] = {  # what stands for the value of a key
     "oni": oni_row,
     "commands": command_row,
     "troubles": trouble_row,
-    "looks": look_row,
     "retry_of": retry_row,
     "events": event_row,
     "faults": fault_row,
@@ -8282,8 +8263,8 @@ def looks_inside(agent: Agent) -> Iterator[Look]:
     help="Looks at all that the agent needs; the exit status is 1 if something is not well.",
     misuse='"check" takes no arguments',
     example="""
-    $ ssh oni check                  a line for each look, with ✓ or ✗
-    $ ssh -T oni check | jq .looks   the same for a program; monitoring reads the exit status
+    $ ssh oni check | head -n 1
+    All is well
     """,
 )
 def cmd_check(request: Request) -> Answer:
