@@ -6576,9 +6576,10 @@ def test_documents_of_a_batch_that_are_no_page_of_it_do_not_stand_for_its_pages(
     repaired(agent, "load-batch", ALPHA)
     documents = agent.solr.documents(ALPHA)
     strays = [f"/lccn/{GAZETTE}/1872-01-0{day}/ed-1/seq-1/" for day in (1, 2)]
+    like_a_page = {**page_document(ALPHA, 1), "lccn": GAZETTE}
     change_index(
         agent,
-        *(f"c.add([{{'id': '{id}', 'batch': '{ALPHA}', 'type': 'page'}}])" for id in strays),
+        *(f"c.add([{ {**like_a_page, 'id': id} }])" for id in strays),
         *(f"c.delete(id='{id}')" for id in documents[:lost]),
     )
     assert word(agent) == ["partial", 2, 4, 2, 4, 6 - lost]
