@@ -35,7 +35,6 @@ Its callers are administrators and NCA, the Newspaper Curation App, a Go program
 unattended. An agent written in Go speaks the same protocol: words that look odd here are its words.
 """
 
-from __future__ import annotations
 
 import sys
 
@@ -97,7 +96,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, Callable, Deque, Dict, Final, Generator
 from typing import Iterable, Iterator, List, Literal, Mapping, NamedTuple, NoReturn, Optional
-from typing import Sequence, Set, TextIO, Tuple, TypeVar, Union
+from typing import Sequence, Set, TextIO, Tuple, Type, TypeVar, Union
 
 
 def stderr_is_journal() -> bool:
@@ -223,6 +222,10 @@ class Scarce(OSError):
 
 class CouldNotStart(Problem):
     """manage.py cannot be run at all."""
+
+
+class Disturbed(Problem):
+    """manage.py has failed for a reason that may pass by itself: a lost connection, say."""
 
 
 class Interrupted(Exception):
@@ -1193,7 +1196,7 @@ def answer_unchanged(folder: str, watched: str) -> bool:
     if not watched:
         return False
     seen = unpacked(watched)
-    return sizes_and_times(folder, seen) == seen
+    return bool(sizes_and_times(folder, seen) == seen)
 
 
 # The rehearsal: ONI's own loader loads a batch, and nothing is written
@@ -1317,7 +1320,7 @@ def keep_from_writing() -> None:
         return open_url(opener, Links.opened(url) if isinstance(url, str) else url,
                         *rest, **options)  # fmt: skip
 
-    urllib.request.OpenerDirector.open = open_linked  # type: ignore[method-assign]
+    urllib.request.OpenerDirector.open = open_linked  # type: ignore
     connection.close()
     connection_created.connect(make_read_only)
     learn_columns()
@@ -1674,10 +1677,10 @@ def fetched_records(lccns: List[str]) -> List[Tuple[str, str, bytes, str]]:
 def fetched(url: str) -> bytes:
     """Return what a URL gives within TITLE_SECONDS. Raises OSError."""
     until = time.monotonic() + TITLE_SECONDS
-    data = b""
+    data = b""  # what has come
     with urllib.request.build_opener(SameHost).open(url, timeout=TITLE_SECONDS / 2) as reply:
         while True:
-            piece = reply.read1(1 << 16)
+            piece: bytes = reply.read1(1 << 16)
             data += piece
             if not piece:
                 return data
@@ -1931,7 +1934,7 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         """Enter the OCR files that a METS file describes, and that no page has taken."""
         mets = "{%s}" % batch_loader.ns["mets"]
         href = "{%s}href" % batch_loader.ns["xlink"]
-        taken = set()
+        taken: Set[str] = set()
         for division, page in self._pages:
             if page.ocr_filename:
                 taken.update(each.get("FILEID") for each in division.iterchildren(mets + "fptr"))
@@ -2448,30 +2451,34 @@ BATCH_FILES = (  # load_batch reads the first that is there
 COPY_ATTEMPTS = 5  # a second apart: network storage may fail for a moment
 LISTING = "data/batch.xml"  # of a patched batch, which has no validated one
 NDNP = "{http://www.loc.gov/ndnp}"
-def read_regular(path, size=-1):
-    """The first bytes of a regular file, or all. Raises Problem, in the Go agent's words."""
-    without_waiting = lambda name, flags: os.open(name, flags | os.O_NONBLOCK)  # it may be a FIFO
+
+
+def read_regular(path: Path) -> bytes:
+    """Return what a regular file holds. Raises Problem, in the Go agent's words."""
     try:
-        with open(path, "rb", opener=without_waiting) as file:
+        descriptor = os.open(str(path), os.O_RDONLY | os.O_NONBLOCK)  # it may be a FIFO
+        with open(descriptor, "rb") as file:
             if not os.path.isfile(file.fileno()):
                 raise Problem(f"reading file: {path} is not a regular file")
-            return file.read(size)
+            return file.read()
     except OSError as error:
         if is_scarce(error):
             raise
-        raise Problem(f"reading file: open {path}: {error.strerror.lower()}") from error
+        reason = (error.strerror or str(error)).lower()
+        raise Problem(f"reading file: open {path}: {reason}") from error
 
 
-def parse_xml(path, builder=None):
-    """The root of an XML file. Raises Problem."""
+def parse_with_comments(path: Path) -> ET.Element:
+    """Return the root of an XML file, with its comments in it. Raises Problem."""
+    builder = ET.TreeBuilder(insert_comments=True, insert_pis=True)
     try:
-        return ET.fromstring(read_regular(path), ET.XMLParser(target=builder or ET.TreeBuilder()))
+        return ET.fromstring(read_regular(path), ET.XMLParser(target=builder))
     except (ET.ParseError, LookupError, ValueError) as error:  # LookupError: the encoding
         raise Problem(f"reading file: {path}: {error}")
 
 
-def beside(path, href):
-    """The file that a reference in the XML file `path` points to, as ONI's urljoin takes it."""
+def beside(path: Path, href: Optional[str]) -> Path:
+    """Return the file that `href` in the XML file `path` points to, as ONI's urljoin takes it."""
     target = re.sub(r"[\n\r\t]", "", href or "").lstrip()
     target = re.sub("^file:(//)?(?=/)", "", target)
     return Path(os.path.normpath(path.parent / target)) if target else path
@@ -2489,7 +2496,7 @@ class Patch:
     def __init__(self, old: Path, removals: Dict[str, str]) -> None:
         self.old = old
         listing = old / LISTING
-        root = parse_xml(listing, ET.TreeBuilder(insert_comments=True, insert_pis=True))
+        root = parse_with_comments(listing)
         going: List[Path] = []  # METS files
         staying: List[Path] = []
         named: List[str] = []  # the keys of those that go
@@ -2540,7 +2547,7 @@ class Patch:
         new: Path,
         tell: Callable[[str], None],
         go_on: Callable[[], None] = do_nothing,
-        check: Callable[[Path], None] = do_nothing,
+        check: Callable[[Path], None] = lambda made: None,
     ) -> None:
         """Make the batch `new`, which has its name only when it is whole and on disk.
 
@@ -3888,9 +3895,12 @@ class Clock:
         return now
 
 
-def locked(path):
-    """A file whose lock is held until it is closed. Raises BlockingIOError if another holds it."""
-    file = open(path, "a")
+def locked(path: Path) -> TextIO:
+    """Return a file whose lock is held until it is closed.
+
+    Raises BlockingIOError if somebody else holds it, and any other OSError.
+    """
+    file = open(str(path), "a")
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return file
 
@@ -4528,6 +4538,13 @@ class Running:
             os.close(self._descriptor)
 
 
+# What manage.py says when database (MariaDB's numbers) or Solr were away, or busy, for a moment.
+DISTURBANCES = (
+    r"\((1040|1053|1205|1213|1927|2002|2003|2006|2013)\b|database is locked"
+    r"|Failed to connect to server|Connection refused|timed out|HTTP 50[234]"
+)
+
+
 class Runner:
     """What a job at work is given: it runs one manage.py after another, and has the job's log.
 
@@ -4628,7 +4645,9 @@ class Runner:
                 raise Interrupted
             raise Problem(f"killed by signal {-status} ({signal_name(-status)})")
         if status:
-            raise Problem(f"exit status {status}: {self.complaint()}")
+            said = self.complaint()
+            kind = Disturbed if re.search(DISTURBANCES, said) else Problem
+            raise kind(f"exit status {status}: {said}")
 
     def _begin(
         self, command: str, start: Callable[..., "subprocess.Popen[bytes]"], *words: str
@@ -4808,27 +4827,27 @@ class Kind:
     title = "No-op job"  # as answers name it; this one is that of job -1, see Request.job
     takes_input = False  # on standard input; else a job's words say all that is asked for
 
-    def check(self, given):
-        """Raises Problem unless it may be asked for, and all is there that it needs.
+    def check(self, given: Optional[Path]) -> None:
+        """Raise Problem unless it may be asked for, and all is there that it needs.
 
         `given` is the path of what came on standard input, None for a kind that takes none.
         """
 
-    def reached(self):
-        """Whether there is nothing to do. Raises Problem if that is not known in time."""
+    def reached(self) -> bool:
+        """Return whether there is known to be nothing to do. Raises Problem."""
         return False
 
-    def bring(self, work):
-        """Brings about what is to be reached. Raises Problem, Interrupted."""
+    def bring(self, work: Runner) -> None:
+        """Bring about what is to be reached. Raises Problem, Interrupted."""
 
-    def verify(self, work):
-        """Raises Problem, which says what there is instead, unless it is reached now."""
+    def verify(self, work: Runner) -> None:
+        """Raise Problem, which says what there is instead, unless it is reached now."""
 
-    def undo(self, work):
-        """After a cancel: takes back what was half done. Raises Problem, Interrupted."""
+    def undo(self, work: Runner) -> None:
+        """Take back, after a cancel, what was half done. Raises Problem, Interrupted."""
 
-    def remains(self, work):
-        """What there is now, in words, for the error of a job that was unsuccessful; or ""."""
+    def remains(self, work: Runner) -> str:
+        """Return what there is now, for the error of a job that was unsuccessful; or ""."""
         return ""
 
 
@@ -4845,10 +4864,17 @@ class BatchKind(Kind):
         """Return whether `held` is known to be what the job is to reach."""
         raise NotImplementedError
 
+    def known_state(self) -> BatchState:
+        """Return the batch's state. Raises Problem if Solr is down: ONI would do half the work."""
+        held = self.site.patient_batch(self.name)
+        if held.index_problem:
+            raise Problem(str(held))
+        return held
+
     def reached(self) -> bool:
         return self.is_goal(self.site.batch(self.name))
 
-    def verify(self, work: "Runner") -> None:
+    def verify(self, work: Runner) -> None:
         held = self.site.patient_batch(self.name)
         if not self.is_goal(held):
             said = f"; manage.py said: {work.complaint()}" if work.commands else ""
@@ -4856,7 +4882,7 @@ class BatchKind(Kind):
         if not work.commands:
             work.note(f"nothing to do: {held}")
 
-    def remains(self, work: "Runner") -> str:
+    def remains(self, work: Runner) -> str:
         if not work.commands and not work.undoing:
             return ""  # nothing has changed, and the error says what was in the way
         try:
@@ -4889,8 +4915,8 @@ class LoadBatch(BatchKind):
     def is_goal(self, held: BatchState) -> bool:
         return held.state == "complete"
 
-    def bring(self, work: "Runner") -> None:
-        held = self.site.patient_batch(self.name)
+    def bring(self, work: Runner) -> None:
+        held = self.known_state()
         if held.row and held.rows_are_right is None:
             raise Problem(str(held))  # it may be complete
         if not held.row or not held.rows_are_right:
@@ -4903,7 +4929,7 @@ class LoadBatch(BatchKind):
             work.note(f"{held}; mending the index")
             work.task("task_mend_index", self.name)
 
-    def _check_files(self, work: "Runner") -> None:
+    def _check_files(self, work: Runner) -> None:
         """Find out what would go wrong before hours of loading, and load titles that ONI lacks."""
         noted = 0
 
@@ -4926,7 +4952,7 @@ class LoadBatch(BatchKind):
             raise Problem(f"{found.summary}; ONI was left as it is")
         self._load_titles(work, found.titles)
 
-    def _load_titles(self, work: "Runner", records: Mapping[str, bytes]) -> None:
+    def _load_titles(self, work: Runner, records: Mapping[str, bytes]) -> None:
         """Have ONI load the records of titles that it lacks, as the check has fetched them."""
         if not records:
             return
@@ -4943,7 +4969,7 @@ class LoadBatch(BatchKind):
                 raise Problem(f"ONI did not store the title {lccn}: {work.complaint()}")
         shutil.rmtree(folder, ignore_errors=True)
 
-    def _make_room(self, work: "Runner", held: BatchState) -> None:
+    def _make_room(self, work: Runner, held: BatchState) -> None:
         """Take away what would keep load_batch from loading the whole of this very folder."""
         if held.row or held.pages_in_solr:  # load_batch would leave a part of a batch as it is
             PurgeBatch(self.site, self.name).bring(work)
@@ -4953,7 +4979,7 @@ class LoadBatch(BatchKind):
             work.note(f"removing {link}, a leftover link to {os.readlink(link)}")
             link.unlink()
 
-    def undo(self, work: "Runner") -> None:
+    def undo(self, work: Runner) -> None:
         # As Runner writes them down; the others leave the rows as they are.
         changing = ("manage.py load_batch", "manage.py purge_batch", "manage.py, begun")
         if any(command.startswith(changing) for command in work.commands):
@@ -4968,8 +4994,8 @@ class PurgeBatch(BatchKind):
     def is_goal(self, held: BatchState) -> bool:
         return not held.row and held.pages_in_solr == 0  # None, if Solr cannot be asked
 
-    def bring(self, work: "Runner") -> None:
-        held = self.site.patient_batch(self.name)
+    def bring(self, work: Runner) -> None:
+        held = self.known_state()
         failure = None
         if held.row:
             work.note(f"{held}; purging that")
@@ -4995,7 +5021,7 @@ class LoadTitle(Kind):
         assert given is not None
         self.site.records(given, ANSWER_SECONDS)
 
-    def bring(self, work: "Runner") -> None:
+    def bring(self, work: Runner) -> None:
         self._records = self.site.records(work.input)
         for record in self._records:
             if record["outcome"] == "unchanged":
@@ -5013,7 +5039,7 @@ class LoadTitle(Kind):
         lccns = [record["lccn"] for record in self._records]
         return dict(self.site.oni.insist("answer_titles", lccns, PATIENT_SECONDS))
 
-    def verify(self, work: "Runner") -> None:
+    def verify(self, work: Runner) -> None:
         self._records = self.site.records(work.input)
         stored = self._stored()
         said = f"; load_titles said: {work.complaint()}" if work.commands else ""
@@ -5030,7 +5056,7 @@ class LoadTitle(Kind):
             if not is_indexed:
                 raise Problem(f"ONI has the title {lccn}, but Solr does not find it{said}")
 
-    def remains(self, work: "Runner") -> str:
+    def remains(self, work: Runner) -> str:
         return f"the MARC record is kept in {work.input.parent}"
 
 
@@ -5044,25 +5070,26 @@ class BatchPatch(Kind):
     title = "batch patch"
     takes_input = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.source = self.site.folder(self.old)
         self.target = self.site.folder(self.new)
 
-    def check(self, given):
+    def check(self, given: Optional[Path]) -> None:
+        assert given is not None
         if in_time(lambda: os.path.lexists(self.target)):
             raise Problem(f'"{self.new}" is in BATCH_SOURCE already')
         if self.site.oni.ask("answer_holds", self.new):
             raise Problem(f'Open ONI holds a "{self.new}" already; purge that first')
         self._possible_patch(given)
 
-    def _possible_patch(self, given):
-        """The patch, if ONI holds the old batch and its files are there. Raises Problem."""
+    def _possible_patch(self, given: Path) -> Patch:
+        """Return the patch, if ONI holds the old batch and its files are there. Raises Problem."""
         if not self.site.oni.ask("answer_holds", self.old):
             raise Problem("batch does not exist")
         self.site.oni.ask("answer_listing", str(self.source))
         return in_time(lambda: Patch(self.source, read_instructions(given)))
 
-    def bring(self, work):
+    def bring(self, work: Runner) -> None:
         patch = self._possible_patch(work.input)
         if patch.is_made(self.target):
             work.note(
@@ -5072,22 +5099,22 @@ class BatchPatch(Kind):
             patch.make(self.target, work.note, work.go_on, lambda made: self._rehearse(made, work))
             work.note(f"{self.target} is whole")
 
-    def _rehearse(self, made: Path, work: "Runner") -> None:
+    def _rehearse(self, made: Path, work: Runner) -> None:
         """Raise Problem unless ONI could load the new batch, which is in the folder `made`."""
         found = self.site.check(self.new, lambda done, of: None, work.go_on, str(made))
         if found.faults:
             raise Problem(f"{self.new} was not made, since it has {found.summary}")
 
-    def verify(self, work):
+    def verify(self, work: Runner) -> None:
         if not Patch(self.source, read_instructions(work.input)).is_made(self.target):
             raise Problem(f"{self.target} is not there")
 
-    def remains(self, work):
+    def remains(self, work: Runner) -> str:
         return f"{self.target} is there" if os.path.lexists(self.target) else ""
 
 
 # To add a kind of job, write a class above, enter it here, and give it a command of the same name.
-KINDS = {
+KINDS: Dict[str, Type[Kind]] = {
     "load-batch": LoadBatch,
     "purge-batch": PurgeBatch,
     "load-title": LoadTitle,
@@ -5409,8 +5436,24 @@ class JobQueue:
             raise Interrupted  # while what an earlier agent had begun went on
         if work.job.status == STARTED and self._was_reached(work, kind):
             return
-        for step in (self._begin, kind.bring, kind.verify):
-            work.step(step)
+        work.step(self._begin)
+        self._bring(work, kind)
+        work.step(kind.verify)
+
+    def _bring(self, work: Runner, kind: Kind) -> None:
+        """Bring about what a job is to reach; begin again for PATIENT_SECONDS after a disturbance.
+
+        Raises Problem, Interrupted.
+        """
+        until = 0.0
+        while True:
+            try:
+                return work.step(kind.bring)
+            except Disturbed as problem:
+                until = until or time.monotonic() + PATIENT_SECONDS
+                if time.monotonic() > until or self.stopping.wait(1):
+                    raise
+                work.note(f"{problem}; beginning again")
 
     def _was_reached(self, work: Runner, kind: Kind) -> bool:
         """Tell whether a job that an earlier agent had begun is done. Raises Interrupted."""
@@ -8243,7 +8286,7 @@ def look_at_last_job(agent: Agent) -> Look:
     if not ended:
         return Look("last job", True, "none has ended")
     job = ended[0]
-    when = timestamp(job.ended)[:19] + "Z"
+    when = timestamp(job.ended or 0)[:19] + "Z"
     return Look("last job", True, f"{job.id}, {shlex.join(job.words)}: {job.status} at {when}")
 
 
