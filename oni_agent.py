@@ -73,6 +73,7 @@ import pwd
 import queue
 import re
 import resource
+import select
 import selectors
 import shlex
 import shutil
