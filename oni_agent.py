@@ -1396,6 +1396,7 @@ def remember_title_documents() -> None:
 # What the database's columns take, by table and column: most characters, and whether none of them
 # may lie beyond U+FFFF (MariaDB's utf8mb3).
 COLUMNS: Dict[Tuple[str, str], Tuple[int, bool]] = {}
+PACKET = {"bytes": sys.maxsize}  # the longest statement that the database takes
 MADE_UP_KEYS = itertools.count(-1, -1)  # none is a row's
 
 
@@ -1404,8 +1405,8 @@ def learn_columns() -> None:
     narrow_connection = False
     with connection.cursor() as cursor:
         if connection.vendor == "mysql":
-            cursor.execute("SELECT @@character_set_client, @@sql_mode")
-            charset, mode = cursor.fetchone()
+            cursor.execute("SELECT @@character_set_client, @@sql_mode, @@max_allowed_packet")
+            charset, mode, PACKET["bytes"] = cursor.fetchone()
             if "STRICT" not in mode and "TRADITIONAL" not in mode:
                 return  # it cuts off, without an error, what does not fit
             narrow_connection = charset in ("utf8", "utf8mb3")
@@ -1437,6 +1438,10 @@ def look_at_values(row: Any, *_: Any, **__: Any) -> None:
             look_at_value(row, column, column.get_db_prep_save(value, connection))
     row._state.adding = False
     row._state.db = connection.alias
+    if isinstance(row, models.Url):
+        # TitleLoader asks for a title's URLs again, to tell whether it is an electronic record.
+        kept = row.title.__dict__.setdefault("_prefetched_objects_cache", {})
+        kept.setdefault("urls", []).append(row)
 
 
 def look_at_value(row: Any, field: Any, value: Any) -> None:
@@ -1451,6 +1456,8 @@ def look_at_value(row: Any, field: Any, value: Any) -> None:
         if most and len(value) > most:
             told = "Data too long for column '%s': %d characters, and it holds %d"
             raise DataError(told % (column, len(value), most))
+        if len(value) * 4 > PACKET["bytes"] and len(value.encode()) + 1000 > PACKET["bytes"]:
+            raise DataError("Got a packet bigger than 'max_allowed_packet' bytes")
         if narrow and value and max(value) > "\uffff":
             told = "Incorrect string value for column '%s': it cannot hold U+%X"
             raise DataError(told % (column, ord(max(value))))
@@ -1973,8 +1980,23 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         if left > 0:
             what = "ONI would leave out %d of %d pages without a word"
             self.enter_fault(path, what % (left, len(divisions)))
+        elif not self._lost_pages:
+            self._look_for_divisions_of_files(path, document)
         if not self._lost_pages:
             self._look_for_unread_text(path, document)
+
+    def _look_for_divisions_of_files(self, path: str, document: Any) -> None:
+        """Enter divisions that have an image, or a text, as pages have, and that are no page's."""
+        fptr = "{%s}fptr" % batch_loader.ns["mets"]
+        taken = {pointer.get("FILEID") for division, _ in self._pages
+                 for pointer in division.iter("{*}fptr")}  # fmt: skip
+        uses = {file.get("ID"): file.get("USE") for file in document.iter("{*}file")}
+        left = {pointer.getparent() for pointer in document.iter(fptr)
+                if pointer.get("FILEID") not in taken
+                and uses.get(pointer.get("FILEID")) in ("service", "ocr")}  # fmt: skip
+        if left:
+            what = "ONI would leave out the files of %d divisions that are no pages to it"
+            self.enter_fault(path, what % len(left))
 
     def _look_for_unread_text(self, path: str, document: Any) -> None:
         """Enter the OCR files that a METS file describes, and that no page has taken."""
@@ -2015,12 +2037,26 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
             return  # the first part has told of them
         listing = "data/" + self.current_batch.validated_batch_file
         document = batch_loader.etree.parse("file://%s/%s" % (Links.link, listing))
-        count = len(list(document.iter("{*}issue")))
+        count = len(issues_in(document))
+        self._look_for_stale_list(listing)
         if not self._seen:
             self.enter_fault(listing, "it names no issue, so ONI would load nothing", order=0)
         elif count > self._seen:
             what = "ONI would leave out %d of its %d issues without a word"
             self.enter_fault(listing, what % (count - self._seen, count), order=0)
+
+    def _look_for_stale_list(self, listing: str) -> None:
+        """Enter that ONI reads an older list than batch.xml, which has more issues."""
+        plain = "data/batch.xml"
+        if listing == plain or not os.path.exists(plain):
+            return
+        try:
+            count = len(issues_in(etree.parse(plain)))
+        except (OSError, etree.XMLSyntaxError):
+            return
+        if count > self._seen:
+            what = "it names %d issues, but ONI would read %s beside it, which names %d"
+            self.enter_fault(plain, what % (count, listing, self._seen), order=0)
 
     def process_ocr(self, page: Any, index: bool = True) -> None:
         """Index a page as ONI's loader does.
@@ -2044,6 +2080,12 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         return texts, coordinates
 
 
+def issues_in(document: Any) -> List[Any]:
+    """Return all elements of a list of issues that may be meant as one."""
+    elements = document.iter("{*}*")
+    return [each for each in elements if etree.QName(each).localname.lower() == "issue"]
+
+
 def is_within_reach(url: str) -> bool:
     """Return whether what `url` names lies in the batch, in ONI's storage, or on the network.
 
@@ -2055,6 +2097,7 @@ def is_within_reach(url: str) -> bool:
     return is_within(path, os.getcwd())
 
 
+MAX_PLAIN = 1 << 20  # bytes of an OCR file that no database finds too long
 BEYOND = bytes(range(0xF0, 0x100)) + b"\0"  # in UTF-8 these begin the characters beyond U+FFFF
 
 
@@ -2081,6 +2124,8 @@ def plainly_fine(url: str, languages: Set[str]) -> bool:
             data = file.read()
         if len(data.translate(None, BEYOND)) < len(data) or b"&#" in data or b"<!DOCTYPE" in data:
             return False  # it may have characters beyond U+FFFF, UTF-16, entities
+        if len(data) > MAX_PLAIN or data.rfind(b"<TextLine") > data.find(b"</Page>"):
+            return False  # it may be too long for the database, or have lines outside its page
         parser = expat.ParserCreate()
         parser.ordered_attributes = True
         parser.StartElementHandler = start
@@ -2481,7 +2526,8 @@ class Worker:
 
 # ---------------------------------------------------------------- batch files
 
-BATCH_NAME = re.compile(r"batch_\w+_\w+_ver\d\d")  # what load_batch takes
+# What load_batch takes, but for what could not stand in its URLs.
+BATCH_NAME = re.compile(r"batch_\w+_\w+_ver\d\d[\w.-]*")
 BATCH_FILES = (  # load_batch reads the first that is there
     "batch_1.xml",
     "BATCH_1.xml",
