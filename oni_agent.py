@@ -5980,6 +5980,16 @@ TROUBLES = (
         "Look at memory and the kernel's log, then job-retry",
     ),
     Trouble(
+        "jobs.db cannot be used …; trying again every second",
+        "The disk of the state folder is full",
+        "Free some; the agent goes on by itself",
+    ),
+    Trouble(
+        "ON_FINISH failed: exit status 1, where it calls sudo or mail",
+        "The unit lets it gain no privileges",
+        "The end of oni-agent.service shows how a .path unit does it",
+    ),
+    Trouble(
         "killed by signal 9 (SIGKILL)",
         "Often it was the kernel, for want of memory: journalctl -k -g oom",
         "Give the host more memory, then load-batch again",
@@ -7967,7 +7977,10 @@ def listen(host: str, port: int) -> socket.socket:
         )
     except (OSError, UnicodeError) as error:  # UnicodeError: it cannot be a host's name
         # Its first argument may be a number, its last one is in words.
-        raise Problem(f"BA_BIND: nothing can listen on {host}:{port}: {error.args[-1]}") from error
+        reason = error.args[-1]
+        if isinstance(error, PermissionError):
+            reason += "; for a port below 1024 the unit needs CAP_NET_BIND_SERVICE"
+        raise Problem(f"BA_BIND: nothing can listen on {host}:{port}: {reason}") from error
     # Accepted sockets inherit these.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
