@@ -6649,6 +6649,10 @@ def trouble_row(trouble: Dict[str, str]) -> Row:
     return Row(trouble["seen"], f"{trouble['meaning']}. {trouble['remedy']}.")
 
 
+def look_row(look: Dict[str, Any]) -> Row:
+    return Row(f"{'✓' if look['well'] else '✗'} {look['name']}: {look['found']}")
+
+
 def event_row(event: List[str]) -> Row:
     return Row(f"  {ago(event[0])}  {event[1]}")
 
@@ -6717,6 +6721,7 @@ SHOWN: Dict[str, Callable[[Any], Row]] = {  # what stands for the value of a key
     "oni": oni_row,
     "commands": command_row,
     "troubles": trouble_row,
+    "looks": look_row,
     "retry_of": retry_row,
     "events": event_row,
     "faults": fault_row,
@@ -6728,7 +6733,7 @@ SHOWN: Dict[str, Callable[[Any], Row]] = {  # what stands for the value of a key
     "waiting": job_row,
     "ended": job_row,
 }
-UNCOUNTED = ("commands", "troubles")  # nobody wants to know how many there are
+UNCOUNTED = ("commands", "troubles", "looks")  # nobody wants to know how many there are
 HIDDEN = ("status", "batch")  # the message or the hint says it
 
 
