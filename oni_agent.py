@@ -892,6 +892,7 @@ def look_at_listing(folder: str) -> None:
     The sentences are the Go agent's, since people search for them.
     """
     data = os.path.join(folder, "data", "")
+    refuse_what_blocks(data)
     batch = SimpleNamespace(storage_url="file://" + data, path=data)
     try:
         listing = data + BatchLoader(process_ocr=False)._find_batch_file(batch)
@@ -911,7 +912,40 @@ def look_at_listing(folder: str) -> None:
         if path is not None and not os.path.exists(path):
             path = urllib.parse.unquote(path)
         if path is not None:
-            look_at_file(path)
+            look_at_listed_file(folder, path)
+
+
+def refuse_what_blocks(data: str) -> None:
+    """Raise CannotAnswer if a name in the folder `data` is a FIFO, say, on which ONI would wait."""
+    try:
+        names = os.listdir(data)
+    except OSError:
+        return
+    for name in names:
+        path = os.path.join(data, name)
+        if os.path.exists(path) and not os.path.isdir(path) and not os.path.isfile(path):
+            raise CannotAnswer("reading file: %s is not a regular file" % path)
+
+
+def look_at_listed_file(folder: str, path: str) -> None:
+    """Raise CannotAnswer unless `path`, which the list of a batch's issues names, is a file.
+
+    Of files elsewhere on this host nothing is told but that they lie elsewhere.
+    """
+    try:
+        look_at_file(path)
+    except CannotAnswer:
+        if not is_within(path, folder):
+            told = "reading file: %s, which batch.xml names, lies outside the batch's folder"
+            raise CannotAnswer(told % path)
+        raise
+
+
+def is_within(path: str, folder: str) -> bool:
+    """Return whether a file really lies in a batch's folder, its data or ONI's storage."""
+    real = os.path.realpath(path)
+    places = (folder, os.path.join(folder, "data"), str(settings.STORAGE))
+    return any(real.startswith(os.path.realpath(place) + "/") for place in places)
 
 
 def look_at_file(path: str) -> None:
@@ -1588,7 +1622,8 @@ class Titles(TitleLoader):  # type: ignore[misc]
         try:
             title = super().load_bib(record)
         except Exception as error:
-            self._wrong = "ONI cannot store it: %s: %s" % (type(error).__name__, first_line(error))
+            told = "ONI cannot store the title %s: %s: %s"
+            self._wrong = told % (lccn_of(record), type(error).__name__, first_line(error))
             raise
         if title is not None:
             self._outcome = "stored" if title.pk else "deleted again"
@@ -1606,7 +1641,7 @@ class Titles(TitleLoader):  # type: ignore[misc]
         lccn = lccn_of(record)
         problem = self._wrong
         if not lccn and self._outcome in ("unchanged", "stored"):
-            problem = problem or "it has no LCCN (010 $a), and Open ONI would not store it"
+            problem = problem or NO_LCCN
         elif self._outcome == "ignored":
             problem = "leader/06 is %s: ONI would ignore the title %s" % (record.leader[6:7], lccn)
         elif self._outcome == "deleted":
@@ -1640,6 +1675,9 @@ def poison_in(title: Any) -> str:
         told = "ONI would store the title %r, but no batch of it could be loaded: %s: %s"
         return told % (title.lccn, type(error).__name__, first_line(error))
     return ""
+
+
+NO_LCCN = "there is a MARC record without an LCCN (010 $a) in it, which Open ONI would not store"
 
 
 class SameHost(HTTPRedirectHandler):
@@ -1760,7 +1798,9 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         self._watched: List[str] = ["data"]
         self._document: Any = None
         self._draws_in_others = False
-        self._outside = ""
+        self._is_outside = False
+        self._mets = ""
+        self._path = ""
 
     def purge_batch(self, name: str) -> None:
         """Do nothing, where ONI's loader would purge what it has loaded before a fault."""
@@ -1793,10 +1833,10 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
             words = first_line(words.replace("unable to load batch: ", ""))
         if self._draws_in_others:
             words = "its words are not shown, since the file draws in others"
-        if self._outside:
-            words = "%s lies outside the batch, and cannot be taken" % self._outside
+        if self._is_outside:
+            words = "it lies outside the batch, and cannot be taken"
         if path:
-            words = words.replace("%s: " % path, "").replace(path, "it")
+            words = words.replace("%s: " % path, "").replace(repr(path), "it").replace(path, "it")
         text = "%s: %s" % (what, words) if words else what
         text = "".join(each if each <= "\uffff" else "\\U%08x" % ord(each) for each in text)
         self.faults.append(
@@ -1831,7 +1871,7 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         if number % self._parts == self._part:
             self._rehearse_issue(number, url)
             if self._tell is not None:
-                self._tell(done=len(self.found), of=self._of)
+                self._tell(done=len(self.found) + len(self._postponed), of=self._of)
 
     def load_postponed(self) -> None:
         """Fetch the titles that ONI lacks, and load the issues that need them."""
@@ -1844,8 +1884,8 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
     def _rehearse_issue(self, number: int, url: str) -> None:
         path = Links.within_batch(url)
         self._number = number + 1
-        self._path = path
-        self._outside = "" if is_within_reach(url) else "it"
+        self._mets = url
+        self._reads(url)
         self._document = None
         self._issue: Dict[str, Any] = {"file": path, "pages": []}
         self._pages: List[Tuple[Any, Any]] = []
@@ -1863,7 +1903,7 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
             self._enter_loss(path, error)
         except Exception as error:
             self._ask_database(error)
-            self.enter_fault(path, "ONI would break off the load", error, ends_load=True)
+            self.enter_fault(self._path, "ONI would break off the load", error, ends_load=True)
         else:
             self._look_for_leftovers(path)
             self._look_for_twins(path)
@@ -1872,8 +1912,13 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
             if connection.in_atomic_block:
                 transaction.set_rollback(False)
         self.found.append(self._issue)
-        self._outside = ""
+        self._is_outside = False
         self._draws_in_others = False
+
+    def _reads(self, url: str) -> None:
+        """Take note of the file that is read now: what is raised is its fault."""
+        self._path = Links.within_batch(url)
+        self._is_outside = not is_within_reach(url)
 
     def _enter_loss(self, path: str, error: ValueError) -> None:
         """Enter that ONI would leave out an issue, or, in the middle of it, what is left of it."""
@@ -1984,14 +2029,12 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         reads it.
         """
         url = urllib.parse.urljoin(self.current_batch.storage_url, page.ocr_filename)
-        if not is_within_reach(url):
-            self._outside = "an OCR file"
         if plainly_fine(Links.opened(url), self._languages):
             assert page.url and page.issue.title.solr_doc  # what Page.solr_doc can fail on
         else:
-            self._reading = url
+            self._reads(url)
             super().process_ocr(page, index)
-        self._outside = ""
+            self._reads(self._mets)
 
     def extract(self, url: str) -> Any:
         """Stand for ONI's ocr_extractor: have that read, and warn of a file without a text."""
@@ -2009,9 +2052,7 @@ def is_within_reach(url: str) -> bool:
     path = local_path(Links.opened(url))
     if path is None:
         return not url.startswith("/")
-    real = os.path.realpath(path)
-    storage = os.path.realpath(str(settings.STORAGE))
-    return any(real.startswith(folder + "/") for folder in (os.getcwd(), storage))
+    return is_within(path, os.getcwd())
 
 
 BEYOND = bytes(range(0xF0, 0x100)) + b"\0"  # in UTF-8 these begin the characters beyond U+FFFF
