@@ -5097,6 +5097,17 @@ def test_the_unit_is_sound_and_closed(tmp_path):
     assert not re.search(r"(?m)^PrivateTmp=(yes|true|on|1)", text)  # ONI's cache is in /var/tmp
 
 
+@pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
+def test_what_the_units_filter_refuses_keeps_no_load_from_going_well(site):
+    refused = "setpriority,sched_setscheduler,sched_setaffinity,ioprio_set"  # of @resources
+    options = ["-f", "-qq", "-e", f"trace={refused}", "-e", f"inject={refused}:error=EPERM"]
+    site.prefix = ["strace", *options, "-o", str(site.state.parent / "refused")]
+    site.start()
+    job = site.run("load-batch", site.batch("batch_oru_alpha_ver01").name)
+    assert job["status"] == "successful", job
+    assert "(INJECTED)" in (site.state.parent / "refused").read_text()
+
+
 # --- Promises: how an agent starts, and as whom ---------------------------------------------------
 
 SITE_USER = pwd.getpwnam("www-data")
