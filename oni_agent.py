@@ -561,6 +561,7 @@ def user_name(uid: int) -> str:
 INSIDE = __name__ == "inside Open ONI"
 if INSIDE or TYPE_CHECKING:
     import base64
+    import contextlib
     import io
     import itertools
     import json
@@ -1242,7 +1243,8 @@ def study_rehearsal(tell: Tell, name: str, folder: str, part: int, parts: int) -
 
     Returns what `rehearse` does. Tells `done` and `of`, the numbers of issues.
     """
-    os.nice(10)
+    with contextlib.suppress(OSError):  # the unit's SystemCallFilter= refuses this
+        os.nice(10)
     return rehearse(name, folder, Rehearsal(tell, part, parts))
 
 
@@ -6067,6 +6069,16 @@ TROUBLES = (
         "Look at memory and the kernel's log, then job-retry",
     ),
     Trouble(
+        "jobs.db cannot be used …; trying again every second",
+        "The disk of the state folder is full",
+        "Free some; the agent goes on by itself",
+    ),
+    Trouble(
+        "ON_FINISH failed: exit status 1, where it calls sudo or mail",
+        "The unit lets it gain no privileges",
+        "The end of oni-agent.service shows how a .path unit does it",
+    ),
+    Trouble(
         "killed by signal 9 (SIGKILL)",
         "Often it was the kernel, for want of memory: journalctl -k -g oom",
         "Give the host more memory, then load-batch again",
@@ -6726,6 +6738,10 @@ def trouble_row(trouble: Dict[str, str]) -> Row:
     return Row(trouble["seen"], f"{trouble['meaning']}. {trouble['remedy']}.")
 
 
+def look_row(look: Dict[str, Any]) -> Row:
+    return Row(f"{'✓' if look['well'] else '✗'} {look['name']}: {look['found']}")
+
+
 def event_row(event: List[str]) -> Row:
     return Row(f"  {ago(event[0])}  {event[1]}")
 
@@ -6794,6 +6810,7 @@ SHOWN: Dict[str, Callable[[Any], Row]] = {  # what stands for the value of a key
     "oni": oni_row,
     "commands": command_row,
     "troubles": trouble_row,
+    "looks": look_row,
     "retry_of": retry_row,
     "events": event_row,
     "faults": fault_row,
@@ -6805,7 +6822,7 @@ SHOWN: Dict[str, Callable[[Any], Row]] = {  # what stands for the value of a key
     "waiting": job_row,
     "ended": job_row,
 }
-UNCOUNTED = ("commands", "troubles")  # nobody wants to know how many there are
+UNCOUNTED = ("commands", "troubles", "looks")  # nobody wants to know how many there are
 HIDDEN = ("status", "batch")  # the message or the hint says it
 
 
@@ -8054,7 +8071,10 @@ def listen(host: str, port: int) -> socket.socket:
         )
     except (OSError, UnicodeError) as error:  # UnicodeError: it cannot be a host's name
         # Its first argument may be a number, its last one is in words.
-        raise Problem(f"BA_BIND: nothing can listen on {host}:{port}: {error.args[-1]}") from error
+        reason = error.args[-1]
+        if isinstance(error, PermissionError):
+            reason += "; for a port below 1024 the unit needs CAP_NET_BIND_SERVICE"
+        raise Problem(f"BA_BIND: nothing can listen on {host}:{port}: {reason}") from error
     # Accepted sockets inherit these.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

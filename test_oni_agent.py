@@ -5097,6 +5097,17 @@ def test_the_unit_is_sound_and_closed(tmp_path):
     assert not re.search(r"(?m)^PrivateTmp=(yes|true|on|1)", text)  # ONI's cache is in /var/tmp
 
 
+@pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
+def test_what_the_units_filter_refuses_keeps_no_load_from_going_well(site):
+    refused = "setpriority,sched_setscheduler,sched_setaffinity,ioprio_set"  # of @resources
+    options = ["-f", "-qq", "-e", f"trace={refused}", "-e", f"inject={refused}:error=EPERM"]
+    site.prefix = ["strace", *options, "-o", str(site.state.parent / "refused")]
+    site.start()
+    job = site.run("load-batch", site.batch("batch_oru_alpha_ver01").name)
+    assert job["status"] == "successful", job
+    assert "(INJECTED)" in (site.state.parent / "refused").read_text()
+
+
 # --- Promises: how an agent starts, and as whom ---------------------------------------------------
 
 SITE_USER = pwd.getpwnam("www-data")
@@ -6725,6 +6736,83 @@ def test_the_readme_shows_what_the_agent_answers(tmp_path, template):
             assert (line, plain(shell(site, tmp_path, line))) == (line, plain(printed))
     finally:
         site.clean_up()
+
+
+def test_the_readme_is_short():
+    assert len(README.read_text().split()) <= README_WORDS
+
+
+def test_the_quick_start_goes_well_as_it_is_typed(site, tmp_path):
+    folder = tmp_path / "opt"
+    typed = readme_block("apt install python3-paramiko").replace("/opt/oni-agent", str(folder))
+    typed = typed.replace("/opt/openoni", site.environment.pop("ONI_LOCATION"))
+    typed = typed.replace("/mnt/news/batches", site.environment.pop("BATCH_SOURCE"))
+    typed = re.sub("(?m)^python3 ", f"{shlex.quote(sys.executable)} ", typed)
+    _, *lines, check, start = typed.splitlines()
+    assert lines[0].startswith("install ")
+    done = subprocess.run(
+        ["sh", "-ec", "\n".join([*lines, check])],
+        cwd=AGENT.parent,
+        env=site.environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=90,
+    )
+    assert done.returncode == 0, done.stdout
+    assert all(line.startswith("✓ ") for line in done.stdout.splitlines())
+    # Ahead of what the test would start itself: it is not come to.
+    site.prefix = ["sh", "-ec", "\n".join([*lines[1:], f"exec {start}"])]
+    site.start()
+    site.batch("batch_oru_small_ver01", issues=2, pages=2)
+    assert site.run("load-batch", "batch_oru_small_ver01")["status"] == "successful"
+    waiting = readme_block("until ").replace("job-wait 7", "job-wait 1")
+    assert json.loads(shell(site, tmp_path, waiting))["job"]["status"] == "successful"
+
+
+def test_the_readmes_settings_are_settings(tmp_path):
+    for folder in ("openoni", "batches"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "openoni/manage.py").touch()
+    text = readme_block("ONI_LOCATION=").replace("/opt/openoni", str(tmp_path / "openoni"))
+    text = text.replace("/mnt/news/batches", str(tmp_path / "batches"))
+    environment = dict(line.split("=", 1) for line in text.splitlines())
+    settings = oni_agent.Settings({**environment, "STATE_DIRECTORY": str(tmp_path / "state")})
+    assert settings.ba_bind == ("", 2222)
+    assert not settings.admits_everybody
+
+
+def test_the_readmes_container_has_the_settings_of_ncas_and_keeps_its_state():
+    text = readme_section("Container")
+    named = re.findall("^    ([A-Z_]+):", text, re.MULTILINE)
+    assert sorted(named) == [
+        "BATCH_SOURCE",
+        "BA_BIND",
+        "DB_CONNECTION",
+        "HOST_KEY_FILE",
+        "ONI_LOCATION",
+    ]
+    assert f":{oni_agent.LIBRARY}]" in text
+    python, agent = json.loads(re.search("^ENTRYPOINT (.*)$", text, re.MULTILINE)[1])
+    assert f"python3 -m venv {Path(python).parents[1]} " in text
+    assert f"COPY {Path(agent).name} {Path(agent).parent}/" in text
+
+
+def test_the_readme_installs_all_that_demo_and_tests_need():
+    declared = re.search(r"# dependencies = \[(.*?)\]", Path(__file__).read_text(), re.DOTALL)[1]
+    needed = {re.sub("[^a-z-].*", "", name) for name in re.findall('"(.*?)"', declared)}
+    (line,) = re.findall(r"^    (python3 -m venv .*test_oni_agent\.py)$", README.read_text(), re.M)
+    assert set(line.split("-q ")[1].split(" && ")[0].split()) == needed
+    demo = re.search("pip install (.*)", readme_section("Demo"))[1]
+    assert {"paramiko", *DEMO_NEEDS} <= set(demo.split()) < needed
+
+
+def test_a_shell_can_read_what_the_readme_has_one_type():
+    blocks = re.findall(r"(?:^    .*\n)+", README.read_text(), re.MULTILINE)
+    assert len(blocks) >= 10
+    for block in map(textwrap.dedent, blocks):
+        if not block.startswith(("Host oni", "ONI_LOCATION=")):
+            done = subprocess.run(["sh", "-n"], input=block, text=True, timeout=60)
+            assert done.returncode == 0, block
 
 
 def test_the_readme_tells_of_every_command():
@@ -9396,11 +9484,8 @@ def test_a_job_that_never_started_is_not_said_to_have_taken_any_time(agent):
 def oni_alias(site: Site, folder: Path) -> list[str]:
     """ssh with the README's alias `oni` for a site, as a list of words that lacks the alias."""
     config = folder / "ssh_config"
-    config.write_text(
-        f"Host oni\n  HostName 127.0.0.1\n  Port {site.port}\n  User nobody\n"
-        "  RequestTTY yes\n  LogLevel QUIET\n"
-        "  StrictHostKeyChecking no\n  UserKnownHostsFile /dev/null\n"
-    )
+    alias = readme_block("Host oni").replace("Port 2222", f"Port {site.port}")
+    config.write_text(f"{alias}StrictHostKeyChecking no\nUserKnownHostsFile /dev/null\n")
     return ["ssh", "-F", str(config)]
 
 
@@ -12068,7 +12153,19 @@ def build_env(env: Path) -> None:
 # --- The README's exchanges, and the demo ---------------------------------------------------------
 
 README = AGENT.with_name("README.md")
-SSH = "ssh -p 2222 nobody@127.0.0.1"
+README_WORDS = 1800  # at most, as `wc -w` counts them
+
+
+def readme_section(heading: str) -> str:
+    """What the README says under a heading."""
+    return README.read_text().split(f"\n## {heading}\n", 1)[1].split("\n## ")[0]
+
+
+def readme_block(first: str) -> str:
+    """The indented block of the README that has a line which begins so."""
+    blocks = re.findall(r"(?:^    .*\n)+", README.read_text(), re.MULTILINE)
+    (found,) = (each for each in blocks if re.search(f"(?m)^ +{re.escape(first)}", each))
+    return textwrap.dedent(found)
 
 
 def demo_site(folder: Path, template: Path) -> Site:
@@ -12088,7 +12185,7 @@ def demo_site(folder: Path, template: Path) -> Site:
 def shell(site: Site, folder: Path, line: str) -> str:
     """What a command of the README prints, with this site's port and key for the README's."""
     words = shlex.join(site.ssh_words()[:-1])
-    line = line.replace("ssh -t -p 2222", f"{words} -tt").replace("ssh -p 2222", words)
+    line = line.replace("ssh -T oni", f"{words} nobody@127.0.0.1")
     asks_for_text = "" if "<" in line else " -tt"  # as RequestTTY does in the alias's settings
     line = line.replace("ssh oni", f"{words}{asks_for_text} nobody@127.0.0.1")
     return (
@@ -12113,6 +12210,7 @@ def readme_exchanges() -> list[tuple[str, str]]:
     return re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", "".join(blocks), re.MULTILINE)
 
 
+DEMO_NEEDS = ("django", "lxml", "pymarc", "pysolr")
 DEMO_PORT = 2299  # not an installed agent's, whose host key ssh remembers
 DEMO_SSH = """\
 Host oni
@@ -12161,8 +12259,7 @@ DEMO_ONCE = (  # each with what it answers if all is well
 
 def demo(once: bool) -> int:
     """An agent on a stand-in site: until Ctrl-C, or for one whole exchange; the exit status."""
-    needed = ("django", "lxml", "pymarc", "pysolr")
-    missing = [name for name in needed if not importlib.util.find_spec(name)]
+    missing = [name for name in DEMO_NEEDS if not importlib.util.find_spec(name)]
     if missing:
         words = " ".join(missing)
         print(f"The stand-in Open ONI needs {words}: {sys.executable} -m pip install {words}")
