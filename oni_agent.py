@@ -749,11 +749,6 @@ def first_line(error: Any) -> str:
 # Quick questions
 
 
-def answer_ready() -> bool:
-    """Return true: whoever gets this answer knows that ONI's code can be run."""
-    return True
-
-
 def answer_health() -> Dict[str, Any]:
     """Return how many batches ONI holds, and how many pages Solr finds, or why it cannot say."""
     health: Dict[str, Any] = {"batches": models.Batch.objects.count()}
@@ -762,16 +757,6 @@ def answer_health() -> Dict[str, Any]:
     except Exception as error:
         health["solr_problem"] = first_line(error)
     return health
-
-
-def answer_batch_count() -> int:
-    """Return how many batches ONI holds."""
-    return int(models.Batch.objects.count())
-
-
-def answer_documents() -> int:
-    """Return how many pages Solr finds."""
-    return int(patient_solr(4).search("type:page", rows=0).hits)
 
 
 def answer_batch(name: str, solr_seconds: float) -> Dict[str, Any]:
@@ -3520,13 +3505,6 @@ class Job:
     def ended(self) -> Optional[int]:
         """Return when the job ended; None if it has not."""
         return self.end.when if self.end else None
-
-
-def message_for_person(job: Job) -> str:
-    """Return a sentence about a job's status for a person. NCA gets STATUS_MESSAGES."""
-    if job.status == FAILED and job.started is None:
-        return "Cancelled: this job never started."
-    return STATUS_MESSAGES[job.status]
 
 
 class JobStore:
@@ -8182,14 +8160,17 @@ def looks_at_oni(oni: OpenONI, within: float) -> Iterator[Look]:
     advice = "run it by hand, as the agent's user"
     yield look_at("manage.py check", advice, lambda: oni.ask("answer_check", within=within))
     try:
-        batches = oni.ask("answer_batch_count", within=within)
+        health = oni.ask("answer_health", within=within)
         folders = oni.ask("answer_folders", within=within)
     except (Problem, OSError) as problem:
         yield Look("database", False, f"{problem}; see ONI's database settings")
         return
-    yield Look("database", True, f"{batches} batches")
-    advice = "see ONI's SOLR_BASE_URL; loads and purges will fail"
-    yield look_at("Solr", advice, lambda: f"{oni.ask('answer_documents', within=within)} pages")
+    yield Look("database", True, f"{health['batches']} batches")
+    if "documents" in health:
+        yield Look("Solr", True, f"{health['documents']} pages")
+    else:
+        advice = "see ONI's SOLR_BASE_URL; loads and purges will fail"
+        yield Look("Solr", False, f"{health['solr_problem']}; {advice}")
     advice = "load Open ONI's own fixtures (manage.py loaddata languages countries awardees)"
     tables = lambda: filled(oni.ask("answer_tables", within=within))
     yield look_at("look-up tables", advice, tables)
