@@ -616,6 +616,8 @@ Tell = Callable[..., None]  # sends news (keywords) to whoever has asked, before
 class CannotAnswer(Exception):
     """Why there is no answer, in a sentence for whoever has asked."""
 
+    transient = False  # whether there may be one a moment later
+
 
 # Workers
 
@@ -720,7 +722,7 @@ def reply_to(name: str, words: List[Any], channel: socket.socket) -> Dict[str, A
             connection.close()
             return {"answer": globals()[name](*arguments)}
     except CannotAnswer as problem:
-        return {"problem": str(problem)}
+        return {"problem": str(problem), "transient": problem.transient}
     except MemoryError:
         return {"problem": "reading it takes more than %d MiB" % (WORKER_MEMORY >> 20)}
     except Exception as error:
@@ -1252,8 +1254,6 @@ def rehearse(name: str, folder: str, loader: "Rehearsal") -> Dict[str, Any]:
             loader.load_batch(Links.link)
             loader.load_postponed()
             loader.look_for_unlisted_issues()
-        except DatabaseGone as error:
-            raise CannotAnswer("Open ONI cannot answer: the database is gone: %s" % error)
         except BatchLoaderException as error:
             loader.enter_fault("data/batch.xml", "ONI would break off the load", error,
                                ends_load=True, order=0)  # fmt: skip
@@ -1262,8 +1262,13 @@ def rehearse(name: str, folder: str, loader: "Rehearsal") -> Dict[str, Any]:
     return loader.result()
 
 
-class DatabaseGone(Exception):
+class DatabaseGone(CannotAnswer):
     """The database has gone during a rehearsal, which is no fault of the batch."""
+
+    transient = True
+
+    def __init__(self, error: Any) -> None:
+        super().__init__("Open ONI cannot answer: the database is gone: %s" % first_line(error))
 
 
 class Links:
@@ -1835,7 +1840,8 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
             words = "it lies outside the batch, and cannot be taken"
         if path:
             # So an XML parser begins: the file, line and column.
-            words = re.sub("^%s:([0-9]+):([0-9]+):" % re.escape(path), r"line \1, column \2:", words)
+            place = "^%s:([0-9]+):([0-9]+):" % re.escape(path)
+            words = re.sub(place, r"line \1, column \2:", words)
             words = words.replace("%s: " % path, "").replace(repr(path), "it").replace(path, "it")
         text = "%s: %s" % (what, words) if words else what
         text = "".join(each if each <= "\uffff" else "\\U%08x" % ord(each) for each in text)
@@ -1905,6 +1911,10 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         except Exception as error:
             self._ask_database(error)
             what = "ONI would break off the load"
+            if self._is_outside and self._path != path:
+                told = "%s, which it names, lies outside the batch, and cannot be taken"
+                error = OSError(told % (local_path(self._path) or self._path))
+                self._path, self._is_outside = path, False
             if self._at_page and self._path == path:
                 what = "page %d: %s" % (self._at_page, what)
             self.enter_fault(self._path, what, error, ends_load=True)
@@ -1935,7 +1945,7 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
     def _ask_database(self, error: Exception) -> None:
         """Raise DatabaseGone if that is the reason of `error`."""
         if not connection.is_usable():
-            raise DatabaseGone(str(error))
+            raise DatabaseGone(error)
 
     def _load_page(self, document: Any, division: Any, issue: Any) -> Any:
         """Load a page as ONI's loader does, and look at what that makes of it."""
@@ -2313,12 +2323,26 @@ class OpenONI:
     ) -> List[Any]:
         """Return the answers to several questions, [name, words…], each asked of a new worker.
 
+        One that may pass by itself is asked anew until PATIENT_SECONDS after it first failed.
         `hear` gets the number of a question, and the news that comes before its answer. `go_on` is
         called about each second; what it raises ends all of them. Raises Problem.
         """
         until = time.monotonic() + within
 
         def study_one(number: int) -> Any:
+            patient_until = 0.0  # the monotonic time; 0: it has not failed yet
+            while True:
+                try:
+                    return study_once(number)
+                except Passing:
+                    now = time.monotonic()
+                    patient_until = patient_until or min(until, now + PATIENT_SECONDS)
+                    if now + 1 > patient_until:
+                        raise
+                go_on()
+                time.sleep(1)
+
+        def study_once(number: int) -> Any:
             name, *words = questions[number]
             worker = self._new_worker(until)
             try:
@@ -3060,12 +3084,12 @@ class Site:
             raise Problem(f'"{name}" is not a batch name: Open ONI takes batch_AWARDEE_NAME_verNN')
         return self.source / name
 
-    def records(self, path: Path, within: float = PATIENT_SECONDS) -> List[Dict[str, Any]]:
+    def records(self, path: Path, ask: Callable[..., Any]) -> List[Dict[str, Any]]:
         """Return what ONI would make of the MARC records in a file, as study_records has it.
 
-        Raises Problem where ONI could not make a title of one.
+        `ask` is a method of OpenONI. Raises Problem where ONI could not make a title of one.
         """
-        return list(self.oni.ask("study_records", str(path), within=within))
+        return list(ask("study_records", str(path)))
 
     def batch(self, name: str, within: float = ANSWER_SECONDS) -> BatchState:
         """Return what there is of a batch now, for a client. Raises Problem."""
@@ -5020,10 +5044,10 @@ class LoadTitle(Kind):
 
     def check(self, given: Optional[Path]) -> None:
         assert given is not None
-        self.site.records(given, ANSWER_SECONDS)
+        self.site.records(given, self.site.oni.ask)
 
     def bring(self, work: Runner) -> None:
-        self._records = self.site.records(work.input)
+        self._records = self.site.records(work.input, self.site.oni.insist)
         for record in self._records:
             if record["outcome"] == "unchanged":
                 work.note(
@@ -5041,7 +5065,7 @@ class LoadTitle(Kind):
         return dict(self.site.oni.insist("answer_titles", lccns, PATIENT_SECONDS))
 
     def verify(self, work: Runner) -> None:
-        self._records = self.site.records(work.input)
+        self._records = self.site.records(work.input, self.site.oni.insist)
         stored = self._stored()
         said = f"; load_titles said: {work.complaint()}" if work.commands else ""
         for record in self._records:
@@ -5081,17 +5105,20 @@ class BatchPatch(Kind):
             raise Problem(f'"{self.new}" is in BATCH_SOURCE already')
         if self.site.oni.ask("answer_holds", self.new):
             raise Problem(f'Open ONI holds a "{self.new}" already; purge that first')
-        self._possible_patch(given)
+        self._possible_patch(given, self.site.oni.ask, ANSWER_SECONDS)
 
-    def _possible_patch(self, given: Path) -> Patch:
-        """Return the patch, if ONI holds the old batch and its files are there. Raises Problem."""
-        if not self.site.oni.ask("answer_holds", self.old):
+    def _possible_patch(self, given: Path, ask: Callable[..., Any], within: float) -> Patch:
+        """Return the patch, if ONI holds the old batch and its files are there. Raises Problem.
+
+        `ask` is a method of OpenONI, and `within` the seconds that the file system has.
+        """
+        if not ask("answer_holds", self.old):
             raise Problem("batch does not exist")
-        self.site.oni.ask("answer_listing", str(self.source))
-        return in_time(lambda: Patch(self.source, read_instructions(given)))
+        ask("answer_listing", str(self.source))
+        return in_time(lambda: Patch(self.source, read_instructions(given)), within)
 
     def bring(self, work: Runner) -> None:
-        patch = self._possible_patch(work.input)
+        patch = self._possible_patch(work.input, self.site.oni.insist, PATIENT_SECONDS)
         if patch.is_made(self.target):
             work.note(
                 f"nothing to do: {self.target} is there already, and is what this patch makes"
