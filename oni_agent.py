@@ -1254,7 +1254,10 @@ def rehearse(name: str, folder: str, loader: "Rehearsal") -> Dict[str, Any]:
             loader.load_batch(Links.link)
             loader.load_postponed()
             loader.look_for_unlisted_issues()
-        except BatchLoaderException as error:
+        except (CannotAnswer, MemoryError):
+            raise
+        except Exception as error:
+            loader.ask_database(error)
             loader.enter_fault("data/batch.xml", "ONI would break off the load", error,
                                ends_load=True, order=0)  # fmt: skip
         finally:
@@ -1338,7 +1341,7 @@ def keep_from_writing() -> None:
     batch_loader.Batch = PretendedBatches()
     batch_loader.set_fulltext_range = lambda: None  # it would write to ONI's cache
     remember_title_documents()
-    logging.disable(logging.CRITICAL)
+    listen_to_errors()
     socket.setdefaulttimeout(30)
     open_url = urllib.request.OpenerDirector.open
 
@@ -1350,6 +1353,26 @@ def keep_from_writing() -> None:
     connection.close()
     connection_created.connect(make_read_only)
     learn_columns()
+
+
+class LastWords(logging.Handler if INSIDE or TYPE_CHECKING else object):  # type: ignore[misc]
+    """Remembers what ONI's code has logged last as an error; it may say more than it raises."""
+
+    said = ""
+
+    def emit(self, record: Any) -> None:
+        LastWords.said = first_line(record.getMessage())
+
+
+def listen_to_errors() -> None:
+    """Have what is logged go nowhere, but that the last error is remembered."""
+    logging.disable(logging.WARNING)
+    for name in list(logging.root.manager.loggerDict):
+        logger = logging.getLogger(name)
+        logger.handlers = []
+        logger.propagate = True
+        logger.disabled = False
+    logging.root.handlers = [LastWords()]
 
 
 def make_read_only(connection: Any, **_: Any) -> None:
@@ -1514,6 +1537,10 @@ class TitleNeeded(Exception):
 class NoTitle(Exception):
     """ONI lacks a title and cannot have it; the text says why."""
 
+    def __init__(self, lccn: str, why: str) -> None:
+        super().__init__(why)
+        self.lccn = lccn
+
 
 class Titles(TitleLoader):  # type: ignore[misc]
     """Stands for Title and `management` in ONI's loader, and loads records as ONI does.
@@ -1556,7 +1583,7 @@ class Titles(TitleLoader):  # type: ignore[misc]
         if not connection.is_usable():
             raise DatabaseGone(url)
         if self._asked in self._missing:
-            raise NoTitle(self._missing[self._asked])
+            raise NoTitle(self._asked, self._missing[self._asked])
         self.needed.add(self._asked)
         raise TitleNeeded(self._asked)
 
@@ -1579,12 +1606,13 @@ class Titles(TitleLoader):  # type: ignore[misc]
             self.load_record_file(io.BytesIO(record))
         except Exception as error:
             return "that is no MARC XML: %s" % first_line(error)
-        if lccn in self._known:
-            return ""
-        for outcome in self.outcomes:
-            if outcome["problem"]:
-                return str(outcome["problem"])
-        return "it answers with another record"
+        # What is wrong with this very title comes first, then what is wrong with any other one.
+        problems = [outcome for outcome in self.outcomes if outcome["problem"]]
+        problems.sort(key=lambda outcome: bool(outcome["lccn"] != lccn))
+        if problems and (problems[0]["lccn"] == lccn or lccn not in self._known):
+            self._known.pop(lccn, None)
+            return str(problems[0]["problem"])
+        return "" if lccn in self._known else "it answers with another record"
 
     def load_record_file(self, file: Any) -> None:
         """Load all records of an open file as load_titles does; fill `outcomes`.
@@ -1622,11 +1650,12 @@ class Titles(TitleLoader):  # type: ignore[misc]
     def load_bib(self, record: Any) -> Any:
         """Load a record as ONI does, and remember what came of it."""
         self._outcome = "unchanged"
+        LastWords.said = ""
         try:
             title = super().load_bib(record)
         except Exception as error:
-            told = "ONI cannot store the title %s: %s: %s"
-            self._wrong = told % (lccn_of(record), type(error).__name__, first_line(error))
+            words = LastWords.said or "%s: %s" % (type(error).__name__, first_line(error))
+            self._wrong = "ONI cannot store the title %s: %s" % (lccn_of(record), words)
             raise
         if title is not None:
             self._outcome = "stored" if title.pk else "deleted again"
@@ -1825,10 +1854,11 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         }
 
     def enter_fault(self, path: str, what: str, error: Any = None, ends_load: bool = False,
-                    order: Optional[int] = None) -> None:  # fmt: skip
+                    order: Optional[int] = None, title: str = "") -> None:  # fmt: skip
         """Enter what ONI would do (`what`) with a file, and what it says (`error`) if anything.
 
-        `order` is the issue's number, from 1 on; 0 stands for the whole batch.
+        `order` is the issue's number, from 1 on; 0 stands for the whole batch. `title` is the LCCN
+        of a title that ONI lacks, of which one fault tells for all issues.
         """
         words = ""
         if error is not None:
@@ -1851,6 +1881,7 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
                 "fault": text,
                 "ends_load": ends_load,
                 "order": self._number if order is None else order,
+                "title": title,
             }
         )
 
@@ -1903,13 +1934,14 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
             self._postponed.append((number, url))
             return
         except NoTitle as error:
-            if str(error) not in self._told_titles:
-                self.enter_fault(path, "ONI would break off the load", error, ends_load=True)
-            self._told_titles.add(str(error))
+            if error.lccn not in self._told_titles:
+                self.enter_fault(path, "ONI would break off the load", error, ends_load=True,
+                                 title=error.lccn)  # fmt: skip
+            self._told_titles.add(error.lccn)
         except ValueError as error:
             self._enter_loss(path, error)
         except Exception as error:
-            self._ask_database(error)
+            self.ask_database(error)
             what = "ONI would break off the load"
             if self._is_outside and self._path != path:
                 told = "%s, which it names, lies outside the batch, and cannot be taken"
@@ -1942,7 +1974,7 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         else:
             self.enter_fault(path, "ONI would leave this issue out", error)
 
-    def _ask_database(self, error: Exception) -> None:
+    def ask_database(self, error: Exception) -> None:
         """Raise DatabaseGone if that is the reason of `error`."""
         if not connection.is_usable():
             raise DatabaseGone(error)
@@ -3018,8 +3050,11 @@ class Check:
         self.files = Files(**files_of(parts))
         self._places: Dict[str, List[str]] = {}  # the METS files that have a page, by its address
         faults = [fault for part in parts for fault in part["faults"]]
+        told_titles: Set[str] = set()  # that ONI lacks; each part of the check tells of its own
         for fault in sorted(faults, key=lambda fault: int(fault["order"])):
-            self.faults.append({"file": fault["file"], "fault": fault["fault"]})
+            if not fault["title"] or fault["title"] not in told_titles:
+                self.faults.append({"file": fault["file"], "fault": fault["fault"]})
+            told_titles.add(fault["title"])
         for part in parts:
             self.warnings += part["warnings"]
             for lccn, record in part["titles"].items():
