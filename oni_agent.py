@@ -1056,12 +1056,17 @@ def study_overview(tell: Tell, wanted: List[List[Any]]) -> Dict[str, Any]:
     """Return what is quickly told of every batch.
 
     `wanted` has for each batch in BATCH_SOURCE its name, its folder, and what `watched` told
-    of it, or "". Of each batch that is there, or that ONI holds, the answer has the counts of
-    answer_batch, as numbers alone, and whether the watched files are `unchanged`.
+    of it, or ""; for others that were in ONI once, "" stands for the folder. Of each batch that is
+    there, or that ONI holds, the answer has the counts of answer_batch, as numbers alone, and
+    whether the watched files are `unchanged`.
     """
     batches: Dict[str, Dict[str, Any]] = {}
+    elsewhere = {}  # what was watched of batches that are not in BATCH_SOURCE
     for name, folder, watched in wanted:
-        batches[name] = {"name": name, "unchanged": answer_unchanged(folder, watched)}
+        if folder:
+            batches[name] = {"name": name, "unchanged": answer_unchanged(folder, watched)}
+        else:
+            elsewhere[name] = watched
     issues = counts_by_batch(models.Issue.objects.order_by(), "batch_id")
     pages = counts_by_batch(models.Page.objects.order_by(), "issue__batch_id")
     indexed = counts_by_batch(models.Page.objects.order_by().filter(indexed=True),
@@ -1071,8 +1076,11 @@ def study_overview(tell: Tell, wanted: List[List[Any]]) -> Dict[str, Any]:
     for name, key, message in events.values_list("batch_name", "pk", "message"):
         newest[name] = [[key, message or ""]]
     for row in models.Batch.objects.all():
-        held = batches.setdefault(row.name, {"name": row.name, "unchanged": False})
-        held.update(
+        if row.name not in batches:
+            folder = os.path.join(str(settings.BATCH_STORAGE), row.name)
+            unchanged = answer_unchanged(folder, elsewhere.get(row.name, ""))
+            batches[row.name] = {"name": row.name, "unchanged": unchanged}
+        batches[row.name].update(
             row=True,
             loaded=row.created.isoformat(),
             issues=issues.get(row.name, 0),
@@ -3370,19 +3378,21 @@ class ListedBatches:
     def __init__(self, site: "Site") -> None:
         self._site = site
         names = set(site.on_disk())
-        files = site.memory.recall_all("files *")
         wanted = []
-        for name in sorted(names):
-            watched = files.get(f"files {name}", {}).get("watched", "")
-            wanted.append([name, str(site.source / name), watched])
+        self._watched: Dict[str, str] = {}  # by a batch's name, what was known before this look
+        for what, facts in site.memory.recall_all("files *").items():
+            self._watched[what[len("files ") :]] = facts["watched"]
+        for name in sorted(names.union(self._watched)):
+            folder = str(site.source / name) if name in names else ""
+            wanted.append([name, folder, self._watched.get(name, "")])
         seen = site.oni.ask("study_overview", wanted, within=LIST_PATIENCE)
         self._storage = seen["storage"]
         self._index_version = seen.get("index_version", "")
-        self._watched = {name: watched for name, _, watched in wanted}
+        self._unchanged: Set[str] = set()  # the batches whose files are as they were
         self.states: Dict[str, BatchState] = {}
         for name, held in seen["batches"].items():
-            if not held.pop("unchanged"):
-                self._watched.pop(name, None)
+            if held.pop("unchanged"):
+                self._unchanged.add(name)
             state = BatchState(**held, on_disk=name in names)
             state.index_problem = seen.get("index_problem", "")
             self.states[name] = state
@@ -3410,8 +3420,7 @@ class ListedBatches:
         What was counted after this look is newer than it, and holds as well.
         """
         is_newer = facts.get("watched") != self._watched.get(state.name)
-        is_unchanged = state.name in self._watched or is_newer
-        if not facts or not is_unchanged:
+        if not facts or not (is_newer or state.name in self._unchanged):
             return
         state.files_problem = facts["problem"]
         if not facts["problem"]:
