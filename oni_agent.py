@@ -182,6 +182,7 @@ TERM_SECONDS = 10  # between SIGTERM and SIGKILL for a cancelled manage.py
 HOOK_SECONDS = 60  # for ON_FINISH
 SHELL_SECONDS = 600  # without a question, after which the manage.py that answers them ends
 MAX_QUESTIONS = 8  # of clients, asked of Open ONI at once
+ZYGOTE_SECONDS = 3600  # after which the manage.py that answers is started anew
 KEPT_WORKERS = 2  # processes that wait for the next question, once they have answered one
 MAX_REPLY = 64 * 1024 * 1024  # bytes of what one of them answers
 PROGRESS_SECONDS = 5  # between two questions about how far a load is
@@ -2227,6 +2228,7 @@ class OpenONI:
         self._starting = threading.Lock()
         self._slots = threading.BoundedSemaphore(MAX_QUESTIONS)
         self._idle: List[Worker] = []  # list's append and pop need no lock
+        self._is_doubtful = False  # whether ONI's code has failed at a question since it started
 
     def start(self, *words: Any, **options: Any) -> "subprocess.Popen[bytes]":
         """Start manage.py with `words`, in a session of its own, so that it outlives the agent.
@@ -2341,7 +2343,10 @@ class OpenONI:
     ) -> Any:
         reply = worker.reply(question, words, until)
         is_kept = question.startswith("answer_") and len(self._idle) < KEPT_WORKERS
-        if is_kept and "transient" not in reply:
+        if "transient" in reply:
+            self._is_doubtful = True
+            is_kept = False
+        if is_kept:
             self._idle.append(worker)
         else:
             worker.end()
@@ -2361,9 +2366,15 @@ class OpenONI:
         if not self._starting.acquire(timeout=max(0, until - time.monotonic())):
             raise Passing("Open ONI did not start in time")
         try:
-            if self._zygote is None or self._zygote.has_ended():
-                self._zygote = Zygote(self, until)
-            return self._zygote
+            zygote = self._zygote
+            # What it has imported may have changed since, settings above all.
+            if zygote and zygote.age() > (10 if self._is_doubtful else ZYGOTE_SECONDS):
+                zygote.retire()
+                zygote = None
+            if zygote is None or zygote.has_ended():
+                zygote = self._zygote = Zygote(self, until)
+                self._is_doubtful = False
+            return zygote
         finally:
             self._starting.release()
 
@@ -2384,6 +2395,7 @@ class Zygote:
     """A manage.py shell that forks workers. Raises Problem where it does not start in time."""
 
     def __init__(self, oni: OpenONI, until: float) -> None:
+        self._begun = time.monotonic()
         # Messages have bounds here, so that no two threads' can get mixed up.
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._stderr = open(os.memfd_create("stderr"), "a+b", buffering=0)
@@ -2426,6 +2438,14 @@ class Zygote:
         printed = os.pread(self._stderr.fileno(), 4096, max(0, size - 4096))
         last = printed.decode("utf-8", "replace").strip("\0 \n").rpartition("\n")[2]
         return last[:300] or "manage.py shell ended"
+
+    def age(self) -> float:
+        """Return the seconds since it was started."""
+        return time.monotonic() - self._begun
+
+    def retire(self) -> None:
+        """Have no more workers forked; those at work end by themselves, and then so does this."""
+        self._control.close()
 
     def has_ended(self) -> bool:
         """Return whether there is no such process any more."""
@@ -2815,7 +2835,7 @@ class Memory:
             str(path), timeout=1, check_same_thread=False, isolation_level=None
         )
         with contextlib.suppress(sqlite3.Error):
-            self._database.execute("PRAGMA synchronous = OFF")
+            self._database.execute("PRAGMA synchronous = NORMAL")
             self._database.execute(
                 "CREATE TABLE IF NOT EXISTS remembered (what TEXT PRIMARY KEY, facts TEXT NOT NULL)"
             )
@@ -3019,7 +3039,7 @@ class SharedCheck:
     """A check that several clients wait for, and that ends when none of them is left."""
 
     def __init__(self) -> None:
-        self.clients = 0
+        self.clients = 0  # the first one begins it
         self.done = threading.Event()
         self.found: Optional[Check] = None
         self.problem = ""
@@ -3055,31 +3075,34 @@ class Site:
         """
         return list(self.oni.ask("study_records", str(path), within=within))
 
-    def batch(self, name: str, within: float = ANSWER_SECONDS) -> BatchState:
+    def batch(self, name: str) -> BatchState:
         """Return what there is of a batch now, for a client. Raises Problem."""
-        until = time.monotonic() + within
-        held = self.oni.ask("answer_batch", name, SOLR_SECONDS, within=within)
-        return self.state(name, held, until, self.oni.ask)
+        until = time.monotonic() + ANSWER_SECONDS
+        state = self.state(name, self.oni.ask("answer_batch", name, SOLR_SECONDS))
+        self.add_files(state, until)
+        return state
 
-    def patient_batch(self, name: str) -> BatchState:
+    def patient_batch(self, name: str, go_on: Callable[[], None]) -> BatchState:
         """Return the same for a job, which asks database and Solr anew until PATIENT_SECONDS are
-        over. What is still not known then is None. Raises Problem.
+        over, and has its files counted for CHECK_SECONDS. What is not known then is None.
+
+        What `go_on`, which is called each second, raises ends that. Raises Problem.
         """
         until = time.monotonic() + PATIENT_SECONDS
         while True:
             left = max(1.0, until - time.monotonic())
-            held = self.oni.insist("answer_batch", name, left, within=left)
-            state = self.state(name, held, until, self.oni.insist)
+            state = self.state(name, self.oni.insist("answer_batch", name, left, within=left))
+            go_on()
             if not state.index_problem or time.monotonic() + 1 > until:
-                return state
+                break
             time.sleep(1)
+        self.add_files(state, time.monotonic() + CHECK_SECONDS, go_on)
+        return state
 
-    def state(
-        self, name: str, held: Mapping[str, Any], until: float, ask: Callable[..., Any]
-    ) -> BatchState:
-        """Return a batch's state from what answer_batch has said, and what its files name.
+    def state(self, name: str, held: Mapping[str, Any]) -> BatchState:
+        """Return a batch's state from what answer_batch has said, without a word of its files.
 
-        `ask` is a method of OpenONI. Raises Problem if the row is another batch's.
+        Raises Problem if the row is another batch's.
         """
         if held["name"] != name:
             raise Problem(
@@ -3089,16 +3112,20 @@ class Site:
         state = BatchState(**held)
         if state.pages_in_solr is not None:
             state.index_is_right = not (state.lost or state.replaced or state.stray)
-        try:
-            self._add_files(state, until, ask)
-        except Problem as problem:
-            state.files_problem = str(problem)
         return state
 
-    def _add_files(self, state: BatchState, until: float, ask: Callable[..., Any]) -> None:
-        """Add what a batch's files name. Raises Problem if that is not known in time."""
+    def add_files(
+        self, state: BatchState, until: float, go_on: Callable[[], None] = do_nothing
+    ) -> None:
+        """Add what a batch's files name, if that is known before the monotonic time `until`."""
+        try:
+            self._add_files(state, until, go_on)
+        except Problem as problem:
+            state.files_problem = str(problem)
+
+    def _add_files(self, state: BatchState, until: float, go_on: Callable[[], None]) -> None:
         folder = self.source / state.name
-        left = max(0.5, until - time.monotonic())
+        left = min(PATIENT_SECONDS, max(0.5, until - time.monotonic()))
         state.on_disk = in_time(folder.is_dir, left)
         if not state.on_disk:  # but ONI has a link to where it has loaded it from
             folder = Path(state.storage) / state.name
@@ -3106,13 +3133,15 @@ class Site:
                 return
         facts = self.memory.recall(f"files {state.name}")
         watched = facts.get("watched", "")
-        if not ask("answer_unchanged", str(folder), watched, within=left):
-            facts = self._counted(state.name, str(folder), until)
+        if not self.oni.insist("answer_unchanged", str(folder), watched, within=left):
+            facts = self._counted(state.name, str(folder), until, go_on)
         if facts["problem"]:
             raise Problem(facts["problem"])
         state.files = Files(**facts)
 
-    def _counted(self, name: str, folder: str, until: float) -> Dict[str, Any]:
+    def _counted(
+        self, name: str, folder: str, until: float, go_on: Callable[[], None]
+    ) -> Dict[str, Any]:
         """Return what a batch's files name, counted now, once for all who ask for it meanwhile.
 
         Raises Problem at the monotonic time `until`; the counting goes on, to be remembered.
@@ -3121,10 +3150,11 @@ class Site:
             future = self._counts.get(name)
             if future is None or future.done():
                 future = self._counts[name] = COUNTS.submit(self._count, name, folder)
-        try:
-            return future.result(max(0.1, until - time.monotonic()))
-        except futures.TimeoutError:
-            raise Passing("its files are still being counted; ask again") from None
+        while not futures.wait([future], min(1, max(0.1, until - time.monotonic()))).done:
+            go_on()
+            if time.monotonic() >= until:
+                raise Problem("its files are still being counted; ask again")
+        return future.result()
 
     def _count(self, name: str, folder: str) -> Dict[str, Any]:
         parts = cores()
@@ -3198,14 +3228,13 @@ class Site:
         Raises Problem, and what `go_on` raises when the client has gone.
         """
         with self._checking:
-            shared = self._checks.get(name)
-            if shared is None:
-                shared = self._checks[name] = SharedCheck()
+            shared = self._checks.setdefault(name, SharedCheck())
+            shared.clients += 1
+            if shared.clients == 1:
                 thread = threading.Thread(
                     target=self._run_check, args=(name, shared), name="check", daemon=True
                 )
                 thread.start()
-            shared.clients += 1
         try:
             while not shared.done.wait(0.2):
                 go_on()
@@ -4853,18 +4882,15 @@ class BatchKind(Kind):
         """Return whether `held` is known to be what the job is to reach."""
         raise NotImplementedError
 
-    def known_state(self) -> BatchState:
+    def known_state(self, work: Runner) -> BatchState:
         """Return the batch's state. Raises Problem if Solr is down: ONI would do half the work."""
-        held = self.site.patient_batch(self.name)
+        held = self.site.patient_batch(self.name, work.go_on)
         if held.index_problem:
             raise Problem(str(held))
         return held
 
-    def reached(self) -> bool:
-        return self.is_goal(self.site.batch(self.name))
-
     def verify(self, work: Runner) -> None:
-        held = self.site.patient_batch(self.name)
+        held = self.site.patient_batch(self.name, work.go_on)
         if not self.is_goal(held):
             said = f"; manage.py said: {work.complaint()}" if work.commands else ""
             raise Problem(f"{held}{said}")
@@ -4875,7 +4901,7 @@ class BatchKind(Kind):
         if not work.commands and not work.undoing:
             return ""  # nothing has changed, and the error says what was in the way
         try:
-            return str(self.site.patient_batch(self.name))
+            return str(self.site.patient_batch(self.name, work.go_on))
         except (Problem, OSError) as problem:
             return f"what ONI holds of the batch now is not known: {problem}"
 
@@ -4898,14 +4924,16 @@ class LoadBatch(BatchKind):
             raise Problem(f"{problem}{self.site.similar(self.name)}") from problem
 
     def reached(self) -> bool:
-        until = time.monotonic() + ANSWER_SECONDS
-        return self.is_goal(self.site.state(self.name, self._held, until, self.site.oni.ask))
+        held = self.site.state(self.name, self._held)
+        if held.row:
+            self.site.add_files(held, time.monotonic() + ANSWER_SECONDS)
+        return self.is_goal(held)
 
     def is_goal(self, held: BatchState) -> bool:
         return held.state == "complete"
 
     def bring(self, work: Runner) -> None:
-        held = self.known_state()
+        held = self.known_state(work)
         if held.row and held.rows_are_right is None:
             raise Problem(str(held))  # it may be complete
         if not held.row or not held.rows_are_right:
@@ -4913,7 +4941,7 @@ class LoadBatch(BatchKind):
             self._check_files(work)
             self._make_room(work, held)
             work.manage("load_batch", str(self.folder))
-            held = self.site.patient_batch(self.name)
+            held = self.site.patient_batch(self.name, work.go_on)
         if held.rows_are_right and (held.lost or held.stray):
             work.note(f"{held}; mending the index")
             work.task("task_mend_index", self.name)
@@ -4983,8 +5011,12 @@ class PurgeBatch(BatchKind):
     def is_goal(self, held: BatchState) -> bool:
         return not held.row and held.pages_in_solr == 0  # None, if Solr cannot be asked
 
+    def reached(self) -> bool:
+        held = self.site.oni.ask("answer_batch", self.name, SOLR_SECONDS)
+        return self.is_goal(self.site.state(self.name, held))
+
     def bring(self, work: Runner) -> None:
-        held = self.known_state()
+        held = self.known_state(work)
         failure = None
         if held.row:
             work.note(f"{held}; purging that")
@@ -4992,7 +5024,7 @@ class PurgeBatch(BatchKind):
                 work.manage("purge_batch", self.name)
             except Problem as problem:
                 failure = problem
-            held = self.site.patient_batch(self.name)
+            held = self.site.patient_batch(self.name, work.go_on)
         if held.pages_in_solr and not held.row:
             work.note(f"{held}; deleting those")
             work.task("task_forget_documents", self.name)
