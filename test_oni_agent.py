@@ -6807,7 +6807,7 @@ def test_the_readme_installs_all_that_demo_and_tests_need():
     (line,) = re.findall(r"^    (python3 -m venv .*test_oni_agent\.py)$", README.read_text(), re.M)
     assert set(line.split("-q ")[1].split(" && ")[0].split()) == needed
     demo = re.search("pip install (.*)", readme_section("Demo"))[1]
-    assert {"paramiko", *DEMO_NEEDS} <= set(demo.split()) < needed
+    assert {"paramiko", *DEMO_NEEDS.values()} == set(demo.split())
 
 
 def test_a_shell_can_read_what_the_readme_has_one_type():
@@ -12217,7 +12217,13 @@ def readme_exchanges() -> list[tuple[str, str]]:
     return re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", "".join(blocks), re.MULTILINE)
 
 
-DEMO_NEEDS = ("django", "lxml", "pymarc", "pysolr")
+DEMO_NEEDS = {  # modules, and what pip calls them
+    "django": "django",
+    "lxml": "lxml",
+    "PIL": "pillow",
+    "pymarc": "pymarc",
+    "pysolr": "pysolr",
+}
 DEMO_PORT = 2299  # not an installed agent's, whose host key ssh remembers
 DEMO_SSH = """\
 Host oni
@@ -12266,7 +12272,7 @@ DEMO_ONCE = (  # each with what it answers if all is well
 
 def demo(once: bool) -> int:
     """An agent on a stand-in site: until Ctrl-C, or for one whole exchange; the exit status."""
-    missing = [name for name in DEMO_NEEDS if not importlib.util.find_spec(name)]
+    missing = [each for name, each in DEMO_NEEDS.items() if not importlib.util.find_spec(name)]
     if missing:
         words = " ".join(missing)
         print(f"The stand-in Open ONI needs {words}: {sys.executable} -m pip install {words}")
