@@ -858,8 +858,10 @@ def compare_index(name: str, wanted: Set[str], seconds: float) -> Dict[str, Any]
 def documents_of(solr: Any, name: str) -> Set[str]:
     """Return the ids of the documents that Solr has under the name of a batch."""
     query = 'batch:"%s"' % name
-    count = solr.search(query, rows=0).hits
-    return {document["id"] for document in solr.search(query, fl="id", rows=count)}
+    found = solr.search(query, fl="id", rows=1000)
+    if found.hits > 1000:
+        found = solr.search(query, fl="id", rows=found.hits)
+    return {document["id"] for document in found}
 
 
 def answer_load(name: str, folder: str, solr_seconds: float) -> Dict[str, Any]:
