@@ -94,9 +94,32 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from hashlib import blake2b
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, Callable, Deque, Dict, Final, Generator
-from typing import Iterable, Iterator, List, Literal, Mapping, NamedTuple, NoReturn, Optional
-from typing import Sequence, Set, TextIO, Tuple, Type, TypeVar, Union
+from typing import (
+    IO,
+    TYPE_CHECKING,
+    Any,
+    BinaryIO,
+    Callable,
+    Deque,
+    Dict,
+    Final,
+    Generator,
+    Iterable,
+    Iterator,
+    List,
+    Literal,
+    Mapping,
+    NamedTuple,
+    NoReturn,
+    Optional,
+    Sequence,
+    Set,
+    TextIO,
+    Tuple,
+    Type,
+    TypeVar,
+    Union,
+)
 
 
 def stderr_is_journal() -> bool:
@@ -582,8 +605,19 @@ if INSIDE or TYPE_CHECKING:
     from datetime import date
     from hashlib import blake2b
     from types import SimpleNamespace
-    from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional
-    from typing import Sequence, Set, Tuple
+    from typing import (
+        Any,
+        Callable,
+        Dict,
+        Iterable,
+        Iterator,
+        List,
+        Mapping,
+        Optional,
+        Sequence,
+        Set,
+        Tuple,
+    )
     from urllib.request import HTTPRedirectHandler
     from xml.parsers import expat
 
