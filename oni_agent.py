@@ -180,7 +180,7 @@ MAX_SAID = 4096  # bytes that are taken from a client before it has a connection
 MAX_PACKET = 35000  # bytes of one SSH packet (RFC 4253, 6.1)
 SMALL_WINDOW = 2048  # bytes that a client may send before a command reads them
 READ_WINDOW = 128 * 1024  # bytes that it may be ahead of a command that does
-MAX_COMPLAINTS = 1000  # addresses of which it is remembered that the log has told of them
+MAX_WARNINGS = 1000  # addresses of which it is remembered that the log has a line about them
 MAX_COMMAND = 16 * 1024  # bytes of a command line
 MAX_PAYLOAD = 32 * 1024 * 1024  # bytes on standard input
 MAX_INSTRUCTIONS = 1024 * 1024  # bytes on standard input of a batch-patch
@@ -188,11 +188,12 @@ MAX_ATTEMPTS = 3  # starts of a job that never ended
 IDLE_SECONDS = 30  # without a command at work; NCA never closes a connection itself
 STALL_SECONDS = 60  # without a byte to or from a client that is to send or to read
 STALLED_SECONDS = 1  # the same, after which it makes room for others of its address
+TURN_SECONDS = 0.01  # between two looks whether one that waits to shake hands may
 SLOW_SECONDS = 0.3  # after which a handshake keeps no other one waiting
-COMPLAINT_SECONDS = 60  # between two lines in the log about clients of one address
+WARNING_SECONDS = 60  # between two lines in the log about clients of one address
 WATCH_SECONDS = 0.2  # between two looks at the sessions that wait
-GIVE_BACK_SECONDS = 5  # between two times that memory is given back to the system
-MANY_LEFT = 50  # connections that have ended, after which that is worth it
+TRIM_SECONDS = 5  # between two times that memory is given back to the system
+TRIM_AFTER = 50  # connections that have ended, so that it is worth it
 STOP_SECONDS = 1.5  # for answers under way when the agent is told to stop
 ANSWER_SECONDS = 10  # for Open ONI, or the batches' file system, to answer a command
 PATIENT_SECONDS = 60  # the same, when a job at work asks
@@ -3258,7 +3259,7 @@ class Site:
             self.keep_files({name: found.files})
         return found
 
-    def client_check(self, name: str, go_on: Callable[[], None]) -> Check:
+    def client_check(self, name: str, go_on: Callable[[], object]) -> Check:
         """Return the same for a client, who shares it with others that ask for it meanwhile.
 
         Raises Problem, and what `go_on` raises when the client has gone.
@@ -3570,6 +3571,13 @@ class Job:
     def ended(self) -> Optional[int]:
         """Return when the job ended; None if it has not."""
         return self.end.when if self.end else None
+
+
+def message_for_person(job: Job) -> str:
+    """Return what a person is told of a job's status. NCA is told STATUS_MESSAGES."""
+    if job.status == FAILED and job.started is None:
+        return "Failed: this job never started."
+    return STATUS_MESSAGES[job.status]
 
 
 class JobStore:
@@ -4015,7 +4023,13 @@ ALL_KINDS = (STDOUT, STDERR, NOTE)
 def timestamp(nanoseconds: int) -> str:
     """Return a moment in UTC, always with nine digits: NCA sorts lines as strings."""
     second, nanosecond = divmod(nanoseconds, 10**9)
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(second))}.{nanosecond:09d}Z"
+    return f"{second_in_utc(second)}.{nanosecond:09d}Z"
+
+
+@functools.lru_cache(maxsize=1000)  # most of the moments that are shown together share a second
+def second_in_utc(second: int) -> str:
+    """Return a second since 1970 as text, in UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
 
 
 class Child(NamedTuple):
@@ -5616,8 +5630,7 @@ class JobQueue:
 # ---------------------------------------------------------------- commands
 
 # To add a command, write a function cmd_… below and enter it with @command. It takes a Request and
-# the words after the command's name; how many there may be follows from its parameters. It returns
-# an Answer or raises Refused. A Problem or an OSError that it lets through becomes a refusal, too.
+# the words after the command's name, and returns an Answer, or raises Refused, Problem or OSError.
 # A program gets the answer's keys as JSON; a person gets `key: value` for each, unless SHOWN, under
 # "presentation", has a function for that key.
 
@@ -5631,10 +5644,7 @@ class Refused(Exception):
 
 
 class ClientGone(BaseException):
-    """The client has gone away: there is nobody to answer, and nothing more to do for it.
-
-    It is no Exception, so that no command takes it for a fault of its own.
-    """
+    """The client has gone away. It is no Exception, so that no command takes it for a fault."""
 
 
 @dataclass
@@ -5647,14 +5657,16 @@ class Agent:
     queue: JobQueue
 
 
+IsDue = Callable[[], bool]  # asked a few times a second, so it must be quick and raise nothing
+
+
 @dataclass
 class Rest:
-    """What is to come of an answer that is not whole yet, and when: nobody waits on a thread."""
+    """What is to come of an answer that is not whole yet. Waiting for it takes no thread."""
 
-    # Whether there is more; asked a few times a second, so it must be quick and raise nothing.
-    is_due: Callable[[], bool]
+    is_due: IsDue
     get: Callable[[], "Answer"]
-    job: Optional[Job] = None  # a person is shown meanwhile how far it is
+    job: Optional[Job] = None  # whose end it waits for; a person is shown how far that is
 
 
 @dataclass
@@ -5662,10 +5674,8 @@ class Answer:
     """What a command answers: an object, the lines of a log, or both."""
 
     keys: Dict[str, Any] = field(default_factory=dict)  # none: only the lines are sent
-    # Lists of lines, as they come. A person is shown them after the object.
-    lines: Iterable[List[str]] = ()
-    # 0 even for an error, since NCA needs that; job-wait, job-follow and batch-check may set 1.
-    exit_status: int = 0
+    lines: Iterable[List[str]] = ()  # some at a time; a person is shown them after the object
+    exit_status: int = 0  # NCA needs 0 even for an error
     rest: Optional[Rest] = None  # until the answer is whole
 
 
@@ -5689,6 +5699,12 @@ class Request:
         if not job:
             raise Refused("Job not found", job={"id": id})
         return job
+
+    def job_answer(self, job: Job, exit_status: int = 0) -> Answer:
+        """Return the answer that says what has become of a job."""
+        message = message_for_person(job) if self.client.width else STATUS_MESSAGES[job.status]
+        shown = job_with_progress(self.agent, job)
+        return Answer({"message": message, "job": shown}, exit_status=exit_status)
 
     def submit(self, words: List[str], given: Optional[Path] = None) -> Answer:
         """Queue a job of `words`; `given` is the file of what came on standard input.
@@ -5771,16 +5787,11 @@ def find_command(name: str) -> Command:
 
 def answer(line: bytes, client: "Session") -> Answer:
     """Return the answer to a command line, whatever goes wrong. Raises ClientGone alone."""
-    return whatever_goes_wrong(lambda: perform(Request(client.agent, client, split_words(line))))
+    return answer_of(functools.partial(perform, line, client))
 
 
-def answer_rest(rest: Rest) -> Answer:
-    """Return what has come of an answer, whatever goes wrong. Raises ClientGone alone."""
-    return whatever_goes_wrong(rest.get)
-
-
-def whatever_goes_wrong(get: Callable[[], Answer]) -> Answer:
-    """Return the answer that `get` returns, or one that says what went wrong."""
+def answer_of(get: Callable[[], Answer]) -> Answer:
+    """Return what `get` returns, or an answer that says what went wrong. Raises ClientGone."""
     try:
         reply = get()
         if reply.keys:
@@ -5794,8 +5805,9 @@ def whatever_goes_wrong(get: Callable[[], Answer]) -> Answer:
         return Answer(Refused("A fault of the agent; its log says more", error=error).keys)
 
 
-def perform(request: Request) -> Answer:
-    """Return what the function of a request's command answers. Raises Refused, ClientGone."""
+def perform(line: bytes, client: "Session") -> Answer:
+    """Return what the function of a command answers. Raises Refused, ClientGone."""
+    request = Request(client.agent, client, split_words(line))
     if not request.words:
         raise Refused("no command specified")
     name, *arguments = request.words
@@ -5873,8 +5885,13 @@ def job_object(job: Job) -> Dict[str, Any]:
     return shown
 
 
-def job_with_place(agent: Agent, job: Job) -> Dict[str, Any]:
-    """Return a job as answers show it, with its place in the queue, or how far it is."""
+def job_objects(jobs: Iterable[Job]) -> List[Dict[str, Any]]:
+    """Return jobs as answers show them."""
+    return [job_object(job) for job in jobs]
+
+
+def job_with_progress(agent: Agent, job: Job) -> Dict[str, Any]:
+    """Return a job as answers show it, with its place in the queue, or how far its load is."""
     shown = job_object(job)
     if job.status == PENDING:
         shown["place"] = agent.queue.place(job)
@@ -5886,37 +5903,19 @@ def job_with_place(agent: Agent, job: Job) -> Dict[str, Any]:
     return shown
 
 
-NEVER_STARTED = "Failed: this job never started."  # which NCA does not know
-
-
-def job_message(job: Job) -> str:
-    """Return what a job's status means, as a sentence that is true of this job."""
-    if job.status == FAILED and not job.started:
-        return NEVER_STARTED
-    return STATUS_MESSAGES[job.status]
-
-
-def job_answer(agent: Agent, job: Job) -> Dict[str, Any]:
-    """Return the keys of an answer that says what has become of a job."""
-    return {"message": STATUS_MESSAGES[job.status], "job": job_with_place(agent, job)}
-
-
-BATCH_KEYS = (  # of a BatchState, for all to see
-    "name",
-    "on_disk",
-    "state",
-    "issues",
-    "pages",
-    "issues_in_batch_xml",
-    "pages_in_mets",
-    "pages_in_solr",
-    "loaded",
-)
-
-
-def batch_object(held: BatchState) -> Dict[str, Any]:
+def batch_object(state: BatchState) -> Dict[str, Any]:
     """Return a batch as answers show it; None is what was not looked at, or could not be."""
-    return {key: getattr(held, key) for key in BATCH_KEYS}
+    return {
+        "name": state.name,
+        "on_disk": state.on_disk,
+        "state": state.state,
+        "issues": state.issues,
+        "pages": state.pages,
+        "issues_in_batch_xml": state.issues_in_batch_xml,
+        "pages_in_mets": state.pages_in_mets,
+        "pages_in_solr": state.pages_in_solr,
+        "loaded": state.loaded,
+    }
 
 
 @command(
@@ -5932,111 +5931,59 @@ def cmd_version(request: Request) -> Answer:
     return Answer({"version": VERSION})
 
 
-class Trouble(NamedTuple):
-    """Something that can go wrong, and whose own message does not say what to do."""
-
-    seen: str
-    meaning: str
-    remedy: str
-
-
-TROUBLES = (
-    Trouble(
-        'ONI holds 131 of the 400 issues …, and its last event is "starting load"',
-        "If no job is at work on it, a load was killed; ONI itself would leave it so for ever",
-        "load-batch again: the agent purges, then loads",
-    ),
-    Trouble(
-        "2 faults in the batch's files: …; ONI was left as it is",
-        "ONI would abort, or drop something without a word",
-        "Mend the files named there (batch-check lists all faults), then load-batch again",
-    ),
-    Trouble(
-        'Open ONI has no awardee "zzz"',
-        "The second part of the batch's name is no awardee of ONI's",
-        "ensure-awardee zzz \"'Its name'\", then load-batch again",
-    ),
-    Trouble(
-        "ONI does not have the title sn…, nor has http…",
-        "ONI cannot fetch the title's MARC record",
-        "load-title < MARC.xml, then load-batch again",
-    ),
-    Trouble(
-        "Solr lacks 12 of 400 pages",
-        "The index was emptied or restored, or lost a commit",
-        "load-batch again: only those pages are indexed",
-    ),
-    Trouble(
-        "Solr has documents under its name that are none of its pages",
-        "The index was restored from an older day",
-        "load-batch again: they are deleted",
-    ),
-    Trouble(
-        "Solr still has 400 of its pages, which lead nowhere",
-        "Solr was down during a purge",
-        "purge-batch again",
-    ),
-    Trouble(
-        "… pages are found under another batch",
-        "Two batches have the same pages; the one that was indexed last is found",
-        "Purge the batch that should not have them",
-    ),
-    Trouble(
-        "Failed to connect to server at …solr…, Solr cannot be asked",
-        "Solr is down",
-        "Start it, then job-retry",
-    ),
-    Trouble(
-        "Open ONI cannot answer: OperationalError: …",
-        "The database is down, or ONI's settings for it do not reach the agent",
-        "Sites that configure ONI by environment put ONI_DB_… into the agent's, too",
-    ),
-    Trouble(
-        "Open ONI did not answer within 10 s",
-        "Database or host are overloaded, or a lock is held",
-        "Ask again; jobs wait longer by themselves",
-    ),
-    Trouble(
-        "the file system of the batches did not answer",
-        "The mount of BATCH_SOURCE hangs",
-        "Look at the file server; all else goes on",
-    ),
-    Trouble(
-        "exit status 1: … Permission denied …; the batch is complete",
-        "ONI could not write its cache, since the agent does not run as the site's user",
-        "Run it as that user; the batch needs no new load",
-    ),
-    Trouble(
-        "what ONI holds of the batch now is not known",
-        "The database went away during the job",
-        "When it is back: batch-status, or just load-batch again",
-    ),
-    Trouble(
-        "given up: 3 times the agent was gone before its end",
-        "Host or agent went down in each attempt, or the job brings them down",
-        "Look at memory and the kernel's log, then job-retry",
-    ),
-    Trouble(
-        "jobs.db cannot be used …; trying again every second",
-        "The disk of the state folder is full",
-        "Free some; the agent goes on by itself",
-    ),
-    Trouble(
-        "ON_FINISH failed: exit status 1, where it calls sudo or mail",
-        "The unit lets it gain no privileges",
-        "The end of oni-agent.service shows how a .path unit does it",
-    ),
-    Trouble(
-        "killed by signal 9 (SIGKILL)",
-        "Often it was the kernel, for want of memory: journalctl -k -g oom",
-        "Give the host more memory, then load-batch again",
-    ),
-    Trouble(
-        "removing …, a leftover link to …",
-        "A killed load of another copy left a link that ONI would follow",
-        "Nothing is to be done",
-    ),
-)
+# Messages that do not themselves say what to do, each with what it means and what to do.
+TROUBLES = {
+    'ONI holds 131 of the 400 issues …, and its last event is "starting load"':
+        "If no job is at work on it, a load was killed, and ONI itself would leave it so for ever:"
+        " load-batch again. The agent purges, then loads.",
+    "2 faults in the batch's files: …; ONI was left as it is":
+        "ONI would break off, or drop something without a word. Mend the files that are named"
+        " (batch-check lists all faults), then load-batch again.",
+    'Open ONI has no awardee "zzz"':
+        "The second part of the batch's name is the code of no awardee of ONI's. Type"
+        " ensure-awardee zzz \"'Its name'\", then load-batch again.",
+    "ONI does not have the title sn…, nor has http…":
+        "ONI cannot fetch the title's MARC record: load-title < MARC.xml, then load-batch again.",
+    "Solr lacks 12 of 400 pages":
+        "The index was emptied or restored, or lost a commit: load-batch again. Only those pages"
+        " are indexed.",
+    "Solr has documents under its name that are none of its pages":
+        "The index was restored from an older day: load-batch again. They are deleted.",
+    "Solr still has 400 of its pages, which lead nowhere":
+        "Solr was down during a purge: purge-batch again.",
+    "… pages are found under another batch":
+        "Two batches have the same pages, and the one that was indexed last is found. Purge the"
+        " one that should not have them.",
+    "Failed to connect to server at …solr…, Solr cannot be asked":
+        "Solr is down: start it, then job-retry.",
+    "Open ONI cannot answer: OperationalError: …":
+        "The database is down, or ONI's settings for it do not reach the agent. Sites that"
+        " configure ONI by environment put ONI_DB_… into the agent's, too.",
+    "Open ONI did not answer within 10 s":
+        "The database or the host is overloaded, or a lock is held: ask again. Jobs wait longer by"
+        " themselves.",
+    "the file system of the batches did not answer":
+        "The mount of BATCH_SOURCE hangs: look at the file server. All else goes on.",
+    "exit status 1: … Permission denied …; the batch is complete":
+        "ONI could not write its cache, since the agent does not run as the site's user: run it as"
+        " that user. The batch needs no new load.",
+    "what ONI holds of the batch now is not known":
+        "The database went away during the job. When it is back, type batch-status, or just"
+        " load-batch again.",
+    "given up: 3 times the agent was gone before its end":
+        "The host or the agent went down in each attempt; maybe the job brings them down. Look at"
+        " memory and the kernel's log, then job-retry.",
+    "jobs.db cannot be used …; trying again every second":
+        "The disk of the state folder is full: free some. The agent goes on by itself.",
+    "ON_FINISH failed: exit status 1, where it calls sudo or mail":
+        "The unit lets it gain no privileges. The end of oni-agent.service shows how a .path unit"
+        " does it.",
+    "killed by signal 9 (SIGKILL)":
+        "Often the kernel did that, for want of memory: see journalctl -k -g oom, give the host"
+        " more memory, then load-batch again.",
+    "removing …, a leftover link to …":
+        "A killed load of another copy left a link that ONI would follow. Nothing is to be done.",
+}
 
 
 @command(
@@ -6051,17 +5998,16 @@ TROUBLES = (
 )
 def cmd_help(request: Request, name: str = "") -> Answer:
     if name == "problems":
-        return Answer({"troubles": [trouble._asdict() for trouble in TROUBLES]})
+        troubles = [{"seen": seen, "advice": advice} for seen, advice in TROUBLES.items()]
+        return Answer({"troubles": troubles})
     if name:
         found = find_command(name)
         return Answer({"commands": [command_object(found)]}, [found.example.splitlines()])
-    return Answer(
-        {
-            "commands": [command_object(each) for each in COMMANDS.values()],
-            "hint": "`help COMMAND` shows a command at work, `help problems` says what can go"
-            " wrong. `ssh oni` stands for `ssh -t -p 2222 nobody@HOST`.",
-        }
+    hint = (
+        "`help COMMAND` shows a command at work, `help problems` says what can go wrong."
+        " `ssh oni` stands for `ssh -t -p 2222 nobody@HOST`."
     )
+    return Answer({"commands": [command_object(each) for each in COMMANDS.values()], "hint": hint})
 
 
 def command_object(command: Command) -> Dict[str, str]:
@@ -6177,8 +6123,8 @@ NEWEST_JOBS = 50  # that a person is shown who says no number
     Jobs: 1
        6  failed 1 s         load-batch batch_oru_hole_ver01  0 s ago, 15:30 UTC
            1 fault in the batch's files:
-           data/sn99990001/print/1920010201/1920010201.xml: the edition is '': ONI
-           would leave this issue out; ONI was left as it is
+           data/sn99990001/print/1920010201/1920010201.xml: ONI would leave this
+           issue out: invalid literal for int() with base 10: ''; ONI was left as it is
     $ ssh oni list-jobs batch_oru_small_ver01 successful 2
     Jobs: 2
        4  successful 2 s     load-batch batch_oru_small_ver01  0 s ago, 15:30 UTC
@@ -6202,13 +6148,14 @@ def cmd_list_jobs(request: Request, *words: str) -> Answer:
             known = ", ".join(STATUS_MESSAGES)
             error = f"write the name of a batch, a status ({known}), or a number of jobs"
             raise Refused(f'"{word}" is not a job status', error=error)
-    newest = None if limit is None else limit + 1  # one more tells whether there are more
-    jobs = request.agent.queue.jobs(tuple(statuses), batch, newest)
-    if limit is None or len(jobs) <= limit:
-        return Answer({"jobs": [job_object(job) for job in jobs]})
-    shown = [job_object(job) for job in jobs[-limit:]]
-    hint = f"These are the newest {limit} jobs; a larger number shows more."
-    return Answer({"jobs": shown, "hint": hint})
+    queue = request.agent.queue
+    if limit is None:
+        return Answer({"jobs": job_objects(queue.jobs(statuses, batch))})
+    jobs = queue.jobs(statuses, batch, limit + 1)  # one more tells whether there are more
+    keys: Dict[str, Any] = {"jobs": job_objects(jobs[-limit:])}
+    if len(jobs) > limit:
+        keys["hint"] = f"These are the newest {limit} jobs; a larger number shows more."
+    return Answer(keys)
 
 
 NO_JOB_ID = "You must supply a job ID"
@@ -6224,12 +6171,12 @@ NO_JOB_ID = "You must supply a job ID"
     Failed: this job started but returned a non-zero exit code.
        6  failed 1 s         load-batch batch_oru_hole_ver01  0 s ago, 15:30 UTC
            1 fault in the batch's files:
-           data/sn99990001/print/1920010201/1920010201.xml: the edition is '': ONI
-           would leave this issue out; ONI was left as it is
+           data/sn99990001/print/1920010201/1920010201.xml: ONI would leave this
+           issue out: invalid literal for int() with base 10: ''; ONI was left as it is
     """,
 )
 def cmd_job_status(request: Request, id: str) -> Answer:
-    return Answer(job_answer(request.agent, request.job(id)))
+    return request.job_answer(request.job(id))
 
 
 @command(
@@ -6244,33 +6191,30 @@ def cmd_job_status(request: Request, id: str) -> Answer:
        4  successful 2 s     load-batch batch_oru_small_ver01  0 s ago, 15:30 UTC
        6  failed 1 s         load-batch batch_oru_hole_ver01  0 s ago, 15:30 UTC
            1 fault in the batch's files:
-           data/sn99990001/print/1920010201/1920010201.xml: the edition is '': ONI
-           would leave this issue out; ONI was left as it is
+           data/sn99990001/print/1920010201/1920010201.xml: ONI would leave this
+           issue out: invalid literal for int() with base 10: ''; ONI was left as it is
     """,
 )
 def cmd_job_wait(request: Request, id: str, *more_ids: str) -> Answer:
-    return ends_answer(request.agent, [request.job(each) for each in (id, *more_ids)])
+    return answer_at_end(request, [request.job(each) for each in (id, *more_ids)])
 
 
-def ends_answer(agent: Agent, jobs: List[Job]) -> Answer:
-    """Return the answer about the ends of jobs, which is to come until all of them have ended.
-
-    Its exit status is 1 if one was unsuccessful.
-    """
+def answer_at_end(request: Request, jobs: List[Job]) -> Answer:
+    """Return the answer to job-wait, which is to come until all these jobs have ended."""
     unfinished = [job for job in jobs if not job.finished]
     if unfinished:
         first = unfinished[0]
-        return Answer(rest=Rest(lambda: first.finished, lambda: ends_answer(agent, jobs), first))
+        get_rest = functools.partial(answer_at_end, request, jobs)
+        return Answer(rest=Rest(lambda: first.finished, get_rest, first))
     unsuccessful = sum(job.status != SUCCESSFUL for job in jobs)
     exit_status = int(unsuccessful > 0)
     if len(jobs) == 1:
-        return Answer(job_answer(agent, jobs[0]), exit_status=exit_status)
+        return request.job_answer(jobs[0], exit_status)
     if unsuccessful:
         message = f"Failed: {unsuccessful} of these {len(jobs)} jobs did not succeed."
     else:
         message = f"Success: these {len(jobs)} jobs are complete."
-    keys = {"message": message, "jobs": [job_object(job) for job in jobs]}
-    return Answer(keys, exit_status=exit_status)
+    return Answer({"message": message, "jobs": job_objects(jobs)}, exit_status=exit_status)
 
 
 @command(
@@ -6291,17 +6235,16 @@ def cmd_job_follow(request: Request, id: str, count: str = "") -> Answer:
     if count:
         reader.skip_to_last(number_of_lines(count))
 
-    def what_has_come() -> Answer:
+    def new_lines() -> Answer:
         is_over = job.finished  # asked first: what comes before the end is read, too
         seen = size_of(path)
         lines = reader.new_lines(is_over)
         if is_over:
             return Answer(lines=lines, exit_status=int(job.status != SUCCESSFUL))
-        return Answer(
-            lines=lines, rest=Rest(lambda: job.finished or size_of(path) != seen, what_has_come)
-        )
+        rest = Rest(lambda: job.finished or size_of(path) != seen, new_lines)
+        return Answer(lines=lines, rest=rest)
 
-    return what_has_come()
+    return new_lines()
 
 
 def size_of(path: Path) -> int:
@@ -6356,7 +6299,8 @@ def cmd_job_logs(request: Request, id: str, count: str = "") -> Answer:
 def cmd_job_cancel(request: Request, id: str) -> Answer:
     job = request.job(id)
     if not request.agent.queue.cancel(job):
-        raise Refused("The job has ended already", error=job_message(job), job=job_object(job))
+        error = message_for_person(job)
+        raise Refused("The job has ended already", error=error, job=job_object(job))
     message = "Job cancelled" if job.finished else "Job is being cancelled"
     return Answer({"message": message, "job": job_object(job)})
 
@@ -6378,9 +6322,8 @@ def cmd_job_retry(request: Request, id: str) -> Answer:
     job = request.job(id)
     kind = KINDS.get(job.words[0])
     if job.status not in (FAILED, COULD_NOT_START) or not kind:
-        raise Refused(
-            "Only a failed job can be retried", error=job_message(job), job=job_object(job)
-        )
+        error = message_for_person(job)
+        raise Refused("Only a failed job can be retried", error=error, job=job_object(job))
     if kind.takes_input:
         store = request.agent.store
         with store.new_input() as given:
@@ -6437,12 +6380,11 @@ def cmd_list_batches(request: Request) -> Answer:
 def cmd_batch_status(request: Request, word: str) -> Answer:
     name = batch_name(word)
     site = request.agent.site
-    site.folder(name)
+    site.folder(name)  # raises Problem for what is no batch's name
     state = site.batch(name)
     if not state.row and not state.pages_in_solr:
         site.must_be_there(name)
     message = str(state)
-    jobs = request.agent.queue.jobs(word=name, newest=10)
     at_work = request.agent.queue.at_work()
     if at_work and name in at_work.words:
         message = f"job {at_work.id} is at work on it; {message}"
@@ -6451,7 +6393,7 @@ def cmd_batch_status(request: Request, word: str) -> Answer:
             "message": message,
             "batch": batch_object(state),
             "events": state.events,
-            "jobs": [job_object(job) for job in jobs],
+            "jobs": job_objects(request.agent.queue.jobs(word=name, newest=10)),
         }
     )
 
@@ -6465,11 +6407,13 @@ def cmd_batch_status(request: Request, word: str) -> Answer:
     example="""
     $ ssh oni batch-check batch_oru_faults_ver01
     2 faults would keep Open ONI from loading all of this batch
+    pages: 4
     Faults: 2
-    fault: data/sn99990001/print/1930010201/1930010201.xml: page 2 has the sequence
-           '': ONI would leave it out
-    fault: data/sn99990001/print/1930010301/0002.xml: no such file or directory: ONI
-           could not index this page
+    fault: data/sn99990001/print/1930010201/1930010201.xml: page 2: ONI would leave
+           it out: could not determine sequence number for page from ''
+    fault: data/sn99990001/print/1930010301/1930010301.xml: ONI would break off the
+           load: <urlopen error [Errno 2] No such file or directory:
+           'data/sn99990001/print/1930010301/0002.xml'>
     Warnings: 0
     """,
 )
@@ -6477,27 +6421,16 @@ def cmd_batch_check(request: Request, word: str) -> Answer:
     name = batch_name(word)
     site = request.agent.site
     site.must_be_there(name)
-
-    def go_on() -> None:
-        request.client.hear()
-
-    found = site.client_check(name, go_on)
+    found = site.client_check(name, request.client.hear)  # which raises if the client has gone
     what = found.count if found.faults else "Nothing"
-    return Answer(
-        {
-            "message": f"{what} would keep Open ONI from loading all of this batch",
-            "batch": {"name": name},
-            "pages": found.pages,
-            "faults": [with_short_text(each, "fault") for each in found.faults],
-            "warnings": [with_short_text(each, "warning") for each in found.warnings],
-        },
-        exit_status=int(bool(found.faults)),
-    )
-
-
-def with_short_text(finding: Dict[str, str], key: str) -> Dict[str, str]:
-    """Return a finding of a check, its text under `key` shortened."""
-    return {**finding, key: shortened(finding[key])}
+    keys = {
+        "message": f"{what} would keep Open ONI from loading all of this batch",
+        "batch": {"name": name},
+        "pages": found.pages,
+        "faults": [{**each, "fault": shortened(each["fault"])} for each in found.faults],
+        "warnings": [{**each, "warning": shortened(each["warning"])} for each in found.warnings],
+    }
+    return Answer(keys, exit_status=int(bool(found.faults)))
 
 
 BEGAN = time.monotonic()
@@ -6520,9 +6453,9 @@ def cmd_board(request: Request) -> Answer:
             "version": VERSION,
             "uptime": int(time.monotonic() - BEGAN),
             "oni": {"location": str(agent.site.oni.location), **agent.site.health()},
-            "at_work": [job_with_place(agent, job) for job in jobs if job.status == STARTED],
-            "waiting": [job_object(job) for job in jobs if job.status == PENDING],
-            "ended": [job_object(job) for job in agent.queue.ended()],
+            "at_work": [job_with_progress(agent, job) for job in jobs if job.status == STARTED],
+            "waiting": job_objects(job for job in jobs if job.status == PENDING),
+            "ended": job_objects(agent.queue.ended()),
         }
     )
 
@@ -6550,16 +6483,23 @@ COLOURED = re.compile(rf"\b({'|'.join(COLOURS)})(?: \d+ \w+)?(?:  |[:\]])")
 INDENT = " " * 7  # of what belongs to the line above
 STAMP = re.compile(r"\[(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)\.\d{9}Z\] ")  # of a line of a log
 
-# DEL, C1, the line separators, and what changes the direction of text. JSON need not escape them,
-# but a terminal is often at the other end of a pipe.
-HAZARDS = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+# What moves a terminal's cursor, changes its colours, or turns the order of what is shown. Programs
+# are spared it, too: a terminal is often at the other end of a pipe.
+CONTROLS = re.compile(
+    "[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
+)
 
 
 def safe_json(text: str) -> str:
     """Return JSON with everything escaped that would do something to a terminal."""
     if text.isascii():  # nearly all is, and then this takes no time
         return text.replace("\x7f", "\\u007f")
-    return HAZARDS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def harmless(line: str) -> str:
+    """Return a line of a log with its control characters written out, but for the tabs."""
+    return CONTROLS.sub(lambda found: escaped(found[0]), line)
 
 
 def plain(text: str) -> str:
@@ -6573,21 +6513,7 @@ def plain(text: str) -> str:
 
 def escaped(character: str) -> str:
     """Return a character as Python's literals name it."""
-    code = ord(character)
-    if code < 0x100:
-        return f"\\x{code:02x}"
-    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
-
-
-# What moves a terminal's cursor, changes its colours, or turns the order of what is shown.
-CONTROLS = re.compile(
-    "[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
-)
-
-
-def harmless(line: str) -> str:
-    """Return a line of a log with its control characters written out, but for the tabs."""
-    return CONTROLS.sub(lambda found: escaped(found[0]), line)
+    return character.encode("unicode_escape").decode()
 
 
 def wrapped(text: str, width: int, indent: str = "") -> List[str]:
@@ -6688,7 +6614,7 @@ def retry_row(id: int) -> Row:
 
 
 def trouble_row(trouble: Dict[str, str]) -> Row:
-    return Row(trouble["seen"], f"{trouble['meaning']}. {trouble['remedy']}.")
+    return Row(trouble["seen"], trouble["advice"])
 
 
 def look_row(look: Dict[str, Any]) -> Row:
@@ -6795,18 +6721,9 @@ def answer_rows(keys: Dict[str, Any], most: Optional[int] = None) -> Iterator[Ro
             yield SHOWN[key](each) if key in SHOWN else Row(f"{key}: {each}")
 
 
-def as_told_a_person(keys: Dict[str, Any]) -> Dict[str, Any]:
-    """Return an answer's keys without a message that NCA needs and that would mislead a person."""
-    job = keys.get("job", {})
-    if keys.get("message") == STATUS_MESSAGES[FAILED] and "started" not in job:
-        return {**keys, "message": NEVER_STARTED}
-    return keys
-
-
 def answer_lines(keys: Dict[str, Any], width: int, most: Optional[int] = None) -> List[str]:
     """Return an answer's object as lines of at most `width` characters."""
-    rows = answer_rows(as_told_a_person(keys), most)
-    return [line for row in rows for line in laid_out(row, width)]
+    return [line for row in answer_rows(keys, most) for line in laid_out(row, width)]
 
 
 def terminal_text(lines: Iterable[str], colour: bool) -> str:
@@ -6862,9 +6779,9 @@ def board_lines(keys: Dict[str, Any], width: int, height: int, with_keys: bool) 
 
 # ---------------------------------------------------------------- SSH server
 
-# A client is a Visitor first, which costs no thread, until it has said its version line and there
-# is room to shake hands with it. Then it is a Connection, with a thread of paramiko's. Each command
-# on it is a Session: on a thread while it works, and in the Watcher's hands while it waits.
+# A client is a Visitor first, without a thread, until it has said its version line and there is
+# room to shake hands with it. Then it is a Connection, with a thread of paramiko's. Each command on
+# it is a Session: on a thread while it works, and in the Watcher's hands while it waits.
 
 # What is offered to clients, where paramiko has it. Every client of today has one of each.
 CURVES = ("curve25519-sha256", "curve25519-sha256@libssh.org", "mlkem768x25519-sha256")
@@ -6885,7 +6802,6 @@ SESSION_NUMBERS = itertools.count(1)
 
 IPAddress = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
 Holder = Union[IPAddress, ipaddress.IPv6Network]
-News = Callable[[], bool]  # whether there is something to go on with; quick, and raises nothing
 
 
 @dataclass(frozen=True)
@@ -6973,16 +6889,14 @@ def make_host_key(path: Path) -> paramiko.PKey:
         serialization.NoEncryption(),
     )
     try:
-        # Its mode is 0600. It gets its name when it is whole, and is gone if that fails.
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            try:
-                file.write(private)
-                file.flush()
-                sync(file.name)
-                move_without_replacing(file.name, path)
-            finally:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(file.name)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            file = Path(folder) / "key"
+            file.touch(mode=0o600)
+            file.write_bytes(private)
+            sync(file)
+            if not os.path.lexists(path):
+                file.rename(path)  # it gets its name when it is whole
+        sync(path.parent)
         key = load_host_key(path)
         if key is None:
             raise Problem(f"the HOST_KEY_FILE {path} has vanished as it was made")
@@ -6992,45 +6906,57 @@ def make_host_key(path: Path) -> paramiko.PKey:
         raise Problem(f"the HOST_KEY_FILE {path} cannot be made: {error.strerror}") from error
 
 
-def move_without_replacing(source: str, path: Path) -> None:
-    """Rename a file to `path` unless something is there. Raises OSError.
+# -- JSON
 
-    A hard link would do that by itself, but not every file system has them. So agents that share
-    the folder take turns, by a lock on it.
-    """
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        if not os.path.lexists(path):
-            os.rename(source, path)
-            os.fsync(folder)
-    finally:
-        os.close(folder)
+COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
-# Stands for the lines of a log while the rest of an answer is encoded.
-LINES_HERE = f"lines {os.urandom(16).hex()}"
+def json_of(value: object) -> str:
+    """Return a value as JSON without blanks."""
+    return safe_json(COMPACT_JSON.encode(value))
+
+
+def json_pieces(keys: Dict[str, Any]) -> Iterator[str]:
+    """Yield an object as JSON; an iterator in it, of the lines of a log, is read meanwhile."""
+    yield "{"
+    comma = ""
+    for key, value in keys.items():
+        yield f"{comma}{json_of(key)}:"
+        comma = ","
+        if isinstance(value, dict):
+            yield from json_pieces(value)
+        elif isinstance(value, Iterator):
+            yield from json_pieces_of_lines(value)
+        else:
+            yield json_of(value)
+    yield "}"
+
+
+def json_pieces_of_lines(log_lines: Iterator[List[str]]) -> Iterator[str]:
+    """Yield a list as JSON, of lines that come some at a time; "" for none that have come."""
+    yield "["
+    comma = ""
+    for lines in log_lines:
+        if lines:
+            yield comma + json_of(lines)[1:-1]
+            comma = ","
+        else:
+            yield ""
+    yield "]"
 
 
 def encoded(keys: Dict[str, Any]) -> Iterator[str]:
-    """Give an answer as JSON, in pieces. The lines of a log, maybe many, are encoded when read."""
-    logs: List[Iterable[List[str]]] = []
+    """Yield an answer as a line of JSON, in pieces that are worth a packet.
 
-    def later(lines: Iterable[List[str]]) -> List[str]:
-        logs.append(lines)
-        return [LINES_HERE]
-
-    compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=later)
-    before, *parts = f"{safe_json(compact.encode(keys))}\n".split(f'"{LINES_HERE}"')
-    yield before
-    for lines, after in zip(logs, parts):
-        comma = ""
-        for some in lines:
-            yield ""  # so that it is noticed if the client has gone
-            if some:
-                yield comma + safe_json(compact.encode(some)[1:-1])
-                comma = ","
-        yield after
+    There may be empty ones among them, so that whoever sends them notices a client that has gone.
+    """
+    text = ""
+    for piece in json_pieces(keys):
+        text += piece
+        if len(text) >= CHUNK or not piece:
+            yield text
+            text = ""
+    yield f"{text}\n"
 
 
 # -- shares
@@ -7068,8 +6994,8 @@ class Share:
                 del self._held[holder]
 
 
-class Complaints:
-    """Warnings about clients, at most one a minute for each address."""
+class ClientWarnings:
+    """Lines of the log about clients, at most one a minute for each address."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -7080,11 +7006,11 @@ class Complaints:
         holder = holder_of(host)
         now = time.monotonic()
         with self._lock:
-            if now - self._told.get(holder, -math.inf) < COMPLAINT_SECONDS:
+            if now - self._told.get(holder, -math.inf) < WARNING_SECONDS:
                 return
             self._told[holder] = now
             self._told.move_to_end(holder)
-            if len(self._told) > MAX_COMPLAINTS:
+            if len(self._told) > MAX_WARNINGS:
                 self._told.popitem(last=False)
         log.warning("connection from=%s refused=%r", host, why)
 
@@ -7220,7 +7146,7 @@ class Connection(paramiko.ServerInterface, paramiko.Transport):  # type: ignore[
             self.server.connection_ended(self)
             why = self._what_failed()
             if why:
-                self.server.complaints.tell(self.host, why)
+                self.server.warnings.tell(self.host, why)
             self._let_go()
 
     def _let_go(self) -> None:
@@ -7344,7 +7270,6 @@ class Session:
         self.height = 0
         self.colour = False
         self.is_over = False
-        self.is_at_work = False  # and counts as that
         self.stalled_since = math.inf  # while the client is to send or to read, and does not
         self._steps = self._work()
 
@@ -7361,13 +7286,13 @@ class Session:
 
     def _go_on(self) -> None:
         """Work to the next step at which to wait, or to the end."""
-        news = next(self._steps, None)
-        if news:
-            self.connection.server.session_waits(self, news)
+        is_due = next(self._steps, None)
+        if is_due:
+            self.connection.server.session_waits(self, is_due)
         else:
             self.connection.server.session_ended(self)
 
-    def _work(self) -> Iterator[News]:
+    def _work(self) -> Iterator[IsDue]:
         """Answer, and close the channel in the order that loses nothing."""
         number = next(SESSION_NUMBERS)
         begun = time.monotonic()
@@ -7390,7 +7315,7 @@ class Session:
             (time.monotonic() - begun) * 1000,
         )
 
-    def _answer(self, number: int) -> Generator[News, None, Answer]:
+    def _answer(self, number: int) -> Generator[IsDue, None, Answer]:
         """Send a person or a program the answer, and return it.
 
         Nothing else holds it, so the logs that it was read from are let go of with it.
@@ -7404,7 +7329,7 @@ class Session:
         self._send_answer(reply, number)
         while reply.rest:
             yield from self._wait_for(reply.rest)
-            reply = answer_rest(reply.rest)
+            reply = answer_of(reply.rest.get)
             self._send_answer(reply, number)
         return reply
 
@@ -7419,21 +7344,28 @@ class Session:
         for text in texts:
             self.send(text)
 
-    def _wait_for(self, rest: Rest) -> Iterator[News]:
+    def _wait_for(self, rest: Rest) -> Iterator[IsDue]:
         """Wait until there is more of the answer; a person is shown how far its job is."""
-        while not rest.is_due():
-            if rest.job and self.colour:
-                show_progress(job_with_place(self.agent, rest.job), self)
-            yield from self.pause(1 if self.colour else STALL_SECONDS, rest.is_due)
-            self.hear()
+        withdraw = do_nothing
+        if rest.job:
+            watcher = self.connection.server.watcher
+            withdraw = self.agent.queue.when_ended(rest.job, lambda job: watcher.wake())
+        try:
+            while not rest.is_due():
+                if rest.job and self.colour:
+                    show_progress(job_with_progress(self.agent, rest.job), self)
+                yield from self.pause(1 if self.colour else STALL_SECONDS, rest.is_due)
+                self.hear()
+        finally:
+            withdraw()
 
-    def pause(self, seconds: float, news: News) -> Iterator[News]:
-        """Wait without a thread for `news`, a person's key, the client's leaving, or `seconds`."""
+    def pause(self, seconds: float, is_due: IsDue) -> Iterator[IsDue]:
+        """Wait without a thread until `is_due`, a person types, the client leaves, or `seconds`."""
         until = time.monotonic() + seconds
 
         def is_over() -> bool:
             typed = bool(self.width) and self.channel.recv_ready()
-            return self.channel.closed or typed or news() or time.monotonic() >= until
+            return self.channel.closed or typed or is_due() or time.monotonic() >= until
 
         yield is_over
 
@@ -7526,51 +7458,46 @@ def copy_input(session: Session, into: IO[bytes], limit: int) -> None:
 
 
 class Watcher(threading.Thread):
-    """The one thread that looks, a few times a second, whether a session need not wait any more."""
+    """The one thread that looks, a few times a second, which of the sessions that wait are due."""
 
     def __init__(self, go_on: Callable[[Session], bool]) -> None:
         """`go_on` lets a session work, and returns whether there was room for that."""
         super().__init__(name="watcher", daemon=True)
         self._go_on = go_on
         self._lock = threading.Lock()
-        self._waiting: Dict[Session, News] = {}
-        self._look = threading.Event()
+        self._waiting: Dict[Session, IsDue] = {}
+        self._awake = threading.Event()
 
-    def add(self, session: Session, news: News) -> None:
-        """Have a session work again as soon as there is `news`."""
+    def add(self, session: Session, is_due: IsDue) -> None:
+        """Have a session work again as soon as `is_due` returns True."""
         with self._lock:
-            self._waiting[session] = news
+            self._waiting[session] = is_due
             is_first = len(self._waiting) == 1
         if is_first:
-            self._look.set()
+            self._awake.set()
 
-    def look(self) -> None:
-        """Look at once: a job may have ended."""
-        self._look.set()
-
-    def sessions(self) -> List[Session]:
-        """Return the sessions that wait, those that have waited longest first."""
-        with self._lock:
-            return list(self._waiting)
+    def wake(self) -> None:
+        """Look at once: a job has ended."""
+        self._awake.set()
 
     def run(self) -> None:
         """Look again and again, as long as the agent runs."""
         while True:
-            self._look.wait(WATCH_SECONDS if self._waiting else None)
-            self._look.clear()
+            self._awake.wait(WATCH_SECONDS if self._waiting else None)
+            self._awake.clear()
             with self._lock:
                 waiting = list(self._waiting.items())
-            for session, news in waiting:
-                if news():
-                    self._let_work(session, news)
+            for session, is_due in waiting:
+                if is_due():
+                    self._let_work(session, is_due)
 
-    def _let_work(self, session: Session, news: News) -> None:
+    def _let_work(self, session: Session, is_due: IsDue) -> None:
         """Let a session work. If there is no room, or no thread, it is looked at the next time."""
         with self._lock:
             del self._waiting[session]
         if not self._go_on(session):
             with self._lock:
-                self._waiting[session] = news
+                self._waiting[session] = is_due
 
 
 # -- a person's terminal
@@ -7581,7 +7508,7 @@ def show_progress(job: Dict[str, Any], terminal: Session) -> None:
     terminal.send(f"\x1b[K{progress_line(job, terminal.width)}\r")
 
 
-def show_board(terminal: Session) -> Generator[News, None, Answer]:
+def show_board(terminal: Session) -> Generator[IsDue, None, Answer]:
     """Draw the board anew each second, until q or Ctrl-C, and return its newest answer."""
     terminal.send("\x1b[?1049h\x1b[?25l")  # another screen, and no cursor
     reply = Answer()
@@ -7632,7 +7559,6 @@ class Visitor:
             raise Problem("its first line is no version of SSH")
         return b"\n" in self.said
 
-
     def has_begun_to_shake_hands(self) -> bool:
         """Return whether it has said more than its version line."""
         return not self.said.endswith(b"\n")
@@ -7645,46 +7571,32 @@ class Door:
     is what costs most; the others wait here.
     """
 
-    def __init__(self, server: "Server", listener: socket.socket) -> None:
+    def __init__(self, server: "Server", listener: socket.socket, stop: socket.socket) -> None:
+        """The door is open until `stop` can be read."""
         self._server = server
         self._listener = listener
         self._visitors = Share(MAX_VISITORS)
         self._silent: Dict[Visitor, None] = {}  # no version line yet; the oldest first
         self._waiting: Dict[Holder, Dict[Visitor, None]] = {}  # to shake hands; the same
         self._shaking: Deque[Tuple[float, Connection]] = collections.deque()  # since when
-        self._bell, self._button = socket.socketpair()
-        for each in (listener, self._bell, self._button):
-            each.setblocking(False)
+        self.is_open = True
+        listener.setblocking(False)
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ, self._accept)
-        self._selector.register(self._bell, selectors.EVENT_READ, self._answer_bell)
+        self._selector.register(stop, selectors.EVENT_READ, self._stop)
 
-    def watch(self, stop: socket.socket) -> None:
-        """Have `turn` end as soon as `stop` can be read."""
-        self._selector.register(stop, selectors.EVENT_READ, lambda: None)
-
-    def turn(self, stop: socket.socket) -> bool:
-        """Deal with whoever has come or said something, for a second at most; False to stop."""
-        seconds = 0.05 if self._waiting else 1
-        ready = [key for key, _events in self._selector.select(seconds)]
-        for key in ready:
-            if key.fileobj is not stop:
-                key.data()
+    def serve(self) -> None:
+        """Deal with whoever comes or says something, for a second at most."""
+        for key, _events in self._selector.select(TURN_SECONDS if self._waiting else 1):
+            key.data()
         self._hand_over()
-        return all(key.fileobj is not stop for key in ready)
-
-    def ring(self) -> None:
-        """Tell the door, from any thread, that another client may shake hands now."""
-        if self._waiting:
-            with contextlib.suppress(OSError):  # it has been rung often enough
-                self._button.send(b"!")
 
     def close(self) -> None:
         """Take no more clients."""
         self._listener.close()
 
-    def _answer_bell(self) -> None:
-        self._bell.recv(1000)
+    def _stop(self) -> None:
+        self.is_open = False
 
     def _accept(self) -> None:
         """Take the connections that have come, but not too many, since others wait, too."""
@@ -7749,7 +7661,7 @@ class Door:
                 self._selector.unregister(visitor.socket)
 
     def _refuse(self, visitor: Visitor, why: str) -> None:
-        self._server.complaints.tell(visitor.host, why)
+        self._server.warnings.tell(visitor.host, why)
         visitor.socket.close()
 
     def _leave(self, visitor: Visitor) -> None:
@@ -7778,7 +7690,7 @@ class Door:
         for visitor in list(itertools.takewhile(self._is_overdue, self._silent)):
             if visitor.said:
                 why = f"its version line had no end within {IDLE_SECONDS:g} s"
-                self._server.complaints.tell(visitor.host, why)
+                self._server.warnings.tell(visitor.host, why)
             self._send_away(visitor)
 
     def _is_overdue(self, visitor: Visitor) -> bool:
@@ -7813,17 +7725,16 @@ class Server:
         self.agent = agent
         self.host_key = host_key
         self.offer = offer
-        self.complaints = Complaints()
+        self.warnings = ClientWarnings()
         self.handshakes = Share(MAX_HANDSHAKES)
         self.watcher = Watcher(self._let_work)
-        self.on_room: Callable[[], None] = lambda: None  # called when a handshake is over
         self._lock = threading.RLock()  # guards what follows, and each connection's `busy`
         self._connections: "OrderedDict[Connection, None]" = OrderedDict()  # idle longest first
         self._at_work: Set[Session] = set()
         self._places = Share(MAX_CONNECTIONS)
         self._sessions = Share(MAX_SESSIONS)
-        self._left = 0  # connections that have ended since memory was given back
-        self._given_back = 0.0  # when it was
+        self._ended = 0  # connections, since memory was given back to the system
+        self._trimmed = 0.0  # when it was
         self.watcher.start()
 
     # -- connections
@@ -7892,7 +7803,6 @@ class Server:
                 return
             connection.is_shaking_hands = False
         self.handshakes.give_back(connection.holder)
-        self.on_room()
 
     def connection_ended(self, connection: Connection) -> None:
         """Forget a connection, if that was not done before."""
@@ -7901,7 +7811,7 @@ class Server:
             if connection not in self._connections:
                 return
             del self._connections[connection]
-            self._left += 1
+            self._ended += 1
         self._places.give_back(connection.holder)
 
     # -- sessions
@@ -7920,14 +7830,12 @@ class Server:
     def _take(self, session: Session) -> bool:
         if not self._sessions.take(session.connection.holder):
             return False
-        session.is_at_work = True
         self._at_work.add(session)
         return True
 
     def _give_back(self, session: Session) -> None:
-        if session.is_at_work:
-            session.is_at_work = False
-            self._at_work.discard(session)
+        if session in self._at_work:
+            self._at_work.remove(session)
             self._sessions.give_back(session.connection.holder)
 
     def _end_stalled(self, session: Session) -> bool:
@@ -7943,11 +7851,11 @@ class Server:
         self._end(slowest.connection, "it kept others waiting")
         return True
 
-    def session_waits(self, session: Session, news: News) -> None:
-        """Note that a session does nothing until there is news."""
+    def session_waits(self, session: Session, is_due: IsDue) -> None:
+        """Note that a session does nothing until it is due."""
         with self._lock:
             self._give_back(session)
-        self.watcher.add(session, news)
+        self.watcher.add(session, is_due)
 
     def _let_work(self, session: Session) -> bool:
         """Let a session work that has waited; return False if there is no room for that now."""
@@ -7985,28 +7893,20 @@ class Server:
         """Do what is to be done each second: end idle connections, give memory back."""
         self.end_idle(IDLE_SECONDS)
         now = time.monotonic()
-        if self._left >= MANY_LEFT and now - self._given_back > GIVE_BACK_SECONDS:
-            self._left = 0
-            self._given_back = now
-            give_memory_back()
-
-
-def give_memory_back() -> None:
-    """Give the system what connections have left behind amid the heaps of threads.
-
-    libc would keep that unless it is told; not every libc can be.
-    """
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
+        if self._ended >= TRIM_AFTER and now - self._trimmed > TRIM_SECONDS:
+            self._ended = 0
+            self._trimmed = now
+            # libc would keep what connections have left behind; not every libc has this.
+            with contextlib.suppress(AttributeError, OSError):
+                ctypes.CDLL(None).malloc_trim(0)
 
 
 def serve(server: Server, listener: socket.socket, stop: socket.socket) -> None:
     """Serve until `stop` can be read, then let answers under way end, for a moment."""
-    door = Door(server, listener)
-    door.watch(stop)
-    server.on_room = door.ring
+    door = Door(server, listener, stop)
     tidied = time.monotonic()
-    while door.turn(stop):
+    while door.is_open:
+        door.serve()
         if time.monotonic() - tidied >= 1:
             tidied = time.monotonic()
             server.tidy()

@@ -5470,7 +5470,7 @@ def test_check_from_inside_says_how_all_is(agent):
     assert {look["well"] for look in reply["looks"]} == {True}
     assert found["Solr"] == f"{len(agent.solr.documents())} pages"
     assert found["database"] == "1 batches"
-    assert re.match(r"4 languages, 1 countries, \d+ awardees$", found["look-up tables"])
+    assert re.match(r"\d+ languages, \d+ countries, \d+ awardees$", found["look-up tables"])
     assert re.match(rf"1, load-batch {ALPHA}: successful at \d{{4}}-", found["last job"])
     assert found["who may connect"] == "whoever is on this host"
     assert {f"ONI's {name}" for name in ("log/", "batch storage", "word coordinates")} < set(found)
@@ -6477,13 +6477,13 @@ def test_addresses_of_one_ipv6_network_are_one_holder_of_a_share():
 
 
 def test_warnings_about_clients_are_bounded_in_number_and_in_memory(caplog):
-    complaints = oni_agent.Complaints()
+    warnings = oni_agent.ClientWarnings()
     hosts = [oni_agent.ipaddress.ip_address(number) for number in range(2**24, 2**24 + 3000)]
     for host in hosts:
-        complaints.tell(host, "it came")
-        complaints.tell(host, "it came again")
+        warnings.tell(host, "it came")
+        warnings.tell(host, "it came again")
     assert len(caplog.records) == 3000
-    assert len(complaints._told) == oni_agent.MAX_COMPLAINTS
+    assert len(warnings._told) == oni_agent.MAX_WARNINGS
 
 
 FIPS_HOST = """
@@ -8896,18 +8896,6 @@ def test_an_error_of_megabytes_is_cut_with_a_sign(tmp_path, any_kind):
     assert "bytes are left out here" in job.error
 
 
-def test_a_person_is_told_that_a_cancelled_job_never_started_and_nca_its_words(agent):
-    gate = agent.hold_load(agent.batch(ALPHA))
-    agent.job("load-batch", ALPHA)
-    gate.reached()
-    id = agent.job("purge-batch", ALPHA)
-    agent.call("job-cancel", str(id))
-    gate.open()
-    assert b"Cancelled: this job never started." in ssh_run(agent, f"job-status {id}", "-tt").stdout
-    message = "Failed: this job started but returned a non-zero exit code."
-    assert agent.call("job-status", str(id))["message"] == message
-
-
 def test_an_agent_that_stops_without_a_job_says_nothing_of_manage_py(site):
     site.start()
     assert site.stop() == 0
@@ -9430,7 +9418,7 @@ def test_help_tells_of_one_command_with_an_exchange(shared):
 
 def test_help_says_what_can_go_wrong_and_what_to_do(shared):
     troubles = shared.call("help", "problems")["troubles"]
-    assert all(set(each) == {"seen", "meaning", "remedy"} for each in troubles)
+    assert all(set(each) == {"seen", "advice"} for each in troubles)
     said = ssh_run(shared, "help problems", "-tt").stdout.decode()
     assert "\r\nSolr lacks 12 of 400 pages\r\n       The index was emptied or restored" in said
     assert "`help problems`" in ssh_run(shared, "help", "-tt").stdout.decode()
