@@ -3304,11 +3304,13 @@ class Site:
                 shared.done.set()
 
     def must_be_there(self, name: str) -> None:
-        """Raise Problem unless the batch is in BATCH_SOURCE, or in Open ONI."""
-        if not in_time(self.folder(name).exists):
-            raise Problem(
-                f"there is no such batch, in BATCH_SOURCE or in Open ONI{self.similar(name)}"
-            )
+        """Raise Problem unless the batch is in BATCH_SOURCE."""
+        folder = self.folder(name)
+        if in_time(folder.exists):
+            return
+        if self.oni.ask("answer_holds", name):
+            raise Problem(f"Open ONI holds it, but its files are not there: {folder} is missing")
+        raise Problem(f"there is no such batch, in BATCH_SOURCE or in Open ONI{self.similar(name)}")
 
     def similar(self, name: str) -> str:
         """Return a question that suggests the batch which a wrong name may be meant to be."""
@@ -6633,6 +6635,10 @@ def warning_row(warning: Dict[str, str]) -> Row:
     return Row(f"warning: {warning['file']}: {warning['warning']}")
 
 
+def look_row(look: Dict[str, Any]) -> Row:
+    return Row(f"{'✓' if look['well'] else '✗'} {look['name']}: {look['found']}")
+
+
 def batch_row(batch: Dict[str, Any]) -> Row:
     """Return a batch of a table, with question marks for what was not counted."""
     row = {key: "?" if value is None else value for key, value in batch.items()}
@@ -6694,6 +6700,7 @@ SHOWN: Dict[str, Callable[[Any], Row]] = {  # what stands for the value of a key
     "events": event_row,
     "faults": fault_row,
     "warnings": warning_row,
+    "looks": look_row,
     "batches": batch_row,
     "job": job_row,
     "jobs": job_row,

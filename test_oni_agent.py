@@ -5481,6 +5481,8 @@ def test_check_from_inside_ends_with_1_where_something_is_not_well(agent):
         done = ssh_run(agent, "check")
         said = on_terminal(agent, "check", "")
         assert re.search(r"(?m)^✗ Solr: .*", said)
+        assert re.search(r"(?m)^✓ database: 0 batches", said)
+        assert "Looks" not in said and "{" not in said
         until(lambda: "Solr is down" in agent.call("board")["oni"].get("problem", ""))
     reply = json.loads(done.stdout)
     assert (done.returncode, reply["status"]) == (1, "success")
@@ -7753,6 +7755,15 @@ def test_a_batch_that_is_not_there_cannot_be_checked(agent):
     status, answer = checked(agent, "batch_oru_alpa_ver01")
     assert (status, answer["status"]) == (0, "error")
     assert answer["error"].endswith(f'did you mean "{ALPHA}"?')
+
+
+def test_a_batch_whose_folder_is_gone_and_that_open_oni_holds_is_said_to_be_held(agent):
+    batch = agent.batch(ALPHA)
+    agent.run("load-batch", ALPHA)
+    batch.rename(batch.with_name("elsewhere"))
+    status, answer = checked(agent, ALPHA)
+    assert (status, answer["status"]) == (0, "error")
+    assert answer["error"] == f"Open ONI holds it, but its files are not there: {batch} is missing"
 
 
 def test_a_batch_whose_every_file_is_broken_is_still_checked(agent):
