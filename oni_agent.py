@@ -44,12 +44,11 @@ if sys.version_info < (3, 8):  # what follows compiles from Python 3.6 on, and r
         f" {sys.version_info[0]}.{sys.version_info[1]}; install a newer one beside it, and start"
         " the agent with that.\n"
     )
-    sys.exit(2)  # as for settings that cannot work: systemd need not try again
+    sys.exit(2)  # EXIT_HOPELESS
 
 import argparse
 import ast
 import base64
-import codecs
 import collections
 import contextlib
 import copy
@@ -140,7 +139,7 @@ except ImportError as missing:
         " python3-paramiko (Debian, Ubuntu; RHEL-like systems: from EPEL), or:"
         " python3 -m pip install paramiko"
     )
-    sys.exit(2)  # as for settings that cannot work: systemd need not try again
+    sys.exit(2)  # EXIT_HOPELESS
 
 VERSION = "1.1.0"
 log = logging.getLogger("oni_agent")
@@ -193,9 +192,10 @@ MAX_ERROR = 2000  # bytes of why a job failed; its log has the rest
 LOCK_SECONDS = 5  # to wait for a lock on jobs.db before a change is refused
 READ_SECONDS = 1  # the same, of what only reads
 STATE_SECONDS = 5  # between two looks at whether the state folder is in place
+MOST_ENDED = 50  # jobs that have ended, of which the board tells
 SWEEP_SECONDS = 3600  # between two looks for jobs that are to be forgotten
 FORGET_AT_ONCE = 1000  # jobs, in one transaction
-TICK = 0.005  # seconds between two tries to be the only agent on a state folder
+LAST_CHILD_SECONDS = 0.5  # for which a killed agent's last child may hold its lock: see Runner
 CHUNK = 32 * 1024  # bytes read at once, of an input
 BLOCK = 64 * 1024  # bytes of a job's log; a line that is longer than two of them comes in parts
 LOOK_SECONDS = 0.1  # between two looks at how much manage.py has printed
@@ -205,8 +205,11 @@ COMPLAINT_BYTES = 512 * 1024  # of stderr, from its start and from its end, for 
 MAX_COMPLAINT = 1024  # bytes of what manage.py said, in a job's error
 
 DAY = 86400 * 10**9  # nanoseconds
-EXIT_HOPELESS = 2  # the unit does not start the agent again: somebody has to mend something
-EXIT_AGAIN = 70  # systemd starts the agent again
+
+# Exit statuses. systemd starts the agent again after each but 0 and EXIT_HOPELESS.
+EXIT_LATER = 1  # what kept the agent from starting may pass by itself
+EXIT_HOPELESS = 2  # somebody has to mend something
+EXIT_AGAIN = 70  # the agent had to end, and the next one can go on
 
 # ---------------------------------------------------------------- problems
 
@@ -214,28 +217,28 @@ Result = TypeVar("Result")
 
 
 class Problem(Exception):
-    """Something that an administrator can mend; the text is a sentence that says what is wrong."""
+    """Something that an administrator can mend; its arguments are sentences that say what."""
 
 
 class Scarce(OSError):
-    """The machine lacks something for now (disk, threads, descriptors): to be tried again."""
+    """A lack of something for now (disk, threads, descriptors): to be tried again."""
 
 
 class CouldNotStart(Problem):
-    """manage.py cannot be run at all."""
+    """A manage.py that cannot be run at all."""
 
 
 class Disturbed(Problem):
-    """manage.py has failed for a reason that may pass by itself: a lost connection, say."""
+    """A failure of manage.py whose reason may pass by itself, such as a lost connection."""
 
 
 class Interrupted(Exception):
-    """The job at work is not to go on: it is to end, or the agent stops."""
+    """The end of an attempt at a job that was cancelled, or whose agent stops."""
 
 
-def shortened(text: str, most: int = 2000) -> str:
-    """Return a text, or `most` bytes of its start and end with a sign for what is left out."""
-    data = text.encode("utf-8", "replace")  # a file's name in it may be no text
+def shortened(text: str, most: int = MAX_ERROR) -> str:
+    """Return a text of at most `most` bytes whole, else its start and end with a sign between."""
+    data = text.encode("utf-8", "replace")  # the name of a file in it may be no text
     if len(data) <= most:
         return data.decode()
     left_out = len(data) - most
@@ -245,7 +248,7 @@ def shortened(text: str, most: int = 2000) -> str:
 
 
 SCARCE = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)
-# What an operating system refuses for good, until somebody changes a setting, a mode or a mount.
+# What the system refuses with these it refuses until somebody changes a setting, mode or mount.
 REFUSED_FOR_GOOD = (
     errno.EACCES,
     errno.EPERM,
@@ -259,29 +262,31 @@ REFUSED_FOR_GOOD = (
 
 
 def is_scarce(error: OSError) -> bool:
-    """Tell whether the machine lacks something for now, and what it refused may be tried again."""
+    """Tell whether an error says that the machine lacks something for now."""
     return isinstance(error, Scarce) or error.errno in SCARCE
 
 
-def is_refused_for_good(error: BaseException) -> bool:
-    """Tell whether an error, or the OSError that it was raised from, is there the next time, too.
+def may_work_later(error: BaseException) -> bool:
+    """Tell whether what failed with an error may work later, without anybody's help.
 
-    A folder on a read-only disk is an example; an address in use, or a full disk, is none.
+    It may where a disk is full, or a port in use: what the error was raised from decides. It will
+    not where a setting, a mode or a damaged file is the reason.
     """
-    cause: Optional[BaseException] = error
-    while cause:
-        if isinstance(cause, OSError):
-            return cause.errno in REFUSED_FOR_GOOD
-        cause = cause.__cause__
-    return False
+    while error.__cause__:
+        error = error.__cause__
+    if isinstance(error, OSError):
+        return error.errno not in REFUSED_FOR_GOOD
+    return isinstance(error, sqlite3.OperationalError)  # the others tell of a damaged file
 
 
-def patiently(
-    action: Callable[[], Result], go_on: Callable[[], object] = lambda: None
-) -> Result:
-    """Call `action` until it is refused nothing that is scarce, once a second; return its result.
+def do_nothing() -> None:
+    """Stand for a function that has nothing to do."""
 
-    `go_on` is called before each further try, and may raise. Other errors are raised at once.
+
+def patiently(action: Callable[[], Result], go_on: Callable[[], None] = do_nothing) -> Result:
+    """Call `action` until the machine lacks nothing for it, once a second; return its result.
+
+    `go_on` is called before each further try, and may raise. Raises other errors of `action`.
     """
     warned = False
     while True:
@@ -298,17 +303,13 @@ def patiently(
 
 
 def end_agent(reason: str, status: int) -> NoReturn:
-    """Say why, and end the agent on the spot, as kill -9 would: manage.py goes on."""
+    """Log a reason, and end the agent on the spot, as kill -9 would: manage.py goes on."""
     log.critical("%s; the agent ends", reason)
     os._exit(status)
 
 
 FILES = futures.ThreadPoolExecutor(16)  # for what may wait for a hung file system
 COUNTS = futures.ThreadPoolExecutor(4)  # for what counts batches, maybe for minutes
-
-
-def do_nothing() -> None:
-    """Stand for a function that has nothing to do."""
 
 
 def in_time(
@@ -318,11 +319,10 @@ def in_time(
     meanwhile: Callable[[], object] = do_nothing,
     who: str = "the file system of the batches",
 ) -> Result:
-    """Return what the function `look` returns, which asks `who`.
+    """Call `look`, which asks `who`, in a thread of `pool`, and return its result.
 
-    Raises Problem when that refuses, or does not answer within so many seconds: only a thread of
-    the pool then hangs. `meanwhile` is called every second and may raise. Then, or when it is too
-    late, what is still to begin never does.
+    Calls `meanwhile`, which may raise, every second. Raises Problem if `look` is refused something
+    or takes more than `within` seconds: then it hangs on alone, or never begins. Raises Scarce.
     """
     until = time.monotonic() + within
     late = Problem(f"{who} did not answer within {within:g} s")
@@ -348,11 +348,12 @@ def in_time(
 
 # ---------------------------------------------------------------- settings
 
-# Readers of one setting each. What they raise says what is wrong with its value.
+# Readers of one setting each. They return what a text stands for, and raise ValueError, OSError or
+# RuntimeError (no home for ~) with what is wrong with it.
 
 
 def absolute(value: str) -> Path:
-    """Return a path as an absolute one, through links and with ~ resolved."""
+    """Return an absolute path, with ~ and links resolved."""
     return Path(value).expanduser().resolve()
 
 
@@ -416,12 +417,12 @@ def state_folder(value: str) -> Path:
 
 
 def is_an_agents(folder: Path) -> bool:
-    """Tell whether a folder is an agent's state folder, or may become one since it is empty."""
+    """Tell whether a folder is an agent's state folder, or empty, so that it may become one."""
     return (folder / "agent.lock").exists() or not any(folder.iterdir())
 
 
 def nearest_folder(path: Path) -> Path:
-    """Return `path`, or the folder that is there and in which it could be made."""
+    """Return `path` if it is there, else the folder above it that is. Raises ValueError."""
     place = next(each for each in (path, *path.parents) if os.path.lexists(str(each)))
     if not place.is_dir():
         raise ValueError(f"{place} is not a folder")
@@ -456,14 +457,14 @@ def log_level(value: str) -> str:
 
 
 def is_set(value: str) -> bool:
-    """Tell that a variable is set whose value is not needed, and secret."""
+    """Return that a variable is set; its value is secret, and not needed."""
     return True
 
 
-# To add a setting, enter it here with its reader, in DEFAULTS (as text) if it has one, in Settings,
-# and in this file's docstring. It is then settings.its_name, and `build` hands it to what needs it.
-# Neither manage.py nor ON_FINISH gets to see it.
-OWN_VARIABLES: Dict[str, Callable[[str], Any]] = {  # and their readers
+# To add a setting: enter it here with its reader, in DEFAULTS (as text) if it has a default, in
+# Settings, and in this file's docstring. `build` hands settings.its_name to what needs it. Neither
+# manage.py nor ON_FINISH gets to see it.
+OWN_VARIABLES: Dict[str, Callable[[str], Any]] = {
     "ONI_LOCATION": oni_folder,
     "BATCH_SOURCE": folder_there,
     "BA_BIND": bind_address,
@@ -483,13 +484,13 @@ DEFAULTS = {
     "STATE_DIRECTORY": f"{STATES}/oni-agent",
     "LOG_LEVEL": "info",
 }
-OWN_PREFIXES = ("ALLOW_", "BA_", "BATCH_", "HOST_", "ON_")  # of nobody's variables but the agent's
+OWN_PREFIXES = ("ALLOW_", "BA_", "BATCH_", "HOST_", "ON_")  # only the agent's variables have them
 
 
 def misspelt(environ: Iterable[str]) -> Iterator[str]:
-    """Yield a sentence for each variable's name that was surely meant for the agent, and is wrong.
+    """Yield a sentence for each name of a variable that is a misspelt setting.
 
-    Such a name is otherwise silently without effect: a misspelt ALLOW_FROM lets everybody in.
+    It would have no effect otherwise, and a misspelt ALLOW_FROM lets everybody in.
     """
     for name in environ:
         plain = name.replace("export ", "").strip()
@@ -504,10 +505,7 @@ def misspelt(environ: Iterable[str]) -> Iterator[str]:
 
 
 class Settings:
-    """What an administrator tells the agent in `environ`: `.ba_bind` for BA_BIND, and so on.
-
-    Raises Problem with one sentence for each thing that is wrong, all of them at once.
-    """
+    """The settings in the environment, each as an attribute: `ba_bind` is BA_BIND's value."""
 
     oni_location: Path
     batch_source: Path
@@ -521,12 +519,13 @@ class Settings:
     db_connection: Optional[bool]
 
     def __init__(self, environ: Mapping[str, str]) -> None:
+        """Read all settings. Raises Problem with a sentence for each thing that is wrong."""
         problems = list(misspelt(environ))
         for name, read in OWN_VARIABLES.items():
             value = environ.get(name) or DEFAULTS.get(name)
             try:
                 setattr(self, name.lower(), read(value) if value else None)
-            except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: no home for ~
+            except (ValueError, OSError, RuntimeError) as error:
                 problems.append(f"{name} is {value!r}; {error}")
             if name in REQUIRED and not value:
                 problems.append(f"{name} is not set; --help says which folder it names")
@@ -536,7 +535,7 @@ class Settings:
 
     @property
     def admits_everybody(self) -> bool:
-        """Whether whoever reaches the agent's port may give it commands."""
+        """Tell whether everybody who reaches the agent's port may give it commands."""
         return not (self.allow_from or self.authorized_keys)
 
 
@@ -2678,7 +2677,7 @@ def remove_issues(words: List[str]) -> int:
     """
     if len(words) < 3:
         complain("--remove-issues needs FOLDER NEWFOLDER LCCN/YYYYMMDDEE…")
-        return 2
+        return 2  # as argparse does for wrong arguments
     old, new = (Path(os.path.abspath(word)) for word in words[:2])
     try:
         if new == old or old in new.parents:
@@ -2696,7 +2695,7 @@ def remove_issues(words: List[str]) -> int:
 
 
 def sync(path: Union[str, Path]) -> None:
-    """Put a file, or what has been made or renamed in a folder, safely on disk."""
+    """Put a file safely on disk, or what was made or renamed in a folder."""
     descriptor = os.open(str(path), os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -3374,7 +3373,7 @@ SUCCESSFUL: Final = "successful"
 FAILED: Final = "failed"
 FinalStatus = Literal["couldn't start", "successful", "failed"]
 Status = Literal["pending", "started", "couldn't start", "successful", "failed"]
-STATUS_MESSAGES: Dict[Status, str] = {  # NCA knows no others
+STATUS_MESSAGES: Dict[Status, str] = {  # NCA knows no other statuses
     PENDING: "Pending: this job is in the queue but hasn't been started yet.",
     STARTED: "Started: this job is currently running.",
     COULD_NOT_START: "Invalid: this job was not able to start.",
@@ -3385,14 +3384,14 @@ NO_OP = "No-op: job is redundant or already completed"  # in place of a new job
 
 
 class Outcome(NamedTuple):
-    """What an attempt came to: its status, and why it was not successful ("" if it was)."""
+    """What came of an attempt: a status, and why it was not successful ("" if it was)."""
 
     status: FinalStatus
     error: str
 
 
 class End(NamedTuple):
-    """How a job ended: its outcome, and when, in nanoseconds since 1970."""
+    """The end of a job: its last attempt's outcome, and when, in nanoseconds since 1970."""
 
     status: FinalStatus
     error: str
@@ -3401,19 +3400,19 @@ class End(NamedTuple):
 
 @dataclass
 class Job:
-    """One request that was accepted, and what became of it. Times are nanoseconds since 1970."""
+    """A request that was accepted, and what became of it. Times are nanoseconds since 1970."""
 
     id: int
     words: List[str]
     queued: int
-    started: Optional[int] = None  # None: it has never begun
+    started: Optional[int] = None  # when its first attempt began; None: none has
     end: Optional[End] = None  # None: it has not ended
-    attempts: int = 0  # how often it was begun; more than one: an interruption lies between
+    attempts: int = 0  # but for those that an agent's stop has cut short
     cancelled: bool = False  # somebody has asked for its end after it began
 
     @property
     def status(self) -> Status:
-        """Return the status that answers give; it follows from what is known of the job."""
+        """Return the status, as answers give it."""
         if self.end:
             return self.end.status
         return PENDING if self.started is None else STARTED
@@ -3435,38 +3434,18 @@ class Job:
 
 
 def message_for_person(job: Job) -> str:
-    """Return what a person is told of a job's status. NCA is told STATUS_MESSAGES."""
+    """Return a sentence about a job's status for a person. NCA gets STATUS_MESSAGES."""
     if job.status == FAILED and job.started is None:
         return "Cancelled: this job never started."
     return STATUS_MESSAGES[job.status]
 
 
-def in_order_of_end(jobs: Iterable[Job], now: int) -> List[Job]:
-    """Return the jobs that have ended, the first one to end first.
-
-    `jobs` are in the order of their ids, `now` is the clock's time. A clock that was wrong for
-    some time contradicts the ids: an end before an earlier job was asked for, or one that is yet
-    to come. Such a job is put right behind the job before it.
-    """
-    order: List[Tuple[int, Job]] = []
-    newest_request = latest = 0
-    for job in jobs:
-        if job.queued <= now:
-            newest_request = max(newest_request, job.queued)
-        if job.end:
-            if newest_request <= job.end.when <= now:
-                latest = job.end.when
-            order.append((latest, job))
-    order.sort(key=lambda entry: entry[0])  # keeps the ids' order where moments are equal
-    return [job for _, job in order]
-
-
 class JobStore:
-    """The jobs on disk: `jobs.db`, `logs/` and `inputs/` in the state folder, one agent's alone.
+    """The jobs on disk: `jobs.db`, `logs/` and `inputs/` in the state folder of one agent.
 
-    Its methods raise Problem, or an OSError. Those that change a job return when that is safely on
-    disk; no two threads may be in one of them at once. They end the agent if it is not known what
-    a change has left on the disk: it would have to guess what to answer.
+    Its methods raise Problem or OSError. Those that change a job return when the change is safely
+    on disk; no two threads may be in one of them at once. They end the agent if it cannot be known
+    whether a change is on disk: it would have to guess what to answer.
     """
 
     APPLICATION = 0x4F4E4941  # SQLite's application_id: "ONIA"
@@ -3481,7 +3460,6 @@ class JobStore:
         PRAGMA user_version = {VERSION};
         COMMIT;
     """
-    # An older jobs.db may have more columns, so they are named.
     COLUMNS = "id, words, queued, status, started, ended, error, attempts, cancelled"
     # What must stay where it is while an agent is at work.
     PARTS = ("", "jobs.db", "agent.lock", "run.lock", "logs", "inputs")
@@ -3502,32 +3480,32 @@ class JobStore:
             self.newest_id = self._highest_id()
             self._tidy_inputs()
             self._parts = {part: identity(folder / part) for part in self.PARTS}
-            self._parts_lock = threading.Lock()
         except (OSError, sqlite3.Error) as error:
             raise Problem(f"{self._path} cannot be used ({error}); nothing was changed") from error
 
     def _keep_others_out(self) -> IO[str]:
-        """Return the locked file that says that an agent is at work here. Raises Problem."""
-        # A killed agent's last child may hold the lock until it has become manage.py.
-        for _ in range(100):
+        """Return a locked file, by which other agents know of this one. Raises Problem."""
+        until = time.monotonic() + LAST_CHILD_SECONDS
+        while True:
             try:
                 return locked(self.folder / "agent.lock")
-            except BlockingIOError:
-                time.sleep(TICK)
-        raise Problem(
-            f"another ONI Agent is at work on {self.folder}; give this one a STATE_DIRECTORY of"
-            " its own"
-        )
+            except BlockingIOError as error:
+                if time.monotonic() > until:
+                    raise Problem(
+                        f"another ONI Agent is at work on {self.folder}; give this one a"
+                        " STATE_DIRECTORY of its own"
+                    ) from error
+            time.sleep(0.005)
 
     def _open(self) -> sqlite3.Connection:
-        """Return the connection that writes, to a database with a table of jobs."""
+        """Return the connection that writes; make the table of jobs if there is none yet."""
         is_new = not self._path.exists() or self._is_empty()
-        # Without an isolation level each statement commits, but for what BEGIN comes before.
+        # isolation_level=None: sqlite3 begins no transactions of its own accord.
         database = sqlite3.connect(
             str(self._path), LOCK_SECONDS, check_same_thread=False, isolation_level=None
         )
-        # What is answered is on disk. A last agent that met an error of the disk may have left
-        # changes in the write-ahead log that only the cache holds: the checkpoint writes them anew.
+        # FULL: a commit is on disk when it returns. The checkpoint writes anew what an agent that
+        # ended for an error of the disk may have left in the kernel's cache alone.
         database.executescript(
             "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA wal_checkpoint(TRUNCATE)"
         )
@@ -3536,9 +3514,9 @@ class JobStore:
         return database
 
     def _is_empty(self) -> bool:
-        """Tell whether the database has no tables yet. Raises Problem if it is not to be used."""
-        # It is opened for reading alone: else even its closing would change it. But a crash at the
-        # very first start may have left a journal, which SQLite has to take back.
+        """Tell whether the database has no tables yet. Raises Problem if it cannot be used."""
+        # A database that is not the agent's must not be changed, and SQLite may change one when it
+        # closes it. But it has to take back the journal that a crash at the first start has left.
         mode = "rw" if self._path.with_name("jobs.db-journal").exists() else "ro"
         opened = sqlite3.connect(f"{self._path.as_uri()}?mode={mode}", uri=True)
         with contextlib.closing(opened) as database:
@@ -3557,7 +3535,7 @@ class JobStore:
         return not tables
 
     def _highest_id(self) -> int:
-        """Return the highest id given: jobs.db may be new, or an older copy, but logs stay."""
+        """Return the highest id that was given. Logs count, as jobs.db may be an older copy."""
         [[highest]] = self._read("SELECT ifnull(max(seq), 0) FROM sqlite_sequence")
         with os.scandir(self.folder / "logs") as logs:
             for log_file in logs:
@@ -3567,7 +3545,7 @@ class JobStore:
         return int(highest)
 
     def _tidy_inputs(self) -> None:
-        """Remove what a killed agent left of requests that it never accepted."""
+        """Remove the inputs of requests that a killed agent had not accepted yet."""
         for entry in (self.folder / "inputs").iterdir():
             is_accepted = entry.name.isdigit() and int(entry.name) <= self.newest_id
             if entry.is_dir() and not is_accepted:
@@ -3576,41 +3554,44 @@ class JobStore:
                 entry.unlink()
 
     def check_in_place(self) -> None:
-        """End the agent if what it keeps here was removed, or replaced. Raises OSError.
+        """End the agent if a part of the state folder was removed or replaced. Raises OSError.
 
-        What it would still write would be lost, and ids be given twice. manage.py goes on. The
-        exit status is one on which the unit does not start the agent again: somebody has to look.
+        What it would still write would be lost, and ids would be given twice.
         """
-        with self._parts_lock:
-            missing = next(filter(self._is_missing, self.PARTS), None)
-        if missing is not None:
-            end_agent(
-                f"{self.folder / missing} was removed or replaced while the agent was at work: put"
-                " it back, or start the agent anew with what is there now",
-                EXIT_HOPELESS,
-            )
+        for part in self.PARTS:
+            if self._is_missing(part):
+                end_agent(
+                    f"{self.folder / part} was removed or replaced while the agent was at work:"
+                    " put it back, or start the agent anew with what is there now",
+                    EXIT_HOPELESS,
+                )
 
     def _is_missing(self, part: str) -> bool:
-        """Tell whether something is not there any more, or is another one. Raises OSError."""
+        """Tell whether a part is gone, or another one is in its place. Raises OSError."""
         try:
             return identity(self.folder / part) != self._parts[part]
         except (FileNotFoundError, NotADirectoryError):
             return True
 
-    def set_aside(self, part: str, name: str) -> None:
-        """Give another name to a file among the PARTS, and put an empty one in its place."""
-        with self._parts_lock:
-            (self.folder / part).rename(self.folder / name)
-            (self.folder / part).touch(mode=0o600)
-            self._parts[part] = identity(self.folder / part)
+    def mark_stop(self) -> None:
+        """Leave word for the next agent that this one was stopped on purpose."""
+        (self.folder / "stopped").touch(mode=0o600)
+
+    def take_stop_mark(self) -> bool:
+        """Tell whether the last agent was stopped on purpose, and forget that."""
+        try:
+            (self.folder / "stopped").unlink()
+        except FileNotFoundError:
+            return False
+        return True
 
     # -- reading
 
     def _read(self, statement: str, *values: object) -> List[Any]:
-        """Return the rows that a query gives. Raises Scarce.
+        """Return the rows of a query. Raises Scarce.
 
-        It has a connection of its own, which waits for no writer: not for this agent's, nor for
-        a backup that has locked the database.
+        The query has a connection of its own, so it waits neither for this agent's changes nor for
+        a backup.
         """
         try:
             opened = sqlite3.connect(f"{self._path.as_uri()}?mode=ro", READ_SECONDS, uri=True)
@@ -3624,7 +3605,7 @@ class JobStore:
         rows = self._read(f"SELECT {self.COLUMNS} FROM jobs WHERE {condition}", *values)
         rows.sort()
         try:
-            # All in one go, which takes a fifth of the time for thousands.
+            # Read in one go, thousands take a fifth of the time.
             words = json.loads(f"[{','.join(row[1] for row in rows)}]")
         except ValueError as error:
             raise Problem(f"{self._path} is damaged: {error}") from error
@@ -3641,10 +3622,10 @@ class JobStore:
     def select(
         self, before: int, statuses: Sequence[Status] = (), word: str = "", newest: int = -1
     ) -> List[Job]:
-        """Return jobs with ids below `before`, oldest first.
+        """Return jobs with ids below `before`, oldest first: the `newest` so many, or all (-1).
 
-        Only those with one of the statuses, if there are any, and with a word, if it is not "";
-        of these so many of the `newest`, or all (-1).
+        Leaves out jobs with other statuses, if any are given, and jobs without `word` among theirs,
+        if it is not "".
         """
         conditions = ["id < ?"]
         values: List[object] = [before]
@@ -3652,8 +3633,7 @@ class JobStore:
             conditions.append(f"status IN ({', '.join('?' * len(statuses))})")
             values += statuses
         if word:
-            # In JSON a word is the only place for a text in quotes.
-            conditions.append("instr(words, ?)")
+            conditions.append("instr(words, ?)")  # only words are in quotes there
             values.append(json.dumps(word))
         condition = " AND ".join(conditions)
         return self._jobs(f"{condition} ORDER BY id DESC LIMIT ?", *values, newest)
@@ -3673,39 +3653,30 @@ class JobStore:
     def expired(self, now: int) -> List[int]:
         """Return the ids of jobs that ended more than KEEP_DAYS ago, but for the KEEP_JOBS newest.
 
-        `now` is the clock's time. What it, or another clock before it, got wrong is seen by the
-        ids: none is expired that was asked for after one of the last KEEP_DAYS, and a job that
-        ended in what is the future now is expired if one of the same age is.
+        `now` is the clock's time. What it got wrong once is seen by the ids: no job is expired that
+        was asked for after one of the last KEEP_DAYS.
         """
         horizon = now - KEEP_DAYS * DAY
-        [[first_recent]] = self._read(
-            "SELECT ifnull(min(id), ?) FROM jobs WHERE queued BETWEEN ? AND ?",
+        rows = self._read(
+            "SELECT id FROM jobs WHERE ended < ?"
+            " AND id <= (SELECT id FROM jobs WHERE ended NOT NULL"
+            "  ORDER BY id DESC LIMIT 1 OFFSET ?)"
+            " AND id < (SELECT ifnull(min(id), ?) FROM jobs WHERE queued BETWEEN ? AND ?)"
+            " ORDER BY id",
+            horizon,
+            KEEP_JOBS,
             self.newest_id + 1,
             horizon,
             now,
         )
-        last = self._read(
-            "SELECT id FROM jobs WHERE ended NOT NULL ORDER BY id DESC LIMIT 1 OFFSET ?", KEEP_JOBS
-        )
-        if not last:
-            return []
-        limit = min(first_recent, last[0][0] + 1)
-        rows = self._read(
-            "SELECT id, ended < ? FROM jobs WHERE id < ? AND (ended < ? OR ended > ?) ORDER BY id",
-            horizon,
-            limit,
-            horizon,
-            now,
-        )
-        newest_expired = max((id for id, is_old in rows if is_old), default=0)
-        return [id for id, _ in rows if id <= newest_expired]
+        return [id for [id] in rows]
 
     # -- changing
 
     def _commit(self, statement: str, *rows: Sequence[object]) -> None:
-        """Do a statement for each of the rows of values, all or none, and put that on disk.
+        """Execute a statement for each row of values, all or none, and put that on disk.
 
-        Raises Scarce if nothing was changed. Ends the agent if that is not known.
+        Raises Scarce if nothing was changed. Ends the agent if that cannot be known.
         """
         try:
             self._database.execute("BEGIN IMMEDIATE")
@@ -3716,14 +3687,14 @@ class JobStore:
         try:
             self._database.execute("COMMIT")
         except sqlite3.Error as error:
-            # A full disk refuses a part of what is to be written, so that the whole does not count.
+            # On a full disk the commit is not whole, and SQLite will ignore what was written of it.
             if str(error) != "database or disk is full":
                 self._give_up(error)
             self._take_back()
             raise Scarce(f"{self._path} cannot be used: {error}") from error
 
     def _take_back(self) -> None:
-        """Take back the statements of a transaction that was not committed, if there is one."""
+        """Roll back the transaction that was not committed, if there is one."""
         if self._database.in_transaction:
             try:
                 self._database.execute("ROLLBACK")
@@ -3731,10 +3702,10 @@ class JobStore:
                 self._give_up(error)
 
     def _give_up(self, error: sqlite3.Error) -> NoReturn:
-        """End the agent: the next one reads from the disk what has become of a change.
+        """End the agent, so that the next one reads from disk what has become of a change.
 
-        The change may be there after all, though SQLite takes it back in this process: what it
-        has written counts for whoever opens the database next, even if fsync has failed.
+        SQLite would roll it back in this process; but what was written counts for whoever opens the
+        database next, even if fsync has failed.
         """
         end_agent(
             f"{self._path}: {error}, and it is not known whether the last change is on the disk",
@@ -3751,54 +3722,34 @@ class JobStore:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    @contextlib.contextmanager
-    def ready_input(self, given: Optional[Path]) -> Iterator[Optional[Path]]:
-        """Put a file, and its folder, on disk, and give the folder for `add`; None for no file.
-
-        A file of new_input is taken itself; of another, that of an earlier job, a copy is made.
-        """
-        if given is None:
-            yield None
-        elif given.parent.name.startswith("unready-"):
-            sync(given)
-            sync(given.parent)
-            yield given.parent
-        else:
-            with self.new_input() as copy:
-                shutil.copyfile(given, copy.name)
-                with self.ready_input(Path(copy.name)) as folder:
-                    yield folder
-
-    def add(self, words: List[str], folder: Optional[Path] = None) -> Job:
-        """Return a new pending job, whose input is in a folder that ready_input gave, if any."""
+    def add(self, words: List[str], given: Optional[Path] = None) -> Job:
+        """Return a new pending job, whose input, if any, is the file `given` of new_input."""
         job = Job(self.newest_id + 1, words, time.time_ns())
         place = self.input(job).parent
-        if folder:
+        if given:
             # An agent that was killed before it gave this id may have left something.
             shutil.rmtree(place, ignore_errors=True)
-            folder.rename(place)
+            given.parent.rename(place)
         try:
-            if folder:
+            if given:
                 sync(place.parent)
             self._commit(
                 "INSERT INTO jobs (id, words, queued, status) VALUES (?, ?, ?, ?)",
                 (job.id, json.dumps(words), job.queued, PENDING),
             )
         except OSError:
-            if folder:
-                shutil.rmtree(place, ignore_errors=True)
+            shutil.rmtree(place, ignore_errors=True)
             raise
         self.newest_id = job.id
         return job
 
     def input(self, job: Job) -> Path:
-        """Return the file of what came on standard input; its folder holds nothing else."""
+        """Return where a job's input is: what came on standard input, alone in a folder."""
         return self.folder / "inputs" / str(job.id) / "input.xml"
 
-    def begin(self, job: Job, when: int) -> None:
-        """Enter that an attempt at a job begins, the first one at a moment `when`."""
+    def begin(self, job: Job, when: int, attempts: int) -> None:
+        """Enter that an attempt at a job begins at a moment `when`, the last one of `attempts`."""
         started = when if job.started is None else job.started
-        attempts = job.attempts + 1
         self._commit(
             "UPDATE jobs SET status = ?, started = ?, attempts = ? WHERE id = ?",
             (STARTED, started, attempts, job.id),
@@ -3820,7 +3771,7 @@ class JobStore:
         job.end = end
 
     def log(self, job: Job) -> Path:
-        """Return where a job's log is, for JobLog."""
+        """Return where the index of a job's log is (see LogReader)."""
         return self.folder / "logs" / f"{job.id}.log"
 
     def remove_files(self, id: int) -> None:
@@ -3828,7 +3779,7 @@ class JobStore:
 
         This comes before `forget`, so that a crash in between leaves no files without a job.
         """
-        for suffix in ("log", "out", "err"):
+        for suffix in "log", "out", "err":
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.folder / "logs" / f"{id}.{suffix}")
         with contextlib.suppress(FileNotFoundError):
@@ -3840,7 +3791,7 @@ class JobStore:
 
 
 def job_of_row(row: Tuple[Any, ...], words: List[str]) -> Job:
-    """Return the job that a row of JobStore.COLUMNS stands for; its words come read from JSON."""
+    """Return the job in a row of JobStore.COLUMNS; `words` are its words, read from JSON."""
     id, _, queued, status, started, ended, error, attempts, cancelled = row
     end = None
     if status == PENDING:
@@ -3857,11 +3808,12 @@ def identity(path: Path) -> Tuple[int, int]:
 
 
 class Clock:
-    """The time of day, and whether old jobs may be forgotten by it.
+    """The time of day by which jobs are forgotten, as long as it can be believed.
 
-    Doubt is cast on a clock that is more than KEEP_DAYS ahead of what was seen of time before: at
-    the start the newest job, later the clock itself. It is believed when it is still so a day
-    later, by `steady`, which nobody can set. Both functions count nanoseconds.
+    A time more than KEEP_DAYS after the newest job, or after what the clock has said before, is
+    doubted, and believed only when a day has passed by a clock that nobody can set.
+
+    `newest` is the newest job's time, or 0; `wall` and `steady` return nanoseconds.
     """
 
     def __init__(
@@ -3897,61 +3849,69 @@ class Clock:
 
 
 def locked(path: Path) -> TextIO:
-    """Return a file whose lock is held until it is closed.
+    """Lock a file until what is returned is closed.
 
-    Raises BlockingIOError if somebody else holds it, and any other OSError.
+    Raises BlockingIOError if somebody else has locked it, OSError if that cannot be tried.
     """
-    file = open(str(path), "a")
+    file = open(path, "a")
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return file
 
 
-STDOUT = "O"  # the lines that manage.py prints on standard output
-STDERR = "E"  # and on standard error
-NOTE = "A"  # what the agent itself has to say
+# ---------------------------------------------------------------- logs
+
+# The log of job 7 lies in three files. manage.py itself writes 7.out and 7.err, so that it needs no
+# agent. LogWriter writes the index 7.log: the agent's notes, and how much had been printed when.
+# LogReader makes stamped lines of all three.
+#
+# An entry of the index that has sizes tells of the bytes that were printed since the last such
+# entry. A line among these is stamped with the entry's moment, and a nanosecond more for each byte
+# up to the line's end; lines of standard output come first. So a line's stamp depends on two
+# entries alone, wherever reading begins. LogWriter gives the next entry a later moment than all of
+# these.
+#
+# A very long line comes in parts. A part ends where a block of the file ends that has no newline.
+# Blocks are BLOCK bytes long, and the first one begins where the file does.
+
+# Kinds of lines:
+STDOUT = "O"  # manage.py has printed it on standard output
+STDERR = "E"  # manage.py has printed it on standard error
+NOTE = "A"  # the agent has written it
 ALL_KINDS = (STDOUT, STDERR, NOTE)
 
 
 def timestamp(nanoseconds: int) -> str:
-    """Return a moment in UTC with nine digits: fixed width, because NCA sorts lines as strings."""
+    """Return a moment in UTC, always with nine digits: NCA sorts lines as strings."""
     second, nanosecond = divmod(nanoseconds, 10**9)
     return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(second))}.{nanosecond:09d}Z"
 
 
-def clipped(text: str, most: int) -> str:
-    """Return `text` in at most `most` bytes of UTF-8; where something was cut off it ends in …"""
-    data = text.encode("utf-8", "replace")
-    if len(data) <= most:
-        return data.decode()
-    return data[: most - len("…".encode())].decode("utf-8", "ignore") + "…"
-
-
 class Child(NamedTuple):
-    """A process of the agent's, told from a later one of the same number by its birth."""
+    """A process that an agent has started. Its birth tells it from later ones of its number."""
 
     pid: int
-    birth: str  # the boot's id, a slash, clock ticks since boot; or - where there was no /proc
+    birth: str  # the boot's id, a slash, clock ticks since the boot; or "-" if /proc is hidden
 
 
 class Entry(NamedTuple):
-    """A line of a job's index, ID.log, in one of three forms:
+    """A line of an index, in one of three forms:
 
     [2026-11-22T11:07:19.061730250Z] A checked the files of 100 of 400 issues
     [2026-11-22T11:07:19.061730250Z] = 1024 4096
     [2026-11-22T11:07:19.061730250Z] $ 1024 4096 4711 6d1f…/40586 manage.py load_batch /batches/x
 
-    The first is a note of the agent's. The second says how many bytes ID.out and ID.err had by
-    then. The third says the same, and that a command begins there, with its process (a Child;
-    release 1.1.0 of the agent left that out).
+    The first is a note of the agent's. The second says how many bytes of standard output and
+    standard error there were by then. The third says the same, and that a command begins there,
+    with its process (a Child) if that is known.
     """
 
     start: int  # where it begins, in bytes of the index
     end: int  # where the next one begins
     second: str  # of its moment
     nanosecond: int
-    sizes: Optional[Tuple[int, int]]  # of ID.out and ID.err; None for a note
-    child: Optional[Child]
-    text: str  # the note, or the command
+    sizes: Optional[Tuple[int, int]]  # of the outputs; None: it is a note
+    child: Optional[Child]  # None: no command begins, or its process is not known
+    text: str  # the note, or the command that begins, or ""
 
 
 ENTRY = re.compile(
@@ -3961,7 +3921,7 @@ ENTRY = re.compile(
 
 
 def entries_in(data: bytes, start: int) -> Iterator[Entry]:
-    """Yield the entries in some whole lines of an index, which begin at its byte `start`."""
+    """Yield the entries in whole lines of an index, which begin at its byte `start`."""
     for found in ENTRY.finditer(data):
         second, nanosecond, note, out, err, pid, birth, command = found.groups()
         yield Entry(
@@ -3988,7 +3948,7 @@ def entries_from(file: BinaryIO, start: int) -> Iterator[Entry]:
         elif len(data) < size:
             return
         else:
-            size *= 2  # a long note of release 1.1.0
+            size *= 2  # for a command of very many words
 
 
 def entries_before(file: BinaryIO, stop: int) -> Iterator[Entry]:
@@ -4000,35 +3960,23 @@ def entries_before(file: BinaryIO, stop: int) -> Iterator[Entry]:
         data = file.read(stop - start)
         first = data.find(b"\n") + 1 if start else 0
         if start and first in (0, len(data)):
-            size *= 2  # a long note of release 1.1.0
+            size *= 2  # for a command of very many words
         else:
             yield from reversed(list(entries_in(data[first:], start + first)))
             stop = start + first
 
 
-# How a log is read
-#
-# An entry that has sizes tells of the bytes that were printed since the one before it that has. A
-# line among these gets the entry's moment, and a nanosecond more for each byte up to the line's
-# end; first come the lines of standard output, then those of standard error. So the stamp of a line
-# depends on two entries alone, whatever else is read, and from where. LogWriter sees to it that the
-# next entry's moment is later than all of these.
-#
-# A line that is very long comes in parts. A part ends where a block of the file ends in which there
-# is no newline. Blocks are BLOCK bytes long; the first one begins where the file does.
-
-
 def nanoseconds_for(before: Tuple[int, int], after: Tuple[int, int]) -> int:
-    """Return how many nanoseconds the lines between two pairs of sizes may take."""
+    """Return how many nanoseconds the lines take that were printed between two pairs of sizes."""
     return max(0, after[0] - before[0]) + max(0, after[1] - before[1]) + 2
 
 
 def stretches(file: BinaryIO, start: int, stop: int, is_over: bool) -> Iterator[Tuple[int, bytes]]:
-    """Yield the lines of a file between two bytes: where some end that follow each other, and all
-    their bytes; or the same of a part of one line.
+    """Yield the lines of a file from byte `start` to byte `stop`, some at a time: where they end,
+    and their bytes. A part of a line comes alone.
 
-    `start` is where a line or a part begins. An unfinished line at `stop` is left out, unless the
-    file `is_over`. Raises OSError.
+    A line or a part begins at `start`. An unfinished line at `stop` is left out, unless the file
+    `is_over`. Raises OSError.
     """
     while start < stop:
         first_whole_block = -(-start // BLOCK)
@@ -4045,7 +3993,7 @@ def stretches(file: BinaryIO, start: int, stop: int, is_over: bool) -> Iterator[
 
 
 def line_start(file: BinaryIO, position: int) -> int:
-    """Return where the line, or the part, begins that is unfinished at a byte. Raises OSError."""
+    """Return where the line or part begins in which the byte `position` is. Raises OSError."""
     block = position // BLOCK * BLOCK
     for low, high in ((block, position), (block - BLOCK, block)):
         if low >= 0:
@@ -4059,10 +4007,10 @@ def line_start(file: BinaryIO, position: int) -> int:
 def last_lines(
     file: BinaryIO, low: int, high: int, count: int, is_over: bool
 ) -> Tuple[int, int]:
-    """Find the last lines and parts, `count` at most, that end between two bytes of a file.
+    """Find the last `count` lines and parts that end between the bytes `low` and `high` of a file.
 
-    Returns how many there are, and where the first of them begins. An unfinished line at `high`
-    is one of them if the file `is_over`. Raises OSError.
+    Return how many there are, and where the first of them begins. An unfinished line at `high` is
+    one of them if the file `is_over`. Raises OSError.
     """
     found = 0
     if is_over and line_start(file, high) < high:
@@ -4087,16 +4035,10 @@ def last_lines(
     return found, line_start(file, low)
 
 
-def unfinished_character(data: bytes) -> bytes:
-    """Return the bytes at the end of `data` with which a character of UTF-8 begins, or none."""
-    tail = data[-3:]
-    return tail[codecs.utf_8_decode(tail, "replace", False)[1] :]
-
-
 def opened(path: Path) -> Optional[BinaryIO]:
     """Open a file for reading; return None if there is none. Raises OSError.
 
-    While the machine lacks something for that, it is tried again, for a second.
+    It tries for a second while the machine lacks something for that.
     """
     tries_left = 10
     while True:
@@ -4112,35 +4054,35 @@ def opened(path: Path) -> Optional[BinaryIO]:
 
 
 class Position(NamedTuple):
-    """How far a log has been read."""
+    """A position in a log, between two entries."""
 
     entry: int = 0  # where the next entry begins, in bytes of the index
     sizes: Tuple[int, int] = (0, 0)  # of the outputs, as the entries before say
     at: Tuple[int, int] = (0, 0)  # where the next line of each output begins
-    second: str = "1970-01-01T00:00:00"  # what the entries do not tell of has this moment
+    second: str = "1970-01-01T00:00:00"  # the earliest moment of what comes
     nanosecond: int = 0
 
 
 class LogReader:
     """The log of a job, as stamped lines in order: `[2026-11-22T11:07:19.061730250Z] text`.
 
-    It lies in three files: manage.py itself writes ID.out and ID.err, LogWriter the index ID.log.
-    One that is not there is as an empty one. All other that keeps it from being read is an OSError.
+    A file that is not there is taken for an empty one. Its methods raise OSError.
     """
 
     def __init__(self, path: Path, is_over: bool = False) -> None:
-        """Open the log whose index is `path`, to read what a job that `is_over` has printed, or
-        the whole lines that one at work has printed so far.
+        """Open the log whose index is `path`.
+
+        The unfinished line at its end is read only if the job `is_over`.
         """
         self._paths = (path, path.with_suffix(".out"), path.with_suffix(".err"))
         self._files: List[Optional[BinaryIO]] = [None, None, None]
         self._kinds: Tuple[str, ...] = ALL_KINDS
         self._position = Position()
-        self._tail: Optional[Tuple[int, int]] = None  # the outputs' sizes once the job is over
+        self._tail: Optional[Tuple[int, int]] = None  # the outputs' sizes, once the job is over
         self._open(is_over)
 
     def _open(self, is_over: bool) -> None:
-        """Open the files that were not there before, and see where they end if the job is over."""
+        """Open the files that were not there before; if the job is over, see how long they are."""
         for number, path in enumerate(self._paths):
             self._files[number] = self._files[number] or opened(path)
         if is_over:
@@ -4159,16 +4101,17 @@ class LogReader:
                 yield lines
 
     def lines(self, *kinds: str) -> Iterator[List[str]]:
-        """Return all lines of these kinds, or of all, some at a time, for a loop of its own.
+        """Return all lines of these kinds, or of all, some at a time.
 
-        A list of none stands for some of another kind, so that the caller can look up meanwhile.
+        An empty list comes where there are only lines of other kinds, so that a caller who goes
+        through millions can do something else meanwhile. Other calls are not disturbed.
         """
         reader = copy.copy(self)
         reader._kinds = kinds or ALL_KINDS
         return reader._read()
 
     def skip_to_last(self, count: int) -> None:
-        """Leave out all lines but the last `count`. Reads from the end, and no more than needed."""
+        """Leave out all lines but the last `count`, reading no more of the log than these."""
         index = self._files[0]
         entries = entries_before(index, self._size(0)) if index else iter(())
         steps = with_sizes_before(entries)
@@ -4196,7 +4139,7 @@ class LogReader:
         return Position(newest.end, sizes, self._line_starts(sizes), newest.second, later)
 
     def _line_starts(self, sizes: Tuple[int, int]) -> Tuple[int, int]:
-        """Return where the lines begin that were unfinished when the outputs had these sizes."""
+        """Return where the lines begin that are unfinished where the outputs have these sizes."""
         _, out, err = self._files
         return line_start(out, sizes[0]) if out else 0, line_start(err, sizes[1]) if err else 0
 
@@ -4205,7 +4148,7 @@ class LogReader:
     ) -> Tuple[int, Tuple[int, int]]:
         """Find the last `count` lines of those printed between two pairs of sizes.
 
-        Returns how many there are too few, and where the first of each output begins.
+        Return how many are missing, and where the first one of each output begins.
         """
         starts = list(self._line_starts(before))
         for number in (1, 0):
@@ -4232,7 +4175,7 @@ class LogReader:
         yield some
 
     def _entries(self) -> Iterator[Entry]:
-        """Yield the entries from the position on; of a job that is over one more, for the tail."""
+        """Yield the entries from the position on, and one for the tail if the job is over."""
         index = self._files[0]
         if index:
             yield from entries_from(index, self._position.entry)
@@ -4255,39 +4198,32 @@ class LogReader:
             file = self._files[number + 1]
             if file and kind in self._kinds and (high > low or is_tail):
                 for end, data in stretches(file, at[number], high, is_tail):
-                    yield len(data), printed_lines(file, entry.second, first - low, end, data)
+                    yield len(data), printed_lines(entry.second, first - low, end, data)
                     at[number] = end
             first += max(0, high - low) + 1
         self._position = Position(entry.end, sizes, (at[0], at[1]), entry.second, first)
 
 
-def printed_lines(file: BinaryIO, second: str, zero: int, end: int, data: bytes) -> List[str]:
-    """Return some lines of a file, or a part of one, with stamps (see "How a log is read").
+def printed_lines(second: str, zero: int, end: int, data: bytes) -> List[str]:
+    """Return the lines, or the part of one, in `data`, with stamps.
 
-    `data` is what lies before the file's byte `end`; `zero` is the nanosecond of its first byte.
+    `data` lies before byte `end` of its file; `zero` is the nanosecond of that file's first byte.
     """
-    start = end - len(data)
-    # A character that a part ends amid is the next part's.
-    begun = b""
-    if start and start % BLOCK == 0:
-        file.seek(start - 3)
-        begun = unfinished_character(file.read(3))
+    text = data.decode("utf-8", "replace")
     if data.endswith(b"\n"):
-        lines = data[:-1].split(b"\n")
-        text = (begun + data[:-1]).decode("utf-8", "replace")
-        lengths = itertools.accumulate(map(len, lines))
-        moments = map(operator.add, lengths, itertools.count(zero + start))
-        return stamped(second, moments, zero + end, text.split("\n"))
-    moment = zero + end
-    if end % BLOCK == 0 and len(data) >= BLOCK:  # a part, and the file may go on
-        moment -= 1
-        data = data[: len(data) - len(unfinished_character(data))]
-    text = (begun + data).decode("utf-8", "replace")
+        # A line is stamped with the place of its newline.
+        lengths = itertools.accumulate(map(len, data[:-1].split(b"\n")))
+        moments = map(operator.add, lengths, itertools.count(zero + end - len(data)))
+        return stamped(second, moments, zero + end, text[:-1].split("\n"))
+    moment = zero + end - 1  # its newline may be the very next byte, and is later
     return stamped(second, [moment], moment, [text])
 
 
 def stamped(second: str, moments: Iterable[int], most: int, texts: List[str]) -> List[str]:
-    """Return texts with stamps, each so many nanoseconds after a second, `most` at the most."""
+    """Return texts with stamps: a second, and the nanosecond of each text after it.
+
+    No nanosecond is more than `most`; but that may be more than a second has.
+    """
     if most < 10**9:
         return [f"[{second}.{moment:09d}Z] {text}" for moment, text in zip(moments, texts)]
     first = int(datetime.fromisoformat(f"{second}+00:00").timestamp()) * 10**9
@@ -4295,7 +4231,7 @@ def stamped(second: str, moments: Iterable[int], most: int, texts: List[str]) ->
 
 
 def with_sizes_before(entries: Iterable[Entry]) -> Iterator[Tuple[Entry, Tuple[int, int]]]:
-    """Yield entries, newest first, each with the sizes that the outputs had before it."""
+    """Yield entries that come newest first, each with the sizes of the outputs before it."""
     waiting: List[Entry] = []
     for entry in entries:
         if entry.sizes is not None:
@@ -4326,14 +4262,14 @@ def end_line(path: Path) -> None:
 
 
 class LogWriter:
-    """Writes the index of a job's log (see Entry), while manage.py itself writes its output.
+    """The writer of a job's index.
 
-    While manage.py prints there are at most so many entries a second as ENTRY_SECONDS allow; the
-    first output after a silence is entered when it is seen.
+    The first output after a silence is entered when it is seen; while manage.py goes on printing,
+    there is an entry every ENTRY_SECONDS.
     """
 
     def __init__(self, path: Path) -> None:
-        """Go on with the log whose index is `path`; it is made if missing. Raises OSError."""
+        """Go on with the log whose index is `path`, or begin it. Raises OSError."""
         self.path = path
         self.out = path.with_suffix(".out")
         self.err = path.with_suffix(".err")
@@ -4347,7 +4283,7 @@ class LogWriter:
         self._read_on()
 
     def _read_on(self) -> None:
-        """Read what an earlier agent has written, and cut off what it did not finish."""
+        """Read what an earlier agent has written, and cut off a line that it did not finish."""
         newest: Optional[Entry] = None
         before = (0, 0)
         with open(self.path, "rb") as file:
@@ -4367,7 +4303,7 @@ class LogWriter:
         self._earliest += nanoseconds_for(before, self._sizes)
 
     def _remember(self, command: str, child: Optional[Child]) -> None:
-        """Take a command for the newest one."""
+        """Remember a command as the newest one."""
         self.commands.append(command)
         self.child = child
         self.begun = self._sizes[1]
@@ -4379,13 +4315,13 @@ class LogWriter:
             sync(self.path)
 
     def note(self, text: str) -> None:
-        """Enter what the agent does; a long text as several notes."""
+        """Enter a note; a long text as several."""
         text = text.replace("\n", " ")
         for start in range(0, max(1, len(text)), NOTE_LENGTH):
             self._enter(f"A {text[start : start + NOTE_LENGTH]}", time.time_ns(), 1)
 
     def begin(self, command: str, child: Optional[Child]) -> None:
-        """Enter that what is printed from now on is a command's, and its process if known."""
+        """Enter that a command begins, with its process if that is known."""
         command = command.replace("\n", " ")
         self._remember(command, child)
         process = f"{child.pid} {child.birth} " if child else ""
@@ -4393,8 +4329,9 @@ class LogWriter:
         self._enter(f"$ {out} {err} {process}{command}", time.time_ns(), 2)
 
     def look(self, is_end: bool = False) -> None:
-        """Enter how much has been printed by now if that has changed, and the last time was not
-        just before; in any case at a command's end.
+        """Enter how much has been printed by now, if that has changed.
+
+        Unless this is a command's end, this waits until ENTRY_SECONDS after the last such entry.
         """
         if not is_end and time.monotonic() < self._entered + ENTRY_SECONDS:
             return
@@ -4411,7 +4348,10 @@ class LogWriter:
             self._enter(f"= {sizes[0]} {sizes[1]}", min(printed, time.time_ns()), needed)
 
     def _enter(self, text: str, moment: int, needed: int) -> None:
-        """Write an entry of a moment, or later; the next one is `needed` nanoseconds after it."""
+        """Write an entry of a moment, or a later one if that is taken.
+
+        The next entry is at least `needed` nanoseconds after it.
+        """
         moment = max(moment, self._earliest)
         self._earliest = moment + needed
         try:
@@ -4420,9 +4360,9 @@ class LogWriter:
             log.error("%s cannot be written for now: %s", self.path, error)
 
     def complaints(self) -> List[str]:
-        """Return the lines that the newest command has printed on stderr, but for empty ones.
+        """Return the lines that the newest command has printed on stderr, without empty ones.
 
-        Of more than twice COMPLAINT_BYTES only the first and the last ones are looked at.
+        Looks only at the first and the last COMPLAINT_BYTES of them.
         """
         try:
             with open(self.err, "rb") as file:
@@ -4439,15 +4379,16 @@ class LogWriter:
         return re.findall(r"(?m)^.*\S", data.decode("utf-8", "replace"))
 
     def complaint(self) -> str:
-        """Return what is likely the reason why the newest command failed, MAX_COMPLAINT bytes at
-        most: the first of its `complaints` that was logged as an error, else the last.
+        """Return the likely reason why the newest command failed, at most MAX_COMPLAINT bytes.
+
+        That is the first of its `complaints` that ONI has logged as an error, else the last one.
         """
         lines = self.complaints()
         for line in lines:
             error = re.match(r"\[ERROR\] |ERROR:[\w.]+:", line)  # ONI 1.1 and 1.0
             if error:
-                return clipped(line[error.end() :], MAX_COMPLAINT)
-        return clipped(lines[-1], MAX_COMPLAINT) if lines else "nothing"
+                return shortened(line[error.end() :], MAX_COMPLAINT)
+        return shortened(lines[-1], MAX_COMPLAINT) if lines else "nothing"
 
 
 # ---------------------------------------------------------------- running manage.py
@@ -4462,8 +4403,9 @@ def signal_name(number: int) -> str:
 
 
 def stat_of(pid: int) -> Optional[List[str]]:
-    """Return the fields of /proc/PID/stat from the third one on (see proc(5)), None if there is no
-    such process, or no /proc. Raises OSError if that cannot be told for now.
+    """Return the fields of /proc/PID/stat from the third one on (see proc(5)).
+
+    Return None if there is no such process, or no /proc. Raises OSError, as without descriptors.
     """
     try:
         with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
@@ -4473,7 +4415,7 @@ def stat_of(pid: int) -> Optional[List[str]]:
 
 
 def boot_id() -> str:
-    """Return what tells this boot of the machine from others, or "" if that is hidden."""
+    """Return the id of this boot of the machine, or "" if /proc is hidden."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -4481,15 +4423,15 @@ def boot_id() -> str:
 
 
 def as_child(pid: int) -> Child:
-    """Describe a process that has just been begun, so that the next agent knows it again."""
+    """Describe a process that has just been started, so that the next agent knows it again."""
     fields = None
-    with contextlib.suppress(OSError):  # of its two signs the lock remains
+    with contextlib.suppress(OSError):  # run.lock tells of it, too
         fields = stat_of(pid)
     return Child(pid, f"{boot_id()}/{fields[19]}" if fields else "-")
 
 
 def is_at_work(child: Child) -> Optional[bool]:
-    """Return whether a process has not ended yet, None if that cannot be known. Raises OSError."""
+    """Tell whether a process has not ended yet; None if that cannot be known. Raises OSError."""
     fields = stat_of(child.pid)
     if child.birth == "-" or not (fields or os.path.exists("/proc/self/stat")):
         try:
@@ -4506,40 +4448,14 @@ def is_at_work(child: Child) -> Optional[bool]:
     return is_same and fields[0] not in "ZX"
 
 
-class Running:
-    """A manage.py at work, whose end is waited for, begun by this agent or by an earlier one."""
+class Running(NamedTuple):
+    """A manage.py that this agent or an earlier one has started, and whose end is waited for."""
 
-    def __init__(self, child: Optional[Child], has_ended: Callable[[], bool]) -> None:
-        """`child` is None where the process is not known; `has_ended` may raise OSError."""
-        self.child = child
-        self._has_ended = has_ended
-        self._descriptor: Optional[int] = None
-        pidfd_open = getattr(os, "pidfd_open", None)  # from Python 3.9 and Linux 5.3 on
-        if child and pidfd_open:
-            with contextlib.suppress(OSError):
-                self._descriptor = pidfd_open(child.pid)
-
-    def ended_within(self, seconds: float) -> bool:
-        """Wait for its end, for so many seconds at most; return whether it has ended."""
-        if self._descriptor is None:
-            time.sleep(seconds)
-        else:
-            poll = select.poll()
-            poll.register(self._descriptor, select.POLLIN)
-            if poll.poll(seconds * 1000):
-                return True
-        try:
-            return self._has_ended()
-        except OSError:  # that cannot be told for now
-            return False
-
-    def close(self) -> None:
-        """Let go of it."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
+    child: Optional[Child]  # None: an earlier agent was killed before it could say
+    has_ended: Callable[[], bool]  # may raise OSError
 
 
-# What manage.py says when database (MariaDB's numbers) or Solr were away, or busy, for a moment.
+# What manage.py says if the database (by MariaDB's numbers) or Solr was away or busy for a moment.
 DISTURBANCES = (
     r"\((1040|1053|1205|1213|1927|2002|2003|2006|2013)\b|database is locked"
     r"|Failed to connect to server|Connection refused|timed out|HTTP 50[234]"
@@ -4547,28 +4463,28 @@ DISTURBANCES = (
 
 
 class Runner:
-    """What a job at work is given: it runs one manage.py after another, and has the job's log.
+    """A runner of one manage.py after another, for one job, whose log it has.
 
-    manage.py runs in a session of its own and prints to files, so that it outlives this agent. Two
-    signs tell the next agent that it is still at work: its process, which the log names, and
-    run.lock, which it inherits locked, and in which its command stands. The second one is needed
-    if this agent is killed before it has written the first.
+    manage.py runs in a session of its own and prints to files, so that it outlives this agent. The
+    next one knows by two signs that it is at work: the log names its process; and it has inherited
+    run.lock, locked, in which the job, the number of its command and the command stand. Where this
+    agent is killed before it can write of the process, there is the lock alone.
 
-    manage.py has ended when its process has. What that leaves behind is named in the log; while it
-    keeps run.lock locked, the first sign alone tells of a manage.py.
+    manage.py has ended when its process has. What it leaves behind may keep run.lock locked; then
+    there is the process alone to tell of the next manage.py.
     """
 
     def __init__(
         self, job: Job, store: JobStore, oni: OpenONI, stopping: threading.Event
     ) -> None:
-        """Make the log ready to go on, after whatever an earlier agent left. Raises OSError."""
+        """Go on with the job's log, or begin it. Raises OSError."""
         self.job = job
         self.input = store.input(job)
         self.log = LogWriter(store.log(job))
-        self.undoing = False  # a cancelled job is tidied up, which is not to be cancelled
+        self.undoing = False  # the job was cancelled, and what is done now is to undo it
         self._oni = oni
         self._lock = store.folder / "run.lock"
-        self._is_left_locked = False  # by what an earlier command has left behind
+        self._is_left_locked = False  # run.lock is, by what an earlier command has left behind
         self._stopping = stopping
 
     def close(self) -> None:
@@ -4577,7 +4493,7 @@ class Runner:
 
     @property
     def commands(self) -> List[str]:
-        """All commands of the job that have begun."""
+        """Return all commands of the job that have begun."""
         return self.log.commands
 
     def note(self, text: str) -> None:
@@ -4594,18 +4510,18 @@ class Runner:
 
     @property
     def cancelled(self) -> bool:
-        """Whether the job is to end."""
-        return bool(self.job.cancelled) and not self.undoing
+        """Tell whether what is done for the job now is to end."""
+        return self.job.cancelled and not self.undoing
 
     def go_on(self) -> None:
-        """Raise Interrupted if the job is to end, or has ended before it began."""
+        """Raise Interrupted if the job was cancelled."""
         if self.cancelled or self.job.finished:
             raise Interrupted
 
     def step(self, action: Callable[["Runner"], None]) -> None:
-        """Take a step, a function of this runner, anew while the machine lacks something for it.
+        """Call `action` with this runner, and again while the machine lacks something for it.
 
-        Raises Problem, also for any other OSError; Interrupted.
+        Raises Problem, also in place of other OSErrors, and Interrupted.
         """
 
         def take() -> None:
@@ -4620,9 +4536,9 @@ class Runner:
         patiently(take)
 
     def manage(self, *words: str) -> None:
-        """Run manage.py with `words`. Raises Problem, Interrupted.
+        """Run manage.py with `words`, to its end.
 
-        The text of a Problem says how manage.py ended, and of what it has complained.
+        Raises Problem, which says how it ended and what it complained of, and Interrupted.
         """
         self._run("manage.py", self._oni.start, *words)
 
@@ -4633,16 +4549,14 @@ class Runner:
     def _run(
         self, program: str, start: Callable[..., "subprocess.Popen[bytes]"], *words: str
     ) -> None:
+        """Run a manage.py that `start` starts, to its end. Raises as manage does."""
         command = f"{program} {shlex.join(words)}"
         process = patiently(lambda: self._begin(command, start, *words))
-        with contextlib.closing(
-            Running(self.log.child, lambda: process.poll() is not None)
-        ) as running:
-            self._follow(running)
+        self._follow(Running(self.log.child, lambda: process.poll() is not None))
         status = process.wait()
         self.go_on()
         if status < 0:
-            if self._stopping.wait(1):  # the signal may have come to the agent as well
+            if self._stopping.wait(1):  # the same signal stops the agent
                 raise Interrupted
             raise Problem(f"killed by signal {-status} ({signal_name(-status)})")
         if status:
@@ -4658,7 +4572,7 @@ class Runner:
         with contextlib.ExitStack() as files:
             out = files.enter_context(open_to_append(self.log.out))
             err = files.enter_context(open_to_append(self.log.err))
-            # What an earlier command left unfinished is a line of its own.
+            # What an earlier command left unfinished is to be a line of its own.
             end_line(self.log.out)
             end_line(self.log.err)
             self.log.look(is_end=True)
@@ -4670,23 +4584,24 @@ class Runner:
             self.log.begin(command, as_child(process.pid))
         return process
 
-    def take_over(self) -> None:
-        """Wait for the end of what an earlier agent has begun, if that is still at work.
+    def adopt(self) -> None:
+        """Adopt the manage.py of an earlier agent that is still at work, and wait for its end.
 
-        From then on there is nothing to end, and a cancelled job is undone.
+        From then on there is nothing left to end, and a cancelled job is being undone.
         """
-        running = patiently(self._left_at_work)
-        if running:
-            log.warning("job=%d adopted=yes: its manage.py is at work", self.job.id)
-            with contextlib.closing(running):
+        try:
+            running = patiently(self._left_at_work)
+            if running:
+                log.warning("job=%d adopted=yes: its manage.py is at work", self.job.id)
                 self._follow(running)
-        else:
-            self.log.look(is_end=True)
-            self._name_what_is_left()
-        self.undoing = bool(self.job.cancelled)
+            else:
+                self.log.look(is_end=True)
+                self._name_what_is_left()
+        finally:
+            self.undoing = self.job.cancelled
 
     def _left_at_work(self) -> Optional[Running]:
-        """Return the manage.py of an earlier agent's that is still at work. Raises OSError."""
+        """Return the manage.py of an earlier agent that is still at work. Raises OSError."""
         child = self.log.child
         at_work = is_at_work(child) if child else None
         if child and at_work:
@@ -4702,12 +4617,15 @@ class Runner:
         return None
 
     def _open_lock(self) -> TextIO:
-        """Open run.lock for a manage.py to inherit: locked, if that can be. Raises OSError."""
+        """Open run.lock for a manage.py to inherit, locked unless somebody has left it locked.
+
+        Raises OSError.
+        """
         self._is_left_locked = not self._lock_is_free()
         return open(self._lock, "a") if self._is_left_locked else locked(self._lock)
 
     def _lock_is_free(self) -> bool:
-        """Return whether neither a manage.py nor what it has left behind holds run.lock."""
+        """Tell whether run.lock is not locked. Raises OSError."""
         try:
             locked(self._lock).close()
         except BlockingIOError:
@@ -4715,29 +4633,25 @@ class Runner:
         return True
 
     def _enter_what_is_locked(self) -> bool:
-        """Enter the command that holds run.lock, and return True, if the log does not have it: the
-        agent was killed before it had entered it, or the log was deleted. Raises OSError.
+        """Enter the command that has locked run.lock, if it is this job's and not in the log.
+
+        Tell whether that is so: the agent was killed before it had entered the command, or somebody
+        has deleted the log. Raises OSError.
         """
         id, _, rest = self._lock.read_text().partition(" ")
         number, _, command = rest.partition(" ")
         if id == str(self.job.id) and int(number or 0) > len(self.commands):
             self.log.begin(command, None)
             return True
-        if not id:  # release 1.1.0 of the agent has begun it, and the log was deleted
-            if self.commands:
-                return False
-            self.log.begin("manage.py, begun by an earlier agent", None)
-            return True
         return False
 
     def _follow(self, running: Running) -> None:
         """Wait until manage.py has ended; end it if the job is cancelled."""
         begun = time.monotonic()
-        pause = 0.0
         full = False
         number = signal.SIGTERM
         next_signal = 0.0
-        while not running.ended_within(pause):
+        while self._is_at_work(running):
             self.log.look()
             full = full or self._disk_is_full()
             now = time.monotonic()
@@ -4745,8 +4659,8 @@ class Runner:
                 self._signal(running.child, number)
                 number = signal.SIGKILL
                 next_signal = now + TERM_SECONDS
-            # Its first line is seen soon; that takes little of the processor in the long run.
-            pause = min(LOOK_SECONDS, 0.001 + (now - begun) / 20)
+            # The first line, and the end of a short run, are seen at once.
+            time.sleep(min(LOOK_SECONDS, 0.001 + (now - begun) / 20))
         self.log.look(is_end=True)
         if full:
             self.note(
@@ -4754,8 +4668,15 @@ class Runner:
             )
         self._name_what_is_left()
 
+    def _is_at_work(self, running: Running) -> bool:
+        """Tell whether a manage.py has not ended, or that cannot be told for now."""
+        try:
+            return not running.has_ended()
+        except OSError:
+            return True
+
     def _disk_is_full(self) -> bool:
-        """Return whether the state folder has no byte left."""
+        """Tell whether the state folder has no byte left."""
         try:
             return not shutil.disk_usage(self._lock.parent).free
         except OSError:  # somebody has removed the folder
@@ -4771,10 +4692,10 @@ class Runner:
             os.killpg(child.pid, number)
 
     def _name_what_is_left(self) -> None:
-        """Note what manage.py has left behind, if anything and if that is new."""
+        """Note once what manage.py has left behind, if that keeps run.lock locked."""
         if self._is_left_locked or not self.commands:
             return
-        for _ in range(5):  # it may be about to end, too
+        for _ in range(5):  # it may be about to end
             with contextlib.suppress(OSError):
                 if self._lock_is_free():
                     return
@@ -4982,7 +4903,7 @@ class LoadBatch(BatchKind):
 
     def undo(self, work: Runner) -> None:
         # As Runner writes them down; the others leave the rows as they are.
-        changing = ("manage.py load_batch", "manage.py purge_batch", "manage.py, begun")
+        changing = ("manage.py load_batch", "manage.py purge_batch")
         if any(command.startswith(changing) for command in work.commands):
             PurgeBatch(self.site, self.name).bring(work)
 
@@ -5126,15 +5047,13 @@ KINDS: Dict[str, Type[Kind]] = {
 
 
 class JobQueue:
-    """The jobs in order, the one thread that works on them, and one that keeps house.
+    """The jobs in order, a thread that works on one after another, and one that keeps house.
 
-    Whoever changes a job takes its turn (`_turn`): it changes the job on disk, then in memory. So
-    ids are given in the order of acceptance, and a batch's last job is known to who adds another.
-    What only reads takes `_lock`, which nobody holds while a disk, ONI or a client is waited for.
+    Whoever changes jobs holds `_turn` meanwhile, and changes them on disk, then in memory. So ids
+    are given in the order of acceptance, and a batch's last job is known to who adds another. Who
+    only reads holds `_lock`, under which nobody waits for a disk, for ONI or for a client.
+
     In memory are the unfinished jobs and the newest others; older ones are read from the disk.
-
-    `on_end` is called with each job that has ended, `announce` with a sentence whenever what is at
-    work or waits has changed; neither may take long.
     """
 
     def __init__(
@@ -5144,27 +5063,31 @@ class JobQueue:
         on_end: Callable[[Job], None],
         announce: Callable[[str], None],
     ) -> None:
+        """Read the jobs of an earlier agent from `store`. Raises Problem, Scarce.
+
+        `on_end` is called with each job that has ended, `announce` with a sentence whenever what is
+        at work or waits has changed; neither may take long, nor raise.
+        """
         self._store = store
         self._site = site
         self._on_end = on_end
         self._announce = announce
-        self.stopping = threading.Event()  # once set: no end is recorded that it may have caused
-        self._closed = False
+        self.stopping = threading.Event()  # once set, no job fails any more: the stop may be why
+        self._closed = False  # no job is accepted any more
+        self._follows_a_stop = False  # the last agent was stopped on purpose
         self._turn = threading.Lock()
         self._lock = threading.Lock()  # guards the five that follow
         self._jobs: Dict[int, Job] = {}  # those in memory, oldest first
         self._all_since = 0  # the id from which on all jobs are in memory
         self._unfinished: Dict[int, Job] = {}  # oldest first
-        self._unfinished_on: Dict[Tuple[str, ...], List[Job]] = {}  # by subject; oldest first
+        self._ended: Deque[Job] = collections.deque(maxlen=MOST_ENDED)  # in the order of their ends
         self._callbacks: Dict[int, List[Callable[[Job], None]]] = {}  # by a job's id
-        self._waiting: "queue.SimpleQueue[Job]" = queue.SimpleQueue()
+        self._waiting: "queue.SimpleQueue[Job]" = queue.SimpleQueue()  # for the worker
         self._clock = Clock(store.newest_moment())
         newest = store.select(store.newest_id + 1, newest=JOBS_IN_MEMORY)
-        unfinished = store.unfinished()
         if len(newest) == JOBS_IN_MEMORY:
             self._all_since = newest[0].id
-        known = {job.id: job for job in newest}
-        known.update({job.id: job for job in unfinished})
+        known = {job.id: job for job in newest + store.unfinished()}
         for id in sorted(known):
             self._enter(known[id])
 
@@ -5172,39 +5095,41 @@ class JobQueue:
         """Take a job into memory, and let it wait for the worker if it has not ended."""
         with self._lock:
             self._jobs[job.id] = job
-            if not job.finished:
+            if job.finished:
+                self._ended.append(job)
+            else:
                 self._unfinished[job.id] = job
-                self._unfinished_on.setdefault(subject(job.words), []).append(job)
+                self._waiting.put(job)
             while len(self._jobs) > JOBS_IN_MEMORY:
                 oldest = self._jobs[next(iter(self._jobs))]
                 if not oldest.finished:
-                    break  # it is at work, and those behind it are let go of later
+                    break  # those behind it are let go of when it has ended
                 del self._jobs[oldest.id]
                 self._all_since = max(self._all_since, oldest.id + 1)
-        if not job.finished:
-            self._waiting.put(job)
 
     def start(self) -> None:
-        """Begin to work on the jobs, and to keep house."""
+        """Begin to work on the jobs, and to keep house. Raises OSError."""
+        self._follows_a_stop = self._store.take_stop_mark()
         self._announce(self._state())
         for name, duty in (("worker", self._work), ("housekeeper", self._keep_house)):
             threading.Thread(target=self._run, args=[duty], name=name, daemon=True).start()
 
     def close(self) -> None:
-        """Accept no job from now on, since its answer might not be sent any more."""
+        """Accept no job from now on, since the agent stops and might not answer any more."""
         with self._turn:
             self._closed = True
+        with contextlib.suppress(OSError):  # then an attempt too many is counted
+            self._store.mark_stop()
 
     # -- what there is
 
     def jobs(
         self, statuses: Sequence[Status] = (), word: str = "", newest: Optional[int] = None
     ) -> List[Job]:
-        """Return jobs, oldest first.
+        """Return jobs, oldest first: the `newest` so many, or all (None).
 
-        Only those with one of the statuses, if any are given, and with a word, as a batch's name,
-        if it is not ""; of these so many of the `newest`, if that is given. The disk is read only
-        for what is not in memory. Raises Problem, Scarce.
+        Leaves out jobs with other statuses, if any are given, and jobs without `word` among theirs,
+        if it is not "". The disk is read only for what is not in memory. Raises Problem, Scarce.
         """
         if statuses and all(status in (PENDING, STARTED) for status in statuses):
             found = self.unfinished()
@@ -5225,7 +5150,7 @@ class JobQueue:
         return found[max(0, len(found) - newest) :]
 
     def unfinished(self) -> List[Job]:
-        """Return the jobs that have not ended, oldest first: who is at work, and who waits."""
+        """Return the jobs that have not ended, oldest first."""
         with self._lock:
             return list(self._unfinished.values())
 
@@ -5236,19 +5161,19 @@ class JobQueue:
         return first if first and first.status == STARTED else None
 
     def place(self, job: Job) -> int:
-        """Return the place of a pending job in the queue: 1, if it is the next or at work."""
+        """Return the place of an unfinished job in the queue, from 1 on."""
         return sum(each.id <= job.id for each in self.unfinished())
 
-    def ended(self, most: int = 50) -> List[Job]:
-        """Return the jobs that have ended, the last one first: so many, of those in memory."""
+    def ended(self) -> List[Job]:
+        """Return the last MOST_ENDED jobs that have ended, the last one first.
+
+        Those that ended before the agent started are in the order of their ids.
+        """
         with self._lock:
-            jobs = list(self._jobs.values())
-        # Only a job that was cancelled before its turn ends out of order, but for a wrong clock.
-        order = in_order_of_end(jobs, time.time_ns())
-        return order[::-1][:most]
+            return list(reversed(self._ended))
 
     def get(self, id: int) -> Optional[Job]:
-        """Return the job of an id, or None. Raises Problem, Scarce if an old one is not read."""
+        """Return the job of an id, or None. Raises Problem, Scarce if it cannot be read."""
         job = self._jobs.get(id)
         if job is None and id < self._all_since:
             job = self._store.find(id)
@@ -5261,10 +5186,9 @@ class JobQueue:
     # -- waiting for ends
 
     def when_ended(self, job: Job, callback: Callable[[Job], None]) -> Callable[[], None]:
-        """Have `callback` called with a job once it has ended: at once, if it has already.
+        """Have `callback` called with a job when it has ended, at once if it has already.
 
-        The worker's thread, or that of a client who cancels, calls it: it must not take long, nor
-        raise. Returns a function that withdraws it.
+        It must not take long, nor raise. Return a function that withdraws it.
         """
         with self._lock:
             is_registered = not job.finished
@@ -5295,15 +5219,19 @@ class JobQueue:
     # -- what clients ask for
 
     def add(self, words: List[str], given: Optional[Path] = None) -> Tuple[int, str]:
-        """Accept a job: return its id, on disk by then, and a sentence; -1: nothing is to be done.
+        """Accept a job, and return its id, which is on disk by then, and a sentence.
 
-        `given` is the file of what came on standard input. A batch's last unfinished job is
-        taken if it is the same, else the new one comes after it. Raises Problem, OSError.
+        `given` is the file of new_input with what came on standard input. The id is -1 if there is
+        nothing to do, and that of a batch's last unfinished job if that is the same. Raises
+        Problem, OSError.
         """
         kind = self.kind(words)
         kind.check(given)
         reached = not self._last_on(words) and kind.reached()
-        with self._store.ready_input(given) as folder, self._turn:
+        if given:
+            sync(given)
+            sync(given.parent)
+        with self._turn:
             last = self._last_on(words)  # which may have come while Open ONI was asked
             if reached and not last:
                 return -1, NO_OP
@@ -5312,8 +5240,8 @@ class JobQueue:
             if last and last.words == words and not (last.cancelled or given):
                 return last.id, "Job already in queue"
             self._store.check_in_place()
-            job = self._store.add(words, folder)
-            self._store.check_in_place()  # else it is in a database that was removed meanwhile
+            job = self._store.add(words, given)
+            self._store.check_in_place()  # else the job is in a database that nobody reads again
             self._enter(job)
             self._announce(self._state())
         return job.id, "Job added to queue"
@@ -5321,11 +5249,13 @@ class JobQueue:
     def _last_on(self, words: List[str]) -> Optional[Job]:
         """Return the newest unfinished job with the same words after the command's name."""
         with self._lock:
-            jobs = self._unfinished_on.get(subject(words))
-            return jobs[-1] if jobs else None
+            for job in reversed(self._unfinished.values()):
+                if job.words[1:] == words[1:]:
+                    return job
+        return None
 
     def cancel(self, job: Job) -> bool:
-        """See to it that a job ends unsuccessful; False if it has ended already. Raises Scarce."""
+        """Cancel a job; return False if it has ended already. Raises Scarce."""
         with self._turn:
             if job.finished:
                 return False
@@ -5339,12 +5269,12 @@ class JobQueue:
     # -- the worker
 
     def _run(self, duty: Callable[[], None]) -> None:
-        """Do a thread's duty. The agent ends with it: else it would only seem to be at work."""
+        """Do a thread's duty for as long as the agent is at work, and end the agent if it fails."""
         try:
             duty()
         except BaseException:
             log.exception("the agent cannot go on")
-            end_agent("a thread that it needs has ended", EXIT_AGAIN)
+            end_agent("a thread that the agent needs has ended", EXIT_AGAIN)
 
     def _work(self) -> None:
         """Work on one job after another until the agent stops."""
@@ -5352,89 +5282,72 @@ class JobQueue:
             job = self._waiting.get()
             if not job.finished:
                 self._perform(job)
-        log.info("what manage.py had begun is taken up by the next agent")
 
     def _perform(self, job: Job) -> None:
-        """Bring a job to its end: attempt it, undo that if it was cancelled, record what came.
+        """Bring a job to its end: attempt it, undo that if it was cancelled, record the outcome.
 
-        If the agent stops meanwhile, the job is left as it is: the next agent takes it up.
+        If the agent stops meanwhile, the job is left as it is: the next agent recovers it.
         """
-        work = self._open_work(job)
-        if not work:
-            return
-        with contextlib.closing(work):
-            while not job.finished:
-                outcome = self._undo(work) if job.cancelled else self._attempt(work)
-                if outcome:
-                    patiently(functools.partial(self._record, work, outcome))
-                if self.stopping.is_set():
-                    return
-
-    def _open_work(self, job: Job) -> Optional[Runner]:
-        """Return what works on a job; None if the job has ended, maybe since that cannot be had."""
-        make = functools.partial(Runner, job, self._store, self._site.oni, self.stopping)
         try:
-            return patiently(make, functools.partial(self._must_go_on, job))
+            make = functools.partial(Runner, job, self._store, self._site.oni, self.stopping)
+            work = patiently(make, functools.partial(self._must_go_on, job))
         except Interrupted:
-            return None
+            return
         except OSError as error:
             outcome = Outcome(FAILED, f"its log cannot be opened: {error}")
-        patiently(functools.partial(self._record_unopened, job, outcome))
-        return None
+            patiently(functools.partial(self._record, job, outcome, is_undone=True))
+            return
+        with contextlib.closing(work):
+            while not (job.finished or self.stopping.is_set()):
+                found = self._attempt(work)
+                if found:
+                    patiently(functools.partial(self._record, job, found, work.undoing))
 
     def _must_go_on(self, job: Job) -> None:
         """Raise Interrupted if a job has ended, as by a cancel, or the agent stops."""
         if job.finished or self.stopping.is_set():
             raise Interrupted
 
-    def _record_unopened(self, job: Job, outcome: Outcome) -> None:
-        """Record the end of a job that cannot be worked on, unless it has ended. Raises Scarce."""
-        with self._turn:
-            if job.finished:
-                return
-            self._end(job, outcome)
-        self._tell_end(job)
-
     def _attempt(self, work: Runner) -> Optional[Outcome]:
-        """Bring about what a job is to reach, from where it is now; None: it was interrupted."""
-        return self._outcome(work, self._reach)
+        """Make a job reach its goal, or undo it if it was cancelled; return what came of that.
 
-    def _undo(self, work: Runner) -> Optional[Outcome]:
-        """Take back what a cancelled job has half done; None: the agent stops."""
-        outcome = self._outcome(work, self._take_back)
-        work.undoing = True  # else what hindered it would not be recorded either
-        return outcome
-
-    def _outcome(self, work: Runner, way: Callable[[Runner, Kind], None]) -> Optional[Outcome]:
-        """Return what came of going a way with a job; None if that was interrupted.
-
-        A fault of the agent's own is the end of this one job.
+        Return None if it was interrupted. A fault of the agent's own is the end of this job alone.
         """
+        job = work.job
         try:
-            work.take_over()
-            kind = self.kind(work.job.words)
+            work.adopt()
+            kind = self.kind(job.words)
             try:
-                way(work, kind)
-                return Outcome(SUCCESSFUL, "")
+                if not work.undoing:
+                    self._reach(work, kind)
+                    return Outcome(SUCCESSFUL, "")
+                work.step(kind.undo)
+                outcome = Outcome(FAILED, "cancelled")
             except Problem as problem:
-                never_ran = isinstance(problem, CouldNotStart) and not work.commands
-                error = str(problem)
+                outcome = self._failure(work, problem)
             remains = kind.remains(work)
-            if remains not in error:
-                error = f"{error}; {remains}"
-            return Outcome(COULD_NOT_START if never_ran else FAILED, error)
         except Interrupted:
             return None
         except OSError as error:
             return Outcome(FAILED, str(error))
         except Exception as fault:
-            log.exception("job=%d stumbled over a fault of the agent", work.job.id)
+            log.exception("job=%d stumbled over a fault of the agent", job.id)
             return Outcome(FAILED, f"a fault of the agent, see its log: {fault!r}")
+        if remains not in outcome.error:
+            outcome = outcome._replace(error=f"{outcome.error}; {remains}")
+        if shortened(outcome.error) != outcome.error:
+            work.note(outcome.error)
+        return outcome
+
+    def _failure(self, work: Runner, problem: Problem) -> Outcome:
+        """Return the outcome of an attempt, or an undo, that a problem has ended."""
+        if work.undoing:
+            return Outcome(FAILED, f"cancelled; {problem}")
+        never_ran = isinstance(problem, CouldNotStart) and not work.commands
+        return Outcome(COULD_NOT_START if never_ran else FAILED, str(problem))
 
     def _reach(self, work: Runner, kind: Kind) -> None:
         """Reach what a job is to reach. Raises Problem, Interrupted."""
-        if work.job.cancelled:
-            raise Interrupted  # while what an earlier agent had begun went on
         if work.job.status == STARTED and self._was_reached(work, kind):
             return
         work.step(self._begin)
@@ -5442,7 +5355,7 @@ class JobQueue:
         work.step(kind.verify)
 
     def _bring(self, work: Runner, kind: Kind) -> None:
-        """Bring about what a job is to reach; begin again for PATIENT_SECONDS after a disturbance.
+        """Bring about what a job is to reach; for PATIENT_SECONDS again if manage.py is disturbed.
 
         Raises Problem, Interrupted.
         """
@@ -5457,7 +5370,10 @@ class JobQueue:
                 work.note(f"{problem}; beginning again")
 
     def _was_reached(self, work: Runner, kind: Kind) -> bool:
-        """Tell whether a job that an earlier agent had begun is done. Raises Interrupted."""
+        """Tell whether a job that an earlier agent had begun has reached its goal by now.
+
+        Raises Interrupted.
+        """
         try:
             work.step(kind.verify)
             return True
@@ -5467,52 +5383,43 @@ class JobQueue:
             return False
 
     def _begin(self, work: Runner) -> None:
-        """Enter that a job has begun. Raises Scarce; Problem if it has too often; Interrupted."""
+        """Enter that an attempt begins. Raises Problem after too many; Scarce, Interrupted."""
         job = work.job
-        if job.attempts >= MAX_ATTEMPTS:
+        attempts = job.attempts + 1
+        if job.attempts and self._follows_a_stop:
+            attempts = job.attempts  # that the agent was stopped is no fault of the job's
+        if attempts > MAX_ATTEMPTS:
             raise Problem(f"given up: {MAX_ATTEMPTS} times the agent was gone before its end")
         with self._turn:
             work.go_on()
-            self._store.begin(job, time.time_ns())
+            self._store.begin(job, time.time_ns(), attempts)
             self._announce(self._state())
         log.info("job=%d command=%r begins", job.id, shlex.join(job.words))
 
-    def _take_back(self, work: Runner, kind: Kind) -> None:
-        """Undo what a cancelled job has half done. Raises Problem, Interrupted."""
-        work.undoing = True
-        try:
-            work.step(kind.undo)
-        except Problem as problem:
-            raise Problem(f"cancelled; {problem}") from problem
-        raise Problem("cancelled")
+    def _record(self, job: Job, outcome: Outcome, is_undone: bool = False) -> None:
+        """Record an outcome as a job's end, unless the job has to be taken up again. Raises Scarce.
 
-    def _record(self, work: Runner, outcome: Outcome) -> None:
-        """Record an outcome as the job's end, unless something says that it is none. Raises Scarce.
-
-        That is a cancel which has come before: what was done is to be undone. Or it is the stop of
-        the agent, by a signal that manage.py may have got, too.
+        It has to if it was cancelled and is yet to be undone, or if the agent stops: the signal may
+        have ended manage.py, too.
         """
         with self._turn:
-            if work.cancelled or (self.stopping.is_set() and outcome.status != SUCCESSFUL):
+            is_to_be_undone = job.cancelled and not is_undone
+            is_cut_short = self.stopping.is_set() and outcome.status != SUCCESSFUL
+            if job.finished or is_to_be_undone or is_cut_short:
                 return
-            if shortened(outcome.error) != outcome.error:
-                work.note(outcome.error)
-            self._end(work.job, outcome)
-        self._tell_end(work.job)
+            self._end(job, outcome)
+        self._tell_end(job)
 
     def _end(self, job: Job, outcome: Outcome) -> None:
-        """Enter a job's end, in its turn. Raises Scarce."""
+        """Enter a job's end; the caller holds `_turn`. Raises Scarce."""
         self._store.end(job, End(outcome.status, shortened(outcome.error), time.time_ns()))
         with self._lock:
             del self._unfinished[job.id]
-            on_the_same = self._unfinished_on[subject(job.words)]
-            on_the_same.remove(job)
-            if not on_the_same:
-                del self._unfinished_on[subject(job.words)]
+            self._ended.append(job)
         self._announce(self._state())
 
     def _tell_end(self, job: Job) -> None:
-        """Tell everybody who waits for it of a job's end, when that is on disk."""
+        """Tell everybody who waits for a job that it has ended."""
         status, error = job.status, job.error
         level = logging.INFO if status == SUCCESSFUL else logging.WARNING
         words = shlex.join(job.words)
@@ -5534,7 +5441,7 @@ class JobQueue:
     # -- keeping house
 
     def _keep_house(self) -> None:
-        """Watch over the state folder, and forget old jobs, until the agent stops."""
+        """Watch the state folder, and forget old jobs, until the agent stops."""
         next_sweep = time.monotonic()
         while not self.stopping.is_set():
             try:
@@ -5547,7 +5454,7 @@ class JobQueue:
             self.stopping.wait(STATE_SECONDS)
 
     def _forget_old(self) -> None:
-        """Forget jobs that ended long ago, if the clock is to be believed. Raises OSError."""
+        """Forget jobs that ended long ago, if the clock can be believed. Raises OSError."""
         now = self._clock.believed()
         if now is None:
             return
@@ -5556,7 +5463,7 @@ class JobQueue:
             self._forget(expired[start : start + FORGET_AT_ONCE])
 
     def _forget(self, ids: List[int]) -> None:
-        """Forget jobs, but those whose files cannot be removed. Raises Scarce."""
+        """Forget jobs, except those whose files cannot be removed. Raises Scarce."""
         gone = []
         for id in ids:
             try:
@@ -5569,11 +5476,6 @@ class JobQueue:
         with self._lock:
             for id in gone:
                 self._jobs.pop(id, None)
-
-
-def subject(words: List[str]) -> Tuple[str, ...]:
-    """Return what a job's words are about: those after the command's name."""
-    return tuple(words[1:])
 
 
 # ---------------------------------------------------------------- commands
@@ -6334,8 +6236,13 @@ def cmd_job_retry(request: Request, id: str) -> Answer:
         raise Refused(
             "Only a failed job can be retried", error=job_message(job), job=job_object(job)
         )
-    given = request.agent.store.input(job) if kind.takes_input else None
-    retried = request.submit(job.words, given)
+    if kind.takes_input:
+        store = request.agent.store
+        with store.new_input() as given:
+            shutil.copyfile(store.input(job), given.name)
+            retried = request.submit(job.words, Path(given.name))
+    else:
+        retried = request.submit(job.words)
     retried.keys["retry_of"] = job.id
     return retried
 
@@ -6470,7 +6377,7 @@ def cmd_board(request: Request) -> Answer:
             "oni": {"location": str(agent.site.oni.location), **agent.site.health()},
             "at_work": [job_with_place(agent, job) for job in jobs if job.status == STARTED],
             "waiting": [job_object(job) for job in jobs if job.status == PENDING],
-            "ended": [job_object(job) for job in agent.queue.ended(50)],
+            "ended": [job_object(job) for job in agent.queue.ended()],
         }
     )
 
@@ -6882,7 +6789,12 @@ def load_host_key(path: Path) -> Optional[paramiko.PKey]:
     try:
         read_regular(path)
     except Problem as problem:
-        raise Problem(f"HOST_KEY_FILE is {path}, which cannot be used: {problem}") from problem
+        advice = ""
+        if isinstance(problem.__cause__, PermissionError):
+            advice = f"; root can make it the agent's: chown {user_name(os.geteuid())} {path}"
+        raise Problem(
+            f"HOST_KEY_FILE is {path}, which cannot be used: {problem}{advice}"
+        ) from problem
     for kind in (paramiko.Ed25519Key, paramiko.ECDSAKey, paramiko.RSAKey):
         with contextlib.suppress(Exception):  # paramiko tells a foreign file in many ways
             return kind(filename=str(path))
@@ -8020,7 +7932,7 @@ def key_is_authorized(path: Path, key: paramiko.PKey, host: IPAddress) -> bool:
 
 
 class Account(NamedTuple):
-    """A user as whom the agent may run; one without an entry in passwd has its number as name."""
+    """A user as whom the agent may run; without an entry in passwd the name is the number."""
 
     name: str
     uid: int
@@ -8049,10 +7961,10 @@ def owner_among(folders: Iterable[Path]) -> Optional[Account]:
 
 
 def site_account(location: Path) -> Optional[Account]:
-    """Return the user that the ONI site in `location` runs as; None if root is to stay who it is.
+    """Return the user that the ONI site in `location` runs as; None if that is this process's.
 
-    That is also the answer for whoever is not root. The site's user owns the word coordinates, or
-    the cache, which the web server writes, too: the website breaks if those become root's.
+    The site's user owns the word coordinates and the cache, which the web server writes, too: the
+    website breaks if root owns what is in them. Who is not root cannot become anybody else.
     """
     if os.geteuid():
         return None
@@ -8069,15 +7981,15 @@ def site_account(location: Path) -> Optional[Account]:
 
 
 def shared_folders(location: Path, account: Optional[Account]) -> List[Path]:
-    """Return the folders that the website writes, as ONI's settings say; [] if ONI does not answer.
+    """Return the folders that the website writes, by ONI's settings; [] if ONI does not answer.
 
-    ONI is asked as `account`, by a process of its own: what ONI writes meanwhile, such as a log, is
-    not root's then.
+    A process of its own asks ONI, as `account`: so root owns nothing that ONI writes meanwhile,
+    such as a log.
     """
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
-        with contextlib.suppress(BaseException):  # then there is no answer
+        with contextlib.suppress(BaseException):  # whatever it is, there is no answer then
             if account:
                 become(account)
             oni = OpenONI(location, os.environ)
@@ -8094,9 +8006,9 @@ def shared_folders(location: Path, account: Optional[Account]) -> List[Path]:
 
 
 def become(account: Account) -> None:
-    """Turn this process, which is root's, into one of another user's, for good.
+    """Make this process, which is root's, another user's for good, with HOME and USER.
 
-    manage.py and ON_FINISH then get that user's HOME and USER. Raises Problem.
+    Raises Problem.
     """
     try:
         if account.name.isdigit():
@@ -8114,9 +8026,9 @@ def become(account: Account) -> None:
 
 
 def hand_over(folder: Path, account: Account) -> None:
-    """Give a state folder that is not `account`'s to it, and all that it holds. Raises Problem.
+    """Make `account` the owner of a state folder and of all in it. Raises Problem.
 
-    Links are not followed: what is in the folder may be somebody else's work.
+    Links are not followed: somebody else may have made them.
     """
     if folder.stat().st_uid == account.uid:
         return
@@ -8137,7 +8049,7 @@ LITTLE_DISK = 100 * 2**20  # bytes; a folder whose disk has less is not well
 
 
 class Look(NamedTuple):
-    """What came of a look at one thing: whether it is well, and a sentence about it."""
+    """The result of a look at one thing: whether it is well, and a sentence about it."""
 
     name: str
     well: bool
@@ -8148,9 +8060,9 @@ class Look(NamedTuple):
 
 
 def look_at(name: str, advice: str, look: Callable[..., object], *about: Any) -> Look:
-    """Call the function `look` with `about`, and return what it finds as a Look.
+    """Call `look` with `about`, and return a Look with what it says, or with what it raises.
 
-    If it raises, whatever that is, the thing is not well, and `advice` says what to do.
+    In that case the thing is not well, and `advice` says what to do.
     """
     try:
         return Look(name, True, str(look(*about)))
@@ -8159,7 +8071,7 @@ def look_at(name: str, advice: str, look: Callable[..., object], *about: Any) ->
 
 
 def looks_at_oni(oni: OpenONI, within: float) -> Iterator[Look]:
-    """Look at Open ONI: whether it answers, each question in so many seconds; where loads write."""
+    """Look at Open ONI, and where its loads write. Each question has `within` seconds."""
     advice = "run it by hand, as the agent's user"
     yield look_at("manage.py check", advice, lambda: oni.ask("answer_check", within=within))
     try:
@@ -8189,10 +8101,10 @@ def filled(tables: Dict[str, int]) -> str:
 
 
 def writable(folder: Path, is_shared: bool = False) -> str:
-    """Try to write to a folder, through links, and say where that is, whose, and its free space.
+    """Try to write to a folder; say where it is behind links, whose it is, and what is free there.
 
-    One that is shared with the website may be yet to be made, and must not be another user's.
-    Raises Problem.
+    A folder that `is_shared` with the website need not be there yet, and must not be another
+    user's. Raises Problem.
     """
     place = folder.resolve()
     if is_shared:
@@ -8241,7 +8153,7 @@ def look_at_visitors(settings: Settings) -> Look:
 
 
 def is_own_address(host: str) -> bool:
-    """Tell whether only this host itself can reach what listens on an address of its."""
+    """Tell whether only this host itself can reach who listens on `host`."""
     try:
         found = socket.getaddrinfo(host, None) if host else []
     except OSError:
@@ -8282,8 +8194,8 @@ def look_at_user() -> Look:
 
 
 def look_at_last_job(agent: Agent) -> Look:
-    """Say what became of the job that ended last; it may have failed, and all be well here."""
-    ended = agent.queue.ended(1)
+    """Say how the last job ended. A failed one is no sign that something is not well here."""
+    ended = agent.queue.ended()
     if not ended:
         return Look("last job", True, "none has ended")
     job = ended[0]
@@ -8292,7 +8204,7 @@ def look_at_last_job(agent: Agent) -> Look:
 
 
 def looks_inside(agent: Agent) -> Iterator[Look]:
-    """Look at all that a running agent needs, as its own user and from inside its sandbox."""
+    """Look at all that a running agent needs, as it sees it from inside its sandbox."""
     yield look_at_user()
     yield look_at_visitors(agent.settings)
     yield look_at_algorithms()
@@ -8322,7 +8234,7 @@ def cmd_check(request: Request) -> Answer:
 
 
 def looks_from_outside(settings: Settings, account: Optional[Account]) -> Iterator[Look]:
-    """Look at all that an agent needs, before one runs; as `account`, if this is root."""
+    """Look at all that an agent needs, before one runs; as `account`, unless that is None."""
 
     def state() -> str:
         if (settings.state_directory / "jobs.db").exists():
@@ -8356,14 +8268,14 @@ def looks_from_outside(settings: Settings, account: Optional[Account]) -> Iterat
 
 
 def look_once(oni: OpenONI) -> None:
-    """Say in the log how Open ONI is; one that does not answer is no reason not to serve."""
+    """Log how Open ONI is. The agent serves even if ONI does not answer."""
     for look in looks_at_oni(oni, PATIENT_SECONDS):
         tell = log.info if look.well else log.warning
         tell("Open ONI in %s: %s", oni.location, look)
 
 
 def check_all() -> int:
-    """Print how all is that the agent needs, a line each; return 1 if something is not well."""
+    """Print a line for all that the agent needs; return 1 if something is not well, else 0."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # not every terminal has a check mark
     try:
@@ -8385,7 +8297,7 @@ def check_all() -> int:
 
 
 class JournalFormatter(logging.Formatter):
-    """A log line as the journal takes it (sd-daemon(3)): a priority in front, and no time."""
+    """A formatter for the journal (sd-daemon(3)): lines have a priority in front, and no time."""
 
     def format(self, record: logging.LogRecord) -> str:
         priority = {"DEBUG": 7, "INFO": 6, "WARNING": 4}.get(record.levelname, 3)
@@ -8393,7 +8305,7 @@ class JournalFormatter(logging.Formatter):
 
 
 def set_up_logging(level: str) -> None:
-    """Send the log to stderr, with priorities where that is systemd's journal."""
+    """Send the log to stderr, in the journal's form where that is systemd's."""
     others = "DEBUG" if level == "DEBUG" else "CRITICAL"  # paramiko, that is
     logging.basicConfig(level=others, format="%(asctime)s %(levelname)s %(message)s")
     log.setLevel(level)
@@ -8402,7 +8314,7 @@ def set_up_logging(level: str) -> None:
 
 
 def tell_systemd(state: str) -> None:
-    """Say how the service is (sd_notify(3)), where systemd wants to know."""
+    """Tell systemd the state of the service (sd_notify(3)), where it wants to know."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
@@ -8412,27 +8324,25 @@ def tell_systemd(state: str) -> None:
 
 
 ASIDE = futures.ThreadPoolExecutor(8)  # for what nobody waits for
-MAX_VARIABLE = 2048  # bytes of the error that ON_FINISH is told: the kernel bounds an environment
 
 
 def run_on_finish(program: Path, job: Job, log_path: Path, environ: Mapping[str, str]) -> None:
-    """Run ON_FINISH for a job that has ended; what becomes of it is only logged.
+    """Run ON_FINISH for a job that has ended; log its failure.
 
-    After HOOK_SECONDS it is killed with what it has started, but for what has made a session of its
-    own (setsid), which goes on.
+    After HOOK_SECONDS it is killed, with what it has started, except for processes that have made a
+    session of their own (setsid).
     """
-    error = job.error.replace("\0", "").encode()[:MAX_VARIABLE].decode("utf-8", "ignore")
     environment = {
         **environ,
         "ONI_JOB_ID": str(job.id),
         "ONI_JOB_COMMAND": shlex.join(job.words),
         "ONI_JOB_STATUS": job.status,
-        "ONI_JOB_ERROR": error,
+        "ONI_JOB_ERROR": job.error.replace("\0", ""),
         "ONI_JOB_LOG": str(log_path),
     }
     try:
         status = subprocess.run(
-            # timeout(1) ends it even if the agent goes.
+            # timeout(1) ends it even if the agent has gone.
             ["timeout", "-s", "KILL", str(HOOK_SECONDS), str(program)],
             env=environment,
             start_new_session=True,
@@ -8458,33 +8368,33 @@ def on_stop(handler: Handler) -> None:
 
 
 def stop_on_signals() -> socket.socket:
-    """Return a socket that can be read once SIGTERM or SIGINT has come; a second one is the end."""
+    """Return a socket that can be read once SIGTERM or SIGINT has come.
+
+    A second signal ends the agent at once.
+    """
     reader, writer = socket.socketpair()
 
     def stop(number: int, _frame: Any) -> None:
         on_stop(signal.SIG_DFL)  # such an end is a clean one for systemd
-        # No more than that: the signal may have come amid a line of the log.
+        # Nothing is logged here: the signal may have come amid a line of the log.
         writer.send(bytes([number]))
 
     on_stop(stop)
     return reader
 
 
-def be_init() -> bool:
-    """As PID 1 of a container, go on as a child, for which this process buries the orphans.
-
-    Return whether it is so: then the agent's end is the end of all that is in the container.
-    """
+def be_init() -> None:
+    """As PID 1 of a container, go on in a child, for which this process buries the orphans."""
     if os.getpid() != 1:
-        return False
+        return
     agent = os.fork()
     if not agent:
-        return True
+        return
     on_stop(lambda number, _frame: os.kill(agent, number))
-    ended = None
-    while ended != agent:
+    while True:
         ended, status = os.wait()
-    os._exit(os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status))
+        if ended == agent:
+            os._exit(os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status))
 
 
 def raise_limits() -> None:
@@ -8513,35 +8423,27 @@ def main() -> int:
         return remove_issues(options.remove_issues)
     if options.check:
         return check_all()
-    is_containers = be_init()
+    be_init()
     try:
-        return run(is_containers)
-    except Problem as problem:
-        complain(*problem.args)
-        return 2 if is_refused_for_good(problem) else 1
-    except OSError as error:  # Scarce, too
-        complain(error)
-        return 2 if is_refused_for_good(error) else 1
+        return run()
+    except (Problem, OSError) as problem:
+        complain(*(problem.args if isinstance(problem, Problem) else [problem]))
+        return EXIT_LATER if may_work_later(problem) else EXIT_HOPELESS
 
 
-def run(is_containers: bool) -> int:
+def run() -> int:
     """Run the agent until it is told to stop; return its exit status.
 
-    `is_containers` says whether a container ends with it. Raises Problem, OSError, if it cannot
-    start.
+    Raises Problem, OSError if it cannot start.
     """
-    try:
-        settings = Settings(os.environ)
-        host_key = load_host_key(settings.host_key_file)
-        offer = algorithms_to_offer()
-    except Problem as problem:
-        complain(*problem.args)
-        return 2  # systemd need not try again: somebody has to change something
+    settings = Settings(os.environ)
+    host_key = load_host_key(settings.host_key_file)
+    offer = algorithms_to_offer()
     set_up_logging(settings.log_level)
     stop = stop_on_signals()
     raise_limits()
     account = site_account(settings.oni_location)
-    # What may be root's alone is taken before it becomes the site's user.
+    # What only root may have, the key and the port, it takes before it becomes the site's user.
     listener = listen(*settings.ba_bind)
     settings.state_directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     if account:
@@ -8550,8 +8452,9 @@ def run(is_containers: bool) -> int:
         settings = as_site_user(settings, account)
     agent = build(settings)
     host_key = host_key or make_host_key(settings.host_key_file)
-    gc.freeze()  # what is there by now stays, and need not be looked at
-    # A look at everything stops everybody for as long as 100 ms, and finds little: see _let_go.
+    # A full collection stops everybody for as long as 100 ms, and finds little (see _let_go): so
+    # they are rare, and do not look at what is there by now, which stays.
+    gc.freeze()
     gc.set_threshold(10_000, 20, 100)
     tell_where(settings, listener.getsockname())
     agent.queue.start()
@@ -8559,19 +8462,19 @@ def run(is_containers: bool) -> int:
     tell_systemd("READY=1")
     serve(Server(agent, host_key, offer), listener, stop)
     tell_systemd("STOPPING=1\nSTATUS=")
-    tell_what_goes_on(agent, is_containers)
+    tell_what_goes_on(agent)
     return 0
 
 
 def as_site_user(settings: Settings, account: Account) -> Settings:
-    """Give the state folder to the site's user, become that, and return its settings.
+    """Give the state folder to `account`, become that user, and return its settings.
 
-    Raises Problem where that user cannot reach what they name.
+    Raises Problem if that user cannot use what they name.
     """
     hand_over(settings.state_directory, account)
     become(account)
     log.info("started as root; goes on as %s, as whom the site runs", account.name)
-    # The key has been read: it may be where only root may look.
+    # HOST_KEY_FILE is left out: it has been read, maybe where this user cannot look.
     return Settings(
         {**os.environ, "STATE_DIRECTORY": str(settings.state_directory), "HOST_KEY_FILE": ""}
     )
@@ -8597,7 +8500,7 @@ def build(settings: Settings) -> Agent:
 
 
 def tell_where(settings: Settings, address: Any) -> None:
-    """Say in the log where the agent listens, and what an administrator should know of that."""
+    """Log where the agent listens, and what an administrator should know of its settings."""
     shown = show_address(address)
     log.info("listening on %s version=%s state=%s", shown, VERSION, settings.state_directory)
     if settings.db_connection:
@@ -8611,46 +8514,19 @@ def tell_where(settings: Settings, address: Any) -> None:
         log.warning("the jobs of an earlier agent are in %s, and this one has its own", earlier)
 
 
-def tell_what_goes_on(agent: Agent, is_containers: bool) -> None:
-    """Say in the log what becomes of the manage.py at work, if there is one, as the agent stops.
-
-    systemd's signal reaches it, too, unless the unit has KillMode=process: so it is given a moment
-    to end, and is then looked at.
-    """
+def tell_what_goes_on(agent: Agent) -> None:
+    """Log what becomes of the manage.py at work, if there is one, when the agent has stopped."""
     job = agent.queue.at_work()
-    if not job:
-        return
-    if is_containers:
-        log.warning("job=%d ends with the container; the next agent begins it anew", job.id)
-    elif goes_on(agent.store.folder / "run.lock"):
-        log.info("job=%d its manage.py goes on, and the next agent takes it over", job.id)
-    else:
-        log.warning(
-            "job=%d its manage.py has ended, too, and the next agent begins the job anew; with"
-            " KillMode=process in the unit it would go on",
+    if job:
+        log.info(
+            "job=%d its manage.py goes on, and the next agent adopts it; where the agent's end is"
+            " that of manage.py, too (in a container, or a unit without KillMode=process), the next"
+            " agent begins the job anew",
             job.id,
         )
-
-
-def goes_on(lock: Path) -> bool:
-    """Tell whether manage.py holds its lock, also after a moment if systemd has ended the agent."""
-    until = time.monotonic()
-    if "INVOCATION_ID" in os.environ:
-        until += STOP_SECONDS / 2
-    while True:
-        try:
-            locked(lock).close()
-        except BlockingIOError:
-            if time.monotonic() >= until:
-                return True
-        except OSError:
-            return False
-        else:
-            return False
-        time.sleep(TICK)
 
 
 if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
-    os._exit(status)  # without waiting for threads: they may be cut off at any instant
+    os._exit(status)  # it waits for no thread: each of them may be cut off at any moment
