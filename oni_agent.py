@@ -2580,12 +2580,12 @@ BATCH_FILES = (  # load_batch reads the first that is there
     "batch.xml",
 )
 COPY_ATTEMPTS = 5  # a second apart: network storage may fail for a moment
-LISTING = "data/batch.xml"  # of a patched batch, which has no validated one
+LISTING = "data/batch.xml"  # the list of a batch's issues, which a patch reads and writes
 NDNP = "{http://www.loc.gov/ndnp}"
 
 
 def read_regular(path: Path) -> bytes:
-    """Return what a regular file holds. Raises Problem, in the Go agent's words."""
+    """Return what is in a regular file. Raises Problem, in the Go agent's words."""
     try:
         descriptor = os.open(str(path), os.O_RDONLY | os.O_NONBLOCK)  # it may be a FIFO
         with open(descriptor, "rb") as file:
@@ -2600,7 +2600,7 @@ def read_regular(path: Path) -> bytes:
 
 
 def parse_with_comments(path: Path) -> ET.Element:
-    """Return the root of an XML file, with its comments in it. Raises Problem."""
+    """Return the root of an XML file, with the comments of the file in it. Raises Problem."""
     builder = ET.TreeBuilder(insert_comments=True, insert_pis=True)
     try:
         return ET.fromstring(read_regular(path), ET.XMLParser(target=builder))
@@ -2609,22 +2609,21 @@ def parse_with_comments(path: Path) -> ET.Element:
 
 
 def beside(path: Path, href: Optional[str]) -> Path:
-    """Return the file that `href` in the XML file `path` points to, as ONI's urljoin takes it."""
+    """Return the file that `href` in the XML file `path` names, as ONI's urljoin reads it."""
     target = re.sub(r"[\n\r\t]", "", href or "").lstrip()
     target = re.sub("^file:(//)?(?=/)", "", target)
     return Path(os.path.normpath(path.parent / target)) if target else path
 
 
-
-
 class Patch:
-    """A new batch, which is the batch in `old` without some issues.
-
-    `removals` has the keys of the issues that are to go, and the words that asked for each. Raises
-    Problem if a key names no issue of the batch, or more than one.
-    """
+    """A new batch that is to be made of an old one, without some of its issues."""
 
     def __init__(self, old: Path, removals: Dict[str, str]) -> None:
+        """Read the batch in the folder `old`.
+
+        `removals` maps the keys of the issues that are to go to the words that asked for each.
+        Raises Problem if a key names no issue of the batch, or more than one.
+        """
         self.old = old
         listing = old / LISTING
         root = parse_with_comments(listing)
@@ -2655,7 +2654,7 @@ class Patch:
         self.listing: bytes = ET.tostring(root, encoding="utf-8", xml_declaration=True)
 
     def _check_named(self, named: List[str], removals: Dict[str, str]) -> None:
-        """Raise Problem unless each key names one issue; `named` has each as often as it does."""
+        """Raise Problem unless each key of `removals` is once in `named`."""
         for key, words in removals.items():
             if key not in named:
                 raise Problem(f"{words} names no issue of {self.old.name}; write LCCN/YYYYMMDDEE")
@@ -2666,7 +2665,7 @@ class Patch:
                 )
 
     def is_made(self, new: Path) -> bool:
-        """Tell whether `new` is there, and so is whole. Raises Problem if it is another batch."""
+        """Tell whether `new` is there already. Raises Problem if it is another batch."""
         if not os.path.lexists(str(new)):
             return False
         if read_regular(new / LISTING) != self.listing:
@@ -2680,11 +2679,11 @@ class Patch:
         go_on: Callable[[], None] = do_nothing,
         check: Callable[[Path], None] = lambda made: None,
     ) -> None:
-        """Make the batch `new`, which has its name only when it is whole and on disk.
+        """Make the batch `new`, which gets its name only when it is whole and on disk.
 
-        `tell` is told how far it is, `go_on` is called before each file and may raise, and `check`
-        raises Problem if what was made, in the folder that it is given, is no batch that ONI could
-        load. Raises Problem, OSError.
+        Calls `tell` with sentences about how far it is, `go_on`, which may raise, before each file,
+        and `check` with the folder of what was made, which raises Problem if ONI could not load
+        that. Raises Problem, OSError.
         """
         unready = new.with_name(f"WIP-UNREADY-{new.name}")
         if unready.exists():
@@ -2705,7 +2704,10 @@ class Patch:
     def _copy(
         self, unready: Path, tell: Callable[[str], None], go_on: Callable[[], None]
     ) -> None:
-        """Copy all but the listing, if there is room for it; tell of each tenth of the bytes."""
+        """Copy what stays, without the listing; tell of each tenth of the bytes.
+
+        Raises Problem, as where there is too little room.
+        """
         sizes = self._sizes()
         need = len(self.listing) + sum(sizes.values())
         free = shutil.disk_usage(str(unready.parent)).free
@@ -2733,7 +2735,7 @@ class Patch:
         )
 
     def _sizes(self) -> Dict[str, int]:
-        """Return the paths of what is copied of the old batch, and the bytes of each of them."""
+        """Return the paths of what is to be copied, with the bytes of each."""
         return {
             str(path): path.lstat().st_size
             for path in self.old.rglob("*")
@@ -2743,7 +2745,7 @@ class Patch:
 
 
 def validated_twin(path: Path) -> Path:
-    """Return where the validated copy of a METS file is, if there is one: `x_1.xml` for `x.xml`."""
+    """Return where the validated copy of a METS file would be: `x_1.xml` for `x.xml`."""
     return path.with_name(f"{path.stem}_1{path.suffix}")
 
 
@@ -2752,9 +2754,8 @@ def copy_patiently(
 ) -> None:
     """Copy a file, safely to disk, in at most COPY_ATTEMPTS attempts, a second apart.
 
-    `tell` is told of each that fails, but for the last; `go_on` is called before each, and may
-    raise. Raises Problem if all fail, which, unlike an OSError, keeps copytree from going on to the
-    next file.
+    Calls `tell` with each failure but the last, and `go_on`, which may raise, before each attempt.
+    Raises Problem if all fail: after an OSError copytree would go on to the next file.
     """
     for attempt in range(1, COPY_ATTEMPTS + 1):
         go_on()
@@ -2771,7 +2772,7 @@ def copy_patiently(
 
 
 def read_instructions(path: Path) -> Dict[str, str]:
-    """Read a file of instructions, a line `RemoveIssue LCCN/YYYYMMDDEE` each, blank ones apart.
+    """Read instructions, a line `RemoveIssue LCCN/YYYYMMDDEE` each; blank lines are skipped.
 
     Return the keys of the issues that are to go, each with the line that says so, for messages.
     Raises Problem, OSError.
@@ -2791,13 +2792,13 @@ def read_instructions(path: Path) -> Dict[str, str]:
 
 
 def issue_keys(issue: ET.Element, path: Path) -> Set[str]:
-    """Return the keys that may name an issue in batch.xml: by its edition, or its folder."""
+    """Return the keys that may name an issue: with its edition by batch.xml, and by its folder."""
     lccn, date, edition = (issue.get(name, "") for name in ("lccn", "issueDate", "editionOrder"))
     return {plain_key(f"{lccn}/{date}{edition:0>2}"), plain_key(f"{lccn}/{path.parent.name}")}
 
 
 def plain_key(key: str) -> str:
-    """Return an issue's key without the dashes and underscores that do not count."""
+    """Return an issue's key without dashes and underscores, which do not count."""
     return re.sub("[-_]", "", key)
 
 
@@ -3576,7 +3577,7 @@ class Job:
 
 
 def message_for_person(job: Job) -> str:
-    """Return what a person is told of a job's status. NCA is told STATUS_MESSAGES."""
+    """Return a sentence about a job's status for a person. NCA gets STATUS_MESSAGES."""
     if job.status == FAILED and job.started is None:
         return "Failed: this job never started."
     return STATUS_MESSAGES[job.status]
@@ -4592,8 +4593,8 @@ def is_at_work(child: Child) -> Optional[bool]:
     if not fields:
         return False
     boot, _, ticks = child.birth.partition("/")
-    is_same = fields[19] == ticks and boot in ("", boot_id() or boot)
-    return is_same and fields[0] not in "ZX"
+    is_same = fields[19] == ticks and boot in ("", boot_id() or boot)  # "": it was hidden
+    return is_same and fields[0] not in "ZX"  # a zombie has ended, too
 
 
 class Running(NamedTuple):
@@ -4758,11 +4759,11 @@ class Runner:
             return None
         if self._enter_what_is_locked():
             return Running(None, self._lock_is_free)
-        if child and at_work is None:
+        if child and at_work is None:  # without /proc a process of that number may be another one
             return Running(child, lambda: is_at_work(child) is False or self._lock_is_free())
-        if self.commands and not child:
+        if self.commands and not child:  # an earlier agent has entered it by the lock
             return Running(None, self._lock_is_free)
-        return None
+        return None  # what has locked it is something that manage.py left behind
 
     def _open_lock(self) -> TextIO:
         """Open run.lock for a manage.py to inherit, locked unless somebody has left it locked.
@@ -4874,56 +4875,54 @@ def session_members(leader: int) -> List[str]:
 
 @dataclass
 class Kind:
-    """What one kind of job is to reach: its words after the command's name are the fields here.
+    """A kind of job: a goal, and the way there. Its fields are the job's words after the first.
 
     To add one: subclass this (its fields after `site`, if any, as a dataclass), enter it in KINDS,
     and write a command of the same name, under "commands", that returns `request.submit()`, or
     `request.submit_with_input(LIMIT)` if it `takes_input`.
 
-    A request is answered by `check`, then `reached`. When its turn has come the worker calls
-    `bring`, then `verify`. A job that an earlier agent had begun is asked for `verify` first, and
-    is begun again if that fails; one that was cancelled after it began is given to `undo`. An
-    unsuccessful one is asked for `remains`. So `bring` can be begun again from its first line at
-    any time, and ends in the same place; and `verify` tells a job that was cut short from one that
-    is done.
+    A request is answered by `check`, then `reached`. The worker calls `bring`, then `verify`; for a
+    job that an earlier agent had begun `verify` first, and the rest only if that fails; for one
+    that was cancelled after it began `undo`. If the job was not successful, it calls `remains`. So
+    `bring` has to reach the goal from wherever an earlier attempt was cut short.
 
     `work` is a Runner: it runs manage.py, takes notes for the job's log, and knows the file of what
-    came on standard input. An OSError is a Problem, too, but if it is scarce: then the same method
-    is called anew.
+    came on standard input. A method may raise OSError: if that is scarce (see is_scarce), the
+    method is called again, else it counts as a Problem.
     """
 
     site: Site
 
-    title = "No-op job"  # as answers name it; this one is that of job -1, see Request.job
-    takes_input = False  # on standard input; else a job's words say all that is asked for
+    title = "No-op job"  # the name in answers; this one is of job -1 (see Request.job)
+    takes_input = False  # whether it needs something on standard input
 
     def check(self, given: Optional[Path]) -> None:
-        """Raise Problem unless it may be asked for, and all is there that it needs.
+        """Raise Problem unless the job may be asked for, and all that it needs is there.
 
-        `given` is the path of what came on standard input, None for a kind that takes none.
+        `given` is the file of what came on standard input, None for a kind that takes none.
         """
 
     def reached(self) -> bool:
-        """Return whether there is known to be nothing to do. Raises Problem."""
+        """Tell whether the goal is known to be reached already. Raises Problem."""
         return False
 
     def bring(self, work: Runner) -> None:
-        """Bring about what is to be reached. Raises Problem, Interrupted."""
+        """Reach the goal. Raises Problem, Interrupted."""
 
     def verify(self, work: Runner) -> None:
-        """Raise Problem, which says what there is instead, unless it is reached now."""
+        """Raise Problem, which says what is the case instead, unless the goal is reached."""
 
     def undo(self, work: Runner) -> None:
-        """Take back, after a cancel, what was half done. Raises Problem, Interrupted."""
+        """Undo, after a cancel, what was done by half. Raises Problem, Interrupted."""
 
     def remains(self, work: Runner) -> str:
-        """Return what there is now, for the error of a job that was unsuccessful; or ""."""
+        """Return what is the case now, for the error of a job that was not successful; or ""."""
         return ""
 
 
 @dataclass
 class BatchKind(Kind):
-    """What loads and purges of a batch share. Raises Problem where its name cannot be one."""
+    """A load or a purge of a batch. Raises Problem if no batch can have its name."""
 
     name: str
 
@@ -4931,7 +4930,7 @@ class BatchKind(Kind):
         self.folder = self.site.folder(self.name)
 
     def is_goal(self, held: BatchState) -> bool:
-        """Return whether `held` is known to be what the job is to reach."""
+        """Tell whether `held` is known to be the goal."""
         raise NotImplementedError
 
     def known_state(self, work: Runner) -> BatchState:
@@ -4959,7 +4958,7 @@ class BatchKind(Kind):
 
 
 class LoadBatch(BatchKind):
-    """ONI holds the whole batch, in its database and in its search index."""
+    """A load, whose goal is that ONI holds the whole batch, in database and search index."""
 
     title = "Load batch"
 
@@ -4967,7 +4966,7 @@ class LoadBatch(BatchKind):
         self._held = self._ask_whether_it_may(self.site.oni.ask)
 
     def _ask_whether_it_may(self, ask: Callable[..., Any]) -> Any:
-        """Return what answer_load says. Raises Problem if the batch may not be loaded."""
+        """Return the answer of answer_load. Raises Problem if the batch may not be loaded."""
         try:
             return ask("answer_load", self.name, str(self.folder), SOLR_SECONDS)
         except Passing:
@@ -4999,7 +4998,7 @@ class LoadBatch(BatchKind):
             work.task("task_mend_index", self.name)
 
     def _check_files(self, work: Runner) -> None:
-        """Find out what would go wrong before hours of loading, and load titles that ONI lacks."""
+        """Check all files, so that no load fails after hours; load titles that ONI lacks."""
         noted = 0
 
         def progress(done: int, of: int) -> None:
@@ -5022,7 +5021,7 @@ class LoadBatch(BatchKind):
         self._load_titles(work, found.titles)
 
     def _load_titles(self, work: Runner, records: Mapping[str, bytes]) -> None:
-        """Have ONI load the records of titles that it lacks, as the check has fetched them."""
+        """Have ONI load records of titles that it lacks, which the check has fetched."""
         if not records:
             return
         folder = work.input.parent / "titles"
@@ -5039,24 +5038,24 @@ class LoadBatch(BatchKind):
         shutil.rmtree(folder, ignore_errors=True)
 
     def _make_room(self, work: Runner, held: BatchState) -> None:
-        """Take away what would keep load_batch from loading the whole of this very folder."""
-        if held.row or held.pages_in_solr:  # load_batch would leave a part of a batch as it is
+        """Remove what would keep load_batch from loading the whole batch from this folder."""
+        if held.row or held.pages_in_solr:  # load_batch leaves what is there as it is
             PurgeBatch(self.site, self.name).bring(work)
         link = Path(held.storage) / self.name
-        # One that a killed load of another copy has left would make ONI load that copy again.
+        # A link that a killed load of another copy has left would make ONI load that copy.
         if link.is_symlink() and link.resolve() != self.folder.resolve():
             work.note(f"removing {link}, a leftover link to {os.readlink(link)}")
             link.unlink()
 
     def undo(self, work: Runner) -> None:
-        # As Runner writes them down; the others leave the rows as they are.
+        # Other commands leave the rows as they are.
         changing = ("manage.py load_batch", "manage.py purge_batch")
         if any(command.startswith(changing) for command in work.commands):
             PurgeBatch(self.site, self.name).bring(work)
 
 
 class PurgeBatch(BatchKind):
-    """ONI holds nothing of the batch, neither in its database nor in its search index."""
+    """A purge, whose goal is that ONI holds nothing of the batch, in database and search index."""
 
     title = "Purge batch"
 
@@ -5085,7 +5084,10 @@ class PurgeBatch(BatchKind):
 
 
 class LoadTitle(Kind):
-    """ONI holds the titles of a MARC file as the file has them. Where that fails, it is kept."""
+    """A load of titles, whose goal is that ONI has them as a MARC file has them.
+
+    The file of an unsuccessful job is kept.
+    """
 
     title = "load title"
     takes_input = True
@@ -5109,6 +5111,7 @@ class LoadTitle(Kind):
             work.task("task_index_titles", *lacking)
 
     def _stored(self) -> Dict[str, List[Any]]:
+        """Return by LCCN the version of each title that ONI has, and whether Solr finds it."""
         lccns = [record["lccn"] for record in self._records]
         return dict(self.site.oni.insist("answer_titles", lccns, PATIENT_SECONDS))
 
@@ -5135,7 +5138,7 @@ class LoadTitle(Kind):
 
 @dataclass
 class BatchPatch(Kind):
-    """The batch NEW in BATCH_SOURCE is the batch OLD without the issues that the input names."""
+    """A patch, whose goal is a batch `new`: `old` without the issues that the input names."""
 
     old: str
     new: str
@@ -5186,7 +5189,6 @@ class BatchPatch(Kind):
         return f"{self.target} is there" if os.path.lexists(self.target) else ""
 
 
-# To add a kind of job, write a class above, enter it here, and give it a command of the same name.
 KINDS: Dict[str, Type[Kind]] = {
     "load-batch": LoadBatch,
     "purge-batch": PurgeBatch,
