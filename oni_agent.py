@@ -1517,7 +1517,8 @@ class PretendedReels:
     def get(self, number: str, batch: Any) -> Any:
         key = (id(batch), number)
         if key not in self._reels:
-            self._reels[key] = models.Reel(pk=next(MADE_UP_KEYS), number=number, batch=batch)
+            self._reels[key] = models.Reel(number=number, batch=batch)
+            self._reels[key].save()  # here, since the loader may ask twice before it does
             raise models.Reel.DoesNotExist
         return self._reels[key]
 
@@ -1580,7 +1581,11 @@ class Titles(TitleLoader):  # type: ignore[misc]
         return self._known[lccn]
 
     def call_command(self, name: str, url: str) -> None:
-        """Stand for `load_titles URL`, which ONI's loader calls for a title that it lacks."""
+        """Stand for `load_titles URL`, which ONI's loader calls for a title that it lacks.
+
+        Raises UnicodeEncodeError, as that does, where `url` is none.
+        """
+        url.encode("ascii")
         if not connection.is_usable():
             raise DatabaseGone(url)
         if self._asked in self._missing:
@@ -1867,6 +1872,8 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         if self._is_outside:
             words = "it lies outside the batch, and cannot be taken"
         if path:
+            # So an XML parser begins: the file, line and column.
+            words = re.sub("^%s:([0-9]+):([0-9]+):" % re.escape(path), r"line \1, column \2:", words)
             words = words.replace("%s: " % path, "").replace(repr(path), "it").replace(path, "it")
         text = "%s: %s" % (what, words) if words else what
         text = "".join(each if each <= "\uffff" else "\\U%08x" % ord(each) for each in text)
@@ -1921,6 +1928,7 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         self._issue: Dict[str, Any] = {"file": path, "pages": []}
         self._pages: List[Tuple[Any, Any]] = []
         self._lost_pages = 0
+        self._at_page = 0
         try:
             super()._load_issue(url)
         except TitleNeeded:
@@ -1934,7 +1942,10 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
             self._enter_loss(path, error)
         except Exception as error:
             self._ask_database(error)
-            self.enter_fault(self._path, "ONI would break off the load", error, ends_load=True)
+            what = "ONI would break off the load"
+            if self._at_page and self._path == path:
+                what = "page %d: %s" % (self._at_page, what)
+            self.enter_fault(self._path, what, error, ends_load=True)
         else:
             self._look_for_leftovers(path)
             self._look_for_twins(path)
@@ -1953,9 +1964,9 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
 
     def _enter_loss(self, path: str, error: ValueError) -> None:
         """Enter that ONI would leave out an issue, or, in the middle of it, what is left of it."""
-        if self._pages:
+        if self._at_page:
             what = "ONI would leave out the rest of the issue, from page %d on"
-            self.enter_fault(path, what % (len(self._pages) + 1), error)
+            self.enter_fault(path, what % self._at_page, error)
         else:
             self.enter_fault(path, "ONI would leave this issue out", error)
 
@@ -1967,12 +1978,13 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
     def _load_page(self, document: Any, division: Any, issue: Any) -> Any:
         """Load a page as ONI's loader does, and look at what that makes of it."""
         self._document = document
-        number = len(self._pages) + self._lost_pages + 1
+        self._at_page += 1
         try:
             page = super()._load_page(document, division, issue)
         except BatchLoaderException as error:
             self._lost_pages += 1
-            self.enter_fault(self._path, "page %d: ONI would leave it out" % number, error)
+            self.enter_fault(self._path, "page %d: ONI would leave it out" % self._at_page,
+                             error)  # fmt: skip
             raise
         self._pages.append((division, page))
         self._issue["pages"].append([page.url, bool(page.ocr_filename)])
