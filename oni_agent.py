@@ -6649,10 +6649,6 @@ def warning_row(warning: Dict[str, str]) -> Row:
     return Row(f"warning: {warning['file']}: {warning['warning']}")
 
 
-def look_row(look: Dict[str, Any]) -> Row:
-    return Row(f"{'✓' if look['well'] else '✗'} {look['name']}: {look['found']}")
-
-
 def batch_row(batch: Dict[str, Any]) -> Row:
     """Return a batch of a table, with question marks for what was not counted."""
     row = {key: "?" if value is None else value for key, value in batch.items()}
@@ -6714,7 +6710,6 @@ SHOWN: Dict[str, Callable[[Any], Row]] = {  # what stands for the value of a key
     "events": event_row,
     "faults": fault_row,
     "warnings": warning_row,
-    "looks": look_row,
     "batches": batch_row,
     "job": job_row,
     "jobs": job_row,
