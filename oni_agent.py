@@ -995,9 +995,7 @@ def look_at_place(name: str, folder: str) -> None:
     """Raise CannotAnswer unless ONI has the batch's awardee, and a place for its link."""
     code = name.split("_")[1]
     if not models.Awardee.objects.filter(org_code=code).exists():
-        raise CannotAnswer(
-            'Open ONI has no awardee "%s"; to make it: ensure-awardee %s "NAME"' % (code, code)
-        )
+        raise CannotAnswer(no_awardee(code))
     link = os.path.join(str(settings.BATCH_STORAGE), name)
     is_the_batch = os.path.realpath(link) == os.path.realpath(folder)
     if os.path.exists(link) and not os.path.islink(link) and not is_the_batch:
@@ -1005,6 +1003,11 @@ def look_at_place(name: str, folder: str) -> None:
             "%s is a real folder or file, not a link, and load_batch cannot replace it:"
             " move it away" % link
         )
+
+
+def no_awardee(code: str) -> str:
+    """Return the sentence that says that ONI lacks an awardee, and what to type."""
+    return 'Open ONI has no awardee "%s"; to make it: ensure-awardee %s "NAME"' % (code, code)
 
 
 def answer_listing(folder: str) -> bool:
@@ -1358,6 +1361,7 @@ def pretend(name: str, loader: "Rehearsal") -> None:
     batch_loader.Title = batch_loader.management = loader.titles
     batch_loader.Image = loader.images
     batch_loader.ocr_extractor = loader.extract
+    batch_loader.Awardee = PretendedAwardees(loader)
     models.Reel.objects = PretendedReels()
 
 
@@ -1506,6 +1510,26 @@ class PretendedBatches:
 
     def filter(self, **_: Any) -> Any:
         return models.Batch.objects.none()
+
+
+class PretendedAwardees:
+    """Stands for Awardee in ONI's loader: one that ONI lacks is a fault, and is there all the same.
+
+    So the issues of its batch are looked at, too.
+    """
+
+    def __init__(self, loader: "Rehearsal") -> None:
+        self._loader = loader
+        self.objects = self
+        self.DoesNotExist = models.Awardee.DoesNotExist
+
+    def get(self, org_code: str) -> Any:
+        """Return the awardee that ONI's loader asks for."""
+        try:
+            return models.Awardee.objects.get(org_code=org_code)
+        except self.DoesNotExist:
+            self._loader.enter_fault("data/batch.xml", no_awardee(org_code), None, True, 0)
+            return models.Awardee(org_code=org_code)
 
 
 class PretendedReels:
@@ -1873,7 +1897,8 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
             words = "it lies outside the batch, and cannot be taken"
         if path:
             # So an XML parser begins: the file, line and column.
-            words = re.sub("^%s:([0-9]+):([0-9]+):" % re.escape(path), r"line \1, column \2:", words)
+            place = "^%s:([0-9]+):([0-9]+):" % re.escape(path)
+            words = re.sub(place, r"line \1, column \2:", words)
             words = words.replace("%s: " % path, "").replace(repr(path), "it").replace(path, "it")
         text = "%s: %s" % (what, words) if words else what
         text = "".join(each if each <= "\uffff" else "\\U%08x" % ord(each) for each in text)
