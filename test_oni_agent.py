@@ -1428,17 +1428,11 @@ def kill_warm_child(site: Site) -> None:
 
 def hurry(site: Site, **limits: float) -> Site:
     """Starts an agent with limits that a test can wait for, or reach, in place of its own."""
-    text = AGENT.read_text()
-    for name, value in limits.items():
-        text, found = re.subn(
-            rf"^{name} = \d+(\.\d+)?", f"{name} = {value}", text, flags=re.MULTILINE
-        )
-        assert found == 1, name
-    copy = site.state.parent / AGENT.name
-    copy.write_text(text)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules[Site.__module__], "AGENT", copy)
-        return site.start()
+    assert all(hasattr(oni_agent, name) for name in limits)
+    try:
+        return site.start(**{oni_agent.LIMITS_OF_TESTS: json.dumps(limits)})
+    finally:
+        del site.environment[oni_agent.LIMITS_OF_TESTS]  # the next agent has its own
 
 
 def resources(site: Site) -> tuple[int, int]:
