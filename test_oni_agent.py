@@ -6328,11 +6328,10 @@ def test_a_full_house_makes_room_for_who_asks_but_not_at_the_cost_of_who_is_at_w
     hurry(site, MAX_CONNECTIONS=10)  # of which one address may have five
     at_work = [Client(site.port) for _ in range(4)]
     channels = [client.channel("load-title") for client in at_work]
-    idle = silent(site.port)
+    idle = Client(site.port)
     with Client(site.port) as client:
         assert client.ask("version")["status"] == "success"
-        while idle.recv(1000):
-            pass
+        until(lambda: not idle.transport.is_active())
         refused = client.channel("load-title")
         with pytest.raises((paramiko.SSHException, EOFError, ConnectionError)):
             Client(site.port)
