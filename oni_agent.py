@@ -94,9 +94,32 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from hashlib import blake2b
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, Callable, Deque, Dict, Final, Generator
-from typing import Iterable, Iterator, List, Literal, Mapping, NamedTuple, NoReturn, Optional
-from typing import Sequence, Set, TextIO, Tuple, Type, TypeVar, Union
+from typing import (
+    IO,
+    TYPE_CHECKING,
+    Any,
+    BinaryIO,
+    Callable,
+    Deque,
+    Dict,
+    Final,
+    Generator,
+    Iterable,
+    Iterator,
+    List,
+    Literal,
+    Mapping,
+    NamedTuple,
+    NoReturn,
+    Optional,
+    Sequence,
+    Set,
+    TextIO,
+    Tuple,
+    Type,
+    TypeVar,
+    Union,
+)
 
 
 def stderr_is_journal() -> bool:
@@ -157,7 +180,7 @@ MAX_SAID = 4096  # bytes that are taken from a client before it has a connection
 MAX_PACKET = 35000  # bytes of one SSH packet (RFC 4253, 6.1)
 SMALL_WINDOW = 2048  # bytes that a client may send before a command reads them
 READ_WINDOW = 128 * 1024  # bytes that it may be ahead of a command that does
-MAX_COMPLAINTS = 1000  # addresses of which it is remembered that the log has told of them
+MAX_WARNINGS = 1000  # addresses of which it is remembered that the log has a line about them
 MAX_COMMAND = 16 * 1024  # bytes of a command line
 MAX_PAYLOAD = 32 * 1024 * 1024  # bytes on standard input
 MAX_INSTRUCTIONS = 1024 * 1024  # bytes on standard input of a batch-patch
@@ -165,11 +188,12 @@ MAX_ATTEMPTS = 3  # starts of a job that never ended
 IDLE_SECONDS = 30  # without a command at work; NCA never closes a connection itself
 STALL_SECONDS = 60  # without a byte to or from a client that is to send or to read
 STALLED_SECONDS = 1  # the same, after which it makes room for others of its address
+TURN_SECONDS = 0.01  # between two looks whether one that waits to shake hands may
 SLOW_SECONDS = 0.3  # after which a handshake keeps no other one waiting
-COMPLAINT_SECONDS = 60  # between two lines in the log about clients of one address
+WARNING_SECONDS = 60  # between two lines in the log about clients of one address
 WATCH_SECONDS = 0.2  # between two looks at the sessions that wait
-GIVE_BACK_SECONDS = 5  # between two times that memory is given back to the system
-MANY_LEFT = 50  # connections that have ended, after which that is worth it
+TRIM_SECONDS = 5  # between two times that memory is given back to the system
+TRIM_AFTER = 50  # connections that have ended, so that it is worth it
 STOP_SECONDS = 1.5  # for answers under way when the agent is told to stop
 ANSWER_SECONDS = 10  # for Open ONI, or the batches' file system, to answer a command
 PATIENT_SECONDS = 60  # the same, when a job at work asks
@@ -595,8 +619,19 @@ if INSIDE or TYPE_CHECKING:
     from datetime import date
     from hashlib import blake2b
     from types import SimpleNamespace
-    from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional
-    from typing import Sequence, Set, Tuple
+    from typing import (
+        Any,
+        Callable,
+        Dict,
+        Iterable,
+        Iterator,
+        List,
+        Mapping,
+        Optional,
+        Sequence,
+        Set,
+        Tuple,
+    )
     from urllib.request import HTTPRedirectHandler
     from xml.parsers import expat
 
@@ -871,8 +906,10 @@ def compare_index(name: str, wanted: Set[str], seconds: float) -> Dict[str, Any]
 def documents_of(solr: Any, name: str) -> Set[str]:
     """Return the ids of the documents that Solr has under the name of a batch."""
     query = 'batch:"%s"' % name
-    count = solr.search(query, rows=0).hits
-    return {document["id"] for document in solr.search(query, fl="id", rows=count)}
+    found = solr.search(query, fl="id", rows=1000)
+    if found.hits > 1000:
+        found = solr.search(query, fl="id", rows=found.hits)
+    return {document["id"] for document in found}
 
 
 def answer_load(name: str, folder: str, solr_seconds: float) -> Dict[str, Any]:
@@ -1493,7 +1530,8 @@ class PretendedReels:
     def get(self, number: str, batch: Any) -> Any:
         key = (id(batch), number)
         if key not in self._reels:
-            self._reels[key] = models.Reel(pk=next(MADE_UP_KEYS), number=number, batch=batch)
+            self._reels[key] = models.Reel(number=number, batch=batch)
+            self._reels[key].save()  # here, since the loader may ask twice before it does
             raise models.Reel.DoesNotExist
         return self._reels[key]
 
@@ -1556,7 +1594,11 @@ class Titles(TitleLoader):  # type: ignore[misc]
         return self._known[lccn]
 
     def call_command(self, name: str, url: str) -> None:
-        """Stand for `load_titles URL`, which ONI's loader calls for a title that it lacks."""
+        """Stand for `load_titles URL`, which ONI's loader calls for a title that it lacks.
+
+        Raises UnicodeEncodeError, as that does, where `url` is none.
+        """
+        url.encode("ascii")
         if not connection.is_usable():
             raise DatabaseGone(url)
         if self._asked in self._missing:
@@ -1843,6 +1885,8 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         if self._is_outside:
             words = "it lies outside the batch, and cannot be taken"
         if path:
+            # So an XML parser begins: the file, line and column.
+            words = re.sub("^%s:([0-9]+):([0-9]+):" % re.escape(path), r"line \1, column \2:", words)
             words = words.replace("%s: " % path, "").replace(repr(path), "it").replace(path, "it")
         text = "%s: %s" % (what, words) if words else what
         text = "".join(each if each <= "\uffff" else "\\U%08x" % ord(each) for each in text)
@@ -1897,6 +1941,7 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         self._issue: Dict[str, Any] = {"file": path, "pages": []}
         self._pages: List[Tuple[Any, Any]] = []
         self._lost_pages = 0
+        self._at_page = 0
         try:
             super()._load_issue(url)
         except TitleNeeded:
@@ -1910,7 +1955,10 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
             self._enter_loss(path, error)
         except Exception as error:
             self._ask_database(error)
-            self.enter_fault(self._path, "ONI would break off the load", error, ends_load=True)
+            what = "ONI would break off the load"
+            if self._at_page and self._path == path:
+                what = "page %d: %s" % (self._at_page, what)
+            self.enter_fault(self._path, what, error, ends_load=True)
         else:
             self._look_for_leftovers(path)
             self._look_for_twins(path)
@@ -1929,9 +1977,9 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
 
     def _enter_loss(self, path: str, error: ValueError) -> None:
         """Enter that ONI would leave out an issue, or, in the middle of it, what is left of it."""
-        if self._pages:
+        if self._at_page:
             what = "ONI would leave out the rest of the issue, from page %d on"
-            self.enter_fault(path, what % (len(self._pages) + 1), error)
+            self.enter_fault(path, what % self._at_page, error)
         else:
             self.enter_fault(path, "ONI would leave this issue out", error)
 
@@ -1943,12 +1991,13 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
     def _load_page(self, document: Any, division: Any, issue: Any) -> Any:
         """Load a page as ONI's loader does, and look at what that makes of it."""
         self._document = document
-        number = len(self._pages) + self._lost_pages + 1
+        self._at_page += 1
         try:
             page = super()._load_page(document, division, issue)
         except BatchLoaderException as error:
             self._lost_pages += 1
-            self.enter_fault(self._path, "page %d: ONI would leave it out" % number, error)
+            self.enter_fault(self._path, "page %d: ONI would leave it out" % self._at_page,
+                             error)  # fmt: skip
             raise
         self._pages.append((division, page))
         self._issue["pages"].append([page.url, bool(page.ocr_filename)])
@@ -2574,12 +2623,12 @@ BATCH_FILES = (  # load_batch reads the first that is there
     "batch.xml",
 )
 COPY_ATTEMPTS = 5  # a second apart: network storage may fail for a moment
-LISTING = "data/batch.xml"  # of a patched batch, which has no validated one
+LISTING = "data/batch.xml"  # the list of a batch's issues, which a patch reads and writes
 NDNP = "{http://www.loc.gov/ndnp}"
 
 
 def read_regular(path: Path) -> bytes:
-    """Return what a regular file holds. Raises Problem, in the Go agent's words."""
+    """Return what is in a regular file. Raises Problem, in the Go agent's words."""
     try:
         descriptor = os.open(str(path), os.O_RDONLY | os.O_NONBLOCK)  # it may be a FIFO
         with open(descriptor, "rb") as file:
@@ -2594,7 +2643,7 @@ def read_regular(path: Path) -> bytes:
 
 
 def parse_with_comments(path: Path) -> ET.Element:
-    """Return the root of an XML file, with its comments in it. Raises Problem."""
+    """Return the root of an XML file, with the comments of the file in it. Raises Problem."""
     builder = ET.TreeBuilder(insert_comments=True, insert_pis=True)
     try:
         return ET.fromstring(read_regular(path), ET.XMLParser(target=builder))
@@ -2603,22 +2652,21 @@ def parse_with_comments(path: Path) -> ET.Element:
 
 
 def beside(path: Path, href: Optional[str]) -> Path:
-    """Return the file that `href` in the XML file `path` points to, as ONI's urljoin takes it."""
+    """Return the file that `href` in the XML file `path` names, as ONI's urljoin reads it."""
     target = re.sub(r"[\n\r\t]", "", href or "").lstrip()
     target = re.sub("^file:(//)?(?=/)", "", target)
     return Path(os.path.normpath(path.parent / target)) if target else path
 
 
-
-
 class Patch:
-    """A new batch, which is the batch in `old` without some issues.
-
-    `removals` has the keys of the issues that are to go, and the words that asked for each. Raises
-    Problem if a key names no issue of the batch, or more than one.
-    """
+    """A new batch that is to be made of an old one, without some of its issues."""
 
     def __init__(self, old: Path, removals: Dict[str, str]) -> None:
+        """Read the batch in the folder `old`.
+
+        `removals` maps the keys of the issues that are to go to the words that asked for each.
+        Raises Problem if a key names no issue of the batch, or more than one.
+        """
         self.old = old
         listing = old / LISTING
         root = parse_with_comments(listing)
@@ -2649,7 +2697,7 @@ class Patch:
         self.listing: bytes = ET.tostring(root, encoding="utf-8", xml_declaration=True)
 
     def _check_named(self, named: List[str], removals: Dict[str, str]) -> None:
-        """Raise Problem unless each key names one issue; `named` has each as often as it does."""
+        """Raise Problem unless each key of `removals` is once in `named`."""
         for key, words in removals.items():
             if key not in named:
                 raise Problem(f"{words} names no issue of {self.old.name}; write LCCN/YYYYMMDDEE")
@@ -2660,7 +2708,7 @@ class Patch:
                 )
 
     def is_made(self, new: Path) -> bool:
-        """Tell whether `new` is there, and so is whole. Raises Problem if it is another batch."""
+        """Tell whether `new` is there already. Raises Problem if it is another batch."""
         if not os.path.lexists(str(new)):
             return False
         if read_regular(new / LISTING) != self.listing:
@@ -2674,11 +2722,11 @@ class Patch:
         go_on: Callable[[], None] = do_nothing,
         check: Callable[[Path], None] = lambda made: None,
     ) -> None:
-        """Make the batch `new`, which has its name only when it is whole and on disk.
+        """Make the batch `new`, which gets its name only when it is whole and on disk.
 
-        `tell` is told how far it is, `go_on` is called before each file and may raise, and `check`
-        raises Problem if what was made, in the folder that it is given, is no batch that ONI could
-        load. Raises Problem, OSError.
+        Calls `tell` with sentences about how far it is, `go_on`, which may raise, before each file,
+        and `check` with the folder of what was made, which raises Problem if ONI could not load
+        that. Raises Problem, OSError.
         """
         unready = new.with_name(f"WIP-UNREADY-{new.name}")
         if unready.exists():
@@ -2699,7 +2747,10 @@ class Patch:
     def _copy(
         self, unready: Path, tell: Callable[[str], None], go_on: Callable[[], None]
     ) -> None:
-        """Copy all but the listing, if there is room for it; tell of each tenth of the bytes."""
+        """Copy what stays, without the listing; tell of each tenth of the bytes.
+
+        Raises Problem, as where there is too little room.
+        """
         sizes = self._sizes()
         need = len(self.listing) + sum(sizes.values())
         free = shutil.disk_usage(str(unready.parent)).free
@@ -2727,7 +2778,7 @@ class Patch:
         )
 
     def _sizes(self) -> Dict[str, int]:
-        """Return the paths of what is copied of the old batch, and the bytes of each of them."""
+        """Return the paths of what is to be copied, with the bytes of each."""
         return {
             str(path): path.lstat().st_size
             for path in self.old.rglob("*")
@@ -2737,7 +2788,7 @@ class Patch:
 
 
 def validated_twin(path: Path) -> Path:
-    """Return where the validated copy of a METS file is, if there is one: `x_1.xml` for `x.xml`."""
+    """Return where the validated copy of a METS file would be: `x_1.xml` for `x.xml`."""
     return path.with_name(f"{path.stem}_1{path.suffix}")
 
 
@@ -2746,9 +2797,8 @@ def copy_patiently(
 ) -> None:
     """Copy a file, safely to disk, in at most COPY_ATTEMPTS attempts, a second apart.
 
-    `tell` is told of each that fails, but for the last; `go_on` is called before each, and may
-    raise. Raises Problem if all fail, which, unlike an OSError, keeps copytree from going on to the
-    next file.
+    Calls `tell` with each failure but the last, and `go_on`, which may raise, before each attempt.
+    Raises Problem if all fail: after an OSError copytree would go on to the next file.
     """
     for attempt in range(1, COPY_ATTEMPTS + 1):
         go_on()
@@ -2765,7 +2815,7 @@ def copy_patiently(
 
 
 def read_instructions(path: Path) -> Dict[str, str]:
-    """Read a file of instructions, a line `RemoveIssue LCCN/YYYYMMDDEE` each, blank ones apart.
+    """Read instructions, a line `RemoveIssue LCCN/YYYYMMDDEE` each; blank lines are skipped.
 
     Return the keys of the issues that are to go, each with the line that says so, for messages.
     Raises Problem, OSError.
@@ -2785,13 +2835,13 @@ def read_instructions(path: Path) -> Dict[str, str]:
 
 
 def issue_keys(issue: ET.Element, path: Path) -> Set[str]:
-    """Return the keys that may name an issue in batch.xml: by its edition, or its folder."""
+    """Return the keys that may name an issue: with its edition by batch.xml, and by its folder."""
     lccn, date, edition = (issue.get(name, "") for name in ("lccn", "issueDate", "editionOrder"))
     return {plain_key(f"{lccn}/{date}{edition:0>2}"), plain_key(f"{lccn}/{path.parent.name}")}
 
 
 def plain_key(key: str) -> str:
-    """Return an issue's key without the dashes and underscores that do not count."""
+    """Return an issue's key without dashes and underscores, which do not count."""
     return re.sub("[-_]", "", key)
 
 
@@ -3253,7 +3303,7 @@ class Site:
             self.keep_files({name: found.files})
         return found
 
-    def client_check(self, name: str, go_on: Callable[[], None]) -> Check:
+    def client_check(self, name: str, go_on: Callable[[], object]) -> Check:
         """Return the same for a client, who shares it with others that ask for it meanwhile.
 
         Raises Problem, and what `go_on` raises when the client has gone.
@@ -3298,11 +3348,13 @@ class Site:
                 shared.done.set()
 
     def must_be_there(self, name: str) -> None:
-        """Raise Problem unless the batch is in BATCH_SOURCE, or in Open ONI."""
-        if not in_time(self.folder(name).exists):
-            raise Problem(
-                f"there is no such batch, in BATCH_SOURCE or in Open ONI{self.similar(name)}"
-            )
+        """Raise Problem unless the batch is in BATCH_SOURCE."""
+        folder = self.folder(name)
+        if in_time(folder.exists):
+            return
+        if self.oni.ask("answer_holds", name):
+            raise Problem(f"Open ONI holds it, but its files are not there: {folder} is missing")
+        raise Problem(f"there is no such batch, in BATCH_SOURCE or in Open ONI{self.similar(name)}")
 
     def similar(self, name: str) -> str:
         """Return a question that suggests the batch which a wrong name may be meant to be."""
@@ -3565,6 +3617,13 @@ class Job:
     def ended(self) -> Optional[int]:
         """Return when the job ended; None if it has not."""
         return self.end.when if self.end else None
+
+
+def message_for_person(job: Job) -> str:
+    """Return a sentence about a job's status for a person. NCA gets STATUS_MESSAGES."""
+    if job.status == FAILED and job.started is None:
+        return "Failed: this job never started."
+    return STATUS_MESSAGES[job.status]
 
 
 class JobStore:
@@ -4010,7 +4069,13 @@ ALL_KINDS = (STDOUT, STDERR, NOTE)
 def timestamp(nanoseconds: int) -> str:
     """Return a moment in UTC, always with nine digits: NCA sorts lines as strings."""
     second, nanosecond = divmod(nanoseconds, 10**9)
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(second))}.{nanosecond:09d}Z"
+    return f"{second_in_utc(second)}.{nanosecond:09d}Z"
+
+
+@functools.lru_cache(maxsize=1000)  # most of the moments that are shown together share a second
+def second_in_utc(second: int) -> str:
+    """Return a second since 1970 as text, in UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
 
 
 class Child(NamedTuple):
@@ -4571,8 +4636,8 @@ def is_at_work(child: Child) -> Optional[bool]:
     if not fields:
         return False
     boot, _, ticks = child.birth.partition("/")
-    is_same = fields[19] == ticks and boot in ("", boot_id() or boot)
-    return is_same and fields[0] not in "ZX"
+    is_same = fields[19] == ticks and boot in ("", boot_id() or boot)  # "": it was hidden
+    return is_same and fields[0] not in "ZX"  # a zombie has ended, too
 
 
 class Running(NamedTuple):
@@ -4737,11 +4802,11 @@ class Runner:
             return None
         if self._enter_what_is_locked():
             return Running(None, self._lock_is_free)
-        if child and at_work is None:
+        if child and at_work is None:  # without /proc a process of that number may be another one
             return Running(child, lambda: is_at_work(child) is False or self._lock_is_free())
-        if self.commands and not child:
+        if self.commands and not child:  # an earlier agent has entered it by the lock
             return Running(None, self._lock_is_free)
-        return None
+        return None  # what has locked it is something that manage.py left behind
 
     def _open_lock(self) -> TextIO:
         """Open run.lock for a manage.py to inherit, locked unless somebody has left it locked.
@@ -4853,56 +4918,54 @@ def session_members(leader: int) -> List[str]:
 
 @dataclass
 class Kind:
-    """What one kind of job is to reach: its words after the command's name are the fields here.
+    """A kind of job: a goal, and the way there. Its fields are the job's words after the first.
 
     To add one: subclass this (its fields after `site`, if any, as a dataclass), enter it in KINDS,
     and write a command of the same name, under "commands", that returns `request.submit()`, or
     `request.submit_with_input(LIMIT)` if it `takes_input`.
 
-    A request is answered by `check`, then `reached`. When its turn has come the worker calls
-    `bring`, then `verify`. A job that an earlier agent had begun is asked for `verify` first, and
-    is begun again if that fails; one that was cancelled after it began is given to `undo`. An
-    unsuccessful one is asked for `remains`. So `bring` can be begun again from its first line at
-    any time, and ends in the same place; and `verify` tells a job that was cut short from one that
-    is done.
+    A request is answered by `check`, then `reached`. The worker calls `bring`, then `verify`; for a
+    job that an earlier agent had begun `verify` first, and the rest only if that fails; for one
+    that was cancelled after it began `undo`. If the job was not successful, it calls `remains`. So
+    `bring` has to reach the goal from wherever an earlier attempt was cut short.
 
     `work` is a Runner: it runs manage.py, takes notes for the job's log, and knows the file of what
-    came on standard input. An OSError is a Problem, too, but if it is scarce: then the same method
-    is called anew.
+    came on standard input. A method may raise OSError: if that is scarce (see is_scarce), the
+    method is called again, else it counts as a Problem.
     """
 
     site: Site
 
-    title = "No-op job"  # as answers name it; this one is that of job -1, see Request.job
-    takes_input = False  # on standard input; else a job's words say all that is asked for
+    title = "No-op job"  # the name in answers; this one is of job -1 (see Request.job)
+    takes_input = False  # whether it needs something on standard input
 
     def check(self, given: Optional[Path]) -> None:
-        """Raise Problem unless it may be asked for, and all is there that it needs.
+        """Raise Problem unless the job may be asked for, and all that it needs is there.
 
-        `given` is the path of what came on standard input, None for a kind that takes none.
+        `given` is the file of what came on standard input, None for a kind that takes none.
         """
 
     def reached(self) -> bool:
-        """Return whether there is known to be nothing to do. Raises Problem."""
+        """Tell whether the goal is known to be reached already. Raises Problem."""
         return False
 
     def bring(self, work: Runner) -> None:
-        """Bring about what is to be reached. Raises Problem, Interrupted."""
+        """Reach the goal. Raises Problem, Interrupted."""
 
     def verify(self, work: Runner) -> None:
-        """Raise Problem, which says what there is instead, unless it is reached now."""
+        """Raise Problem, which says what is the case instead, unless the goal is reached."""
 
     def undo(self, work: Runner) -> None:
-        """Take back, after a cancel, what was half done. Raises Problem, Interrupted."""
+        """Undo, after a cancel, what was done by half. Raises Problem, Interrupted."""
 
     def remains(self, work: Runner) -> str:
-        """Return what there is now, for the error of a job that was unsuccessful; or ""."""
+        """Return what is the case now, for the error of a job that was not successful; or ""."""
         return ""
 
 
 @dataclass
 class BatchKind(Kind):
-    """What loads and purges of a batch share. Raises Problem where its name cannot be one."""
+    """A load or a purge of a batch. Raises Problem if no batch can have its name."""
 
     name: str
 
@@ -4910,7 +4973,7 @@ class BatchKind(Kind):
         self.folder = self.site.folder(self.name)
 
     def is_goal(self, held: BatchState) -> bool:
-        """Return whether `held` is known to be what the job is to reach."""
+        """Tell whether `held` is known to be the goal."""
         raise NotImplementedError
 
     def known_state(self, work: Runner) -> BatchState:
@@ -4938,7 +5001,7 @@ class BatchKind(Kind):
 
 
 class LoadBatch(BatchKind):
-    """ONI holds the whole batch, in its database and in its search index."""
+    """A load, whose goal is that ONI holds the whole batch, in database and search index."""
 
     title = "Load batch"
 
@@ -4946,7 +5009,7 @@ class LoadBatch(BatchKind):
         self._held = self._ask_whether_it_may(self.site.oni.ask)
 
     def _ask_whether_it_may(self, ask: Callable[..., Any]) -> Any:
-        """Return what answer_load says. Raises Problem if the batch may not be loaded."""
+        """Return the answer of answer_load. Raises Problem if the batch may not be loaded."""
         try:
             return ask("answer_load", self.name, str(self.folder), SOLR_SECONDS)
         except Passing:
@@ -4978,7 +5041,7 @@ class LoadBatch(BatchKind):
             work.task("task_mend_index", self.name)
 
     def _check_files(self, work: Runner) -> None:
-        """Find out what would go wrong before hours of loading, and load titles that ONI lacks."""
+        """Check all files, so that no load fails after hours; load titles that ONI lacks."""
         noted = 0
 
         def progress(done: int, of: int) -> None:
@@ -5001,7 +5064,7 @@ class LoadBatch(BatchKind):
         self._load_titles(work, found.titles)
 
     def _load_titles(self, work: Runner, records: Mapping[str, bytes]) -> None:
-        """Have ONI load the records of titles that it lacks, as the check has fetched them."""
+        """Have ONI load records of titles that it lacks, which the check has fetched."""
         if not records:
             return
         folder = work.input.parent / "titles"
@@ -5018,24 +5081,24 @@ class LoadBatch(BatchKind):
         shutil.rmtree(folder, ignore_errors=True)
 
     def _make_room(self, work: Runner, held: BatchState) -> None:
-        """Take away what would keep load_batch from loading the whole of this very folder."""
-        if held.row or held.pages_in_solr:  # load_batch would leave a part of a batch as it is
+        """Remove what would keep load_batch from loading the whole batch from this folder."""
+        if held.row or held.pages_in_solr:  # load_batch leaves what is there as it is
             PurgeBatch(self.site, self.name).bring(work)
         link = Path(held.storage) / self.name
-        # One that a killed load of another copy has left would make ONI load that copy again.
+        # A link that a killed load of another copy has left would make ONI load that copy.
         if link.is_symlink() and link.resolve() != self.folder.resolve():
             work.note(f"removing {link}, a leftover link to {os.readlink(link)}")
             link.unlink()
 
     def undo(self, work: Runner) -> None:
-        # As Runner writes them down; the others leave the rows as they are.
+        # Other commands leave the rows as they are.
         changing = ("manage.py load_batch", "manage.py purge_batch")
         if any(command.startswith(changing) for command in work.commands):
             PurgeBatch(self.site, self.name).bring(work)
 
 
 class PurgeBatch(BatchKind):
-    """ONI holds nothing of the batch, neither in its database nor in its search index."""
+    """A purge, whose goal is that ONI holds nothing of the batch, in database and search index."""
 
     title = "Purge batch"
 
@@ -5064,7 +5127,10 @@ class PurgeBatch(BatchKind):
 
 
 class LoadTitle(Kind):
-    """ONI holds the titles of a MARC file as the file has them. Where that fails, it is kept."""
+    """A load of titles, whose goal is that ONI has them as a MARC file has them.
+
+    The file of an unsuccessful job is kept.
+    """
 
     title = "load title"
     takes_input = True
@@ -5088,6 +5154,7 @@ class LoadTitle(Kind):
             work.task("task_index_titles", *lacking)
 
     def _stored(self) -> Dict[str, List[Any]]:
+        """Return by LCCN the version of each title that ONI has, and whether Solr finds it."""
         lccns = [record["lccn"] for record in self._records]
         return dict(self.site.oni.insist("answer_titles", lccns, PATIENT_SECONDS))
 
@@ -5114,7 +5181,7 @@ class LoadTitle(Kind):
 
 @dataclass
 class BatchPatch(Kind):
-    """The batch NEW in BATCH_SOURCE is the batch OLD without the issues that the input names."""
+    """A patch, whose goal is a batch `new`: `old` without the issues that the input names."""
 
     old: str
     new: str
@@ -5165,7 +5232,6 @@ class BatchPatch(Kind):
         return f"{self.target} is there" if os.path.lexists(self.target) else ""
 
 
-# To add a kind of job, write a class above, enter it here, and give it a command of the same name.
 KINDS: Dict[str, Type[Kind]] = {
     "load-batch": LoadBatch,
     "purge-batch": PurgeBatch,
@@ -5611,8 +5677,7 @@ class JobQueue:
 # ---------------------------------------------------------------- commands
 
 # To add a command, write a function cmd_… below and enter it with @command. It takes a Request and
-# the words after the command's name; how many there may be follows from its parameters. It returns
-# an Answer or raises Refused. A Problem or an OSError that it lets through becomes a refusal, too.
+# the words after the command's name, and returns an Answer, or raises Refused, Problem or OSError.
 # A program gets the answer's keys as JSON; a person gets `key: value` for each, unless SHOWN, under
 # "presentation", has a function for that key.
 
@@ -5626,10 +5691,7 @@ class Refused(Exception):
 
 
 class ClientGone(BaseException):
-    """The client has gone away: there is nobody to answer, and nothing more to do for it.
-
-    It is no Exception, so that no command takes it for a fault of its own.
-    """
+    """The client has gone away. It is no Exception, so that no command takes it for a fault."""
 
 
 @dataclass
@@ -5642,14 +5704,16 @@ class Agent:
     queue: JobQueue
 
 
+IsDue = Callable[[], bool]  # asked a few times a second, so it must be quick and raise nothing
+
+
 @dataclass
 class Rest:
-    """What is to come of an answer that is not whole yet, and when: nobody waits on a thread."""
+    """What is to come of an answer that is not whole yet. Waiting for it takes no thread."""
 
-    # Whether there is more; asked a few times a second, so it must be quick and raise nothing.
-    is_due: Callable[[], bool]
+    is_due: IsDue
     get: Callable[[], "Answer"]
-    job: Optional[Job] = None  # a person is shown meanwhile how far it is
+    job: Optional[Job] = None  # whose end it waits for; a person is shown how far that is
 
 
 @dataclass
@@ -5657,10 +5721,8 @@ class Answer:
     """What a command answers: an object, the lines of a log, or both."""
 
     keys: Dict[str, Any] = field(default_factory=dict)  # none: only the lines are sent
-    # Lists of lines, as they come. A person is shown them after the object.
-    lines: Iterable[List[str]] = ()
-    # 0 even for an error, since NCA needs that; job-wait, job-follow and batch-check may set 1.
-    exit_status: int = 0
+    lines: Iterable[List[str]] = ()  # some at a time; a person is shown them after the object
+    exit_status: int = 0  # NCA needs 0 even for an error
     rest: Optional[Rest] = None  # until the answer is whole
 
 
@@ -5684,6 +5746,12 @@ class Request:
         if not job:
             raise Refused("Job not found", job={"id": id})
         return job
+
+    def job_answer(self, job: Job, exit_status: int = 0) -> Answer:
+        """Return the answer that says what has become of a job."""
+        message = message_for_person(job) if self.client.width else STATUS_MESSAGES[job.status]
+        shown = job_with_progress(self.agent, job)
+        return Answer({"message": message, "job": shown}, exit_status=exit_status)
 
     def submit(self, words: List[str], given: Optional[Path] = None) -> Answer:
         """Queue a job of `words`; `given` is the file of what came on standard input.
@@ -5766,16 +5834,11 @@ def find_command(name: str) -> Command:
 
 def answer(line: bytes, client: "Session") -> Answer:
     """Return the answer to a command line, whatever goes wrong. Raises ClientGone alone."""
-    return whatever_goes_wrong(lambda: perform(Request(client.agent, client, split_words(line))))
+    return answer_of(functools.partial(perform, line, client))
 
 
-def answer_rest(rest: Rest) -> Answer:
-    """Return what has come of an answer, whatever goes wrong. Raises ClientGone alone."""
-    return whatever_goes_wrong(rest.get)
-
-
-def whatever_goes_wrong(get: Callable[[], Answer]) -> Answer:
-    """Return the answer that `get` returns, or one that says what went wrong."""
+def answer_of(get: Callable[[], Answer]) -> Answer:
+    """Return what `get` returns, or an answer that says what went wrong. Raises ClientGone."""
     try:
         reply = get()
         if reply.keys:
@@ -5789,8 +5852,9 @@ def whatever_goes_wrong(get: Callable[[], Answer]) -> Answer:
         return Answer(Refused("A fault of the agent; its log says more", error=error).keys)
 
 
-def perform(request: Request) -> Answer:
-    """Return what the function of a request's command answers. Raises Refused, ClientGone."""
+def perform(line: bytes, client: "Session") -> Answer:
+    """Return what the function of a command answers. Raises Refused, ClientGone."""
+    request = Request(client.agent, client, split_words(line))
     if not request.words:
         raise Refused("no command specified")
     name, *arguments = request.words
@@ -5868,8 +5932,13 @@ def job_object(job: Job) -> Dict[str, Any]:
     return shown
 
 
-def job_with_place(agent: Agent, job: Job) -> Dict[str, Any]:
-    """Return a job as answers show it, with its place in the queue, or how far it is."""
+def job_objects(jobs: Iterable[Job]) -> List[Dict[str, Any]]:
+    """Return jobs as answers show them."""
+    return [job_object(job) for job in jobs]
+
+
+def job_with_progress(agent: Agent, job: Job) -> Dict[str, Any]:
+    """Return a job as answers show it, with its place in the queue, or how far its load is."""
     shown = job_object(job)
     if job.status == PENDING:
         shown["place"] = agent.queue.place(job)
@@ -5881,37 +5950,19 @@ def job_with_place(agent: Agent, job: Job) -> Dict[str, Any]:
     return shown
 
 
-NEVER_STARTED = "Failed: this job never started."  # which NCA does not know
-
-
-def job_message(job: Job) -> str:
-    """Return what a job's status means, as a sentence that is true of this job."""
-    if job.status == FAILED and not job.started:
-        return NEVER_STARTED
-    return STATUS_MESSAGES[job.status]
-
-
-def job_answer(agent: Agent, job: Job) -> Dict[str, Any]:
-    """Return the keys of an answer that says what has become of a job."""
-    return {"message": STATUS_MESSAGES[job.status], "job": job_with_place(agent, job)}
-
-
-BATCH_KEYS = (  # of a BatchState, for all to see
-    "name",
-    "on_disk",
-    "state",
-    "issues",
-    "pages",
-    "issues_in_batch_xml",
-    "pages_in_mets",
-    "pages_in_solr",
-    "loaded",
-)
-
-
-def batch_object(held: BatchState) -> Dict[str, Any]:
+def batch_object(state: BatchState) -> Dict[str, Any]:
     """Return a batch as answers show it; None is what was not looked at, or could not be."""
-    return {key: getattr(held, key) for key in BATCH_KEYS}
+    return {
+        "name": state.name,
+        "on_disk": state.on_disk,
+        "state": state.state,
+        "issues": state.issues,
+        "pages": state.pages,
+        "issues_in_batch_xml": state.issues_in_batch_xml,
+        "pages_in_mets": state.pages_in_mets,
+        "pages_in_solr": state.pages_in_solr,
+        "loaded": state.loaded,
+    }
 
 
 @command(
@@ -5927,111 +5978,59 @@ def cmd_version(request: Request) -> Answer:
     return Answer({"version": VERSION})
 
 
-class Trouble(NamedTuple):
-    """Something that can go wrong, and whose own message does not say what to do."""
-
-    seen: str
-    meaning: str
-    remedy: str
-
-
-TROUBLES = (
-    Trouble(
-        'ONI holds 131 of the 400 issues …, and its last event is "starting load"',
-        "If no job is at work on it, a load was killed; ONI itself would leave it so for ever",
-        "load-batch again: the agent purges, then loads",
-    ),
-    Trouble(
-        "2 faults in the batch's files: …; ONI was left as it is",
-        "ONI would abort, or drop something without a word",
-        "Mend the files named there (batch-check lists all faults), then load-batch again",
-    ),
-    Trouble(
-        'Open ONI has no awardee "zzz"',
-        "The second part of the batch's name is no awardee of ONI's",
-        "ensure-awardee zzz \"'Its name'\", then load-batch again",
-    ),
-    Trouble(
-        "ONI does not have the title sn…, nor has http…",
-        "ONI cannot fetch the title's MARC record",
-        "load-title < MARC.xml, then load-batch again",
-    ),
-    Trouble(
-        "Solr lacks 12 of 400 pages",
-        "The index was emptied or restored, or lost a commit",
-        "load-batch again: only those pages are indexed",
-    ),
-    Trouble(
-        "Solr has documents under its name that are none of its pages",
-        "The index was restored from an older day",
-        "load-batch again: they are deleted",
-    ),
-    Trouble(
-        "Solr still has 400 of its pages, which lead nowhere",
-        "Solr was down during a purge",
-        "purge-batch again",
-    ),
-    Trouble(
-        "… pages are found under another batch",
-        "Two batches have the same pages; the one that was indexed last is found",
-        "Purge the batch that should not have them",
-    ),
-    Trouble(
-        "Failed to connect to server at …solr…, Solr cannot be asked",
-        "Solr is down",
-        "Start it, then job-retry",
-    ),
-    Trouble(
-        "Open ONI cannot answer: OperationalError: …",
-        "The database is down, or ONI's settings for it do not reach the agent",
-        "Sites that configure ONI by environment put ONI_DB_… into the agent's, too",
-    ),
-    Trouble(
-        "Open ONI did not answer within 10 s",
-        "Database or host are overloaded, or a lock is held",
-        "Ask again; jobs wait longer by themselves",
-    ),
-    Trouble(
-        "the file system of the batches did not answer",
-        "The mount of BATCH_SOURCE hangs",
-        "Look at the file server; all else goes on",
-    ),
-    Trouble(
-        "exit status 1: … Permission denied …; the batch is complete",
-        "ONI could not write its cache, since the agent does not run as the site's user",
-        "Run it as that user; the batch needs no new load",
-    ),
-    Trouble(
-        "what ONI holds of the batch now is not known",
-        "The database went away during the job",
-        "When it is back: batch-status, or just load-batch again",
-    ),
-    Trouble(
-        "given up: 3 times the agent was gone before its end",
-        "Host or agent went down in each attempt, or the job brings them down",
-        "Look at memory and the kernel's log, then job-retry",
-    ),
-    Trouble(
-        "jobs.db cannot be used …; trying again every second",
-        "The disk of the state folder is full",
-        "Free some; the agent goes on by itself",
-    ),
-    Trouble(
-        "ON_FINISH failed: exit status 1, where it calls sudo or mail",
-        "The unit lets it gain no privileges",
-        "The end of oni-agent.service shows how a .path unit does it",
-    ),
-    Trouble(
-        "killed by signal 9 (SIGKILL)",
-        "Often it was the kernel, for want of memory: journalctl -k -g oom",
-        "Give the host more memory, then load-batch again",
-    ),
-    Trouble(
-        "removing …, a leftover link to …",
-        "A killed load of another copy left a link that ONI would follow",
-        "Nothing is to be done",
-    ),
-)
+# Messages that do not themselves say what to do, each with what it means and what to do.
+TROUBLES = {
+    'ONI holds 131 of the 400 issues …, and its last event is "starting load"':
+        "If no job is at work on it, a load was killed, and ONI itself would leave it so for ever:"
+        " load-batch again. The agent purges, then loads.",
+    "2 faults in the batch's files: …; ONI was left as it is":
+        "ONI would break off, or drop something without a word. Mend the files that are named"
+        " (batch-check lists all faults), then load-batch again.",
+    'Open ONI has no awardee "zzz"':
+        "The second part of the batch's name is the code of no awardee of ONI's. Type"
+        " ensure-awardee zzz \"'Its name'\", then load-batch again.",
+    "ONI does not have the title sn…, nor has http…":
+        "ONI cannot fetch the title's MARC record: load-title < MARC.xml, then load-batch again.",
+    "Solr lacks 12 of 400 pages":
+        "The index was emptied or restored, or lost a commit: load-batch again. Only those pages"
+        " are indexed.",
+    "Solr has documents under its name that are none of its pages":
+        "The index was restored from an older day: load-batch again. They are deleted.",
+    "Solr still has 400 of its pages, which lead nowhere":
+        "Solr was down during a purge: purge-batch again.",
+    "… pages are found under another batch":
+        "Two batches have the same pages, and the one that was indexed last is found. Purge the"
+        " one that should not have them.",
+    "Failed to connect to server at …solr…, Solr cannot be asked":
+        "Solr is down: start it, then job-retry.",
+    "Open ONI cannot answer: OperationalError: …":
+        "The database is down, or ONI's settings for it do not reach the agent. Sites that"
+        " configure ONI by environment put ONI_DB_… into the agent's, too.",
+    "Open ONI did not answer within 10 s":
+        "The database or the host is overloaded, or a lock is held: ask again. Jobs wait longer by"
+        " themselves.",
+    "the file system of the batches did not answer":
+        "The mount of BATCH_SOURCE hangs: look at the file server. All else goes on.",
+    "exit status 1: … Permission denied …; the batch is complete":
+        "ONI could not write its cache, since the agent does not run as the site's user: run it as"
+        " that user. The batch needs no new load.",
+    "what ONI holds of the batch now is not known":
+        "The database went away during the job. When it is back, type batch-status, or just"
+        " load-batch again.",
+    "given up: 3 times the agent was gone before its end":
+        "The host or the agent went down in each attempt; maybe the job brings them down. Look at"
+        " memory and the kernel's log, then job-retry.",
+    "jobs.db cannot be used …; trying again every second":
+        "The disk of the state folder is full: free some. The agent goes on by itself.",
+    "ON_FINISH failed: exit status 1, where it calls sudo or mail":
+        "The unit lets it gain no privileges. The end of oni-agent.service shows how a .path unit"
+        " does it.",
+    "killed by signal 9 (SIGKILL)":
+        "Often the kernel did that, for want of memory: see journalctl -k -g oom, give the host"
+        " more memory, then load-batch again.",
+    "removing …, a leftover link to …":
+        "A killed load of another copy left a link that ONI would follow. Nothing is to be done.",
+}
 
 
 @command(
@@ -6046,17 +6045,16 @@ TROUBLES = (
 )
 def cmd_help(request: Request, name: str = "") -> Answer:
     if name == "problems":
-        return Answer({"troubles": [trouble._asdict() for trouble in TROUBLES]})
+        troubles = [{"seen": seen, "advice": advice} for seen, advice in TROUBLES.items()]
+        return Answer({"troubles": troubles})
     if name:
         found = find_command(name)
         return Answer({"commands": [command_object(found)]}, [found.example.splitlines()])
-    return Answer(
-        {
-            "commands": [command_object(each) for each in COMMANDS.values()],
-            "hint": "`help COMMAND` shows a command at work, `help problems` says what can go"
-            " wrong. `ssh oni` stands for `ssh -t -p 2222 nobody@HOST`.",
-        }
+    hint = (
+        "`help COMMAND` shows a command at work, `help problems` says what can go wrong."
+        " `ssh oni` stands for `ssh -t -p 2222 nobody@HOST`."
     )
+    return Answer({"commands": [command_object(each) for each in COMMANDS.values()], "hint": hint})
 
 
 def command_object(command: Command) -> Dict[str, str]:
@@ -6172,8 +6170,8 @@ NEWEST_JOBS = 50  # that a person is shown who says no number
     Jobs: 1
        6  failed 1 s         load-batch batch_oru_hole_ver01  0 s ago, 15:30 UTC
            1 fault in the batch's files:
-           data/sn99990001/print/1920010201/1920010201.xml: the edition is '': ONI
-           would leave this issue out; ONI was left as it is
+           data/sn99990001/print/1920010201/1920010201.xml: ONI would leave this
+           issue out: invalid literal for int() with base 10: ''; ONI was left as it is
     $ ssh oni list-jobs batch_oru_small_ver01 successful 2
     Jobs: 2
        4  successful 2 s     load-batch batch_oru_small_ver01  0 s ago, 15:30 UTC
@@ -6197,13 +6195,14 @@ def cmd_list_jobs(request: Request, *words: str) -> Answer:
             known = ", ".join(STATUS_MESSAGES)
             error = f"write the name of a batch, a status ({known}), or a number of jobs"
             raise Refused(f'"{word}" is not a job status', error=error)
-    newest = None if limit is None else limit + 1  # one more tells whether there are more
-    jobs = request.agent.queue.jobs(tuple(statuses), batch, newest)
-    if limit is None or len(jobs) <= limit:
-        return Answer({"jobs": [job_object(job) for job in jobs]})
-    shown = [job_object(job) for job in jobs[-limit:]]
-    hint = f"These are the newest {limit} jobs; a larger number shows more."
-    return Answer({"jobs": shown, "hint": hint})
+    queue = request.agent.queue
+    if limit is None:
+        return Answer({"jobs": job_objects(queue.jobs(statuses, batch))})
+    jobs = queue.jobs(statuses, batch, limit + 1)  # one more tells whether there are more
+    keys: Dict[str, Any] = {"jobs": job_objects(jobs[-limit:])}
+    if len(jobs) > limit:
+        keys["hint"] = f"These are the newest {limit} jobs; a larger number shows more."
+    return Answer(keys)
 
 
 NO_JOB_ID = "You must supply a job ID"
@@ -6219,12 +6218,12 @@ NO_JOB_ID = "You must supply a job ID"
     Failed: this job started but returned a non-zero exit code.
        6  failed 1 s         load-batch batch_oru_hole_ver01  0 s ago, 15:30 UTC
            1 fault in the batch's files:
-           data/sn99990001/print/1920010201/1920010201.xml: the edition is '': ONI
-           would leave this issue out; ONI was left as it is
+           data/sn99990001/print/1920010201/1920010201.xml: ONI would leave this
+           issue out: invalid literal for int() with base 10: ''; ONI was left as it is
     """,
 )
 def cmd_job_status(request: Request, id: str) -> Answer:
-    return Answer(job_answer(request.agent, request.job(id)))
+    return request.job_answer(request.job(id))
 
 
 @command(
@@ -6239,33 +6238,30 @@ def cmd_job_status(request: Request, id: str) -> Answer:
        4  successful 2 s     load-batch batch_oru_small_ver01  0 s ago, 15:30 UTC
        6  failed 1 s         load-batch batch_oru_hole_ver01  0 s ago, 15:30 UTC
            1 fault in the batch's files:
-           data/sn99990001/print/1920010201/1920010201.xml: the edition is '': ONI
-           would leave this issue out; ONI was left as it is
+           data/sn99990001/print/1920010201/1920010201.xml: ONI would leave this
+           issue out: invalid literal for int() with base 10: ''; ONI was left as it is
     """,
 )
 def cmd_job_wait(request: Request, id: str, *more_ids: str) -> Answer:
-    return ends_answer(request.agent, [request.job(each) for each in (id, *more_ids)])
+    return answer_at_end(request, [request.job(each) for each in (id, *more_ids)])
 
 
-def ends_answer(agent: Agent, jobs: List[Job]) -> Answer:
-    """Return the answer about the ends of jobs, which is to come until all of them have ended.
-
-    Its exit status is 1 if one was unsuccessful.
-    """
+def answer_at_end(request: Request, jobs: List[Job]) -> Answer:
+    """Return the answer to job-wait, which is to come until all these jobs have ended."""
     unfinished = [job for job in jobs if not job.finished]
     if unfinished:
         first = unfinished[0]
-        return Answer(rest=Rest(lambda: first.finished, lambda: ends_answer(agent, jobs), first))
+        get_rest = functools.partial(answer_at_end, request, jobs)
+        return Answer(rest=Rest(lambda: first.finished, get_rest, first))
     unsuccessful = sum(job.status != SUCCESSFUL for job in jobs)
     exit_status = int(unsuccessful > 0)
     if len(jobs) == 1:
-        return Answer(job_answer(agent, jobs[0]), exit_status=exit_status)
+        return request.job_answer(jobs[0], exit_status)
     if unsuccessful:
         message = f"Failed: {unsuccessful} of these {len(jobs)} jobs did not succeed."
     else:
         message = f"Success: these {len(jobs)} jobs are complete."
-    keys = {"message": message, "jobs": [job_object(job) for job in jobs]}
-    return Answer(keys, exit_status=exit_status)
+    return Answer({"message": message, "jobs": job_objects(jobs)}, exit_status=exit_status)
 
 
 @command(
@@ -6286,17 +6282,16 @@ def cmd_job_follow(request: Request, id: str, count: str = "") -> Answer:
     if count:
         reader.skip_to_last(number_of_lines(count))
 
-    def what_has_come() -> Answer:
+    def new_lines() -> Answer:
         is_over = job.finished  # asked first: what comes before the end is read, too
         seen = size_of(path)
         lines = reader.new_lines(is_over)
         if is_over:
             return Answer(lines=lines, exit_status=int(job.status != SUCCESSFUL))
-        return Answer(
-            lines=lines, rest=Rest(lambda: job.finished or size_of(path) != seen, what_has_come)
-        )
+        rest = Rest(lambda: job.finished or size_of(path) != seen, new_lines)
+        return Answer(lines=lines, rest=rest)
 
-    return what_has_come()
+    return new_lines()
 
 
 def size_of(path: Path) -> int:
@@ -6351,7 +6346,8 @@ def cmd_job_logs(request: Request, id: str, count: str = "") -> Answer:
 def cmd_job_cancel(request: Request, id: str) -> Answer:
     job = request.job(id)
     if not request.agent.queue.cancel(job):
-        raise Refused("The job has ended already", error=job_message(job), job=job_object(job))
+        error = message_for_person(job)
+        raise Refused("The job has ended already", error=error, job=job_object(job))
     message = "Job cancelled" if job.finished else "Job is being cancelled"
     return Answer({"message": message, "job": job_object(job)})
 
@@ -6373,9 +6369,8 @@ def cmd_job_retry(request: Request, id: str) -> Answer:
     job = request.job(id)
     kind = KINDS.get(job.words[0])
     if job.status not in (FAILED, COULD_NOT_START) or not kind:
-        raise Refused(
-            "Only a failed job can be retried", error=job_message(job), job=job_object(job)
-        )
+        error = message_for_person(job)
+        raise Refused("Only a failed job can be retried", error=error, job=job_object(job))
     if kind.takes_input:
         store = request.agent.store
         with store.new_input() as given:
@@ -6432,12 +6427,11 @@ def cmd_list_batches(request: Request) -> Answer:
 def cmd_batch_status(request: Request, word: str) -> Answer:
     name = batch_name(word)
     site = request.agent.site
-    site.folder(name)
+    site.folder(name)  # raises Problem for what is no batch's name
     state = site.batch(name)
     if not state.row and not state.pages_in_solr:
         site.must_be_there(name)
     message = str(state)
-    jobs = request.agent.queue.jobs(word=name, newest=10)
     at_work = request.agent.queue.at_work()
     if at_work and name in at_work.words:
         message = f"job {at_work.id} is at work on it; {message}"
@@ -6446,7 +6440,7 @@ def cmd_batch_status(request: Request, word: str) -> Answer:
             "message": message,
             "batch": batch_object(state),
             "events": state.events,
-            "jobs": [job_object(job) for job in jobs],
+            "jobs": job_objects(request.agent.queue.jobs(word=name, newest=10)),
         }
     )
 
@@ -6460,11 +6454,13 @@ def cmd_batch_status(request: Request, word: str) -> Answer:
     example="""
     $ ssh oni batch-check batch_oru_faults_ver01
     2 faults would keep Open ONI from loading all of this batch
+    pages: 4
     Faults: 2
-    fault: data/sn99990001/print/1930010201/1930010201.xml: page 2 has the sequence
-           '': ONI would leave it out
-    fault: data/sn99990001/print/1930010301/0002.xml: no such file or directory: ONI
-           could not index this page
+    fault: data/sn99990001/print/1930010201/1930010201.xml: page 2: ONI would leave
+           it out: could not determine sequence number for page from ''
+    fault: data/sn99990001/print/1930010301/1930010301.xml: ONI would break off the
+           load: <urlopen error [Errno 2] No such file or directory:
+           'data/sn99990001/print/1930010301/0002.xml'>
     Warnings: 0
     """,
 )
@@ -6472,27 +6468,16 @@ def cmd_batch_check(request: Request, word: str) -> Answer:
     name = batch_name(word)
     site = request.agent.site
     site.must_be_there(name)
-
-    def go_on() -> None:
-        request.client.hear()
-
-    found = site.client_check(name, go_on)
+    found = site.client_check(name, request.client.hear)  # which raises if the client has gone
     what = found.count if found.faults else "Nothing"
-    return Answer(
-        {
-            "message": f"{what} would keep Open ONI from loading all of this batch",
-            "batch": {"name": name},
-            "pages": found.pages,
-            "faults": [with_short_text(each, "fault") for each in found.faults],
-            "warnings": [with_short_text(each, "warning") for each in found.warnings],
-        },
-        exit_status=int(bool(found.faults)),
-    )
-
-
-def with_short_text(finding: Dict[str, str], key: str) -> Dict[str, str]:
-    """Return a finding of a check, its text under `key` shortened."""
-    return {**finding, key: shortened(finding[key])}
+    keys = {
+        "message": f"{what} would keep Open ONI from loading all of this batch",
+        "batch": {"name": name},
+        "pages": found.pages,
+        "faults": [{**each, "fault": shortened(each["fault"])} for each in found.faults],
+        "warnings": [{**each, "warning": shortened(each["warning"])} for each in found.warnings],
+    }
+    return Answer(keys, exit_status=int(bool(found.faults)))
 
 
 BEGAN = time.monotonic()
@@ -6515,9 +6500,9 @@ def cmd_board(request: Request) -> Answer:
             "version": VERSION,
             "uptime": int(time.monotonic() - BEGAN),
             "oni": {"location": str(agent.site.oni.location), **agent.site.health()},
-            "at_work": [job_with_place(agent, job) for job in jobs if job.status == STARTED],
-            "waiting": [job_object(job) for job in jobs if job.status == PENDING],
-            "ended": [job_object(job) for job in agent.queue.ended()],
+            "at_work": [job_with_progress(agent, job) for job in jobs if job.status == STARTED],
+            "waiting": job_objects(job for job in jobs if job.status == PENDING),
+            "ended": job_objects(agent.queue.ended()),
         }
     )
 
@@ -6545,16 +6530,23 @@ COLOURED = re.compile(rf"\b({'|'.join(COLOURS)})(?: \d+ \w+)?(?:  |[:\]])")
 INDENT = " " * 7  # of what belongs to the line above
 STAMP = re.compile(r"\[(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)\.\d{9}Z\] ")  # of a line of a log
 
-# DEL, C1, the line separators, and what changes the direction of text. JSON need not escape them,
-# but a terminal is often at the other end of a pipe.
-HAZARDS = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+# What moves a terminal's cursor, changes its colours, or turns the order of what is shown. Programs
+# are spared it, too: a terminal is often at the other end of a pipe.
+CONTROLS = re.compile(
+    "[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
+)
 
 
 def safe_json(text: str) -> str:
     """Return JSON with everything escaped that would do something to a terminal."""
     if text.isascii():  # nearly all is, and then this takes no time
         return text.replace("\x7f", "\\u007f")
-    return HAZARDS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def harmless(line: str) -> str:
+    """Return a line of a log with its control characters written out, but for the tabs."""
+    return CONTROLS.sub(lambda found: escaped(found[0]), line)
 
 
 def plain(text: str) -> str:
@@ -6568,21 +6560,7 @@ def plain(text: str) -> str:
 
 def escaped(character: str) -> str:
     """Return a character as Python's literals name it."""
-    code = ord(character)
-    if code < 0x100:
-        return f"\\x{code:02x}"
-    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
-
-
-# What moves a terminal's cursor, changes its colours, or turns the order of what is shown.
-CONTROLS = re.compile(
-    "[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
-)
-
-
-def harmless(line: str) -> str:
-    """Return a line of a log with its control characters written out, but for the tabs."""
-    return CONTROLS.sub(lambda found: escaped(found[0]), line)
+    return character.encode("unicode_escape").decode()
 
 
 def wrapped(text: str, width: int, indent: str = "") -> List[str]:
@@ -6683,7 +6661,7 @@ def retry_row(id: int) -> Row:
 
 
 def trouble_row(trouble: Dict[str, str]) -> Row:
-    return Row(trouble["seen"], f"{trouble['meaning']}. {trouble['remedy']}.")
+    return Row(trouble["seen"], trouble["advice"])
 
 
 def look_row(look: Dict[str, Any]) -> Row:
@@ -6790,18 +6768,9 @@ def answer_rows(keys: Dict[str, Any], most: Optional[int] = None) -> Iterator[Ro
             yield SHOWN[key](each) if key in SHOWN else Row(f"{key}: {each}")
 
 
-def as_told_a_person(keys: Dict[str, Any]) -> Dict[str, Any]:
-    """Return an answer's keys without a message that NCA needs and that would mislead a person."""
-    job = keys.get("job", {})
-    if keys.get("message") == STATUS_MESSAGES[FAILED] and "started" not in job:
-        return {**keys, "message": NEVER_STARTED}
-    return keys
-
-
 def answer_lines(keys: Dict[str, Any], width: int, most: Optional[int] = None) -> List[str]:
     """Return an answer's object as lines of at most `width` characters."""
-    rows = answer_rows(as_told_a_person(keys), most)
-    return [line for row in rows for line in laid_out(row, width)]
+    return [line for row in answer_rows(keys, most) for line in laid_out(row, width)]
 
 
 def terminal_text(lines: Iterable[str], colour: bool) -> str:
@@ -6857,9 +6826,9 @@ def board_lines(keys: Dict[str, Any], width: int, height: int, with_keys: bool) 
 
 # ---------------------------------------------------------------- SSH server
 
-# A client is a Visitor first, which costs no thread, until it has said its version line and there
-# is room to shake hands with it. Then it is a Connection, with a thread of paramiko's. Each command
-# on it is a Session: on a thread while it works, and in the Watcher's hands while it waits.
+# A client is a Visitor first, without a thread, until it has said its version line and there is
+# room to shake hands with it. Then it is a Connection, with a thread of paramiko's. Each command on
+# it is a Session: on a thread while it works, and in the Watcher's hands while it waits.
 
 # What is offered to clients, where paramiko has it. Every client of today has one of each.
 CURVES = ("curve25519-sha256", "curve25519-sha256@libssh.org", "mlkem768x25519-sha256")
@@ -6880,7 +6849,6 @@ SESSION_NUMBERS = itertools.count(1)
 
 IPAddress = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
 Holder = Union[IPAddress, ipaddress.IPv6Network]
-News = Callable[[], bool]  # whether there is something to go on with; quick, and raises nothing
 
 
 @dataclass(frozen=True)
@@ -6968,16 +6936,14 @@ def make_host_key(path: Path) -> paramiko.PKey:
         serialization.NoEncryption(),
     )
     try:
-        # Its mode is 0600. It gets its name when it is whole, and is gone if that fails.
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            try:
-                file.write(private)
-                file.flush()
-                sync(file.name)
-                move_without_replacing(file.name, path)
-            finally:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(file.name)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            file = Path(folder) / "key"
+            file.touch(mode=0o600)
+            file.write_bytes(private)
+            sync(file)
+            if not os.path.lexists(path):
+                file.rename(path)  # it gets its name when it is whole
+        sync(path.parent)
         key = load_host_key(path)
         if key is None:
             raise Problem(f"the HOST_KEY_FILE {path} has vanished as it was made")
@@ -6987,45 +6953,57 @@ def make_host_key(path: Path) -> paramiko.PKey:
         raise Problem(f"the HOST_KEY_FILE {path} cannot be made: {error.strerror}") from error
 
 
-def move_without_replacing(source: str, path: Path) -> None:
-    """Rename a file to `path` unless something is there. Raises OSError.
+# -- JSON
 
-    A hard link would do that by itself, but not every file system has them. So agents that share
-    the folder take turns, by a lock on it.
-    """
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        if not os.path.lexists(path):
-            os.rename(source, path)
-            os.fsync(folder)
-    finally:
-        os.close(folder)
+COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
-# Stands for the lines of a log while the rest of an answer is encoded.
-LINES_HERE = f"lines {os.urandom(16).hex()}"
+def json_of(value: object) -> str:
+    """Return a value as JSON without blanks."""
+    return safe_json(COMPACT_JSON.encode(value))
+
+
+def json_pieces(keys: Dict[str, Any]) -> Iterator[str]:
+    """Yield an object as JSON; an iterator in it, of the lines of a log, is read meanwhile."""
+    yield "{"
+    comma = ""
+    for key, value in keys.items():
+        yield f"{comma}{json_of(key)}:"
+        comma = ","
+        if isinstance(value, dict):
+            yield from json_pieces(value)
+        elif isinstance(value, Iterator):
+            yield from json_pieces_of_lines(value)
+        else:
+            yield json_of(value)
+    yield "}"
+
+
+def json_pieces_of_lines(log_lines: Iterator[List[str]]) -> Iterator[str]:
+    """Yield a list as JSON, of lines that come some at a time; "" for none that have come."""
+    yield "["
+    comma = ""
+    for lines in log_lines:
+        if lines:
+            yield comma + json_of(lines)[1:-1]
+            comma = ","
+        else:
+            yield ""
+    yield "]"
 
 
 def encoded(keys: Dict[str, Any]) -> Iterator[str]:
-    """Give an answer as JSON, in pieces. The lines of a log, maybe many, are encoded when read."""
-    logs: List[Iterable[List[str]]] = []
+    """Yield an answer as a line of JSON, in pieces that are worth a packet.
 
-    def later(lines: Iterable[List[str]]) -> List[str]:
-        logs.append(lines)
-        return [LINES_HERE]
-
-    compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=later)
-    before, *parts = f"{safe_json(compact.encode(keys))}\n".split(f'"{LINES_HERE}"')
-    yield before
-    for lines, after in zip(logs, parts):
-        comma = ""
-        for some in lines:
-            yield ""  # so that it is noticed if the client has gone
-            if some:
-                yield comma + safe_json(compact.encode(some)[1:-1])
-                comma = ","
-        yield after
+    There may be empty ones among them, so that whoever sends them notices a client that has gone.
+    """
+    text = ""
+    for piece in json_pieces(keys):
+        text += piece
+        if len(text) >= CHUNK or not piece:
+            yield text
+            text = ""
+    yield f"{text}\n"
 
 
 # -- shares
@@ -7063,8 +7041,8 @@ class Share:
                 del self._held[holder]
 
 
-class Complaints:
-    """Warnings about clients, at most one a minute for each address."""
+class ClientWarnings:
+    """Lines of the log about clients, at most one a minute for each address."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -7075,11 +7053,11 @@ class Complaints:
         holder = holder_of(host)
         now = time.monotonic()
         with self._lock:
-            if now - self._told.get(holder, -math.inf) < COMPLAINT_SECONDS:
+            if now - self._told.get(holder, -math.inf) < WARNING_SECONDS:
                 return
             self._told[holder] = now
             self._told.move_to_end(holder)
-            if len(self._told) > MAX_COMPLAINTS:
+            if len(self._told) > MAX_WARNINGS:
                 self._told.popitem(last=False)
         log.warning("connection from=%s refused=%r", host, why)
 
@@ -7215,7 +7193,7 @@ class Connection(paramiko.ServerInterface, paramiko.Transport):  # type: ignore[
             self.server.connection_ended(self)
             why = self._what_failed()
             if why:
-                self.server.complaints.tell(self.host, why)
+                self.server.warnings.tell(self.host, why)
             self._let_go()
 
     def _let_go(self) -> None:
@@ -7339,7 +7317,6 @@ class Session:
         self.height = 0
         self.colour = False
         self.is_over = False
-        self.is_at_work = False  # and counts as that
         self.stalled_since = math.inf  # while the client is to send or to read, and does not
         self._steps = self._work()
 
@@ -7356,13 +7333,13 @@ class Session:
 
     def _go_on(self) -> None:
         """Work to the next step at which to wait, or to the end."""
-        news = next(self._steps, None)
-        if news:
-            self.connection.server.session_waits(self, news)
+        is_due = next(self._steps, None)
+        if is_due:
+            self.connection.server.session_waits(self, is_due)
         else:
             self.connection.server.session_ended(self)
 
-    def _work(self) -> Iterator[News]:
+    def _work(self) -> Iterator[IsDue]:
         """Answer, and close the channel in the order that loses nothing."""
         number = next(SESSION_NUMBERS)
         begun = time.monotonic()
@@ -7385,7 +7362,7 @@ class Session:
             (time.monotonic() - begun) * 1000,
         )
 
-    def _answer(self, number: int) -> Generator[News, None, Answer]:
+    def _answer(self, number: int) -> Generator[IsDue, None, Answer]:
         """Send a person or a program the answer, and return it.
 
         Nothing else holds it, so the logs that it was read from are let go of with it.
@@ -7399,7 +7376,7 @@ class Session:
         self._send_answer(reply, number)
         while reply.rest:
             yield from self._wait_for(reply.rest)
-            reply = answer_rest(reply.rest)
+            reply = answer_of(reply.rest.get)
             self._send_answer(reply, number)
         return reply
 
@@ -7414,21 +7391,28 @@ class Session:
         for text in texts:
             self.send(text)
 
-    def _wait_for(self, rest: Rest) -> Iterator[News]:
+    def _wait_for(self, rest: Rest) -> Iterator[IsDue]:
         """Wait until there is more of the answer; a person is shown how far its job is."""
-        while not rest.is_due():
-            if rest.job and self.colour:
-                show_progress(job_with_place(self.agent, rest.job), self)
-            yield from self.pause(1 if self.colour else STALL_SECONDS, rest.is_due)
-            self.hear()
+        withdraw = do_nothing
+        if rest.job:
+            watcher = self.connection.server.watcher
+            withdraw = self.agent.queue.when_ended(rest.job, lambda job: watcher.wake())
+        try:
+            while not rest.is_due():
+                if rest.job and self.colour:
+                    show_progress(job_with_progress(self.agent, rest.job), self)
+                yield from self.pause(1 if self.colour else STALL_SECONDS, rest.is_due)
+                self.hear()
+        finally:
+            withdraw()
 
-    def pause(self, seconds: float, news: News) -> Iterator[News]:
-        """Wait without a thread for `news`, a person's key, the client's leaving, or `seconds`."""
+    def pause(self, seconds: float, is_due: IsDue) -> Iterator[IsDue]:
+        """Wait without a thread until `is_due`, a person types, the client leaves, or `seconds`."""
         until = time.monotonic() + seconds
 
         def is_over() -> bool:
             typed = bool(self.width) and self.channel.recv_ready()
-            return self.channel.closed or typed or news() or time.monotonic() >= until
+            return self.channel.closed or typed or is_due() or time.monotonic() >= until
 
         yield is_over
 
@@ -7521,51 +7505,46 @@ def copy_input(session: Session, into: IO[bytes], limit: int) -> None:
 
 
 class Watcher(threading.Thread):
-    """The one thread that looks, a few times a second, whether a session need not wait any more."""
+    """The one thread that looks, a few times a second, which of the sessions that wait are due."""
 
     def __init__(self, go_on: Callable[[Session], bool]) -> None:
         """`go_on` lets a session work, and returns whether there was room for that."""
         super().__init__(name="watcher", daemon=True)
         self._go_on = go_on
         self._lock = threading.Lock()
-        self._waiting: Dict[Session, News] = {}
-        self._look = threading.Event()
+        self._waiting: Dict[Session, IsDue] = {}
+        self._awake = threading.Event()
 
-    def add(self, session: Session, news: News) -> None:
-        """Have a session work again as soon as there is `news`."""
+    def add(self, session: Session, is_due: IsDue) -> None:
+        """Have a session work again as soon as `is_due` returns True."""
         with self._lock:
-            self._waiting[session] = news
+            self._waiting[session] = is_due
             is_first = len(self._waiting) == 1
         if is_first:
-            self._look.set()
+            self._awake.set()
 
-    def look(self) -> None:
-        """Look at once: a job may have ended."""
-        self._look.set()
-
-    def sessions(self) -> List[Session]:
-        """Return the sessions that wait, those that have waited longest first."""
-        with self._lock:
-            return list(self._waiting)
+    def wake(self) -> None:
+        """Look at once: a job has ended."""
+        self._awake.set()
 
     def run(self) -> None:
         """Look again and again, as long as the agent runs."""
         while True:
-            self._look.wait(WATCH_SECONDS if self._waiting else None)
-            self._look.clear()
+            self._awake.wait(WATCH_SECONDS if self._waiting else None)
+            self._awake.clear()
             with self._lock:
                 waiting = list(self._waiting.items())
-            for session, news in waiting:
-                if news():
-                    self._let_work(session, news)
+            for session, is_due in waiting:
+                if is_due():
+                    self._let_work(session, is_due)
 
-    def _let_work(self, session: Session, news: News) -> None:
+    def _let_work(self, session: Session, is_due: IsDue) -> None:
         """Let a session work. If there is no room, or no thread, it is looked at the next time."""
         with self._lock:
             del self._waiting[session]
         if not self._go_on(session):
             with self._lock:
-                self._waiting[session] = news
+                self._waiting[session] = is_due
 
 
 # -- a person's terminal
@@ -7576,7 +7555,7 @@ def show_progress(job: Dict[str, Any], terminal: Session) -> None:
     terminal.send(f"\x1b[K{progress_line(job, terminal.width)}\r")
 
 
-def show_board(terminal: Session) -> Generator[News, None, Answer]:
+def show_board(terminal: Session) -> Generator[IsDue, None, Answer]:
     """Draw the board anew each second, until q or Ctrl-C, and return its newest answer."""
     terminal.send("\x1b[?1049h\x1b[?25l")  # another screen, and no cursor
     reply = Answer()
@@ -7627,7 +7606,6 @@ class Visitor:
             raise Problem("its first line is no version of SSH")
         return b"\n" in self.said
 
-
     def has_begun_to_shake_hands(self) -> bool:
         """Return whether it has said more than its version line."""
         return not self.said.endswith(b"\n")
@@ -7640,46 +7618,32 @@ class Door:
     is what costs most; the others wait here.
     """
 
-    def __init__(self, server: "Server", listener: socket.socket) -> None:
+    def __init__(self, server: "Server", listener: socket.socket, stop: socket.socket) -> None:
+        """The door is open until `stop` can be read."""
         self._server = server
         self._listener = listener
         self._visitors = Share(MAX_VISITORS)
         self._silent: Dict[Visitor, None] = {}  # no version line yet; the oldest first
         self._waiting: Dict[Holder, Dict[Visitor, None]] = {}  # to shake hands; the same
         self._shaking: Deque[Tuple[float, Connection]] = collections.deque()  # since when
-        self._bell, self._button = socket.socketpair()
-        for each in (listener, self._bell, self._button):
-            each.setblocking(False)
+        self.is_open = True
+        listener.setblocking(False)
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ, self._accept)
-        self._selector.register(self._bell, selectors.EVENT_READ, self._answer_bell)
+        self._selector.register(stop, selectors.EVENT_READ, self._stop)
 
-    def watch(self, stop: socket.socket) -> None:
-        """Have `turn` end as soon as `stop` can be read."""
-        self._selector.register(stop, selectors.EVENT_READ, lambda: None)
-
-    def turn(self, stop: socket.socket) -> bool:
-        """Deal with whoever has come or said something, for a second at most; False to stop."""
-        seconds = 0.05 if self._waiting else 1
-        ready = [key for key, _events in self._selector.select(seconds)]
-        for key in ready:
-            if key.fileobj is not stop:
-                key.data()
+    def serve(self) -> None:
+        """Deal with whoever comes or says something, for a second at most."""
+        for key, _events in self._selector.select(TURN_SECONDS if self._waiting else 1):
+            key.data()
         self._hand_over()
-        return all(key.fileobj is not stop for key in ready)
-
-    def ring(self) -> None:
-        """Tell the door, from any thread, that another client may shake hands now."""
-        if self._waiting:
-            with contextlib.suppress(OSError):  # it has been rung often enough
-                self._button.send(b"!")
 
     def close(self) -> None:
         """Take no more clients."""
         self._listener.close()
 
-    def _answer_bell(self) -> None:
-        self._bell.recv(1000)
+    def _stop(self) -> None:
+        self.is_open = False
 
     def _accept(self) -> None:
         """Take the connections that have come, but not too many, since others wait, too."""
@@ -7744,7 +7708,7 @@ class Door:
                 self._selector.unregister(visitor.socket)
 
     def _refuse(self, visitor: Visitor, why: str) -> None:
-        self._server.complaints.tell(visitor.host, why)
+        self._server.warnings.tell(visitor.host, why)
         visitor.socket.close()
 
     def _leave(self, visitor: Visitor) -> None:
@@ -7773,7 +7737,7 @@ class Door:
         for visitor in list(itertools.takewhile(self._is_overdue, self._silent)):
             if visitor.said:
                 why = f"its version line had no end within {IDLE_SECONDS:g} s"
-                self._server.complaints.tell(visitor.host, why)
+                self._server.warnings.tell(visitor.host, why)
             self._send_away(visitor)
 
     def _is_overdue(self, visitor: Visitor) -> bool:
@@ -7808,17 +7772,16 @@ class Server:
         self.agent = agent
         self.host_key = host_key
         self.offer = offer
-        self.complaints = Complaints()
+        self.warnings = ClientWarnings()
         self.handshakes = Share(MAX_HANDSHAKES)
         self.watcher = Watcher(self._let_work)
-        self.on_room: Callable[[], None] = lambda: None  # called when a handshake is over
         self._lock = threading.RLock()  # guards what follows, and each connection's `busy`
         self._connections: "OrderedDict[Connection, None]" = OrderedDict()  # idle longest first
         self._at_work: Set[Session] = set()
         self._places = Share(MAX_CONNECTIONS)
         self._sessions = Share(MAX_SESSIONS)
-        self._left = 0  # connections that have ended since memory was given back
-        self._given_back = 0.0  # when it was
+        self._ended = 0  # connections, since memory was given back to the system
+        self._trimmed = 0.0  # when it was
         self.watcher.start()
 
     # -- connections
@@ -7887,7 +7850,6 @@ class Server:
                 return
             connection.is_shaking_hands = False
         self.handshakes.give_back(connection.holder)
-        self.on_room()
 
     def connection_ended(self, connection: Connection) -> None:
         """Forget a connection, if that was not done before."""
@@ -7896,7 +7858,7 @@ class Server:
             if connection not in self._connections:
                 return
             del self._connections[connection]
-            self._left += 1
+            self._ended += 1
         self._places.give_back(connection.holder)
 
     # -- sessions
@@ -7915,14 +7877,12 @@ class Server:
     def _take(self, session: Session) -> bool:
         if not self._sessions.take(session.connection.holder):
             return False
-        session.is_at_work = True
         self._at_work.add(session)
         return True
 
     def _give_back(self, session: Session) -> None:
-        if session.is_at_work:
-            session.is_at_work = False
-            self._at_work.discard(session)
+        if session in self._at_work:
+            self._at_work.remove(session)
             self._sessions.give_back(session.connection.holder)
 
     def _end_stalled(self, session: Session) -> bool:
@@ -7938,11 +7898,11 @@ class Server:
         self._end(slowest.connection, "it kept others waiting")
         return True
 
-    def session_waits(self, session: Session, news: News) -> None:
-        """Note that a session does nothing until there is news."""
+    def session_waits(self, session: Session, is_due: IsDue) -> None:
+        """Note that a session does nothing until it is due."""
         with self._lock:
             self._give_back(session)
-        self.watcher.add(session, news)
+        self.watcher.add(session, is_due)
 
     def _let_work(self, session: Session) -> bool:
         """Let a session work that has waited; return False if there is no room for that now."""
@@ -7980,28 +7940,20 @@ class Server:
         """Do what is to be done each second: end idle connections, give memory back."""
         self.end_idle(IDLE_SECONDS)
         now = time.monotonic()
-        if self._left >= MANY_LEFT and now - self._given_back > GIVE_BACK_SECONDS:
-            self._left = 0
-            self._given_back = now
-            give_memory_back()
-
-
-def give_memory_back() -> None:
-    """Give the system what connections have left behind amid the heaps of threads.
-
-    libc would keep that unless it is told; not every libc can be.
-    """
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
+        if self._ended >= TRIM_AFTER and now - self._trimmed > TRIM_SECONDS:
+            self._ended = 0
+            self._trimmed = now
+            # libc would keep what connections have left behind; not every libc has this.
+            with contextlib.suppress(AttributeError, OSError):
+                ctypes.CDLL(None).malloc_trim(0)
 
 
 def serve(server: Server, listener: socket.socket, stop: socket.socket) -> None:
     """Serve until `stop` can be read, then let answers under way end, for a moment."""
-    door = Door(server, listener)
-    door.watch(stop)
-    server.on_room = door.ring
+    door = Door(server, listener, stop)
     tidied = time.monotonic()
-    while door.turn(stop):
+    while door.is_open:
+        door.serve()
         if time.monotonic() - tidied >= 1:
             tidied = time.monotonic()
             server.tidy()

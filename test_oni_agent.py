@@ -1919,47 +1919,56 @@ def test_a_restart_changes_no_answer_and_reuses_no_id(agent):
 
 # -- loads and purges that go wrong
 
-REFUSED_FAULTS = (  # at the request
-    "METS missing",
-    "batch.xml missing",
-    "batch.xml cut off",
-    "no issues",
-    "awardee unknown",
-    "reel without number",
-)
+REFUSED_FAULTS = {  # what is said at the request, after the batch's folder
+    "METS missing": "reading file: open FOLDER/METS: no such file or directory",
+    "batch.xml missing": "reading file: open FOLDER/data/batch.xml: no such file or directory",
+    "batch.xml cut off": r"reading file: FOLDER/data/batch.xml: Premature end of data .*, line \d+.*",
+    "no issues": "FOLDER/data/batch.xml names no issue, so ONI would load nothing",
+    "awardee unknown": (
+        'Open ONI has no awardee "zzz"; to make it: ensure-awardee zzz "NAME"'
+    ),
+}
 IN_ISSUE = "data/sn99990001/print/1900010201/"
-METS_2 = IN_ISSUE + "1900010201.xml: "
-OCR_2 = IN_ISSUE + "0002.xml: "
-UNINDEXED = ": ONI could not index this page"
-UNMEASURED = "; ".join(
-    f"{METS_2}page {page} has no dimensions of its image: ONI would drop it" for page in (1, 2)
-)
+METS_2 = IN_ISSUE + "1900010201.xml"
+OCR_2 = IN_ISSUE + "0002.xml"
+ENDS_LOAD = "ONI would break off the load: "
+ENDS_ISSUE = "ONI would leave this issue out: "
+ENDS_PAGE = r"page \d: ONI would leave it out: "
+AT_PAGE_2 = f"page 2: {ENDS_LOAD}"
+NO_SIZE = r"page {0}: ONI would leave it out: No jp2 width for issue: .* Image {0}"
 FOUND_FAULTS = {  # what the agent finds in a batch's files, before it lets ONI load them
-    "METS cut off": METS_2 + r"reading file: .*/1900010201.xml: .*: line \d+, column \d+",
-    "OCR not well-formed": OCR_2 + "not well-formed: no element found: line 2, .*" + UNINDEXED,
-    "OCR missing": OCR_2 + "no such file or directory" + UNINDEXED,
-    "OCR word without text": OCR_2 + r"line \d+: a String without CONTENT" + UNINDEXED,
-    "OCR with two pages": OCR_2 + r"line \d+: a second Page" + UNINDEXED,
-    "jp2 missing, no dimensions": (
-        IN_ISSUE + "0002.jp2: there is no such image, and the METS file has no dimensions"
-    ),
-    "jp2 is no picture, no dimensions": (
-        IN_ISSUE + "0002.jp2: this is no image, and the METS file has no dimensions"
-    ),
-    "LCCN unknown": (
-        "data/batch.xml: ONI does not have the title sn00000000, nor has"
-        " http://.*/lccn/sn00000000/marc.xml: HTTP Error 404: Not Found"
-    ),
-    "file not in the METS": (
-        METS_2 + "a page of .*/1900010201.xml points to a file that is not described"
-    ),
-    "page not described": METS_2 + r"np:page has no description \(DMDID\) in .*/1900010201.xml",
-    "dimensions named, but empty": UNMEASURED,
-    "width is no number": UNMEASURED,
-    "edition empty": METS_2 + "the edition is '': ONI would leave this issue out",
-    "date empty": METS_2 + "the dateIssued is '': ONI would leave this issue out",
-    "date is no date": METS_2 + "the dateIssued is 'January 1900': ONI would leave this issue out",
-    "page without sequence": METS_2 + "page 2 has the sequence '': ONI would leave it out",
+    "METS cut off": [(METS_2, ENDS_LOAD + r"Couldn't find end of Start Tag te line \d+, .*")],
+    "OCR not well-formed": [(OCR_2, ENDS_LOAD + "line 2, column 0: no element found")],
+    "OCR missing": [(OCR_2, ENDS_LOAD + r"<urlopen error \[Errno 2\] No such file .*>")],
+    "OCR word without text": [(OCR_2, ENDS_LOAD + "expected string or bytes-like object.*")],
+    "OCR with two pages": [(OCR_2, ENDS_LOAD + "AssertionError")],
+    "OCR not named": [(METS_2, "ONI would leave out the OCR file ocr2")],
+    "jp2 missing, no dimensions": [
+        (METS_2, AT_PAGE_2 + rf"\[Errno 2\] No such file or directory: '{IN_ISSUE}0002.jp2'")
+    ],
+    "jp2 is no picture, no dimensions": [
+        (METS_2, AT_PAGE_2 + f"cannot identify image file '{IN_ISSUE}0002.jp2'")
+    ],
+    "LCCN unknown": [
+        (
+            METS_2,
+            ENDS_LOAD + "ONI does not have the title sn00000000, nor has"
+            " http://.*/lccn/sn00000000/marc.xml: HTTP Error 404: Not Found",
+        )
+    ],
+    "reel without number": [("data/batch.xml", ENDS_LOAD + "'reelNumber'")],
+    "file not in the METS": [(METS_2, AT_PAGE_2 + "list index out of range")],
+    "page not described": [(METS_2, AT_PAGE_2 + "list index out of range")],
+    "dimensions named, but empty": [(METS_2, NO_SIZE.format(page)) for page in (1, 2)],
+    "width is no number": [
+        (METS_2, "ONI would leave out the rest of the issue, from page 1 on: .* 'wide'.*")
+    ],
+    "edition empty": [(METS_2, ENDS_ISSUE + r"invalid literal for int\(\) with base 10: ''")],
+    "date empty": [(METS_2, ENDS_ISSUE + "time data '' does not match format '%Y-%m-%d'")],
+    "date is no date": [(METS_2, ENDS_ISSUE + "time data 'January 1900' does not match .*")],
+    "page without sequence": [
+        (METS_2, "page 2: ONI would leave it out: could not determine sequence number .* from ''")
+    ],
 }
 
 
@@ -2269,37 +2278,39 @@ def test_each_fault_is_found_before_a_load_or_does_no_harm(agent, name):
     fault = FAULTS[name]
     batch = agent.batch(batch_with(name), issues=3)
     fault.spoil(batch)
-    harmless = fault.held == (1, 3, 6) and not fault.said
+    harmless = (fault.held, fault.indexed) == ((1, 3, 6), 6)
     assert (name in REFUSED_FAULTS) + (name in FOUND_FAULTS) == (not harmless)
     with MarcSite("sn99990077") as marc:
         agent.restart(**marc.environment)
+        reply = agent.call("load-batch", batch.name)
         if name in REFUSED_FAULTS:
-            reply = agent.call("load-batch", batch.name)
             assert reply["message"] == f'"{batch.name}" cannot be loaded'
+            said = REFUSED_FAULTS[name].replace("METS", METS_2).replace("FOLDER", str(batch))
+            assert re.fullmatch(said, reply["error"])
             assert agent.call("list-jobs")["jobs"] == []
         else:
-            job = agent.run("load-batch", batch.name)
+            job = agent.ended(reply["job"]["id"])
     if harmless:
         assert (job["status"], agent.held(batch.name)) == ("successful", fault.held)
         warned = [line for line in agent.logs(job["id"]) if line.startswith("warning: ")]
-        no_picture = f"{IN_ISSUE}0002.jp2: there is no such image: the page will have no picture"
+        no_picture = f"{IN_ISSUE}0002.jp2: there is no such image"
         assert warned == [f"warning: {no_picture}"] * (name == "jp2 missing")
         return
     assert agent.held(batch.name) == NOTHING
     assert agent.solr.documents(batch.name) == []
-    if name in REFUSED_FAULTS:
-        assert agent.events(batch.name) == []
-        return
-    assert job["status"] == "failed"
-    faults = re.fullmatch(
-        r"(\d+) faults? in the batch's files: (.*); ONI was left as it is", job["error"]
-    )
-    assert re.fullmatch(FOUND_FAULTS[name], faults[2])
-    said = agent.logs(job["id"])
-    assert [f"fault: {each}" for each in faults[2].split("; ")] == said
-    assert len(said) == int(faults[1])
     assert agent.events(batch.name) == []
     assert not os.path.lexists(agent.oni / "data/batches" / batch.name)
+    if name in REFUSED_FAULTS:
+        return
+    assert job["status"] == "failed"
+    found = [f"{file}: {said}" for file, said in FOUND_FAULTS[name]]
+    count = f"{len(found)} fault{'s' * (len(found) > 1)}"
+    told = f"{count} in the batch's files: {'; '.join(found)}; ONI was left as it is"
+    assert re.fullmatch(told, job["error"])
+    logs = agent.logs(job["id"])
+    assert len(logs) == len(found)
+    for said, line in zip(found, logs):
+        assert re.fullmatch(f"fault: {said}", line)
 
 
 def test_a_purge_of_what_is_not_there_is_no_job_and_at_its_turn_no_failure(agent):
@@ -3922,13 +3933,13 @@ def test_job_logs_without_a_descriptor_to_be_had_is_an_error(agent):
 
 def test_an_error_is_short_though_what_manage_py_said_is_not_and_the_log_has_it_whole(site):
     site.prepend_to_manage(
-        "import sys\nif 'load_batch' in sys.argv: sys.exit('[ERROR] ' + '€' * 50_000)"
+        "import sys\nif 'load_batch' in sys.argv: sys.exit('[ERROR] ' + 'x' * 150_000)"
     )
     site.batch(ALPHA)
     job = site.start().run("load-batch", ALPHA)
-    assert "exit status 1: €€€" in job["error"] and "€…" in job["error"]
+    assert "exit status 1: xxx" in job["error"] and "x […" in job["error"]
     assert len(job["error"].encode()) <= 2048
-    assert "".join(on_stderr(site, 1)) == "[ERROR] " + "€" * 50_000
+    assert "".join(on_stderr(site, 1)) == "[ERROR] " + "x" * 150_000
 
 
 MANY_ERRORS = """
@@ -5464,7 +5475,7 @@ def test_check_from_inside_says_how_all_is(agent):
     assert {look["well"] for look in reply["looks"]} == {True}
     assert found["Solr"] == f"{len(agent.solr.documents())} pages"
     assert found["database"] == "1 batches"
-    assert re.match(r"4 languages, 1 countries, \d+ awardees$", found["look-up tables"])
+    assert re.match(r"\d+ languages, \d+ countries, \d+ awardees$", found["look-up tables"])
     assert re.match(rf"1, load-batch {ALPHA}: successful at \d{{4}}-", found["last job"])
     assert found["who may connect"] == "whoever is on this host"
     assert {f"ONI's {name}" for name in ("log/", "batch storage", "word coordinates")} < set(found)
@@ -5475,6 +5486,8 @@ def test_check_from_inside_ends_with_1_where_something_is_not_well(agent):
         done = ssh_run(agent, "check")
         said = on_terminal(agent, "check", "")
         assert re.search(r"(?m)^✗ Solr: .*", said)
+        assert re.search(r"(?m)^✓ database: 0 batches", said)
+        assert "Looks" not in said and "{" not in said
         until(lambda: "Solr is down" in agent.call("board")["oni"].get("problem", ""))
     reply = json.loads(done.stdout)
     assert (done.returncode, reply["status"]) == (1, "success")
@@ -6470,13 +6483,13 @@ def test_addresses_of_one_ipv6_network_are_one_holder_of_a_share():
 
 
 def test_warnings_about_clients_are_bounded_in_number_and_in_memory(caplog):
-    complaints = oni_agent.Complaints()
+    warnings = oni_agent.ClientWarnings()
     hosts = [oni_agent.ipaddress.ip_address(number) for number in range(2**24, 2**24 + 3000)]
     for host in hosts:
-        complaints.tell(host, "it came")
-        complaints.tell(host, "it came again")
+        warnings.tell(host, "it came")
+        warnings.tell(host, "it came again")
     assert len(caplog.records) == 3000
-    assert len(complaints._told) == oni_agent.MAX_COMPLAINTS
+    assert len(warnings._told) == oni_agent.MAX_WARNINGS
 
 
 FIPS_HOST = """
@@ -6870,7 +6883,8 @@ class Draft:
 
     @property
     def batch_xml(self) -> Path:
-        return oni_agent.batch_file(self.path)
+        names = [self.path / "data" / name for name in oni_agent.BATCH_FILES]
+        return next(path for path in names if path.exists())
 
     @property
     def mets(self) -> Path:
@@ -6987,17 +7001,20 @@ def listed_twice(draft: Draft) -> None:
     draft.listed.append(draft.issue)
 
 
-def listed_no_more(wrap: str) -> Oddity:
-    """ONI overlooks an issue; that is a fault only where it is the only one."""
+def around_issue(wrap: str) -> Oddity:
+    """ONI overlooks an issue, since something is around it."""
 
     def change(draft: Draft) -> None:
         [issue] = re.findall(rf".*{draft.mets.name}</issue>", draft.batch_xml.read_text())
         replace(draft.batch_xml, issue, wrap.format(issue))
-        draft.listed = [each for each in draft.listed if each != draft.issue]
-        if not draft.listed:
-            draft.listed.append(draft.issue)
 
     return change
+
+
+def in_a_comment(draft: Draft) -> None:
+    """An issue is listed no more; that is a fault only where it is the only one."""
+    around_issue("<!-- {} -->")(draft)
+    draft.listed = [each for each in draft.listed if each != draft.issue] or draft.listed
 
 
 def validated(change_of: Callable[[str], str], name: str = "batch_1.xml") -> Oddity:
@@ -7012,6 +7029,8 @@ def validated(change_of: Callable[[str], str], name: str = "batch_1.xml") -> Odd
 
 def without_ocr(draft: Draft) -> None:
     replace(draft.mets, f'<fptr FILEID="ocr{draft.page}"/>', "")
+    text = draft.mets.read_text()
+    draft.mets.write_text(re.sub(rf'<file ID="ocr{draft.page}" .*</file>', "", text))
     draft.without_ocr.add((draft.issue, draft.page))
 
 
@@ -7048,12 +7067,7 @@ def absolute(scheme: str) -> Oddity:
 
 
 def of_fault(name: str) -> Oddity:
-    def change(draft: Draft) -> None:
-        FAULTS[name].spoil(draft.path)
-        if FAULTS[name].spoil is spoil_ocr_unnamed:
-            draft.without_ocr.add((1, 2))
-
-    return change
+    return lambda draft: FAULTS[name].spoil(draft.path)
 
 
 NO_DIMENSIONS = in_mets(' ADMID="serviceP$Technical"', "")
@@ -7112,9 +7126,9 @@ ODDITIES.update(
         "blank behind an issue's path": in_batch_xml(".xml</issue>", ".xml </issue>"),
         "an issue without a path": in_batch_xml("</batch>", "<issue/></batch>"),
         "an issue twice": listed_twice,
-        "an issue of another namespace": listed_no_more('<x:w xmlns:x="urn:x">{}</x:w>'),
-        "an issue in an element": listed_no_more("<more>{}</more>"),
-        "an issue in a comment": listed_no_more("<!-- {} -->"),
+        "an issue in an element of another namespace": around_issue('<x:w xmlns:x="urn:x">{}</x:w>'),
+        "an issue in an element": around_issue("<more>{}</more>"),
+        "an issue in a comment": in_a_comment,
         "batch.xml with prefixes": prefixed("batch", "n"),
         "batch.xml in another namespace": in_batch_xml("loc.gov/ndnp", "loc.gov/ndnp2"),
         "batch_1.xml alike": validated(lambda text: text),
@@ -7306,14 +7320,191 @@ ODDITIES.update(
 )
 
 
-ONLY_THERE = {  # what a real Open ONI stumbles over, or its MariaDB, and the stand-in does not
-    "edition -1",
-    "edition of eleven digits",
-    "sequence -1",
-    "sequence of eleven digits",
-    "METS with %20 in its name",  # libxml2 before 2.11 opens it, later ones do not
+# -- those of which an agent with a loader of its own knew nothing, or what is not so
+
+
+def two_of_one_key(draft: Draft) -> None:
+    """Another issue with the same LCCN, date and edition, in a folder of its own."""
+    folder = draft.mets.parent
+    shutil.copytree(folder, folder.with_name("again"))
+    listed = draft.mets.relative_to(draft.path / "data").as_posix()
+    again = f"<issue>./{Path(listed).parent.with_name('again')}/{draft.mets.name}</issue>"
+    replace(draft.batch_xml, "</batch>", f"{again}</batch>")
+    draft.listed.append(draft.issue)
+
+
+def folder_named(name: str) -> Oddity:
+    """An issue's folder has a character that means something in a URL."""
+
+    def change(draft: Draft) -> None:
+        folder = draft.mets.parent
+        replace(draft.batch_xml, f"/{folder.name}/", f"/{name}/")
+        folder.rename(folder.with_name(name))
+
+    return change
+
+
+def linked_out(which: str) -> Oddity:
+    """A link leads out of the batch: its folder "data", an issue's, or a METS file."""
+
+    def change(draft: Draft) -> None:
+        path = {"data": draft.path / "data", "issue": draft.mets.parent, "METS": draft.mets}[which]
+        outside = draft.path.parent / f"outside-{draft.path.name}-{path.name}"
+        path.rename(outside)
+        path.symlink_to(outside)
+
+    return change
+
+
+def outside(suffix: str, *more: Oddity) -> Oddity:
+    """A page's file lies beside the batch, and the METS file names it by `../`."""
+
+    def change(draft: Draft) -> None:
+        for oddity in more:
+            oddity(draft)
+        away = draft.path.parent / f"outside-{draft.path.name}.{suffix}"
+        name = os.path.relpath(away, draft.mets.parent)
+        replace(draft.mets, f'href="{draft.page:04}.{suffix}"', f'href="{name}"')
+        draft.file(suffix).rename(away)
+
+    return change
+
+
+def pages_issue_note(text: str, kind: str = "noteAboutReproduction") -> Oddity:
+    note = f'<mods:note type="{kind}">{text}</mods:note></mods:mods>'
+    return in_mets("</mods:mods>", note)
+
+
+def section(described: str) -> Oddity:
+    """The pages lie in a section, whose description is as told."""
+    label = '<mods:detail type="section label"><mods:number>{}</mods:number></mods:detail>'
+    description = (
+        '<dmdSec ID="section"><mdWrap MDTYPE="MODS"><xmlData><mods:mods><mods:part>'
+        f"{label.format(described)}</mods:part></mods:mods></xmlData></mdWrap></dmdSec>"
+    )
+    return both(
+        in_mets("<amdSec", f"{description if described else ''}<amdSec"),
+        in_mets(
+            '<div TYPE="np:page" DMDID="pageModsBibP$"',
+            '<div TYPE="np:section" DMDID="section"><div TYPE="np:page" DMDID="pageModsBibP$"',
+        ),
+        in_mets('<fptr FILEID="ocrP$"/></div>', '<fptr FILEID="ocrP$"/></div></div>'),
+    )
+
+
+def image_of(kind: str) -> Oddity:
+    """The image, of which the METS has no size, is of another kind than JPEG 2000."""
+    red = b"\xff\0\0"
+    grey_tga = bytes([0, 0, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 2, 0, 8, 0]) + bytes(4)
+    webp = base64.b64decode("UklGRhoAAABXRUJQVlA4TA0AAAAvAAAAEAcQERGIiP4HAA==")
+    return picture({"PPM": b"P6 2 2 255\n" + red * 4, "TGA": grey_tga, "WebP": webp}[kind])
+
+
+def two_services(draft: Draft) -> None:
+    """The first of a page's two images is missing, and neither has a size in the METS."""
+    file = '<file ID="firstP$" USE="service"><FLocat LOCTYPE="OTHER" xlink:href="no.jp2"/></file>'
+    both(
+        NO_DIMENSIONS,
+        in_mets("</fileSec>", f"{file}</fileSec>"),
+        in_mets('<fptr FILEID="serviceP$"/>', '<fptr FILEID="firstP$"/><fptr FILEID="serviceP$"/>'),
+    )(draft)
+
+
+def nested(draft: Draft) -> None:
+    replace(draft.mets, "<fileSec>", f"{'<x>' * 300}{'</x>' * 300}<fileSec>")
+
+
+def external_entity(draft: Draft) -> None:
+    """The edition is in a file of its own, which libxml2 reads."""
+    draft.mets.with_name("edition.txt").write_text("1")
+    in_mets(HEAD, doctype("mets", '[<!ENTITY e SYSTEM "edition.txt">]'))(draft)
+    edition("&e;")(draft)
+
+
+def with_nul_bytes(draft: Draft) -> None:
+    draft.mets.write_bytes(draft.mets.read_bytes() + bytes(100))
+
+
+def page_outside(draft: Draft) -> None:
+    """A page's division stands beside the issue's, and not in it."""
+    text = draft.mets.read_text()
+    start = text.index(f'<div TYPE="np:page" DMDID="pageModsBib{draft.page}"')
+    end = text.index("</div>", start) + len("</div>")
+    page = text[start:end]
+    moved = text.replace(page, "").replace("</structMap>", f"{page}</structMap>")
+    draft.mets.write_text(moved)
+
+
+def second_issue(draft: Draft) -> None:
+    """The last page is in a division of another np:issue."""
+    page = f'<div TYPE="np:page" DMDID="pageModsBib{draft.pages}"'
+    opened = f'</div><div TYPE="np:issue" DMDID="issueModsBib">{page}'
+    replace(draft.mets, page, opened)
+
+
+MISSED_ONCE: dict[str, Oddity] = {
+    "two issues of one key": two_of_one_key,
+    "an emoji in an issue's note": pages_issue_note("\U0001f4f0"),
+    "an emoji in OCR": in_alto('"The"', '"The \U0001f4f0"'),
+    "an emoji in a file's name": named("jp2", "\U0001f4f0.jp2", "\U0001f4f0.jp2"),
+    "a volume of 51 characters": in_mets("<mods:number>1<", f"<mods:number>{'1' * 51}<"),
+    "a page number of 51 characters": in_mets(
+        '"page number"><mods:number>P$<', f'"page number"><mods:number>{"1" * 51}<'
+    ),
+    "a page number with its caption, indented": in_mets(
+        '"page number"><mods:number>P$</mods:number>',
+        '"page number"><mods:number>P$</mods:number>\n' + " " * 50 + "<mods:caption>p</mods:caption>",
+    ),
+    "a reel number of 51 characters": in_mets(
+        "<mods:extent", f'<mods:identifier type="reel number">{"1" * 51}</mods:identifier><mods:extent'
+    ),
+    "a note's type of 51 characters": pages_issue_note("text", "t" * 51),
+    "a section label of 101 characters": section("s" * 101),
+    "a section that is not described": section(""),
+    "a section": section("Sports"),
+    "ALTO in the language sk": in_alto('"eng"', '"sk"'),
+    "ALTO in the language hr": in_alto('"eng"', '"hr"'),
+    "second np:issue with a page": second_issue,
+    "a page outside np:issue": page_outside,
+    'USE="OCR"': in_mets('ID="ocrP$" USE="ocr"', 'ID="ocrP$" USE="OCR"'),
+    "a page's fptr in a division of its own": in_mets(
+        '<fptr FILEID="ocrP$"/>', '<div><fptr FILEID="ocrP$"/></div>'
+    ),
+    "OCR without href": in_mets(' xlink:href="000P$.xml"', ""),
+    "a jp2 cut to 40 bytes, unmeasured": picture(JP2[:40]),
+    "two services, the first of which is missing": two_services,
+    "# in a folder's name": folder_named("a#b"),
+    "? in a folder's name": folder_named("a?b"),
+    "METS in latin-1": encoded("mets", "latin-1", "latin-1", "é"),
+    "METS in utf_8": encoded("mets", "utf_8", "utf-8", "é"),
+    "METS nested 300 deep": nested,
+    "a comment inside an issue's path": in_batch_xml("./sn99990001", "./<!-- -->sn99990001"),
+    "OCR outside the batch": outside("xml"),
+    "an image outside the batch": outside("jp2"),
+    "an image outside the batch, unmeasured": outside("jp2", NO_DIMENSIONS),
+    "width of 64px": width("64px"),
+    "sequence of 2^31": sequence(str(2**31)),
 }
-ALIKE = sorted(set(ODDITIES) - ONLY_THERE)
+CALLED_FAULTY_ONCE: dict[str, Oddity] = {
+    "data is a link out of the batch": linked_out("data"),
+    "an issue's folder is a link out of the batch": linked_out("issue"),
+    "a METS is a link out of the batch": linked_out("METS"),
+    "OCR by file:./x": in_mets('href="000P$.xml"', 'href="file:./000P$.xml"'),
+    "OCR by FILE://": absolute("FILE://"),
+    "a TextBlock of no language and no lines": in_alto(
+        '<TextBlock ID="TB1"', '<TextBlock ID="TB0" language=""/><TextBlock ID="TB1"'
+    ),
+    "a WebP, unmeasured": image_of("WebP"),
+    "a PPM, unmeasured": image_of("PPM"),
+    "a TGA, unmeasured": image_of("TGA"),
+    "METS ending in NUL bytes": with_nul_bytes,
+    "METS in UTF-16 that says UTF-8": encoded("mets", "UTF-8", "utf-16", "é"),
+    "METS with an external entity": external_entity,
+}
+ODDITIES.update(MISSED_ONCE)
+ODDITIES.update(CALLED_FAULTY_ONCE)
+
+ALIKE = sorted(set(ODDITIES) - {"METS with %20 in its name"})  # libxml2 from 2.11 on refuses it
 
 
 def one_of_each(source: Path) -> list[Draft]:
@@ -7369,8 +7560,8 @@ for line in sys.stdin:
 """
 
 
-def open_onis_verdicts(oni: oni_agent.OpenONI, made: list[Draft]) -> list[tuple[bool, str]]:
-    """Whether ONI loads each of these batches whole, and what it then has, in words."""
+def open_onis_verdicts(oni: oni_agent.OpenONI, made: list[Draft]) -> list[tuple[bool, bool, str]]:
+    """Whether ONI breaks off each load, whether it is whole, and what ONI then has, in words."""
     code = f"exec({LOAD_ALL!r})"
     options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with oni.start("shell", "-c", code, **options) as process:
@@ -7380,7 +7571,8 @@ def open_onis_verdicts(oni: oni_agent.OpenONI, made: list[Draft]) -> list[tuple[
     verdicts = []
     for draft, line in zip(made, map(json.loads, lines)):
         whole = line == {"status": 0, "held": draft.whole, "lost": 0}
-        verdicts.append((whole, f"{line}, would be whole with {draft.whole}"))
+        told = f"{line}, would be whole with {draft.whole}"
+        verdicts.append((line["status"] != 0, whole, told))
     return verdicts
 
 
@@ -7400,11 +7592,13 @@ def disagreements(site: oni_agent.Site, made: list[Draft]) -> tuple[list[str], l
     """False alarms and misses: where the agent's verdict is not what ONI then does."""
     found = agents_verdicts(site, made)
     alarms, misses = [], []
-    for draft, faults, (whole, held) in zip(made, found, open_onis_verdicts(site.oni, made)):
+    for draft, faults, verdict in zip(made, found, open_onis_verdicts(site.oni, made)):
+        broken_off, whole, held = verdict
         told = f"{draft.path.name} {draft.oddities}: {faults}; ONI: {held}"
         if faults and whole:
             alarms.append(told)
-        if not faults and not whole:
+        says_broken_off = any("ONI would break off the load" in each["fault"] for each in faults)
+        if bool(faults) == whole or says_broken_off != broken_off:
             misses.append(told)
     return alarms, misses
 
@@ -7746,6 +7940,15 @@ def test_a_batch_that_is_not_there_cannot_be_checked(agent):
     status, answer = checked(agent, "batch_oru_alpa_ver01")
     assert (status, answer["status"]) == (0, "error")
     assert answer["error"].endswith(f'did you mean "{ALPHA}"?')
+
+
+def test_a_batch_whose_folder_is_gone_and_that_open_oni_holds_is_said_to_be_held(agent):
+    batch = agent.batch(ALPHA)
+    agent.run("load-batch", ALPHA)
+    batch.rename(batch.with_name("elsewhere"))
+    status, answer = checked(agent, ALPHA)
+    assert (status, answer["status"]) == (0, "error")
+    assert answer["error"] == f"Open ONI holds it, but its files are not there: {batch} is missing"
 
 
 def test_a_batch_whose_every_file_is_broken_is_still_checked(agent):
@@ -8889,18 +9092,6 @@ def test_an_error_of_megabytes_is_cut_with_a_sign(tmp_path, any_kind):
     assert "bytes are left out here" in job.error
 
 
-def test_a_person_is_told_that_a_cancelled_job_never_started_and_nca_its_words(agent):
-    gate = agent.hold_load(agent.batch(ALPHA))
-    agent.job("load-batch", ALPHA)
-    gate.reached()
-    id = agent.job("purge-batch", ALPHA)
-    agent.call("job-cancel", str(id))
-    gate.open()
-    assert b"Cancelled: this job never started." in ssh_run(agent, f"job-status {id}", "-tt").stdout
-    message = "Failed: this job started but returned a non-zero exit code."
-    assert agent.call("job-status", str(id))["message"] == message
-
-
 def test_an_agent_that_stops_without_a_job_says_nothing_of_manage_py(site):
     site.start()
     assert site.stop() == 0
@@ -9423,7 +9614,7 @@ def test_help_tells_of_one_command_with_an_exchange(shared):
 
 def test_help_says_what_can_go_wrong_and_what_to_do(shared):
     troubles = shared.call("help", "problems")["troubles"]
-    assert all(set(each) == {"seen", "meaning", "remedy"} for each in troubles)
+    assert all(set(each) == {"seen", "advice"} for each in troubles)
     said = ssh_run(shared, "help problems", "-tt").stdout.decode()
     assert "\r\nSolr lacks 12 of 400 pages\r\n       The index was emptied or restored" in said
     assert "`help problems`" in ssh_run(shared, "help", "-tt").stdout.decode()
@@ -10260,6 +10451,7 @@ def onisite_database_base() -> None:
 
     from django.apps import apps
     from django.db import models
+    from django.db.backends.base.operations import BaseDatabaseOperations
     from django.db.backends.sqlite3 import base, schema
 
     BEYOND_U_FFFF = "GLOB '*[' || char(65536) || '-' || char(1114111) || ']*'"
@@ -10388,8 +10580,14 @@ def onisite_database_base() -> None:
             for field in model._meta.local_concrete_fields
         ]
 
+    class Operations(base.DatabaseWrapper.ops_class):
+        """MariaDB's columns of numbers have ranges, which Django knows."""
+
+        integer_field_range = BaseDatabaseOperations.integer_field_range
+
     class DatabaseWrapper(base.DatabaseWrapper):
         SchemaEditorClass = SchemaEditor
+        ops_class = Operations
         data_types = {
             **base.DatabaseWrapper.data_types,
             "CharField": "varchar(%(max_length)s) COLLATE NOCASE",
