@@ -229,6 +229,17 @@ NOTE_LENGTH = 8000  # characters of a note in the log
 COMPLAINT_BYTES = 512 * 1024  # of stderr, from its start and from its end, for a job's error
 MAX_COMPLAINT = 1024  # bytes of what manage.py said, in a job's error
 
+LIMITS_OF_TESTS = "ONI_AGENT_LIMITS"  # a variable, as JSON; refused where no test has set it
+
+
+def limits_of_a_test() -> Dict[str, float]:
+    """Return what a test has its agent take in place of the limits above, by their names."""
+    limits: Dict[str, float] = json.loads(os.environ.get(LIMITS_OF_TESTS, "{}"))
+    return limits
+
+
+globals().update(limits_of_a_test())
+
 DAY = 86400 * 10**9  # nanoseconds
 
 # Exit statuses. systemd starts the agent again after each but 0 and EXIT_HOPELESS.
@@ -554,6 +565,8 @@ class Settings:
                 problems.append(f"{name} is {value!r}; {error}")
             if name in REQUIRED and not value:
                 problems.append(f"{name} is not set; --help says which folder it names")
+        if LIMITS_OF_TESTS in environ and self.ba_bind != ("127.0.0.1", 0):
+            problems.append(f"{LIMITS_OF_TESTS} is for tests alone; take it out")
         if problems:
             raise Problem(*problems)
         self.host_key_file = self.host_key_file or self.state_directory / "host_key"
@@ -2280,6 +2293,22 @@ class WorkerEnded(Exception):
     """A worker has ended without an answer; the text has its last words."""
 
 
+class Deadline:
+    """A moment that is `within` seconds away when it is made, until which ONI may answer."""
+
+    def __init__(self, within: float) -> None:
+        self._until = time.monotonic() + within
+        self._within = within
+
+    def left(self) -> float:
+        """Return the seconds until then; none are less than 0."""
+        return max(0, self._until - time.monotonic())
+
+    def missed(self) -> Passing:
+        """Return the problem that there was no answer until then."""
+        return Passing(f"Open ONI did not answer within {self._within:g} s")
+
+
 class OpenONI:
     """How ONI's manage.py is run, and how ONI's database, index and loader are asked through it.
 
@@ -2295,7 +2324,7 @@ class OpenONI:
             PATH=f"{location}/ENV/bin:{environ.get('PATH', os.defpath)}",
             PYTHONUNBUFFERED="1",  # else it prints in lumps of 8 KB
         )
-        for name in (*OWN_VARIABLES, "PYTHONHOME", "NOTIFY_SOCKET"):
+        for name in (*OWN_VARIABLES, LIMITS_OF_TESTS, "PYTHONHOME", "NOTIFY_SOCKET"):
             self.environment.pop(name, None)
         self._room = inside_room()
         self._zygote: Optional[Zygote] = None
@@ -2341,17 +2370,17 @@ class OpenONI:
 
         One that may pass by itself is asked once more. Raises Problem.
         """
-        until = time.monotonic() + within
+        deadline = Deadline(within)
         if not self._slots.acquire(timeout=within):
             raise Passing(f"Open ONI did not answer within {within:g} s: too many ask it")
         try:
             try:
-                return self._answer(question, words, until)
+                return self._answer(question, words, deadline)
             except Passing:
-                if time.monotonic() + 0.5 > until:
+                if deadline.left() < 0.5:
                     raise
                 time.sleep(0.2)
-                return self._answer(question, words, until)
+                return self._answer(question, words, deadline)
         finally:
             self._slots.release()
 
@@ -2359,12 +2388,12 @@ class OpenONI:
         """Return the answer to a job's question, which is asked anew for `within` seconds while
         what is wrong may pass by itself. Raises Problem.
         """
-        until = time.monotonic() + within
+        deadline = Deadline(within)
         while True:
             try:
-                return self._answer(question, words, until)
+                return self._answer(question, words, deadline)
             except Passing:
-                if time.monotonic() + 1 > until:
+                if deadline.left() < 1:
                     raise
                 time.sleep(1)
 
@@ -2380,13 +2409,13 @@ class OpenONI:
         `hear` gets the number of a question, and the news that comes before its answer. `go_on` is
         called about each second; what it raises ends all of them. Raises Problem.
         """
-        until = time.monotonic() + within
+        deadline = Deadline(within)
 
         def study_one(number: int) -> Any:
             name, *words = questions[number]
-            worker = self._new_worker(until)
+            worker = self._new_worker(deadline)
             try:
-                reply = worker.reply(name, words, until, lambda news: hear(number, news), go_on)
+                reply = worker.reply(name, words, deadline, lambda news: hear(number, news), go_on)
             except WorkerEnded as error:
                 raise Passing(str(error)) from error
             worker.end()
@@ -2396,26 +2425,26 @@ class OpenONI:
             begun = [pool.submit(study_one, number) for number in range(len(questions))]
             return [future.result() for future in begun]
 
-    def _answer(self, question: str, words: Sequence[Any], until: float) -> Any:
+    def _answer(self, question: str, words: Sequence[Any], deadline: Deadline) -> Any:
         try:
             worker = self._idle.pop()
         except IndexError:
-            return self._answer_of_new(question, words, until)
+            return self._answer_of_new(question, words, deadline)
         try:
-            return self._answer_of(worker, question, words, until)
+            return self._answer_of(worker, question, words, deadline)
         except WorkerEnded:  # it had been idle for too long
-            return self._answer_of_new(question, words, until)
+            return self._answer_of_new(question, words, deadline)
 
-    def _answer_of_new(self, question: str, words: Sequence[Any], until: float) -> Any:
+    def _answer_of_new(self, question: str, words: Sequence[Any], deadline: Deadline) -> Any:
         try:
-            return self._answer_of(self._new_worker(until), question, words, until)
+            return self._answer_of(self._new_worker(deadline), question, words, deadline)
         except WorkerEnded as error:
             raise Passing(str(error)) from error
 
     def _answer_of(
-        self, worker: "Worker", question: str, words: Sequence[Any], until: float
+        self, worker: "Worker", question: str, words: Sequence[Any], deadline: Deadline
     ) -> Any:
-        reply = worker.reply(question, words, until)
+        reply = worker.reply(question, words, deadline)
         is_kept = question.startswith("answer_") and len(self._idle) < KEPT_WORKERS
         if "transient" in reply:
             self._is_doubtful = True
@@ -2426,19 +2455,19 @@ class OpenONI:
             worker.end()
         return answer_in(reply)
 
-    def _new_worker(self, until: float) -> "Worker":
+    def _new_worker(self, deadline: Deadline) -> "Worker":
         """Return a new worker. Raises Problem."""
-        zygote = self._living_zygote(until)
+        zygote = self._living_zygote(deadline)
         try:
-            return zygote.fork(until)
+            return zygote.fork(deadline)
         except OSError:  # it has ended since, having nothing to do
             zygote.end()
-            return self._living_zygote(until).fork(until)
+            return self._living_zygote(deadline).fork(deadline)
 
-    def _living_zygote(self, until: float) -> "Zygote":
+    def _living_zygote(self, deadline: Deadline) -> "Zygote":
         """Return the zygote, which is started if there is none. Raises Problem."""
-        if not self._starting.acquire(timeout=max(0, until - time.monotonic())):
-            raise Passing("Open ONI did not start in time")
+        if not self._starting.acquire(timeout=deadline.left()):
+            raise deadline.missed()
         try:
             zygote = self._zygote
             # What it has imported may have changed since, settings above all.
@@ -2446,7 +2475,7 @@ class OpenONI:
                 zygote.retire()
                 zygote = None
             if zygote is None or zygote.has_ended():
-                zygote = self._zygote = Zygote(self, until)
+                zygote = self._zygote = Zygote(self, deadline)
                 self._is_doubtful = False
             return zygote
         finally:
@@ -2468,7 +2497,7 @@ def answer_in(reply: Dict[str, Any]) -> Any:
 class Zygote:
     """A manage.py shell that forks workers. Raises Problem where it does not start in time."""
 
-    def __init__(self, oni: OpenONI, until: float) -> None:
+    def __init__(self, oni: OpenONI, deadline: Deadline) -> None:
         self._begun = time.monotonic()
         # Messages have bounds here, so that no two threads' can get mixed up.
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -2482,24 +2511,24 @@ class Zygote:
                 stderr=self._stderr,
                 pass_fds=[theirs.fileno()],
             )
-        self._control.settimeout(max(0.1, until - time.monotonic()))
+        self._control.settimeout(max(0.1, deadline.left()))
         try:
             ready = self._control.recv(100)
         except socket.timeout:
             self.end()
-            raise Passing("Open ONI did not start in time")
+            raise deadline.missed()
         if not ready:
             self.end()
             raise Problem(f"Open ONI cannot be asked: {self.last_words()}")
         self._control.settimeout(1)
 
-    def fork(self, until: float) -> "Worker":
+    def fork(self, deadline: Deadline) -> "Worker":
         """Return a new worker. Raises OSError if the zygote has ended."""
         ours, theirs = socket.socketpair()
         with theirs:
             number = theirs.fileno().to_bytes(4, sys.byteorder)
             self._control.sendmsg([b"fork"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, number)])
-        return Worker(self, ours, until)
+        return Worker(self, ours, deadline)
 
     def kill(self, pid: int) -> None:
         """Have a worker killed, if it is still there."""
@@ -2539,12 +2568,12 @@ class Zygote:
 class Worker:
     """A fork of the zygote, which answers one question at a time. Raises OSError, Problem."""
 
-    def __init__(self, zygote: Zygote, channel: socket.socket, until: float) -> None:
+    def __init__(self, zygote: Zygote, channel: socket.socket, deadline: Deadline) -> None:
         self._zygote = zygote
         self._channel = channel
         self._received = b""
         try:
-            self._pid = int(self._message(until)["pid"])
+            self._pid = int(self._message(deadline)["pid"])
         except WorkerEnded as error:
             raise ConnectionError(str(error)) from error
 
@@ -2552,22 +2581,22 @@ class Worker:
         self,
         question: str,
         words: Sequence[Any],
-        until: float,
+        deadline: Deadline,
         hear: Callable[[Dict[str, Any]], None] = lambda news: None,
         go_on: Callable[[], None] = lambda: None,
     ) -> Dict[str, Any]:
         """Return the reply to a question. `hear` and `go_on` are as for OpenONI.study.
 
-        Raises Problem if there is none at the monotonic time `until`, WorkerEnded if the worker
+        Raises Problem if there is none at the deadline, WorkerEnded if the worker
         ends, and what `go_on` raises; in all these cases the worker is no more.
         """
         is_answered = False
         try:
-            seconds = max(1, until - time.monotonic())
+            seconds = max(1, deadline.left())
             self._channel.settimeout(seconds)
             self._channel.sendall(json.dumps([question, words, seconds]).encode() + b"\n")
             while True:
-                news = self._message(until, go_on)
+                news = self._message(deadline, go_on)
                 if "answer" in news or "problem" in news:
                     is_answered = True
                     return news
@@ -2578,15 +2607,17 @@ class Worker:
             if not is_answered:
                 self.end()
 
-    def _message(self, until: float, go_on: Callable[[], None] = lambda: None) -> Dict[str, Any]:
+    def _message(
+        self, deadline: Deadline, go_on: Callable[[], None] = lambda: None
+    ) -> Dict[str, Any]:
         """Return the next message; see `reply`."""
         parts = [self._received]
         size = 0
         while b"\n" not in parts[-1]:
-            if time.monotonic() >= until:
-                raise Passing("Open ONI did not answer in time")
+            if not deadline.left():
+                raise deadline.missed()
             go_on()
-            self._channel.settimeout(max(0.01, min(1, until - time.monotonic())))
+            self._channel.settimeout(max(0.01, min(1, deadline.left())))
             with contextlib.suppress(socket.timeout):
                 parts.append(self._channel.recv(1 << 16))
                 size += len(parts[-1])

@@ -1428,17 +1428,11 @@ def kill_warm_child(site: Site) -> None:
 
 def hurry(site: Site, **limits: float) -> Site:
     """Starts an agent with limits that a test can wait for, or reach, in place of its own."""
-    text = AGENT.read_text()
-    for name, value in limits.items():
-        text, found = re.subn(
-            rf"^{name} = \d+(\.\d+)?", f"{name} = {value}", text, flags=re.MULTILINE
-        )
-        assert found == 1, name
-    copy = site.state.parent / AGENT.name
-    copy.write_text(text)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules[Site.__module__], "AGENT", copy)
-        return site.start()
+    assert all(hasattr(oni_agent, name) for name in limits)
+    try:
+        return site.start(**{oni_agent.LIMITS_OF_TESTS: json.dumps(limits)})
+    finally:
+        del site.environment[oni_agent.LIMITS_OF_TESTS]  # the next agent has its own
 
 
 def resources(site: Site) -> tuple[int, int]:
@@ -6347,11 +6341,10 @@ def test_a_full_house_makes_room_for_who_asks_but_not_at_the_cost_of_who_is_at_w
     hurry(site, MAX_CONNECTIONS=10)  # of which one address may have five
     at_work = [Client(site.port) for _ in range(4)]
     channels = [client.channel("load-title") for client in at_work]
-    idle = silent(site.port)
+    idle = Client(site.port)
     with Client(site.port) as client:
         assert client.ask("version")["status"] == "success"
-        while idle.recv(1000):
-            pass
+        until(lambda: not idle.transport.is_active())
         refused = client.channel("load-title")
         with pytest.raises((paramiko.SSHException, EOFError, ConnectionError)):
             Client(site.port)
