@@ -770,6 +770,9 @@ def reply_to(name: str, words: List[Any], channel: socket.socket) -> Dict[str, A
             return {"answer": globals()[name](*arguments)}
     except CannotAnswer as problem:
         return {"problem": str(problem)}
+    except DatabaseGone as error:
+        told = "Open ONI cannot answer: the database is gone: %s" % first_line(error)
+        return {"problem": told, "transient": True}
     except MemoryError:
         return {"problem": "reading it takes more than %d MiB" % (WORKER_MEMORY >> 20)}
     except Exception as error:
@@ -1292,7 +1295,7 @@ def rehearse(name: str, folder: str, loader: "Rehearsal") -> Dict[str, Any]:
     The answer has `issues` (how many were looked at), `faults` and `warnings` (`file`, and a
     sentence under `fault` or `warning`), `found` (the pages of each issue), `titles` (records that
     ONI lacks, by LCCN) and `watched`. load_batch runs from its first line to its last; what it does
-    to the world is taken away in `pretend`. Raises CannotAnswer where the database is gone.
+    to the world is taken away in `pretend`. Raises DatabaseGone.
     """
     try:
         os.chdir(folder)
@@ -1306,8 +1309,6 @@ def rehearse(name: str, folder: str, loader: "Rehearsal") -> Dict[str, Any]:
             loader.load_batch(Links.link)
             loader.load_postponed()
             loader.look_for_unlisted_issues()
-        except DatabaseGone as error:
-            raise CannotAnswer("Open ONI cannot answer: the database is gone: %s" % error)
         except BatchLoaderException as error:
             loader.enter_fault("data/batch.xml", "ONI would break off the load", error,
                                ends_load=True, order=0)  # fmt: skip
@@ -1708,6 +1709,7 @@ class Titles(TitleLoader):  # type: ignore[misc]
     def delete_bib(self, record: Any) -> None:
         """Only remember that ONI would delete this title."""
         self._outcome = "deleted"
+        self._known.pop(lccn_of(record), None)
 
     def _conclude(self, record: Any) -> None:
         """Enter what came of one record in `outcomes`."""
@@ -2407,23 +2409,43 @@ class OpenONI:
         """Return the answers to several questions, [name, words…], each asked of a new worker.
 
         `hear` gets the number of a question, and the news that comes before its answer. `go_on` is
-        called about each second; what it raises ends all of them. Raises Problem.
+        called about each second; what it raises ends all of them. A question is asked anew for
+        PATIENT_SECONDS while what is wrong may pass by itself. Raises Problem.
         """
         deadline = Deadline(within)
 
         def study_one(number: int) -> Any:
-            name, *words = questions[number]
-            worker = self._new_worker(deadline)
-            try:
-                reply = worker.reply(name, words, deadline, lambda news: hear(number, news), go_on)
-            except WorkerEnded as error:
-                raise Passing(str(error)) from error
-            worker.end()
-            return answer_in(reply)
+            tell = functools.partial(hear, number)
+            patient_until = time.monotonic() + deadline.left()
+            while True:
+                try:
+                    return self._study(questions[number], deadline, tell, go_on)
+                except Passing:
+                    patient_until = min(patient_until, time.monotonic() + PATIENT_SECONDS)
+                    if time.monotonic() + 1 > patient_until:
+                        raise
+                go_on()
+                time.sleep(1)
 
         with futures.ThreadPoolExecutor(len(questions)) as pool:
             begun = [pool.submit(study_one, number) for number in range(len(questions))]
             return [future.result() for future in begun]
+
+    def _study(
+        self,
+        question: Sequence[Any],
+        deadline: Deadline,
+        hear: Callable[[Dict[str, Any]], None],
+        go_on: Callable[[], None],
+    ) -> Any:
+        name, *words = question
+        worker = self._new_worker(deadline)
+        try:
+            reply = worker.reply(name, words, deadline, hear, go_on)
+        except WorkerEnded as error:
+            raise Passing(str(error)) from error
+        worker.end()
+        return answer_in(reply)
 
     def _answer(self, question: str, words: Sequence[Any], deadline: Deadline) -> Any:
         try:
@@ -2518,8 +2540,12 @@ class Zygote:
             self.end()
             raise deadline.missed()
         if not ready:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(1)  # else it would be this agent that has killed it
             self.end()
-            raise Problem(f"Open ONI cannot be asked: {self.last_words()}")
+            # A signal came from somebody else, as from the kernel when memory is short.
+            kind = Passing if (self._process.returncode or 0) < 0 else Problem
+            raise kind(f"Open ONI cannot be asked: {self.last_words()}")
         self._control.settimeout(1)
 
     def fork(self, deadline: Deadline) -> "Worker":
