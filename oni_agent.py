@@ -1010,9 +1010,7 @@ def look_at_place(name: str, folder: str) -> None:
     """Raise CannotAnswer unless ONI has the batch's awardee, and a place for its link."""
     code = name.split("_")[1]
     if not models.Awardee.objects.filter(org_code=code).exists():
-        raise CannotAnswer(
-            'Open ONI has no awardee "%s"; to make it: ensure-awardee %s "NAME"' % (code, code)
-        )
+        raise CannotAnswer(no_awardee(code))
     link = os.path.join(str(settings.BATCH_STORAGE), name)
     is_the_batch = os.path.realpath(link) == os.path.realpath(folder)
     if os.path.exists(link) and not os.path.islink(link) and not is_the_batch:
@@ -1020,6 +1018,11 @@ def look_at_place(name: str, folder: str) -> None:
             "%s is a real folder or file, not a link, and load_batch cannot replace it:"
             " move it away" % link
         )
+
+
+def no_awardee(code: str) -> str:
+    """Return the sentence that says that ONI lacks an awardee, and what to type."""
+    return 'Open ONI has no awardee "%s"; to make it: ensure-awardee %s "NAME"' % (code, code)
 
 
 def answer_listing(folder: str) -> bool:
@@ -1373,6 +1376,7 @@ def pretend(name: str, loader: "Rehearsal") -> None:
     batch_loader.Title = batch_loader.management = loader.titles
     batch_loader.Image = loader.images
     batch_loader.ocr_extractor = loader.extract
+    batch_loader.Awardee = PretendedAwardees(loader)
     models.Reel.objects = PretendedReels()
 
 
@@ -1521,6 +1525,26 @@ class PretendedBatches:
 
     def filter(self, **_: Any) -> Any:
         return models.Batch.objects.none()
+
+
+class PretendedAwardees:
+    """Stands for Awardee in ONI's loader: one that ONI lacks is a fault, and is there all the same.
+
+    So the issues of its batch are looked at, too.
+    """
+
+    def __init__(self, loader: "Rehearsal") -> None:
+        self._loader = loader
+        self.objects = self
+        self.DoesNotExist = models.Awardee.DoesNotExist
+
+    def get(self, org_code: str) -> Any:
+        """Return the awardee that ONI's loader asks for."""
+        try:
+            return models.Awardee.objects.get(org_code=org_code)
+        except self.DoesNotExist:
+            self._loader.enter_fault("data/batch.xml", no_awardee(org_code), None, True, 0)
+            return models.Awardee(org_code=org_code)
 
 
 class PretendedReels:
@@ -1888,7 +1912,8 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
             words = "it lies outside the batch, and cannot be taken"
         if path:
             # So an XML parser begins: the file, line and column.
-            words = re.sub("^%s:([0-9]+):([0-9]+):" % re.escape(path), r"line \1, column \2:", words)
+            place = "^%s:([0-9]+):([0-9]+):" % re.escape(path)
+            words = re.sub(place, r"line \1, column \2:", words)
             words = words.replace("%s: " % path, "").replace(repr(path), "it").replace(path, "it")
         text = "%s: %s" % (what, words) if words else what
         text = "".join(each if each <= "\uffff" else "\\U%08x" % ord(each) for each in text)
@@ -6216,12 +6241,10 @@ NO_JOB_ID = "You must supply a job ID"
     misuse='"job-status" takes one job ID',
     missing=NO_JOB_ID,
     example="""
-    $ ssh oni job-status 6
-    Failed: this job started but returned a non-zero exit code.
-       6  failed 1 s         load-batch batch_oru_hole_ver01  0 s ago, 15:30 UTC
-           1 fault in the batch's files:
-           data/sn99990001/print/1920010201/1920010201.xml: ONI would leave this
-           issue out: invalid literal for int() with base 10: ''; ONI was left as it is
+    $ ssh oni job-status 5
+    Success: this job is complete.
+       5  successful 2 s     batch-patch batch_oru_small_ver01 batch_oru_small_ver02
+           0 s ago, 15:30 UTC
     """,
 )
 def cmd_job_status(request: Request, id: str) -> Answer:
@@ -6234,14 +6257,11 @@ def cmd_job_status(request: Request, id: str) -> Answer:
     " unsuccessful.",
     missing=NO_JOB_ID,
     example="""
-    $ ssh oni job-wait 4 6
-    Failed: 1 of these 2 jobs did not succeed.
+    $ ssh oni job-wait 2 4
+    Success: these 2 jobs are complete.
     Jobs: 2
+       2  successful 2 s     purge-batch batch_oru_small_ver01  2 s ago, 15:30 UTC
        4  successful 2 s     load-batch batch_oru_small_ver01  0 s ago, 15:30 UTC
-       6  failed 1 s         load-batch batch_oru_hole_ver01  0 s ago, 15:30 UTC
-           1 fault in the batch's files:
-           data/sn99990001/print/1920010201/1920010201.xml: ONI would leave this
-           issue out: invalid literal for int() with base 10: ''; ONI was left as it is
     """,
 )
 def cmd_job_wait(request: Request, id: str, *more_ids: str) -> Answer:
@@ -6889,6 +6909,7 @@ def has_curve25519() -> bool:
     """Return whether this host's cryptography has curve25519; in FIPS mode it has not."""
     try:
         X25519PrivateKey.generate()
+        Ed25519PrivateKey.generate()
     except Exception:  # which one depends on the release, and on OpenSSL
         return False
     return True
@@ -6919,20 +6940,18 @@ def load_host_key(path: Path) -> Optional[paramiko.PKey]:
     )
 
 
-def new_private_key() -> Union[Ed25519PrivateKey, ec.EllipticCurvePrivateKey]:
-    """Return a new ed25519 key; a P-256 key where this host has no ed25519, as in FIPS mode."""
-    try:
-        return Ed25519PrivateKey.generate()
-    except Exception:  # which one depends on the release of cryptography, and on OpenSSL
-        return ec.generate_private_key(ec.SECP256R1())
-
-
 def make_host_key(path: Path) -> paramiko.PKey:
     """Write a new key to the file `path`, and its public half beside it; return the key.
 
-    A key that has come to be there meanwhile is returned instead. Raises Problem.
+    It is of ed25519, or of P-256 where that is missing. A key that has come to be there meanwhile
+    is returned instead. Raises Problem.
     """
-    private = new_private_key().private_bytes(
+    private: Union[Ed25519PrivateKey, ec.EllipticCurvePrivateKey]
+    if has_curve25519():
+        private = Ed25519PrivateKey.generate()
+    else:
+        private = ec.generate_private_key(ec.SECP256R1())
+    text = private.private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.OpenSSH,
         serialization.NoEncryption(),
@@ -6941,7 +6960,7 @@ def make_host_key(path: Path) -> paramiko.PKey:
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             file = Path(folder) / "key"
             file.touch(mode=0o600)
-            file.write_bytes(private)
+            file.write_bytes(text)
             sync(file)
             if not os.path.lexists(path):
                 file.rename(path)  # it gets its name when it is whole
@@ -7620,23 +7639,33 @@ class Visitor:
         self.said = b""
 
     def hear(self) -> None:
-        """Take what the client says. Raises EOFError if it has left, OSError."""
+        """Take what the client says.
+
+        Raises EOFError if it has left, Problem if it does not speak SSH, OSError.
+        """
         said = self.socket.recv(MAX_SAID)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)  # see ClientSocket
         if not said:
             raise EOFError
         self.said += said
-
-    def has_said_its_version(self) -> bool:
-        """Return whether its version line is whole. Raises Problem if that is no such line."""
         line = self.said.partition(b"\n")[0]
         if len(line) > MAX_VERSION_LINE or not line.startswith(b"SSH-"[: len(line)]):
             raise Problem("its first line is no version of SSH")
+
+    @property
+    def has_said_its_version(self) -> bool:
+        """Whether its version line is whole."""
         return b"\n" in self.said
 
+    @property
     def has_begun_to_shake_hands(self) -> bool:
-        """Return whether it has said more than its version line."""
-        return not self.said.endswith(b"\n")
+        """Whether it has said more than that."""
+        return self.has_said_its_version and not self.said.endswith(b"\n")
+
+    @property
+    def is_overdue(self) -> bool:
+        """Whether it should have said its version by now."""
+        return not self.has_said_its_version and time.monotonic() - self.since > IDLE_SECONDS
 
 
 class Door:
@@ -7650,9 +7679,8 @@ class Door:
         """The door is open until `stop` can be read."""
         self._server = server
         self._listener = listener
-        self._visitors = Share(MAX_VISITORS)
-        self._silent: Dict[Visitor, None] = {}  # no version line yet; the oldest first
-        self._waiting: Dict[Holder, Dict[Visitor, None]] = {}  # to shake hands; the same
+        self._visitors: Dict[Visitor, None] = {}  # those that came first are first
+        self._places = Share(MAX_VISITORS)
         self._shaking: Deque[Tuple[float, Connection]] = collections.deque()  # since when
         self.is_open = True
         listener.setblocking(False)
@@ -7662,9 +7690,14 @@ class Door:
 
     def serve(self) -> None:
         """Deal with whoever comes or says something, for a second at most."""
-        for key, _events in self._selector.select(TURN_SECONDS if self._waiting else 1):
+        someone_waits = any(visitor.has_said_its_version for visitor in self._visitors)
+        for key, _events in self._selector.select(TURN_SECONDS if someone_waits else 1):
             key.data()
         self._hand_over()
+        for visitor in [each for each in self._visitors if each.is_overdue]:
+            if visitor.said:
+                self._warn(visitor, f"its version line had no end within {IDLE_SECONDS:g} s")
+            self._send_away(visitor)
 
     def close(self) -> None:
         """Take no more clients."""
@@ -7694,103 +7727,85 @@ class Door:
         visitor = Visitor(accepted, address)
         allowed = self._server.agent.settings.allow_from
         if allowed and not any(visitor.host in network for network in allowed):
-            self._refuse(visitor, "not in ALLOW_FROM")
-        elif not self._visitors.take(visitor.holder) and not self._make_room(visitor):
-            self._refuse(visitor, "too many connections at once from there")
+            self._warn(visitor, "not in ALLOW_FROM")
+            accepted.close()
+        elif not self._make_room(visitor.holder):
+            self._warn(visitor, "too many connections at once from there")
+            accepted.close()
         else:
-            self._silent[visitor] = None
-            self._selector.register(
-                accepted, selectors.EVENT_READ, functools.partial(self._hear, visitor)
-            )
+            self._visitors[visitor] = None
+            hear = functools.partial(self._hear, visitor)
+            self._selector.register(accepted, selectors.EVENT_READ, hear)
             accepted.send(f"{GREETING}\r\n".encode())
 
-    def _make_room(self, visitor: Visitor) -> bool:
-        """Send those away, of a visitor's address, that have said least for longest, as needed."""
-        silent = [each for each in self._silent if each.holder == visitor.holder]
-        waiting = self._waiting.get(visitor.holder, {})
-        idle = [each for each in waiting if not each.has_begun_to_shake_hands()]
-        for other in silent + idle:
-            self._send_away(other)
-            if self._visitors.take(visitor.holder):
+    def _make_room(self, holder: Holder) -> bool:
+        """Take a place for one more visitor from an address; return False if there is none.
+
+        At need those from there are sent away that have said least.
+        """
+        if self._places.take(holder):
+            return True
+        own = [each for each in self._visitors if each.holder == holder]
+        for other in sorted(own, key=lambda each: len(each.said)):
+            if not other.has_begun_to_shake_hands:
+                self._send_away(other)
+            if self._places.take(holder):
                 return True
         return False
 
     def _hear(self, visitor: Visitor) -> None:
-        """Take what a visitor says, and let it wait for its turn once it has said its version."""
-        if visitor.socket.fileno() < 0:
+        """Take what a visitor says; send it away if it has left, or does not speak SSH."""
+        if visitor not in self._visitors:
             return  # it was sent away a moment ago
         try:
             visitor.hear()
-            if visitor in self._silent and visitor.has_said_its_version():
-                del self._silent[visitor]
-                self._waiting.setdefault(visitor.holder, {})[visitor] = None
-        except Problem as problem:
-            self._refuse(visitor, str(problem))
-            self._send_away(visitor)
-        except BlockingIOError:
-            return
-        except (OSError, EOFError):
-            self._send_away(visitor)
-        else:
             if len(visitor.said) >= MAX_SAID:  # the rest can wait
                 self._selector.unregister(visitor.socket)
-
-    def _refuse(self, visitor: Visitor, why: str) -> None:
-        self._server.warnings.tell(visitor.host, why)
-        visitor.socket.close()
-
-    def _leave(self, visitor: Visitor) -> None:
-        """Forget a visitor, which goes or gets its Connection."""
-        self._visitors.give_back(visitor.holder)
-        self._silent.pop(visitor, None)
-        waiting = self._waiting.get(visitor.holder, {})
-        waiting.pop(visitor, None)
-        if not waiting:
-            self._waiting.pop(visitor.holder, None)
-        with contextlib.suppress(KeyError, ValueError):  # it has said much, or is closed
-            self._selector.unregister(visitor.socket)
-
-    def _send_away(self, visitor: Visitor) -> None:
-        self._leave(visitor)
-        visitor.socket.close()
-
-    def _hand_over(self) -> None:
-        """Let those shake hands for whom there is room, and go those that are silent for long."""
-        now = time.monotonic()
-        while self._shaking and self._shaking[0][0] < now - SLOW_SECONDS:
-            self._server.handshake_over(self._shaking.popleft()[1])
-        for holder in list(self._waiting):
-            while holder in self._waiting and self._server.handshakes.take(holder):
-                self._let_in(self._next_of(holder))
-        for visitor in list(itertools.takewhile(self._is_overdue, self._silent)):
-            if visitor.said:
-                why = f"its version line had no end within {IDLE_SECONDS:g} s"
-                self._server.warnings.tell(visitor.host, why)
+        except BlockingIOError:
+            return
+        except Problem as problem:
+            self._warn(visitor, str(problem))
+            self._send_away(visitor)
+        except (OSError, EOFError):
             self._send_away(visitor)
 
-    def _is_overdue(self, visitor: Visitor) -> bool:
-        return time.monotonic() - visitor.since > IDLE_SECONDS
+    def _warn(self, visitor: Visitor, why: str) -> None:
+        self._server.warnings.tell(visitor.host, why)
 
-    def _next_of(self, holder: Holder) -> Visitor:
-        """Return whose turn it is at an address: one that has begun to shake hands comes first."""
-        waiting = self._waiting[holder]
+    def _send_away(self, visitor: Visitor) -> None:
+        self._forget(visitor)
+        visitor.socket.close()
+
+    def _forget(self, visitor: Visitor) -> None:
+        """Let a visitor go, who leaves or gets a Connection."""
+        del self._visitors[visitor]
+        self._places.give_back(visitor.holder)
+        with contextlib.suppress(KeyError):  # it has said much
+            self._selector.unregister(visitor.socket)
+
+    def _hand_over(self) -> None:
+        """Let those shake hands for whom there is room; first those that have begun to."""
+        while self._shaking and self._shaking[0][0] < time.monotonic() - SLOW_SECONDS:
+            self._server.handshake_over(self._shaking.popleft()[1])
+        waiting = [each for each in self._visitors if each.has_said_its_version]
+        waiting.sort(key=lambda each: not each.has_begun_to_shake_hands)
         for visitor in waiting:
-            if visitor.has_begun_to_shake_hands():
-                return visitor
-        return next(iter(waiting))
+            if self._server.handshakes.take(visitor.holder):
+                self._let_in(visitor)
 
     def _let_in(self, visitor: Visitor) -> None:
         """Make a visitor a Connection, if its address may have one more."""
-        self._leave(visitor)
+        self._forget(visitor)
         try:
             connection = self._server.let_in(visitor)
             self._shaking.append((time.monotonic(), connection))
+            return
         except Problem as problem:
-            self._server.handshakes.give_back(visitor.holder)
-            self._refuse(visitor, str(problem))
+            self._warn(visitor, str(problem))
         except OSError:  # it may be gone already
-            self._server.handshakes.give_back(visitor.holder)
-            visitor.socket.close()
+            pass
+        self._server.handshakes.give_back(visitor.holder)
+        visitor.socket.close()
 
 
 class Server:
