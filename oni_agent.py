@@ -178,6 +178,8 @@ MAX_CHANNELS = 10  # open at once on one connection, as OpenSSH's MaxSessions
 MAX_VERSION_LINE = 255  # bytes (RFC 4253, 4.2)
 MAX_SAID = 4096  # bytes that are taken from a client before it has a connection
 MAX_PACKET = 35000  # bytes of one SSH packet (RFC 4253, 6.1)
+MAX_LONG_PACKET = 256 * 1024  # bytes of one with a very long command line, as OpenSSH takes them
+MAX_LONG_PACKETS = 8  # of those, under way at once
 SMALL_WINDOW = 2048  # bytes that a client may send before a command reads them
 READ_WINDOW = 128 * 1024  # bytes that it may be ahead of a command that does
 MAX_WARNINGS = 1000  # addresses of which it is remembered that the log has a line about them
@@ -7117,6 +7119,9 @@ def holder_of(host: IPAddress) -> Holder:
 # -- connections
 
 
+LONG_PACKETS = threading.BoundedSemaphore(MAX_LONG_PACKETS)
+
+
 class ClientSocket(socket.socket):
     """An accepted socket as paramiko uses it.
 
@@ -7127,6 +7132,8 @@ class ClientSocket(socket.socket):
     def __init__(self, accepted: socket.socket, said: bytes) -> None:
         super().__init__(fileno=accepted.detach())
         self.requested: Optional["Session"] = None  # whose request paramiko is about to answer
+        self.may_be_long = False  # whether a packet may: the client is authenticated
+        self._long_rest = 0  # bytes of a long packet that are yet to come
         self._said = said  # by the client, to the Door
         self._was_greeted = False
 
@@ -7135,14 +7142,34 @@ class ClientSocket(socket.socket):
         if self.requested:
             self.requested.begin()
             self.requested = None
-        if size > MAX_PACKET:  # paramiko would believe, and hold, any length
-            raise EOFError
+        if size > MAX_PACKET and not self._long_rest:
+            self._begin_long_packet(size)
         if self._said:
             data, self._said = self._said[:size], self._said[size:]
             return data
         data = super().recv(size, flags)
+        if self._long_rest:
+            self._long_rest -= len(data)
+            if not self._long_rest:
+                LONG_PACKETS.release()
         self.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
         return data
+
+    def _begin_long_packet(self, size: int) -> None:
+        """Let a packet be long, of which `size` bytes are yet to come.
+
+        Raises EOFError if it may not: paramiko would believe, and hold, any length.
+        """
+        if size > MAX_LONG_PACKET or not self.may_be_long or not LONG_PACKETS.acquire(False):
+            raise EOFError
+        self._long_rest = size
+
+    def close(self) -> None:
+        """Close, and make room for another's long packet."""
+        super().close()
+        if self._long_rest:
+            self._long_rest = 0
+            LONG_PACKETS.release()
 
     def send(self, data: Any, flags: int = 0) -> int:
         """Send, but for the greeting, which paramiko sends first and the Door has sent before."""
@@ -7292,6 +7319,7 @@ class Connection(paramiko.ServerInterface, paramiko.Transport):  # type: ignore[
 
     def _admit(self) -> int:
         self.server.handshake_over(self)
+        self._socket.may_be_long = True
         return AUTH_SUCCESSFUL
 
     def check_channel_request(self, kind: str, chanid: int) -> int:
