@@ -5429,7 +5429,10 @@ class JobQueue:
         return job
 
     def kind(self, words: List[str]) -> Kind:
-        """Return what a job of these words is to reach. Raises Problem for no name of a batch."""
+        """Return the kind, and so the goal, of a job of these words.
+
+        Raises Problem if no batch can have the name in them.
+        """
         return KINDS[words[0]](self._site, *words[1:])
 
     # -- waiting for ends
@@ -5455,15 +5458,6 @@ class JobQueue:
         if not is_registered:
             callback(job)
         return withdraw
-
-    def wait(self, job: Job, seconds: float = 0.2) -> bool:
-        """Wait for a job's end, so many seconds at most; return whether it has ended."""
-        has_ended = threading.Event()
-        withdraw = self.when_ended(job, lambda _: has_ended.set())
-        try:
-            return has_ended.wait(seconds)
-        finally:
-            withdraw()
 
     # -- what clients ask for
 
@@ -5543,14 +5537,14 @@ class JobQueue:
         except Interrupted:
             return
         except OSError as error:
-            outcome = Outcome(FAILED, f"its log cannot be opened: {error}")
-            patiently(functools.partial(self._record, job, outcome, is_undone=True))
+            failure = Outcome(FAILED, f"its log cannot be opened: {error}")
+            patiently(functools.partial(self._record, job, failure, is_undone=True))
             return
         with contextlib.closing(work):
             while not (job.finished or self.stopping.is_set()):
-                found = self._attempt(work)
-                if found:
-                    patiently(functools.partial(self._record, job, found, work.undoing))
+                outcome = self._attempt(work)
+                if outcome:
+                    patiently(functools.partial(self._record, job, outcome, work.undoing))
 
     def _must_go_on(self, job: Job) -> None:
         """Raise Interrupted if a job has ended, as by a cancel, or the agent stops."""
@@ -5596,7 +5590,10 @@ class JobQueue:
         return Outcome(COULD_NOT_START if never_ran else FAILED, str(problem))
 
     def _reach(self, work: Runner, kind: Kind) -> None:
-        """Reach what a job is to reach. Raises Problem, Interrupted."""
+        """Reach a job's goal, from wherever an earlier attempt has left it.
+
+        Raises Problem, Interrupted.
+        """
         if work.job.status == STARTED and self._was_reached(work, kind):
             return
         work.step(self._begin)
@@ -5604,7 +5601,7 @@ class JobQueue:
         work.step(kind.verify)
 
     def _bring(self, work: Runner, kind: Kind) -> None:
-        """Bring about what a job is to reach; for PATIENT_SECONDS again if manage.py is disturbed.
+        """Call `bring`, for PATIENT_SECONDS again and again if manage.py is disturbed.
 
         Raises Problem, Interrupted.
         """
