@@ -667,6 +667,8 @@ Tell = Callable[..., None]  # sends news (keywords) to whoever has asked, before
 class CannotAnswer(Exception):
     """Why there is no answer, in a sentence for whoever has asked."""
 
+    transient = False  # whether there may be one a moment later
+
 
 # Workers
 
@@ -771,10 +773,7 @@ def reply_to(name: str, words: List[Any], channel: socket.socket) -> Dict[str, A
             connection.close()
             return {"answer": globals()[name](*arguments)}
     except CannotAnswer as problem:
-        return {"problem": str(problem)}
-    except DatabaseGone as error:
-        told = "Open ONI cannot answer: the database is gone: %s" % first_line(error)
-        return {"problem": told, "transient": True}
+        return {"problem": str(problem), "transient": problem.transient}
     except MemoryError:
         return {"problem": "reading it takes more than %d MiB" % (WORKER_MEMORY >> 20)}
     except Exception as error:
@@ -1319,8 +1318,13 @@ def rehearse(name: str, folder: str, loader: "Rehearsal") -> Dict[str, Any]:
     return loader.result()
 
 
-class DatabaseGone(Exception):
+class DatabaseGone(CannotAnswer):
     """The database has gone during a rehearsal, which is no fault of the batch."""
+
+    transient = True
+
+    def __init__(self, error: Any) -> None:
+        super().__init__("Open ONI cannot answer: the database is gone: %s" % first_line(error))
 
 
 class Links:
@@ -1985,6 +1989,10 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         except Exception as error:
             self._ask_database(error)
             what = "ONI would break off the load"
+            if self._is_outside and self._path != path:
+                told = "%s, which it names, lies outside the batch, and cannot be taken"
+                error = OSError(told % (local_path(self._path) or self._path))
+                self._path, self._is_outside = path, False
             if self._at_page and self._path == path:
                 what = "page %d: %s" % (self._at_page, what)
             self.enter_fault(self._path, what, error, ends_load=True)
@@ -2015,7 +2023,7 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
     def _ask_database(self, error: Exception) -> None:
         """Raise DatabaseGone if that is the reason of `error`."""
         if not connection.is_usable():
-            raise DatabaseGone(str(error))
+            raise DatabaseGone(error)
 
     def _load_page(self, document: Any, division: Any, issue: Any) -> Any:
         """Load a page as ONI's loader does, and look at what that makes of it."""
@@ -2410,6 +2418,7 @@ class OpenONI:
     ) -> List[Any]:
         """Return the answers to several questions, [name, words…], each asked of a new worker.
 
+        One that may pass by itself is asked anew until PATIENT_SECONDS after it first failed.
         `hear` gets the number of a question, and the news that comes before its answer. `go_on` is
         called about each second; what it raises ends all of them. A question is asked anew for
         PATIENT_SECONDS while what is wrong may pass by itself. Raises Problem.
@@ -2470,7 +2479,7 @@ class OpenONI:
     ) -> Any:
         reply = worker.reply(question, words, deadline)
         is_kept = question.startswith("answer_") and len(self._idle) < KEPT_WORKERS
-        if "transient" in reply:
+        if reply.get("transient"):
             self._is_doubtful = True
             is_kept = False
         if is_kept:
@@ -3202,12 +3211,12 @@ class Site:
             raise Problem(f'"{name}" is not a batch name: Open ONI takes batch_AWARDEE_NAME_verNN')
         return self.source / name
 
-    def records(self, path: Path, within: float = PATIENT_SECONDS) -> List[Dict[str, Any]]:
+    def records(self, path: Path, ask: Callable[..., Any]) -> List[Dict[str, Any]]:
         """Return what ONI would make of the MARC records in a file, as study_records has it.
 
-        Raises Problem where ONI could not make a title of one.
+        `ask` is a method of OpenONI. Raises Problem where ONI could not make a title of one.
         """
-        return list(self.oni.ask("study_records", str(path), within=within))
+        return list(ask("study_records", str(path)))
 
     def batch(self, name: str) -> BatchState:
         """Return what there is of a batch now, for a client. Raises Problem."""
@@ -5190,10 +5199,10 @@ class LoadTitle(Kind):
 
     def check(self, given: Optional[Path]) -> None:
         assert given is not None
-        self.site.records(given, ANSWER_SECONDS)
+        self.site.records(given, self.site.oni.ask)
 
     def bring(self, work: Runner) -> None:
-        self._records = self.site.records(work.input)
+        self._records = self.site.records(work.input, self.site.oni.insist)
         for record in self._records:
             if record["outcome"] == "unchanged":
                 work.note(
@@ -5212,7 +5221,7 @@ class LoadTitle(Kind):
         return dict(self.site.oni.insist("answer_titles", lccns, PATIENT_SECONDS))
 
     def verify(self, work: Runner) -> None:
-        self._records = self.site.records(work.input)
+        self._records = self.site.records(work.input, self.site.oni.insist)
         stored = self._stored()
         said = f"; load_titles said: {work.complaint()}" if work.commands else ""
         for record in self._records:
@@ -5252,17 +5261,20 @@ class BatchPatch(Kind):
             raise Problem(f'"{self.new}" is in BATCH_SOURCE already')
         if self.site.oni.ask("answer_holds", self.new):
             raise Problem(f'Open ONI holds a "{self.new}" already; purge that first')
-        self._possible_patch(given)
+        self._possible_patch(given, self.site.oni.ask, ANSWER_SECONDS)
 
-    def _possible_patch(self, given: Path) -> Patch:
-        """Return the patch, if ONI holds the old batch and its files are there. Raises Problem."""
-        if not self.site.oni.ask("answer_holds", self.old):
+    def _possible_patch(self, given: Path, ask: Callable[..., Any], within: float) -> Patch:
+        """Return the patch, if ONI holds the old batch and its files are there. Raises Problem.
+
+        `ask` is a method of OpenONI, and `within` the seconds that the file system has.
+        """
+        if not ask("answer_holds", self.old):
             raise Problem("batch does not exist")
-        self.site.oni.ask("answer_listing", str(self.source))
-        return in_time(lambda: Patch(self.source, read_instructions(given)))
+        ask("answer_listing", str(self.source))
+        return in_time(lambda: Patch(self.source, read_instructions(given)), within)
 
     def bring(self, work: Runner) -> None:
-        patch = self._possible_patch(work.input)
+        patch = self._possible_patch(work.input, self.site.oni.insist, PATIENT_SECONDS)
         if patch.is_made(self.target):
             work.note(
                 f"nothing to do: {self.target} is there already, and is what this patch makes"

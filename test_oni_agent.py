@@ -7564,6 +7564,7 @@ CALLED_FAULTY_ONCE: dict[str, Oddity] = {
     "METS in UTF-16 that says UTF-8": encoded("mets", "UTF-8", "utf-16", "é"),
     "METS with an external entity": external_entity,
 }
+AS_LIBXML2_IS = {"METS ending in NUL bytes", "METS with an external entity"}  # faults to later ones
 ODDITIES.update(MISSED_ONCE)
 ODDITIES.update(CALLED_FAULTY_ONCE)
 
@@ -8147,7 +8148,7 @@ def test_what_a_check_says_of_an_oddity_is_what_a_load_then_does(odd_site, kind)
     draft = new_draft(odd_site, kind)
     ODDITIES[kind](draft)
     answer = compare_with_load(odd_site, draft)
-    if kind in CALLED_FAULTY_ONCE:
+    if kind in CALLED_FAULTY_ONCE and kind not in AS_LIBXML2_IS:
         assert answer["faults"] == []
     if kind in SENTENCES:
         which, said = SENTENCES[kind]
@@ -8311,7 +8312,11 @@ def test_of_a_file_elsewhere_on_the_host_nothing_is_told(agent, tmp_path, where)
         away = os.path.relpath(secret, mets_of(batch).parent)
         replace(mets_of(batch), 'href="0002.xml"', f'href="{away}"')
         [fault] = checked(agent, ALPHA)[1]["faults"]
-    assert fault["fault"] == ENDS_LOAD + "it lies outside the batch, and cannot be taken"
+    said = "it lies outside" if where == "by a link" else f"{secret}, which it names, lies outside"
+    page = "" if where == "by a link" else "page 2: "
+    assert fault == {
+        "file": METS_2, "fault": f"{page}{ENDS_LOAD}{said} the batch, and cannot be taken"
+    }
     job = agent.run("load-batch", ALPHA)
     assert job["status"] == "failed"
     assert "hidden" not in json.dumps([job, agent.call("job-logs", str(job["id"]))])
