@@ -772,6 +772,9 @@ def reply_to(name: str, words: List[Any], channel: socket.socket) -> Dict[str, A
             return {"answer": globals()[name](*arguments)}
     except CannotAnswer as problem:
         return {"problem": str(problem)}
+    except DatabaseGone as error:
+        told = "Open ONI cannot answer: the database is gone: %s" % first_line(error)
+        return {"problem": told, "transient": True}
     except MemoryError:
         return {"problem": "reading it takes more than %d MiB" % (WORKER_MEMORY >> 20)}
     except Exception as error:
@@ -1294,7 +1297,7 @@ def rehearse(name: str, folder: str, loader: "Rehearsal") -> Dict[str, Any]:
     The answer has `issues` (how many were looked at), `faults` and `warnings` (`file`, and a
     sentence under `fault` or `warning`), `found` (the pages of each issue), `titles` (records that
     ONI lacks, by LCCN) and `watched`. load_batch runs from its first line to its last; what it does
-    to the world is taken away in `pretend`. Raises CannotAnswer where the database is gone.
+    to the world is taken away in `pretend`. Raises DatabaseGone.
     """
     try:
         os.chdir(folder)
@@ -1308,8 +1311,6 @@ def rehearse(name: str, folder: str, loader: "Rehearsal") -> Dict[str, Any]:
             loader.load_batch(Links.link)
             loader.load_postponed()
             loader.look_for_unlisted_issues()
-        except DatabaseGone as error:
-            raise CannotAnswer("Open ONI cannot answer: the database is gone: %s" % error)
         except BatchLoaderException as error:
             loader.enter_fault("data/batch.xml", "ONI would break off the load", error,
                                ends_load=True, order=0)  # fmt: skip
@@ -1710,6 +1711,7 @@ class Titles(TitleLoader):  # type: ignore[misc]
     def delete_bib(self, record: Any) -> None:
         """Only remember that ONI would delete this title."""
         self._outcome = "deleted"
+        self._known.pop(lccn_of(record), None)
 
     def _conclude(self, record: Any) -> None:
         """Enter what came of one record in `outcomes`."""
@@ -2409,23 +2411,43 @@ class OpenONI:
         """Return the answers to several questions, [name, words…], each asked of a new worker.
 
         `hear` gets the number of a question, and the news that comes before its answer. `go_on` is
-        called about each second; what it raises ends all of them. Raises Problem.
+        called about each second; what it raises ends all of them. A question is asked anew for
+        PATIENT_SECONDS while what is wrong may pass by itself. Raises Problem.
         """
         deadline = Deadline(within)
 
         def study_one(number: int) -> Any:
-            name, *words = questions[number]
-            worker = self._new_worker(deadline)
-            try:
-                reply = worker.reply(name, words, deadline, lambda news: hear(number, news), go_on)
-            except WorkerEnded as error:
-                raise Passing(str(error)) from error
-            worker.end()
-            return answer_in(reply)
+            tell = functools.partial(hear, number)
+            patient_until = time.monotonic() + deadline.left()
+            while True:
+                try:
+                    return self._study(questions[number], deadline, tell, go_on)
+                except Passing:
+                    patient_until = min(patient_until, time.monotonic() + PATIENT_SECONDS)
+                    if time.monotonic() + 1 > patient_until:
+                        raise
+                go_on()
+                time.sleep(1)
 
         with futures.ThreadPoolExecutor(len(questions)) as pool:
             begun = [pool.submit(study_one, number) for number in range(len(questions))]
             return [future.result() for future in begun]
+
+    def _study(
+        self,
+        question: Sequence[Any],
+        deadline: Deadline,
+        hear: Callable[[Dict[str, Any]], None],
+        go_on: Callable[[], None],
+    ) -> Any:
+        name, *words = question
+        worker = self._new_worker(deadline)
+        try:
+            reply = worker.reply(name, words, deadline, hear, go_on)
+        except WorkerEnded as error:
+            raise Passing(str(error)) from error
+        worker.end()
+        return answer_in(reply)
 
     def _answer(self, question: str, words: Sequence[Any], deadline: Deadline) -> Any:
         try:
@@ -2520,8 +2542,12 @@ class Zygote:
             self.end()
             raise deadline.missed()
         if not ready:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(1)  # else it would be this agent that has killed it
             self.end()
-            raise Problem(f"Open ONI cannot be asked: {self.last_words()}")
+            # A signal came from somebody else, as from the kernel when memory is short.
+            kind = Passing if (self._process.returncode or 0) < 0 else Problem
+            raise kind(f"Open ONI cannot be asked: {self.last_words()}")
         self._control.settimeout(1)
 
     def fork(self, deadline: Deadline) -> "Worker":
@@ -5403,7 +5429,10 @@ class JobQueue:
         return job
 
     def kind(self, words: List[str]) -> Kind:
-        """Return what a job of these words is to reach. Raises Problem for no name of a batch."""
+        """Return the kind, and so the goal, of a job of these words.
+
+        Raises Problem if no batch can have the name in them.
+        """
         return KINDS[words[0]](self._site, *words[1:])
 
     # -- waiting for ends
@@ -5429,15 +5458,6 @@ class JobQueue:
         if not is_registered:
             callback(job)
         return withdraw
-
-    def wait(self, job: Job, seconds: float = 0.2) -> bool:
-        """Wait for a job's end, so many seconds at most; return whether it has ended."""
-        has_ended = threading.Event()
-        withdraw = self.when_ended(job, lambda _: has_ended.set())
-        try:
-            return has_ended.wait(seconds)
-        finally:
-            withdraw()
 
     # -- what clients ask for
 
@@ -5517,14 +5537,14 @@ class JobQueue:
         except Interrupted:
             return
         except OSError as error:
-            outcome = Outcome(FAILED, f"its log cannot be opened: {error}")
-            patiently(functools.partial(self._record, job, outcome, is_undone=True))
+            failure = Outcome(FAILED, f"its log cannot be opened: {error}")
+            patiently(functools.partial(self._record, job, failure, is_undone=True))
             return
         with contextlib.closing(work):
             while not (job.finished or self.stopping.is_set()):
-                found = self._attempt(work)
-                if found:
-                    patiently(functools.partial(self._record, job, found, work.undoing))
+                outcome = self._attempt(work)
+                if outcome:
+                    patiently(functools.partial(self._record, job, outcome, work.undoing))
 
     def _must_go_on(self, job: Job) -> None:
         """Raise Interrupted if a job has ended, as by a cancel, or the agent stops."""
@@ -5570,7 +5590,10 @@ class JobQueue:
         return Outcome(COULD_NOT_START if never_ran else FAILED, str(problem))
 
     def _reach(self, work: Runner, kind: Kind) -> None:
-        """Reach what a job is to reach. Raises Problem, Interrupted."""
+        """Reach a job's goal, from wherever an earlier attempt has left it.
+
+        Raises Problem, Interrupted.
+        """
         if work.job.status == STARTED and self._was_reached(work, kind):
             return
         work.step(self._begin)
@@ -5578,7 +5601,7 @@ class JobQueue:
         work.step(kind.verify)
 
     def _bring(self, work: Runner, kind: Kind) -> None:
-        """Bring about what a job is to reach; for PATIENT_SECONDS again if manage.py is disturbed.
+        """Call `bring`, for PATIENT_SECONDS again and again if manage.py is disturbed.
 
         Raises Problem, Interrupted.
         """

@@ -232,6 +232,17 @@ class Site:
         """Whether a process with this command line is a manage.py of this site."""
         return str(self.oni / "manage.py") in words
 
+    def workers(self) -> list[int]:
+        """The forks of the manage.py that answers the agent's questions, by their PIDs."""
+        pids = self.manage_pids("shell")
+        return [pid for pid in pids if parent_of(pid) in pids]
+
+    def zygote(self) -> int:
+        """The manage.py that they are forks of."""
+        pids = self.manage_pids("shell")
+        [pid] = [pid for pid in pids if parent_of(pid) not in pids]
+        return pid
+
     # -- talking to it
 
     def ssh_words(self, *options: str) -> list[str]:
@@ -366,11 +377,17 @@ class Site:
 
     @contextlib.contextmanager
     def database_down(self):
-        """Open ONI's database cannot be opened, nor asked by who has it open."""
+        """Open ONI's database cannot be opened, and who has it open cannot write.
+
+        The processes that answer the agent's questions, which could read on, lose it altogether.
+        """
         there = self.oni / "oni.sqlite3"
         away = self.oni / "away.sqlite3"
         there.rename(away)
         there.mkdir()
+        for pid in self.workers():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         try:
             yield
         finally:
@@ -382,6 +399,14 @@ class Site:
         manage = self.oni / "manage.py"
         first, rest = manage.read_text().split("\n", 1)
         rewrite(manage, f"{first}\n{code}\n{rest}")
+
+
+def parent_of(pid: int) -> int:
+    """The PID of a process' parent, or 0 if there is no such process."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
 
 
 def rewrite(program: Path, text: str) -> None:
@@ -801,8 +826,11 @@ class SolrRequest(BaseHTTPRequestHandler):
 class MarcSite:
     """A site that has the MARC records of some titles, and of all others answers 404."""
 
-    def __init__(self, *lccns: str):
-        self.lccns = lccns
+    def __init__(self, *lccns: str, **answers: bytes):
+        """Has ordinary records of `lccns`, and `answers` of its own to some LCCNs."""
+        self.answers = {**{lccn: marc_xml(lccn, f"The fetched {lccn}.") for lccn in lccns}, **answers}
+        self.redirects: dict[str, str] = {}  # where it sends who asks for an LCCN
+        self.requests: list[str] = []  # of each request: its path
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), MarcRequest)
         self._server.daemon_threads = True
         self._server.site = self
@@ -822,13 +850,19 @@ class MarcRequest(BaseHTTPRequestHandler):
     """A request to a MarcSite."""
 
     def do_GET(self) -> None:
+        site = self.server.site
+        site.requests.append(self.path)
         lccn = self.path.split("/")[2]
-        if lccn not in self.server.site.lccns:
+        if lccn in site.redirects:
+            self.send_response(302)
+            self.send_header("Location", site.redirects[lccn])
+            self.end_headers()
+        elif lccn in site.answers:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(site.answers[lccn])
+        else:
             self.send_error(404)
-            return
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(marc_xml(lccn, f"The fetched {lccn}."))
 
     def log_message(self, *_) -> None:
         """Says nothing."""
@@ -1426,13 +1460,6 @@ def zygotes(site: Site) -> list[int]:
     return [pid for pid in pids if parent_of(pid) not in pids]
 
 
-def parent_of(pid: int) -> int:
-    """The process that has started another, or has adopted it; 0 if that has ended."""
-    with contextlib.suppress(OSError):
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    return 0
-
-
 def kill_warm_child(site: Site) -> None:
     """Kills the manage.py that forks, and all of its forks, which answer the agent's questions."""
     pids = site.manage_pids("shell")
@@ -1773,7 +1800,7 @@ def refused_folder(batch: Path) -> str:
     path = next(batch.glob("data/*/print/*/1900010101.xml"))
     path.unlink()
     path.mkdir()
-    return f"open {path}: is a directory"
+    return f"{path} is not a regular file"
 
 
 def refused_fifo(batch: Path) -> str:
@@ -1784,7 +1811,7 @@ def refused_fifo(batch: Path) -> str:
 
 def refused_xml(batch: Path) -> str:
     (batch / "data/batch.xml").write_text("<batch>")
-    return "batch.xml: no element found: line 1"
+    return "batch.xml: Premature end of data in tag batch line 1"
 
 
 def refused_path(batch: Path) -> str:
@@ -1792,13 +1819,6 @@ def refused_path(batch: Path) -> str:
     (batch / "data/batch.xml").write_text(
         re.sub(r"\./\S+?\.xml</issue>", "../../../../../etc/passwd</issue>", text)
     )
-    return "lies outside the batch's folder"
-
-
-def refused_link(batch: Path) -> str:
-    path = next(batch.glob("data/*/print/*/1900010101.xml"))
-    path.unlink()
-    path.symlink_to("/etc/passwd")
     return "lies outside the batch's folder"
 
 
@@ -1810,7 +1830,6 @@ def refused_link(batch: Path) -> str:
         refused_fifo,
         refused_xml,
         refused_path,
-        refused_link,
     ],
 )
 def test_a_batch_with_broken_files_is_refused_and_says_which(shared, spoil):
@@ -1947,7 +1966,6 @@ METS_2 = IN_ISSUE + "1900010201.xml"
 OCR_2 = IN_ISSUE + "0002.xml"
 ENDS_LOAD = "ONI would break off the load: "
 ENDS_ISSUE = "ONI would leave this issue out: "
-ENDS_PAGE = r"page \d: ONI would leave it out: "
 AT_PAGE_2 = f"page 2: {ENDS_LOAD}"
 NO_SIZE = r"page {0}: ONI would leave it out: No jp2 width for issue: .* Image {0}"
 FOUND_FAULTS = {  # what the agent finds in a batch's files, before it lets ONI load them
@@ -2246,29 +2264,32 @@ def test_a_cache_that_cannot_be_written_fails_the_job_but_says_that_the_batch_is
     assert without_session(site.call("load-batch", ALPHA)) == NOOP
 
 
-def test_without_solr_loads_and_purges_fail_and_nothing_is_left(agent):
-    agent.batch(ALPHA)
-    agent.run("load-batch", ALPHA)
+def test_what_a_load_leaves_that_solr_fails_in_the_middle_is_said_and_mended(site):
+    hurry(site, SOLR_SECONDS=1, PATIENT_SECONDS=3)
+    gate = site.hold_load(site.batch(ALPHA), issue=1)
+    id = site.job("load-batch", ALPHA)
+    gate.reached()
+    with site.solr.down():
+        gate.open()
+        job = site.ended(id)
+    assert job["status"] == "failed"
+    said = re.escape(f"exit status 1: unable to load batch: Failed to connect to server at {site.solr.url}")
     unsure = re.escape("ONI holds nothing of the batch; Solr cannot be asked (Failed to connect ")
-    with agent.solr.down():
-        for command in ("purge-batch", "load-batch"):
-            job = agent.run(command, ALPHA)
-            assert job["status"] == "failed"
-            said = re.escape(f"exit status 1: Failed to connect to server at {agent.solr.url}")
-            assert re.fullmatch(rf"{said}.*; {unsure}.*\)", job["error"])
-            assert agent.held(ALPHA) == (0, 0, 0)
-        job = agent.run("purge-batch", ALPHA)  # what the index holds is not known
-        assert job["status"] == "failed"
-        assert re.fullmatch(rf"{unsure}.*\)", job["error"])
-    assert len(agent.solr.documents(ALPHA)) == 4
-    repaired(agent, "purge-batch", ALPHA)
-    assert agent.solr.documents(ALPHA) == []
-    assert without_session(agent.call("purge-batch", ALPHA)) == NOOP
-    repaired(agent, "load-batch", ALPHA)
-    assert agent.held(ALPHA) == (1, 2, 4)
+    assert re.fullmatch(rf"{said}.*; {unsure}.*\)", job["error"])
+    assert site.held(ALPHA) == NOTHING
+    repaired(site, "load-batch", ALPHA)
+    assert word(site) == ["complete", 2, 4, 2, 4, 4]
+    repaired(site, "purge-batch", ALPHA)
+    assert site.solr.documents(ALPHA) == []
+    assert without_session(site.call("purge-batch", ALPHA)) == NOOP
 
 
-@pytest.mark.parametrize("name", [name for name in FOUND_FAULTS if FAULTS[name].status])
+LATE_FAULTS = [  # when ONI has read batch.xml already
+    name for name in FOUND_FAULTS if FAULTS[name].status and name != "reel without number"
+]
+
+
+@pytest.mark.parametrize("name", LATE_FAULTS)
 def test_what_open_oni_cannot_load_is_failed_with_its_first_error_and_what_is_left(agent, name):
     fault = FAULTS[name]
     batch = agent.batch(batch_with(name), issues=3)
@@ -2489,28 +2510,21 @@ def test_a_title_that_open_oni_has_in_a_newer_version_is_said_to_be_left(shared)
         record = marc_xml("sn99990042", name).replace(b"20220102", b"%d0102" % year)
         job = shared.run("load-title", stdin=record)
         assert job["status"] == "successful"
-        left = "1 of 1 records changed nothing: ONI has that version already, or a newer one"
+        left = (
+            "the record of sn99990042 changes nothing: ONI has that version already, or a newer one"
+        )
         assert shared.logs(job["id"]).count(left) == notes
         assert titles(shared, "sn99990042") == ["New."]
 
 
 @pytest.mark.parametrize(
-    "lccn, before, said",
-    [
-        ("sn99990009", [], "ONI has no title sn99990009"),
-        ("sn99990001", ["The test gazette."], "ONI has not stored every record"),
-    ],
+    "lccn, before", [("sn99990009", []), ("sn99990001", ["The test gazette."])]
 )
-def test_a_title_of_unknown_language_is_failed_and_its_file_kept(shared, lccn, before, said):
-    record = marc_xml(lccn, "A new name.", language="zzz")
-    job = shared.run("load-title", stdin=record)
-    folder = shared.state / "inputs" / str(job["id"])
-    assert job["status"] == "failed"
-    assert job["error"].startswith(said)
-    assert "Code zzz, not found in language table." in job["error"]
-    assert str(folder) in job["error"]
-    assert [file.read_bytes() for file in folder.iterdir()] == [record]
-    assert folder.stat().st_mode & 0o777 == 0o700
+def test_a_title_of_unknown_language_is_refused_and_what_was_there_kept(shared, lccn, before):
+    reply = shared.call("load-title", stdin=marc_xml(lccn, "A new name.", language="zzz"))
+    assert (reply["status"], reply["message"]) == ("error", "Invalid data")
+    assert reply["error"].startswith(f"ONI cannot store the title {lccn}: ")
+    assert "Code zzz, not found in language table." in reply["error"]
     assert titles(shared, lccn) == before
 
 
@@ -3067,8 +3081,9 @@ WITNESS = r'''
 import contextlib, fcntl, os, sys
 def hold(name):
     """Waits at a gate of the test's, if there is one."""
-    with contextlib.suppress(FileNotFoundError), open("hold-" + name) as gate:
+    with contextlib.suppress(FileNotFoundError), open(os.path.join(here, "hold-" + name)) as gate:
         gate.read()
+here = os.getcwd()
 command = "".join(sys.argv[1:2])
 if command == "check":
     sys.exit()  # saves the tests its half second at every start
@@ -3078,12 +3093,15 @@ if command in ("load_batch", "purge_batch", "load_titles"):
         fcntl.flock(at_work, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         open("two-at-once", "a").write(f"{sys.argv}\n")
-if command == "shell":  # a question asked of Open ONI begins with close_old_connections
-    import django.db
-    def before_question(close=django.db.close_old_connections):
-        hold("question")
-        close()
-    django.db.close_old_connections = before_question
+if command == "shell":  # what is asked of Open ONI is asked of its database
+    import django.db.backends.signals
+    def at_question(execute, sql, *more):
+        if sql.startswith("SELECT"):
+            hold("question")
+        return execute(sql, *more)
+    def connected(connection, **_):
+        connection.execute_wrappers.append(at_question)
+    django.db.backends.signals.connection_created.connect(connected, weak=False)
 hold(command)
 '''
 
@@ -4525,17 +4543,15 @@ def test_a_failed_load_is_retried_as_a_new_job(agent):
     assert len(agent.ssh("list-jobs")["jobs"]) == 2
 
 
-def test_a_failed_title_is_retried_with_its_payload(agent):
-    with agent.database_down():
-        assert (
-            agent.run("load-title", stdin=marc_xml(name="The retried herald."))["status"]
-            == "failed"
-        )
-    assert agent.ssh("job-retry 1")["job"]["id"] == 2
-    assert agent.ended(2)["status"] == "successful"
-    assert agent.query("SELECT name FROM core_title WHERE lccn = 'sn99990009'") == [
-        ("The retried herald.",)
-    ]
+def test_a_failed_title_is_retried_with_its_payload(site):
+    gate = gate_in_manage(site, "load_titles")
+    id = site.start().job("load-title", stdin=marc_xml(name="The retried herald."))
+    kill_at(site, gate, "load_titles")
+    assert site.ended(id)["status"] == "failed"
+    assert titles(site) == []
+    assert site.ssh("job-retry 1")["job"]["id"] == 2
+    assert site.ended(2)["status"] == "successful"
+    assert titles(site) == ["The retried herald."]
 
 
 def test_a_job_that_could_not_start_is_retried_and_one_that_waits_is_not(agent):
@@ -5503,7 +5519,11 @@ def test_check_from_inside_says_how_all_is(agent):
     assert {look["well"] for look in reply["looks"]} == {True}
     assert found["Solr"] == f"{len(agent.solr.documents())} pages"
     assert found["database"] == "1 batches"
-    assert re.match(r"\d+ languages, \d+ countries, \d+ awardees$", found["look-up tables"])
+    counts = [
+        agent.query(f"SELECT count(*) FROM core_{table}")[0][0]
+        for table in ("language", "country", "awardee")
+    ]
+    assert found["look-up tables"] == "{} languages, {} countries, {} awardees".format(*counts)
     assert re.match(rf"1, load-batch {ALPHA}: successful at \d{{4}}-", found["last job"])
     assert found["who may connect"] == "whoever is on this host"
     assert {f"ONI's {name}" for name in ("log/", "batch storage", "word coordinates")} < set(found)
@@ -7745,9 +7765,9 @@ def test_without_solr_the_rest_is_told_within_the_deadline(site, how):
     repaired(site, "load-batch", ALPHA)
     before = time.monotonic()
     with getattr(site.solr, how)():
-        assert word(site) == ["complete", 2, 4, 2, 4, None]
+        assert word(site) == ["unknown", 2, 4, 2, 4, None]
         assert "Solr cannot be asked" in site.call("batch-status", ALPHA)["message"]
-        assert listed(site)[1:] == [2, 4, 2, 4, None]
+        assert listed(site) == word(site)
     assert time.monotonic() - before < 10
     assert word(site) == ["complete", 2, 4, 2, 4, 4]
 
@@ -7769,8 +7789,7 @@ def test_an_index_that_was_emptied_gets_the_missing_pages_and_nothing_is_loaded_
     documents = agent.solr.documents()
     rows = agent.query("SELECT id FROM core_page ORDER BY id")
     agent.solr.forget(ALPHA)
-    assert word(agent) == ["partial", 2, 4, 2, 4, 0]
-    assert listed(agent)[0] != "complete"
+    assert listed(agent) == word(agent) == ["partial", 2, 4, 2, 4, 0]
     del agent.solr.requests[:]
     logs = mended(agent, "load-batch", ALPHA)
     updates = [path for path in agent.solr.requests if path.startswith("/solr/openoni/update")]
@@ -7822,22 +7841,40 @@ def test_documents_of_a_batch_that_are_no_page_of_it_do_not_stand_for_its_pages(
     assert loads_begun(agent) == 1
 
 
-def test_pages_that_another_batch_has_taken_over_in_the_index_are_said_and_no_fault(agent):
+def test_pages_that_another_batch_has_taken_over_in_the_index_make_a_batch_partial(agent):
     agent.batch(ALPHA)
     agent.batch(BETA)  # the same issues
     repaired(agent, "load-batch", ALPHA)
-    assert checked(agent, BETA)[1]["warnings"][0]["warning"] == (
-        f"{ALPHA} holds {GAZETTE} 1900-01-01 edition 1, too"
-    )
+    warnings = [
+        f"{ALPHA} holds {GAZETTE} 1900-01-0{day} edition 1, too" for day in (1, 2)
+    ]
+    status, answer = checked(agent, BETA)
+    assert (status, answer["faults"]) == (0, [])
+    assert sorted(each["warning"] for each in answer["warnings"]) == warnings
     repaired(agent, "load-batch", BETA)
     assert agent.solr.documents(ALPHA) == []
-    assert word(agent) == ["complete", 2, 4, 2, 4, 0]
-    assert "4 pages are found under another batch" in agent.call("batch-status", ALPHA)["message"]
-    assert without_session(agent.call("load-batch", ALPHA)) == NOOP
+    assert listed(agent) == word(agent) == ["partial", 2, 4, 2, 4, 0]
+    said = (
+        "4 pages are found under another batch, which has the same pages"
+        f" ({BETA}): purge the one that should not have them"
+    )
+    assert said in agent.call("batch-status", ALPHA)["message"]
+    job = agent.run("load-batch", ALPHA)
+    assert job["status"] == "failed"
+    assert said in job["error"]
+    assert word(agent, BETA)[0] == "complete"
+    assert loads_begun(agent) == 1  # loading it again would only move the fault
     repaired(agent, "purge-batch", BETA)
     assert word(agent) == ["partial", 2, 4, 2, 4, 0]  # ONI has deleted the documents of both
     mended(agent, "load-batch", ALPHA)
     assert len(agent.solr.documents(ALPHA)) == 4
+
+
+def purge_without_solr(site: Site) -> None:
+    """What ONI leaves of ALPHA that has purged it by itself while Solr was down."""
+    with site.solr.down():
+        assert site.manage("purge_batch", ALPHA).returncode == 1
+    assert site.held(ALPHA) == NOTHING
 
 
 def test_a_purge_without_solr_is_done_only_when_the_index_has_forgotten_the_batch(agent):
@@ -7845,10 +7882,7 @@ def test_a_purge_without_solr_is_done_only_when_the_index_has_forgotten_the_batc
     agent.batch(BETA, start=date(1910, 1, 1))
     repaired(agent, "load-batch", ALPHA)
     repaired(agent, "load-batch", BETA)
-    with agent.solr.down():
-        job = agent.run("purge-batch", ALPHA)
-        assert job["status"] == "failed"
-        assert agent.held(ALPHA) == (0, 0, 0)
+    purge_without_solr(agent)
     assert len(agent.solr.documents(ALPHA)) == 4
     assert word(agent) == ["absent", 0, 0, 2, 4, 4]
     assert listed(agent) == word(agent)
@@ -7862,8 +7896,7 @@ def test_a_purge_without_solr_is_done_only_when_the_index_has_forgotten_the_batc
 def test_what_a_failed_purge_has_left_in_the_index_is_gone_when_the_batch_is_loaded_again(agent):
     agent.batch(ALPHA, issues=3)
     repaired(agent, "load-batch", ALPHA)
-    with agent.solr.down():
-        agent.run("purge-batch", ALPHA)
+    purge_without_solr(agent)
     shutil.rmtree(agent.source / ALPHA)
     agent.batch(ALPHA, issues=1)
     mended(agent, "load-batch", ALPHA)
@@ -7908,7 +7941,7 @@ def test_titles_that_open_oni_lacks_are_fetched_before_the_load(site):
         assert checked(site, ALPHA)[1]["faults"] == []
         assert titles(site, "sn99990077") == []
         logs = mended(site, "load-batch", ALPHA)
-        fetched = logs.index("ONI lacks the title sn99990077; fetching it")
+        fetched = logs.index("ONI lacks the title sn99990077, which was fetched")
         loaded = next(n for n, line in enumerate(logs) if "loading batch at" in line)
         assert fetched < loaded
         assert not any("attempting to load marc record" in line for line in logs)
@@ -7934,13 +7967,13 @@ def test_a_load_with_faults_leaves_a_partial_batch_as_it_is_and_says_all_of_them
         database.execute("UPDATE core_loadbatchevent SET message = 'starting load'")
         database.commit()
     before = agent.held(ALPHA), agent.events(ALPHA), agent.solr.documents()
-    spoil_ocr(batch)
+    page_file(batch, "0001.xml", 2).write_text("<alto>\n")
     spoil_sequence(batch)
     status, answer = checked(agent, ALPHA)
     assert (status, answer["status"], answer["batch"]["name"]) == (1, "success", ALPHA)
     assert [fault["file"].split("/")[-1] for fault in answer["faults"]] == [
         "1900010201.xml",
-        "0002.xml",
+        "0001.xml",
     ]
     job = agent.run("load-batch", ALPHA)
     assert (job["status"], job["attempts"]) == ("failed", 1)
@@ -7955,11 +7988,13 @@ def test_what_is_odd_but_loads_is_a_warning_and_no_fault(agent):
     batch = agent.batch(ALPHA, issues=3)
     spoil_jp2_missing(batch)
     page_file(batch, "0001.pdf").unlink()
-    edition("2")(types.SimpleNamespace(mets=mets_of(batch), page=1))
     status, answer = checked(agent, ALPHA)
     assert (status, answer["faults"]) == (0, [])
     told = [(each["file"].split("/")[-1], each["warning"]) for each in answer["warnings"]]
-    assert sorted(file for file, _ in told) == ["0001.pdf", "0002.jp2", "1900010201.xml"]
+    assert sorted(told) == [
+        ("0001.pdf", "there is no such PDF"),
+        ("0002.jp2", "there is no such image"),
+    ]
     mended(agent, "load-batch", ALPHA)
 
 
@@ -8007,6 +8042,729 @@ def test_an_encoding_that_cannot_be_read_is_a_fault_and_no_failure_to_check(agen
         1,
         ["0001.xml"],
     )
+
+
+# --- Promises: what Open ONI would do, Open ONI says ----------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def odd_site(tmp_path_factory, template):
+    """A site whose agent runs for all tests that check, and then load, one odd batch."""
+    with MarcSite("sn99990077", **{lccn: record for lccn, record, _ in BAD_RECORDS.values()}) as marc:
+        with Site(tmp_path_factory.mktemp("odd"), template) as site:
+            yield site.start(**marc.environment)
+
+
+def new_draft(site: Site, kind: str) -> Draft:
+    """A batch of this oddity, or of none, on days that are no other batch's."""
+    number = next(FRESH)
+    start = date(1700, 1, 1) + timedelta(days=4 * number)
+    return Draft(site.source, f"batch_oru_kind{number}_ver01", random.Random(kind), start)
+
+
+def compare_with_load(site: Site, draft: Draft) -> dict[str, Any]:
+    """Holds a check's word against what a load leaves, and batch-status' against both.
+
+    Returns the check's answer.
+    """
+    name = draft.path.name
+    status, answer = checked(site, name)
+    faults = answer["faults"]
+    assert status == bool(faults)
+    for fault in faults:
+        assert fault["file"].startswith("data/")
+        assert fault["file"] not in fault["fault"]
+        assert str(draft.path) not in fault["fault"]
+    loaded = site.manage("load_batch", str(draft.path))
+    breaks_off = [fault for fault in faults if "ONI would break off the load" in fault["fault"]]
+    assert bool(breaks_off) == (loaded.returncode != 0), (faults, loaded.stderr)
+    rows, issues, pages = site.held(name)
+    [(indexed,)] = site.query(
+        "SELECT count(*) FROM core_page JOIN core_issue ON core_issue.id = issue_id"
+        " WHERE indexed AND batch_id = ?",
+        name,
+    )
+    whole = loaded.returncode == 0 and [issues, pages, indexed] == draft.whole
+    assert bool(faults) == (not whole), (faults, [issues, pages, indexed], draft.whole)
+    if breaks_off:
+        assert (rows, issues, pages) == NOTHING
+        assert site.solr.documents(name) == []
+        return answer
+    assert word(site, name)[0] == ("complete" if whole else "partial")
+    if whole:
+        assert answer["pages"] == pages
+    return answer
+
+
+SENTENCES = {  # of the kinds in MISSED_ONCE: the file, and the sentence, of the first fault
+    "an emoji in an issue's note": (
+        "METS",
+        ENDS_LOAD + "Incorrect string value for column 'text': it cannot hold U[+]1F4F0",
+    ),
+    "an emoji in OCR": (
+        "OCR",
+        ENDS_LOAD + "Incorrect string value for column 'text': it cannot hold U[+]1F4F0",
+    ),
+    "an emoji in a file's name": (
+        "METS",
+        f"page \\d: {ENDS_LOAD}Incorrect string value for column 'jp2_filename': it cannot hold .*",
+    ),
+    "a volume of 51 characters": (
+        "METS",
+        ENDS_LOAD + "Data too long for column 'volume': 51 characters, and it holds 50",
+    ),
+    "a page number with its caption, indented": (
+        "METS",
+        rf"page \d: {ENDS_LOAD}Data too long for column 'number': \d\d characters, and it holds 50",
+    ),
+    "a section that is not described": ("METS", rf"page \d: {ENDS_LOAD}list index out of range"),
+    "ALTO in the language sk": ("OCR", ENDS_LOAD + "get.. returned more than one Language.*"),
+    "second np:issue with a page": (
+        "METS",
+        r"ONI would leave out \d of \d pages without a word",
+    ),
+    "a page outside np:issue": ("METS", r"ONI would leave out 1 of \d pages without a word"),
+    'USE="OCR"': ("METS", r"ONI would leave out the OCR file ocr\d"),
+    "a jp2 cut to 40 bytes, unmeasured": ("METS", rf"page \d: {ENDS_LOAD}.*"),
+    "METS in latin-1": ("METS", ENDS_LOAD + ".*encoding.*"),
+    "METS nested 300 deep": ("METS", ENDS_LOAD + "Excessive depth in document: 256.*"),
+    "width of 64px": (
+        "METS",
+        r"ONI would leave out the rest of the issue, from page \d on: .*'64px'.*",
+    ),
+    "sequence of 2^31": (
+        "METS",
+        rf"page \d: {ENDS_LOAD}Out of range value for column 'sequence': 2147483648",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", [*MISSED_ONCE, *CALLED_FAULTY_ONCE])
+def test_what_a_check_says_of_an_oddity_is_what_a_load_then_does(odd_site, kind):
+    draft = new_draft(odd_site, kind)
+    ODDITIES[kind](draft)
+    answer = compare_with_load(odd_site, draft)
+    if kind in CALLED_FAULTY_ONCE:
+        assert answer["faults"] == []
+    if kind in SENTENCES:
+        which, said = SENTENCES[kind]
+        [fault] = answer["faults"]
+        name = draft.mets if which == "METS" else draft.file("xml")
+        assert fault["file"] == name.relative_to(draft.path).as_posix()
+        assert re.fullmatch(said, fault["fault"])
+
+
+@pytest.mark.parametrize("kind", ["edition -1", "sequence of eleven digits"])
+def test_what_no_column_takes_ends_the_load_and_leaves_out_nothing(odd_site, kind):
+    draft = new_draft(odd_site, kind)
+    ODDITIES[kind](draft)
+    [fault] = compare_with_load(odd_site, draft)["faults"]
+    assert ENDS_LOAD in fault["fault"]
+
+
+def test_a_batch_whose_name_is_too_long_is_a_fault(odd_site):
+    name = f"batch_oru_{'x' * 251}_ver01"[:245] + "_ver01"
+    assert len(name) == 251
+    draft = Draft(odd_site.source, name, random.Random(1), date(1650, 1, 1))
+    [fault] = compare_with_load(odd_site, draft)["faults"]
+    assert (fault["file"], "Data too long for column" in fault["fault"]) == ("data/batch.xml", True)
+
+
+def test_without_languages_each_batch_with_a_text_is_a_fault(agent):
+    agent.execute("PRAGMA foreign_keys = OFF")
+    agent.execute("DELETE FROM core_language")
+    draft = new_draft(agent, "no language")
+    faults = compare_with_load(agent, draft)["faults"]
+    assert {fault["fault"] for fault in faults} == {
+        ENDS_LOAD + "Language matching query does not exist."
+    }
+
+
+def marc_with(lccn: str, before: bytes, after: bytes) -> bytes:
+    """A record in which something stands in the place of something else."""
+    record = marc_xml(lccn)
+    assert record.count(before) == 1
+    return record.replace(before, after)
+
+
+BAD_RECORDS: dict[str, tuple[str, bytes, str]] = {  # LCCN, what the site answers, what is said
+    "HTML": ("sn11110001", b"<html><body>sn11110001 is not here</body></html>", "another record"),
+    "no XML": ("sn11110002", b"Not now", "that is no MARC XML"),
+    "of another title": ("sn11110003", marc_xml("sn11119999"), "it answers with another record"),
+    "deleting": (
+        "sn11110004",
+        marc_with("sn11110004", b"00000cas", b"00000das"),
+        "leader/05 is d: ONI would delete the title sn11110004",
+    ),
+    "of something else": (
+        "sn11110005",
+        marc_with("sn11110005", b"00000cas", b"00000cgs"),
+        "leader/06 is g: ONI would ignore the title sn11110005",
+    ),
+    "of an unknown language": (
+        "sn11110006",
+        marc_xml("sn11110006", language="zzz"),
+        "ONI cannot store the title sn11110006: .*zzz.*",
+    ),
+    "without a title": (
+        "sn11110007",
+        re.sub(b'<datafield tag="245".*</datafield>\n', b"", marc_xml("sn11110007")),
+        "ONI cannot store the title sn11110007: .*",
+    ),
+    "of an LCCN without an address": (
+        "85-38490",
+        marc_xml("85-38490"),
+        "ONI would store the title '85-38490', but no batch of it could be loaded: .*",
+    ),
+    "of a year with fill characters": (
+        "sn11110008",
+        marc_with("sn11110008", b"d18501999", b"d18||||||"),
+        "ONI would store the title 'sn11110008', but no batch of it could be loaded: .*",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_RECORDS)
+def test_a_record_that_poisons_a_batch_is_a_fault_with_its_address(odd_site, kind):
+    lccn, _, said = BAD_RECORDS[kind]
+    number = next(FRESH)
+    start = date(1700, 1, 1) + timedelta(days=4 * number)
+    name = f"batch_oru_marc{number}_ver01"
+    draft = Draft(odd_site.source, name, random.Random(kind), start)
+    for issue in range(draft.issues):
+        mets = mets_of(draft.path, issue)
+        mets.write_text(mets.read_text().replace(">sn99990001<", f">{lccn}<"))
+    [fault] = compare_with_load(odd_site, draft)["faults"]
+    has = re.escape(f"ONI does not have the title {lccn}, nor has http://127.0.0.1:")
+    assert re.fullmatch(rf"{ENDS_LOAD}{has}\d+/lccn/{lccn}/marc.xml: .*{said}", fault["fault"])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in BAD_RECORDS if kind not in ("of another title",)])
+def test_such_a_record_is_refused_by_load_title_in_the_same_words(odd_site, kind):
+    lccn, record, said = BAD_RECORDS[kind]
+    if said == "another record":
+        said = "there is no MARC record in it"
+    if kind == "no XML":
+        said = "syntax error: line 1|not well-formed.*line 1"
+    before = odd_site.query("SELECT lccn, name FROM core_title")
+    jobs = odd_site.call("list-jobs")["jobs"]
+    reply = odd_site.call("load-title", stdin=record)
+    assert (reply["status"], reply["message"]) == ("error", "Invalid data")
+    assert re.fullmatch(said, reply["error"])
+    assert odd_site.call("list-jobs")["jobs"] == jobs
+    assert odd_site.query("SELECT lccn, name FROM core_title") == before
+
+
+def test_a_record_that_only_repeats_what_open_oni_has_is_not_refused(agent, tmp_path):
+    """Though no batch of such a title could be loaded."""
+    record = tmp_path / "record.xml"
+    record.write_bytes(marc_xml("85-38490"))
+    agent.manage("load_titles", str(record))
+    assert titles(agent, "85-38490")
+    reply = agent.call("load-title", stdin=marc_xml("85-38490"))
+    assert reply["status"] == "success"
+    draft = new_draft(agent, "85-38490")
+    for issue in range(draft.issues):
+        mets = mets_of(draft.path, issue)
+        mets.write_text(mets.read_text().replace(">sn99990001<", ">85-38490<"))
+    faults = compare_with_load(agent, draft)["faults"]
+    assert all("Reverse for 'openoni_issue_pages'" in fault["fault"] for fault in faults)
+
+
+def test_a_redirect_to_another_host_is_not_followed(agent):
+    with MarcSite("sn99990077") as marc, MarcSite("sn99990077") as other:
+        marc.redirects["sn99990077"] = (other.urlformat % "sn99990077").replace("127.0.0.1", "localhost")
+        marc.redirects["sn99990078"] = marc.urlformat % "sn99990077"
+        agent.restart(**marc.environment)
+        agent.batch(ALPHA, lccn="sn99990077")
+        [fault, *_] = checked(agent, ALPHA)[1]["faults"]
+        assert "it points to another host, http://localhost:" in fault["fault"]
+        assert other.requests == []
+        agent.batch(BETA, lccn="sn99990078")  # on the same host, and of another title
+        [fault, *_] = checked(agent, BETA)[1]["faults"]
+        assert "it answers with another record" in fault["fault"]
+
+
+def test_an_lccn_is_one_part_of_the_address_that_is_asked_for(agent):
+    with MarcSite() as marc:
+        agent.restart(**marc.environment)
+        draft = new_draft(agent, "address")
+        replace(mets_of(draft.path, 0), ">sn99990001<", ">../../x?y#z<")
+        assert checked(agent, draft.path.name)[0] == 1
+        assert marc.requests == ["/lccn/..%2F..%2Fx%3Fy%23z/marc.xml"]
+
+
+@pytest.mark.parametrize("where", ["by a link", "by its path"])
+def test_of_a_file_elsewhere_on_the_host_nothing_is_told(agent, tmp_path, where):
+    secret = tmp_path / "secret"
+    secret.write_text("root:hidden:0")
+    batch = agent.batch(ALPHA, issues=3)
+    if where == "by a link":
+        mets_of(batch).unlink()
+        mets_of(batch).symlink_to(secret)
+        [fault] = checked(agent, ALPHA)[1]["faults"]
+        assert fault["file"] == METS_2
+    else:
+        away = os.path.relpath(secret, mets_of(batch).parent)
+        replace(mets_of(batch), 'href="0002.xml"', f'href="{away}"')
+        [fault] = checked(agent, ALPHA)[1]["faults"]
+    assert fault["fault"] == ENDS_LOAD + "it lies outside the batch, and cannot be taken"
+    job = agent.run("load-batch", ALPHA)
+    assert job["status"] == "failed"
+    assert "hidden" not in json.dumps([job, agent.call("job-logs", str(job["id"]))])
+
+
+def test_an_entity_of_another_file_is_not_shown(agent, tmp_path):
+    (tmp_path / "secret").write_text("hidden")
+    draft = new_draft(agent, "entity")
+    entity = f'[<!ENTITY e SYSTEM "{tmp_path}/secret">]'
+    replace(draft.mets, HEAD, doctype("mets", entity))
+    replace(draft.mets, EDITION, EDITION.replace("1", "&e;"))
+    [fault] = compare_with_load(agent, draft)["faults"]
+    assert fault["fault"] == ENDS_ISSUE + "its words are not shown, since the file draws in others"
+
+
+def empty_ocr(batch: Path) -> None:
+    change(page_file(batch, "0002.xml"), "<TextLine", "<TextLin")
+
+
+WARNINGS: dict[str, tuple[Callable[[Path], object], str, str]] = {
+    "an image is missing": (spoil_jp2_missing, IN_ISSUE + "0002.jp2", "there is no such image"),
+    "an image is empty": (
+        lambda batch: page_file(batch, "0002.jp2").write_bytes(b""),
+        IN_ISSUE + "0002.jp2",
+        "this image is empty",
+    ),
+    "a PDF is missing": (
+        lambda batch: page_file(batch, "0001.pdf").unlink(),
+        IN_ISSUE + "0001.pdf",
+        "there is no such PDF",
+    ),
+    "an OCR file has no text": (
+        lambda batch: page_file(batch, "0002.xml").write_bytes(
+            re.sub(b"<TextLine.*</TextLine>", b"", ALTO, flags=re.DOTALL)
+        ),
+        OCR_2,
+        "this OCR file has no text",
+    ),
+    "two pages have one sequence": (
+        lambda batch: change(mets_of(batch), "<mods:start>2<", "<mods:start>1<"),
+        METS_2,
+        f"2 pages have the address /lccn/{GAZETTE}/1900-01-02/ed-1/seq-1/: in {METS_2}",
+    ),
+    "two issues have one date": (
+        lambda batch: change(mets_of(batch, 2), ">1900-01-03<", ">1900-01-02<"),
+        METS_2,
+        f"2 pages have the address /lccn/{GAZETTE}/1900-01-02/ed-1/seq-1/: in {METS_2} and in"
+        f" {METS_2.replace('190001020', '190001030')}",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", WARNINGS)
+def test_what_loads_all_the_same_is_a_warning(agent, what):
+    spoil, file, said = WARNINGS[what]
+    spoil(agent.batch(ALPHA, issues=3))
+    status, answer = checked(agent, ALPHA)
+    assert (status, answer["faults"]) == (0, [])
+    assert {"file": file, "warning": said} in answer["warnings"]
+    assert {warning["file"] for warning in answer["warnings"]} == {file}
+    assert f"warning: {file}: {said}" in mended(agent, "load-batch", ALPHA)
+    assert word(agent)[0] == listed(agent)[0] == "complete"
+
+
+def everything(site: Site) -> list[Any]:
+    """The whole database, the index, and all files of ONI and of the batches."""
+    with contextlib.closing(sqlite3.connect(site.oni / "oni.sqlite3")) as database:
+        rows = list(database.iterdump())
+    documents = {id: dict(site.solr._documents[id]) for id in site.solr.documents()}
+    return [rows, documents, tree(site.oni, "oni.sqlite3", "log", "state"), tree(site.source)]
+
+
+def test_a_check_of_a_hundred_batches_writes_nothing(site):
+    with MarcSite("sn99990077") as marc:
+        site.environment.update(marc.environment)
+        made = drafts(site.source, 100, CHECK_SEED + 1000, ALIKE)
+        repaired_by_hand = site.manage("load_batch", str(made[0].path))
+        assert repaired_by_hand.returncode in (0, 1)
+        before = everything(site)
+        del site.solr.requests[:]
+        (site.oni / "state").mkdir()
+        with looking(site) as own:
+            own.memory = oni_agent.Memory(site.oni / "state/jobs.db")
+            found = agents_verdicts(site=own, made=made)
+        assert [bool(faults) for faults in found].count(True) > 20
+        after = everything(site)
+    assert after[0] == before[0]
+    assert after[1:] == before[1:]
+    assert not any("/update" in path for path in site.solr.requests)
+
+
+# --- Promises: who asks Open ONI cannot be kept waiting -------------------------------------------
+
+
+@pytest.fixture
+def oni(site):
+    """How an agent asks this site's Open ONI, without the rest of it."""
+    oni = oni_agent.OpenONI(site.oni, site.environment)
+    yield oni
+    oni.close()
+
+
+def held_question(site: Site, part_of_sql: str) -> Gate:
+    """Makes each question wait whose SQL has this in it, from the next zygote on."""
+    site.prepend_to_manage(HELD_QUERY)
+    (site.oni / "held-query").write_text(part_of_sql)
+    (site.oni / "hold-query").touch()  # what the gate leaves for the next query
+    return site.hold(site.oni / "hold-query")
+
+
+def test_a_question_that_hangs_holds_up_nobody_else(site):
+    gate = held_question(site, 'FROM "core_awardee"')
+    site.batch(ALPHA)
+    site.start()
+    with Client(site.port) as client:
+        channel = client.channel("ensure-awardee dlc Library")
+        gate.reached()
+        for command in (["batch-status", ALPHA], ["list-batches"], ["purge-batch", ALPHA]):
+            assert site.call(*command)["status"] == "success"
+        assert site.call("load-title", stdin=marc_xml())["status"] == "success"
+        gate.open()
+        assert json.loads(channel.makefile("rb").read())["message"] == "Awardee created"
+
+
+def test_a_question_is_given_up_at_its_deadline_and_its_worker_is_no_more(site, oni):
+    gate = held_question(site, 'FROM "core_batch"')
+    with pytest.raises(oni_agent.Passing, match="did not answer in time"):
+        oni.insist("answer_names", within=2)
+    until(lambda: site.workers() == [])
+    first = site.zygote()
+    assert oni.ask("answer_awardee", "oru", "")["new"] is False
+    assert site.zygote() == first
+    gate.open()
+    assert oni.ask("answer_names") == []
+
+
+@pytest.mark.parametrize("victim", ["worker", "zygote", "both"])
+def test_a_killed_worker_or_zygote_is_replaced(site, oni, victim):
+    assert oni.ask("answer_names") == []
+    [worker] = site.workers()
+    first = site.zygote()
+    if victim != "zygote":
+        os.kill(worker, signal.SIGKILL)
+    if victim != "worker":
+        os.kill(first, signal.SIGKILL)
+        until(lambda: first not in site.manage_pids())
+    assert oni.ask("answer_names") == []
+    assert (site.zygote() == first) == (victim == "worker")
+
+
+def test_a_worker_killed_in_its_question_is_a_problem_that_may_pass(site, oni):
+    gate = held_question(site, 'FROM "core_batch"')
+    with futures.ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(oni.ask, "answer_names")
+        gate.reached()
+        [worker] = site.workers()
+        (site.oni / "held-query").write_text("no more")
+        os.kill(worker, signal.SIGKILL)
+        assert asked.result(60) == []  # it was asked once more
+    gate.open()
+
+
+def test_at_most_eight_questions_are_asked_at_once(site, oni):
+    gate = held_question(site, 'FROM "core_batch"')
+    with futures.ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(oni.ask, "answer_names", within=60) for _ in range(8)]
+        until(lambda: len(site.workers()) == 8)
+        with pytest.raises(oni_agent.Passing, match="within 0.5 s: too many ask it"):
+            oni.ask("answer_ready", within=0.5)
+        assert len(site.workers()) == 8
+        assert oni.insist("answer_ready") is True  # a job waits for no client
+        (site.oni / "held-query").write_text("no more")
+        gate.open()
+        assert [future.result(60) for future in asked] == [[]] * 8
+    until(lambda: len(site.workers()) <= oni_agent.KEPT_WORKERS)
+
+
+CUT_CONNECTIONS = """
+import os, sqlite3, time
+from django.db.backends.sqlite3 import base
+opened = {}
+def is_cut(connection):
+    try:
+        return opened.get(id(connection), 0) < os.path.getmtime("connections-cut")
+    except OSError:
+        return False
+connect, execute = base.DatabaseWrapper.get_new_connection, base.SQLiteCursorWrapper.execute
+def get_new_connection(self, *words):
+    connection = connect(self, *words)
+    opened[id(connection)] = time.time()
+    return connection
+def checked_execute(self, *words):
+    if is_cut(self.connection):
+        raise sqlite3.OperationalError(2006, "Server has gone away")
+    return execute(self, *words)
+base.DatabaseWrapper.get_new_connection = get_new_connection
+base.DatabaseWrapper.is_usable = lambda self: not is_cut(self.connection)
+base.SQLiteCursorWrapper.execute = checked_execute
+"""
+
+
+def test_a_question_whose_connection_was_cut_is_asked_again_on_a_new_one(site):
+    settings_local(site, CUT_CONNECTIONS)
+    site.batch(ALPHA)
+    site.start()
+    for state in ("absent", "complete"):
+        for _ in range(3):
+            assert word(site)[0] == state
+            (site.oni / "connections-cut").write_text("")
+            time.sleep(0.02)  # the clock of files is coarser than Python's
+        if state == "absent":
+            repaired(site, "load-batch", ALPHA)
+    assert listed(site) == word(site)
+
+
+def test_a_check_asked_for_by_two_runs_once(agent):
+    with MarcSite("sn99990077") as marc:
+        agent.restart(**marc.environment)
+        batch = agent.batch(ALPHA, issues=1, lccn="sn99990077")
+        gate = Gate(page_file(batch, "0001.xml", 0))
+        with Client(agent.port) as one, Client(agent.port) as other:
+            channels = [client.channel(f"batch-check {ALPHA}") for client in (one, other)]
+            gate.reached()
+            until(lambda: len(agent.call("board")) and asked_for_checks(agent) == 2)
+            gate.open()
+            answers = [json.loads(channel.makefile("rb").read()) for channel in channels]
+        for answer in answers:
+            del answer["session"]
+        assert answers[0] == answers[1]
+        assert len(marc.requests) == 1
+
+
+def asked_for_checks(site: Site) -> int:
+    """How many have asked for a check, by the agent's log."""
+    return sum("batch-check" in line for line in site.log)
+
+
+def test_a_check_ends_when_nobody_waits_for_it_any_more(agent):
+    batch = agent.batch(ALPHA, issues=1)
+    word(agent)
+    before = len(agent.workers())
+    gate = Gate(page_file(batch, "0001.xml", 0))
+    with Client(agent.port) as one, Client(agent.port) as other:
+        one.channel(f"batch-check {ALPHA}")
+        other.channel(f"batch-check {ALPHA}")
+        gate.reached()
+        assert len(agent.workers()) > before
+        one.transport.close()
+        assert len(agent.workers()) > before
+    until(lambda: len(agent.workers()) <= before)
+    gate.open()
+    assert checked(agent, ALPHA)[0] == 0
+
+
+def test_a_jobs_check_waits_for_no_clients_check(agent):
+    agent.batch(BETA)
+    gate = Gate(page_file(agent.batch(ALPHA, start=date(1910, 1, 1)), "0001.xml", 0))
+    with Client(agent.port) as client:
+        channel = client.channel(f"batch-check {ALPHA}")
+        gate.reached()
+        assert agent.run("load-batch", BETA)["status"] == "successful"
+        gate.open()
+        assert json.loads(channel.makefile("rb").read())["faults"] == []
+
+
+# -- what is hostile
+
+
+def many_elements(path: Path) -> None:
+    text = path.read_text()
+    with open(path, "w") as file:
+        file.write(text.replace("</mets>", ""))
+        for _ in range(61):
+            file.write("<x/>" * (1 << 18))
+        file.write("</mets>")
+
+
+def expanding_entities(path: Path) -> None:
+    entities = ['<!ENTITY e0 "0123456789">']
+    entities += [f'<!ENTITY e{n} "{f"&e{n - 1};" * 100}">' for n in range(1, 6)]
+    replace(path, HEAD, doctype("mets", f"[{''.join(entities)}]"))
+    replace(path, EDITION, EDITION.replace("1", "&e5;"))
+
+
+def sparse(path: Path) -> None:
+    os.truncate(path, 2 << 30)
+
+
+HOSTILE = {
+    "METS of 61 MB of elements": ("1900010101.xml", many_elements),
+    "METS with entities that grow a hundredfold": ("1900010101.xml", expanding_entities),
+    "OCR of 2 GB": ("0001.xml", sparse),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_hostile_file_costs_the_agent_nothing_and_gets_a_sentence(agent, what):
+    file, spoil = HOSTILE[what]
+    name = agent.batch(ALPHA, issues=2).name
+    checked(agent, name)
+    spoil(page_file(agent.source / name, file, 0))
+    before = memory(agent)
+    status, answer = checked(agent, name)
+    assert memory(agent) - before < 5
+    if answer["status"] == "success":
+        assert status == 1
+        assert [fault["file"].split("/")[-1] for fault in answer["faults"]] == [file]
+        assert answer["faults"][0]["fault"].startswith("ONI would ")
+    else:
+        assert answer["error"] == "reading it takes more than 1024 MiB"
+    assert agent.call("version")["status"] == "success"
+
+
+# --- Promises: not known is never true ------------------------------------------------------------
+
+
+def swap_documents(site: Site) -> None:
+    """The index is one of an older day: as many documents, of other pages."""
+    first = site.solr.documents(ALPHA)[0]
+    other = {**page_document(ALPHA, 1), "lccn": GAZETTE, "id": first.replace("1900", "1899")}
+    change_index(site, f"c.delete(id={first!r})", f"c.add([{other!r}])")
+
+
+def deliver_again(site: Site) -> None:
+    """The batch comes again under its name, with other dates."""
+    shutil.rmtree(site.source / ALPHA)
+    site.batch(ALPHA, start=date(1910, 1, 1))
+
+
+def add_page(site: Site) -> None:
+    """A METS has a page more, and batch.xml is as it was."""
+    mets = mets_of(site.source / ALPHA, 0)
+    mets.write_text(mets_xml(3))
+    for suffix, content in PAGE_FILES.items():
+        mets.with_name(f"0003.{suffix}").write_bytes(content)
+
+
+def change_edition(site: Site) -> None:
+    """A METS has another edition, and is as long as it was."""
+    change(mets_of(site.source / ALPHA, 0), EDITION, EDITION.replace("1", "2"))
+
+
+@pytest.mark.parametrize("how", [swap_documents, deliver_again, add_page, change_edition])
+def test_list_batches_never_says_what_batch_status_would_contradict(agent, how):
+    agent.batch(ALPHA)
+    agent.batch(BETA, start=date(1920, 1, 1))
+    for name in (ALPHA, BETA):
+        repaired(agent, "load-batch", name)
+        assert listed(agent, name)[0] == word(agent, name)[0] == "complete"
+    how(agent)
+    assert listed(agent)[0] in ("partial", "unknown")
+    assert word(agent)[0] == "partial"
+    until(lambda: listed(agent) == word(agent))
+    agent.restart()
+    assert listed(agent) == word(agent)
+    assert listed(agent, BETA)[0] == "complete"
+    mended(agent, "load-batch", ALPHA)
+    assert listed(agent) == word(agent)
+    assert word(agent)[0] == "complete"
+
+
+@pytest.mark.parametrize("how", ["down", "failing", "hanging"])
+def test_without_solr_a_request_is_a_job_that_waits_and_does_nothing(site, how):
+    hurry(site, SOLR_SECONDS=1, PATIENT_SECONDS=3)
+    site.batch(ALPHA)
+    repaired(site, "load-batch", ALPHA)
+    before = site.held(ALPHA), site.events(ALPHA), site.solr.documents()
+    with getattr(site.solr, how)():
+        assert word(site)[0] == "unknown"
+        for command in ("load-batch", "purge-batch"):
+            job = site.run(command, ALPHA)
+            assert job["status"] == "failed"
+            assert "Solr cannot be asked (" in job["error"]
+            assert (site.held(ALPHA), site.events(ALPHA)) == before[:2]
+    assert site.solr.documents() == before[2]
+    assert without_session(site.call("load-batch", ALPHA)) == NOOP
+
+
+def test_a_job_waits_for_a_solr_that_comes_back(site):
+    site.batch(ALPHA)
+    site.start()
+    with site.solr.down():
+        id = site.job("load-batch", ALPHA)
+        until(lambda: site.call("job-status", str(id))["job"]["status"] == "started")
+    assert site.ended(id)["status"] == "successful"
+    assert word(site)[0] == "complete"
+
+
+def test_an_index_emptied_while_solr_is_down_at_a_loads_end_is_no_success(site):
+    hurry(site, SOLR_SECONDS=1, PATIENT_SECONDS=3)
+    end = gate_in_manage(site, "load_batch", at_exit=True)
+    site.batch(ALPHA)
+    id = site.job("load-batch", ALPHA)
+    end.reached()
+    with site.solr.down():
+        site.solr.forget(ALPHA)
+        end.open()
+        job = site.ended(id)
+    assert job["status"] == "failed"
+    assert "Solr cannot be asked" in job["error"]
+    assert word(site) == ["partial", 2, 4, 2, 4, 0]
+    mended(site, "load-batch", ALPHA)
+
+
+# -- titles
+
+
+def title_documents(site: Site, lccn: str = "sn99990009") -> list[str]:
+    return [id for id in site.solr.documents() if id == f"/lccn/{lccn}/"]
+
+
+def test_a_title_is_stored_when_open_oni_has_its_row_and_solr_its_document(agent):
+    job = agent.run("load-title", stdin=marc_xml())
+    assert job["status"] == "successful"
+    assert len(title_documents(agent)) == 1
+    [stored] = agent.query("SELECT version FROM core_title WHERE lccn = 'sn99990009'")
+    assert stored[0].startswith("2022-01-02 03:04:05")
+    change_index(agent, "c.delete(id='/lccn/sn99990009/')")
+    assert title_documents(agent) == []
+    job = agent.run("load-title", stdin=marc_xml())  # of the same version: ONI changes nothing
+    assert job["status"] == "successful"
+    assert len(title_documents(agent)) == 1
+    assert "indexing title sn99990009" in agent.logs(job["id"])
+
+
+def test_a_title_that_solr_does_not_have_in_the_end_is_failed(site):
+    hurry(site, SOLR_SECONDS=1, PATIENT_SECONDS=3)
+    gate = gate_in_manage(site, "load_titles", at_exit=True)
+    id = site.job("load-title", stdin=marc_xml())
+    gate.reached()
+    with site.solr.down():
+        gate.open()
+        job = site.ended(id)
+    assert job["status"] == "failed"
+    assert titles(site)
+    assert site.ended(site.call("job-retry", str(id))["job"]["id"])["status"] == "successful"
+
+
+LOGGING_TO_A_FILE = """
+LOGGING = {
+    "version": 1,
+    "disable_existing_loggers": True,
+    "handlers": {"file": {"class": "logging.FileHandler", "filename": "log/site.log"}},
+    "root": {"handlers": ["file"], "level": "DEBUG"},
+}
+"""
+
+
+def test_success_is_not_read_from_what_manage_py_prints(site):
+    settings_local(site, LOGGING_TO_A_FILE)
+    site.start()
+    job = site.run("load-title", stdin=marc_xml())
+    assert (job["status"], titles(site)) == ("successful", ["The sample herald."])
+    site.batch(ALPHA)
+    assert site.run("load-batch", ALPHA)["status"] == "successful"
+    assert site.run("purge-batch", ALPHA)["status"] == "successful"
 
 
 GAMMA = "batch_oru_gamma_ver01"
@@ -8347,43 +9105,23 @@ def test_a_job_forgotten_while_it_is_in_the_queue_stops_no_other(site):
     assert site.held(BETA) == (0, 0, 0)
 
 
-def test_a_batch_whose_files_cannot_be_counted_in_time_is_not_purged_for_that(site):
+def test_files_that_cannot_be_counted_in_time_are_no_reason_to_purge_a_whole_batch(site):
+    gate = held_question(site, 'FROM "core_title"')  # which is asked when files are counted
     site.manage("load_batch", str(site.batch(ALPHA)))
     held = site.held(ALPHA)
-    slow = "the file system of the batches did not answer"
-    altered(
-        site,
-        f"""
-        def counted(*_):
-            raise agent.Problem({slow!r})
-        agent.Site._counted = counted
-        """,
-    )
+    hurry(site, ANSWER_SECONDS=3, PATIENT_SECONDS=3)
     job = site.run("load-batch", ALPHA)
-    assert job["status"] == "failed" and slow in job["error"]
-    assert site.held(ALPHA) == held != (0, 0, 0)
+    assert job["status"] == "failed"
+    assert job["error"] == (
+        "ONI holds 2 issues and 4 pages, and what it should hold is not known: its files are still"
+        " being counted; ask again"
+    )
+    assert site.held(ALPHA) == held == (1, 2, 4)
+    assert site.events(ALPHA) == ["starting load", "processed 4 pages"]
     assert site.logs(job["id"]) == []
-
-
-def test_a_count_that_comes_too_late_is_no_reason_to_purge_a_whole_batch(site, tmp_path):
-    site.manage("load_batch", str(site.batch(ALPHA)))
-    held = site.held(ALPHA)
-    gate = Gate(tmp_path / "gate")
-    altered(
-        site,
-        f"""
-        really = agent.Site._count
-        def count(*words):
-            open({str(gate.path)!r}).read()
-            return really(*words)
-        agent.Site._count = count
-        """,
-        CHECK_SECONDS=2,
-    )
-    job = site.run("load-batch", ALPHA)
     gate.open()
-    assert job["status"] == "failed" and "its files are still being counted" in job["error"]
-    assert site.held(ALPHA) == held != (0, 0, 0)
+    until(lambda: word(site)[0] == "complete")
+    assert without_session(site.call("load-batch", ALPHA)) == NOOP
 
 
 @pytest.mark.parametrize("cancelled", [0, 1])
@@ -9005,7 +9743,6 @@ def test_no_answer_waits_for_who_changes_a_job(tmp_path, any_kind):
             pool.submit(queue.at_work),
             pool.submit(queue.place, job),
             pool.submit(queue.ended),
-            pool.submit(queue.wait, job, 0),
         ]
         assert not futures.wait(asked, 30).not_done
 
@@ -9054,11 +9791,10 @@ def test_who_waits_for_a_job_is_told_once_of_its_end(tmp_path, any_kind):
     told = []
     queue.when_ended(job, lambda job: told.append("kept"))
     queue.when_ended(job, lambda job: told.append("withdrawn"))()
-    assert not queue.wait(job, 0)
+    assert told == []
     queue.cancel(job)
     queue.when_ended(job, lambda job: told.append("late"))()
     assert told == ["kept", "late"]
-    assert queue.wait(job, 0)
     assert queue._callbacks == {}
 
 
@@ -9149,13 +9885,14 @@ def test_an_agent_that_stops_without_a_job_says_nothing_of_manage_py(site):
 # --- Promises: small faults that were found -------------------------------------------------------
 
 HELD_QUERY = r'''
-import sys
+import os, sys
 if "shell" in sys.argv:
     import django.db.backends.signals
+    here = os.getcwd() + "/"
     def hold(execute, sql, *more):
-        with open("held-query") as held:
+        with open(here + "held-query") as held:
             if sql.startswith("SELECT") and held.read().strip() in sql:
-                open("hold-query").read()
+                open(here + "hold-query").read()
         return execute(sql, *more)
     def connected(connection, **_):
         connection.execute_wrappers.append(hold)
@@ -9216,32 +9953,28 @@ def test_a_manage_py_that_starts_slowly_is_waited_for_and_progress_then_shown(ag
     start = gate_in_manage(agent, "shell")
     assert agent.call("job-status", str(id))["job"]["status"] == "started"
     start.reached()
-    [pid] = agent.manage_pids("shell")
+    pid = agent.zygote()
     for _ in range(4):
         assert "issues_loaded" not in agent.call("job-status", str(id))["job"]
-    assert agent.manage_pids("shell") == [pid]  # still the first
+    assert agent.manage_pids("shell") == [pid]  # still the first, which has forked nothing yet
     start.open()
     until(lambda: "issues_loaded" in agent.call("job-status", str(id))["job"])
-    assert zygotes(agent) == [pid]
+    assert agent.zygote() == pid
     gate.open()
     assert agent.ended(id)["status"] == "successful"
 
 
 def test_progress_that_open_oni_tells_too_late_is_shown_the_next_time(site):
-    altered(
-        site,
-        """
-        really = agent.Site._ask_progress
-        def ask_progress(*words):
-            time.sleep(1.5)  # longer than a command waits for it
-            return really(*words)
-        agent.Site._ask_progress = ask_progress
-        """,
-        PROGRESS_SECONDS=0.1,
-    )
     gate = site.hold_load(site.batch(ALPHA))
+    query = held_question(site, "no query")
+    hurry(site, PROGRESS_SECONDS=0.1)
     id = site.job("load-batch", ALPHA)
     gate.reached()
+    (site.oni / "held-query").write_text('FROM "core_issue"')
+    assert "issues_loaded" not in site.call("job-status", str(id))["job"]
+    query.reached()
+    (site.oni / "held-query").write_text("no query")
+    query.open()
     assert until(lambda: "issues_loaded" in site.call("job-status", str(id))["job"])
     gate.open()
     assert site.ended(id)["status"] == "successful"
@@ -9267,27 +10000,23 @@ def test_an_adopted_job_shows_its_attempts(agent):
     assert agent.ended(id)["attempts"] == 1
 
 
-def test_a_long_question_to_a_manage_py_that_hangs_is_given_up_in_time(site):
+def test_a_long_question_to_a_manage_py_that_hangs_is_given_up_in_time(site, oni):
     """No single command asks one that fills a socket, so it is asked without SSH."""
-    oni = oni_agent.OpenONI(site.oni, site.environment)
-    assert oni.ask("lacking", [GAZETTE]) == []
-    [pid] = site.manage_pids("shell")
+    assert oni.ask("answer_titles", [GAZETTE], 4)[GAZETTE][1] is True
+    [pid] = site.workers()
     os.kill(pid, signal.SIGSTOP)
-    with pytest.raises(oni_agent.Problem, match="did not answer within 1 s"):
-        oni.ask("lacking", ["x" * 1_000_000], within=1)
-    until(lambda: not site.manage_pids("shell"))
-    assert oni.ask("lacking", [GAZETTE]) == []
-    oni.close()
+    with pytest.raises(oni_agent.Problem):
+        oni.ask("answer_titles", ["x" * 1_000_000], 4, within=1)
+    until(lambda: pid not in site.workers())
+    assert oni.ask("answer_titles", [GAZETTE], 4)[GAZETTE][1] is True
 
 
-def test_a_question_given_up_while_its_manage_py_starts_is_dropped_and_the_next_answered(site):
+def test_a_question_given_up_while_its_manage_py_starts_is_dropped_and_the_next_answered(site, oni):
     """Which of the two is meant no single command can say, so it is asked without SSH."""
-    oni = oni_agent.OpenONI(site.oni, site.environment)
-    with pytest.raises(oni_agent.Problem, match=r"did not answer within 0\.01 s"):
-        oni.ask("awardee", "dlc", "Library of Congress", within=0.01)
-    assert oni.ask("lacking", [GAZETTE], within=60) == []
+    with pytest.raises(oni_agent.Passing, match="did not start in time"):
+        oni.ask("answer_awardee", "dlc", "Library of Congress", within=0.01)
+    assert oni.ask("answer_holds", ALPHA, within=60) is False
     assert awardees(site, "dlc") == []
-    oni.close()
 
 
 def test_a_patched_batch_is_on_disk_when_its_job_has_ended(troubled):
