@@ -94,9 +94,32 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from hashlib import blake2b
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, Callable, Deque, Dict, Final, Generator
-from typing import Iterable, Iterator, List, Literal, Mapping, NamedTuple, NoReturn, Optional
-from typing import Sequence, Set, TextIO, Tuple, Type, TypeVar, Union
+from typing import (
+    IO,
+    TYPE_CHECKING,
+    Any,
+    BinaryIO,
+    Callable,
+    Deque,
+    Dict,
+    Final,
+    Generator,
+    Iterable,
+    Iterator,
+    List,
+    Literal,
+    Mapping,
+    NamedTuple,
+    NoReturn,
+    Optional,
+    Sequence,
+    Set,
+    TextIO,
+    Tuple,
+    Type,
+    TypeVar,
+    Union,
+)
 
 
 def stderr_is_journal() -> bool:
@@ -155,9 +178,11 @@ MAX_CHANNELS = 10  # open at once on one connection, as OpenSSH's MaxSessions
 MAX_VERSION_LINE = 255  # bytes (RFC 4253, 4.2)
 MAX_SAID = 4096  # bytes that are taken from a client before it has a connection
 MAX_PACKET = 35000  # bytes of one SSH packet (RFC 4253, 6.1)
+MAX_LONG_PACKET = 256 * 1024  # bytes of one with a very long command line, as OpenSSH takes them
+MAX_LONG_PACKETS = 8  # of those, under way at once
 SMALL_WINDOW = 2048  # bytes that a client may send before a command reads them
 READ_WINDOW = 128 * 1024  # bytes that it may be ahead of a command that does
-MAX_COMPLAINTS = 1000  # addresses of which it is remembered that the log has told of them
+MAX_WARNINGS = 1000  # addresses of which it is remembered that the log has a line about them
 MAX_COMMAND = 16 * 1024  # bytes of a command line
 MAX_PAYLOAD = 32 * 1024 * 1024  # bytes on standard input
 MAX_INSTRUCTIONS = 1024 * 1024  # bytes on standard input of a batch-patch
@@ -165,11 +190,12 @@ MAX_ATTEMPTS = 3  # starts of a job that never ended
 IDLE_SECONDS = 30  # without a command at work; NCA never closes a connection itself
 STALL_SECONDS = 60  # without a byte to or from a client that is to send or to read
 STALLED_SECONDS = 1  # the same, after which it makes room for others of its address
+TURN_SECONDS = 0.01  # between two looks whether one that waits to shake hands may
 SLOW_SECONDS = 0.3  # after which a handshake keeps no other one waiting
-COMPLAINT_SECONDS = 60  # between two lines in the log about clients of one address
+WARNING_SECONDS = 60  # between two lines in the log about clients of one address
 WATCH_SECONDS = 0.2  # between two looks at the sessions that wait
-GIVE_BACK_SECONDS = 5  # between two times that memory is given back to the system
-MANY_LEFT = 50  # connections that have ended, after which that is worth it
+TRIM_SECONDS = 5  # between two times that memory is given back to the system
+TRIM_AFTER = 50  # connections that have ended, so that it is worth it
 STOP_SECONDS = 1.5  # for answers under way when the agent is told to stop
 ANSWER_SECONDS = 10  # for Open ONI, or the batches' file system, to answer a command
 PATIENT_SECONDS = 60  # the same, when a job at work asks
@@ -182,6 +208,7 @@ TERM_SECONDS = 10  # between SIGTERM and SIGKILL for a cancelled manage.py
 HOOK_SECONDS = 60  # for ON_FINISH
 SHELL_SECONDS = 600  # without a question, after which the manage.py that answers them ends
 MAX_QUESTIONS = 8  # of clients, asked of Open ONI at once
+ZYGOTE_SECONDS = 3600  # after which the manage.py that answers is started anew
 KEPT_WORKERS = 2  # processes that wait for the next question, once they have answered one
 MAX_REPLY = 64 * 1024 * 1024  # bytes of what one of them answers
 PROGRESS_SECONDS = 5  # between two questions about how far a load is
@@ -203,6 +230,17 @@ ENTRY_SECONDS = 0.25  # between two entries of that in the log
 NOTE_LENGTH = 8000  # characters of a note in the log
 COMPLAINT_BYTES = 512 * 1024  # of stderr, from its start and from its end, for a job's error
 MAX_COMPLAINT = 1024  # bytes of what manage.py said, in a job's error
+
+LIMITS_OF_TESTS = "ONI_AGENT_LIMITS"  # a variable, as JSON; refused where no test has set it
+
+
+def limits_of_a_test() -> Dict[str, float]:
+    """Return what a test has its agent take in place of the limits above, by their names."""
+    limits: Dict[str, float] = json.loads(os.environ.get(LIMITS_OF_TESTS, "{}"))
+    return limits
+
+
+globals().update(limits_of_a_test())
 
 DAY = 86400 * 10**9  # nanoseconds
 
@@ -529,6 +567,8 @@ class Settings:
                 problems.append(f"{name} is {value!r}; {error}")
             if name in REQUIRED and not value:
                 problems.append(f"{name} is not set; --help says which folder it names")
+        if LIMITS_OF_TESTS in environ and self.ba_bind != ("127.0.0.1", 0):
+            problems.append(f"{LIMITS_OF_TESTS} is for tests alone; take it out")
         if problems:
             raise Problem(*problems)
         self.host_key_file = self.host_key_file or self.state_directory / "host_key"
@@ -581,8 +621,19 @@ if INSIDE or TYPE_CHECKING:
     from datetime import date
     from hashlib import blake2b
     from types import SimpleNamespace
-    from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional
-    from typing import Sequence, Set, Tuple
+    from typing import (
+        Any,
+        Callable,
+        Dict,
+        Iterable,
+        Iterator,
+        List,
+        Mapping,
+        Optional,
+        Sequence,
+        Set,
+        Tuple,
+    )
     from urllib.request import HTTPRedirectHandler
     from xml.parsers import expat
 
@@ -859,8 +910,10 @@ def compare_index(name: str, wanted: Set[str], seconds: float) -> Dict[str, Any]
 def documents_of(solr: Any, name: str) -> Set[str]:
     """Return the ids of the documents that Solr has under the name of a batch."""
     query = 'batch:"%s"' % name
-    count = solr.search(query, rows=0).hits
-    return {document["id"] for document in solr.search(query, fl="id", rows=count)}
+    found = solr.search(query, fl="id", rows=1000)
+    if found.hits > 1000:
+        found = solr.search(query, fl="id", rows=found.hits)
+    return {document["id"] for document in found}
 
 
 def answer_load(name: str, folder: str, solr_seconds: float) -> Dict[str, Any]:
@@ -959,9 +1012,7 @@ def look_at_place(name: str, folder: str) -> None:
     """Raise CannotAnswer unless ONI has the batch's awardee, and a place for its link."""
     code = name.split("_")[1]
     if not models.Awardee.objects.filter(org_code=code).exists():
-        raise CannotAnswer(
-            'Open ONI has no awardee "%s"; to make it: ensure-awardee %s "NAME"' % (code, code)
-        )
+        raise CannotAnswer(no_awardee(code))
     link = os.path.join(str(settings.BATCH_STORAGE), name)
     is_the_batch = os.path.realpath(link) == os.path.realpath(folder)
     if os.path.exists(link) and not os.path.islink(link) and not is_the_batch:
@@ -969,6 +1020,11 @@ def look_at_place(name: str, folder: str) -> None:
             "%s is a real folder or file, not a link, and load_batch cannot replace it:"
             " move it away" % link
         )
+
+
+def no_awardee(code: str) -> str:
+    """Return the sentence that says that ONI lacks an awardee, and what to type."""
+    return 'Open ONI has no awardee "%s"; to make it: ensure-awardee %s "NAME"' % (code, code)
 
 
 def answer_listing(folder: str) -> bool:
@@ -1248,7 +1304,7 @@ def rehearse(name: str, folder: str, loader: "Rehearsal") -> Dict[str, Any]:
     The answer has `issues` (how many were looked at), `faults` and `warnings` (`file`, and a
     sentence under `fault` or `warning`), `found` (the pages of each issue), `titles` (records that
     ONI lacks, by LCCN) and `watched`. load_batch runs from its first line to its last; what it does
-    to the world is taken away in `pretend`. Raises CannotAnswer where the database is gone.
+    to the world is taken away in `pretend`. Raises DatabaseGone.
     """
     try:
         os.chdir(folder)
@@ -1336,6 +1392,7 @@ def pretend(name: str, loader: "Rehearsal") -> None:
     batch_loader.Title = batch_loader.management = loader.titles
     batch_loader.Image = loader.images
     batch_loader.ocr_extractor = loader.extract
+    batch_loader.Awardee = PretendedAwardees(loader)
     models.Reel.objects = PretendedReels()
 
 
@@ -1504,6 +1561,26 @@ class PretendedBatches:
 
     def filter(self, **_: Any) -> Any:
         return models.Batch.objects.none()
+
+
+class PretendedAwardees:
+    """Stands for Awardee in ONI's loader: one that ONI lacks is a fault, and is there all the same.
+
+    So the issues of its batch are looked at, too.
+    """
+
+    def __init__(self, loader: "Rehearsal") -> None:
+        self._loader = loader
+        self.objects = self
+        self.DoesNotExist = models.Awardee.DoesNotExist
+
+    def get(self, org_code: str) -> Any:
+        """Return the awardee that ONI's loader asks for."""
+        try:
+            return models.Awardee.objects.get(org_code=org_code)
+        except self.DoesNotExist:
+            self._loader.enter_fault("data/batch.xml", no_awardee(org_code), None, True, 0)
+            return models.Awardee(org_code=org_code)
 
 
 class PretendedReels:
@@ -1675,6 +1752,7 @@ class Titles(TitleLoader):  # type: ignore[misc]
     def delete_bib(self, record: Any) -> None:
         """Only remember that ONI would delete this title."""
         self._outcome = "deleted"
+        self._known.pop(lccn_of(record), None)
 
     def _conclude(self, record: Any) -> None:
         """Enter what came of one record in `outcomes`."""
@@ -2267,6 +2345,22 @@ class WorkerEnded(Exception):
     """A worker has ended without an answer; the text has its last words."""
 
 
+class Deadline:
+    """A moment that is `within` seconds away when it is made, until which ONI may answer."""
+
+    def __init__(self, within: float) -> None:
+        self._until = time.monotonic() + within
+        self._within = within
+
+    def left(self) -> float:
+        """Return the seconds until then; none are less than 0."""
+        return max(0, self._until - time.monotonic())
+
+    def missed(self) -> Passing:
+        """Return the problem that there was no answer until then."""
+        return Passing(f"Open ONI did not answer within {self._within:g} s")
+
+
 class OpenONI:
     """How ONI's manage.py is run, and how ONI's database, index and loader are asked through it.
 
@@ -2282,13 +2376,14 @@ class OpenONI:
             PATH=f"{location}/ENV/bin:{environ.get('PATH', os.defpath)}",
             PYTHONUNBUFFERED="1",  # else it prints in lumps of 8 KB
         )
-        for name in (*OWN_VARIABLES, "PYTHONHOME", "NOTIFY_SOCKET"):
+        for name in (*OWN_VARIABLES, LIMITS_OF_TESTS, "PYTHONHOME", "NOTIFY_SOCKET"):
             self.environment.pop(name, None)
         self._room = inside_room()
         self._zygote: Optional[Zygote] = None
         self._starting = threading.Lock()
         self._slots = threading.BoundedSemaphore(MAX_QUESTIONS)
         self._idle: List[Worker] = []  # list's append and pop need no lock
+        self._is_doubtful = False  # whether ONI's code has failed at a question since it started
 
     def start(self, *words: Any, **options: Any) -> "subprocess.Popen[bytes]":
         """Start manage.py with `words`, in a session of its own, so that it outlives the agent.
@@ -2327,17 +2422,17 @@ class OpenONI:
 
         One that may pass by itself is asked once more. Raises Problem.
         """
-        until = time.monotonic() + within
+        deadline = Deadline(within)
         if not self._slots.acquire(timeout=within):
             raise Passing(f"Open ONI did not answer within {within:g} s: too many ask it")
         try:
             try:
-                return self._answer(question, words, until)
+                return self._answer(question, words, deadline)
             except Passing:
-                if time.monotonic() + 0.5 > until:
+                if deadline.left() < 0.5:
                     raise
                 time.sleep(0.2)
-                return self._answer(question, words, until)
+                return self._answer(question, words, deadline)
         finally:
             self._slots.release()
 
@@ -2345,12 +2440,12 @@ class OpenONI:
         """Return the answer to a job's question, which is asked anew for `within` seconds while
         what is wrong may pass by itself. Raises Problem.
         """
-        until = time.monotonic() + within
+        deadline = Deadline(within)
         while True:
             try:
-                return self._answer(question, words, until)
+                return self._answer(question, words, deadline)
             except Passing:
-                if time.monotonic() + 1 > until:
+                if deadline.left() < 1:
                     raise
                 time.sleep(1)
 
@@ -2365,81 +2460,97 @@ class OpenONI:
 
         One that may pass by itself is asked anew until PATIENT_SECONDS after it first failed.
         `hear` gets the number of a question, and the news that comes before its answer. `go_on` is
-        called about each second; what it raises ends all of them. Raises Problem.
+        called about each second; what it raises ends all of them. A question is asked anew for
+        PATIENT_SECONDS while what is wrong may pass by itself. Raises Problem.
         """
-        until = time.monotonic() + within
+        deadline = Deadline(within)
 
         def study_one(number: int) -> Any:
-            patient_until = 0.0  # the monotonic time; 0: it has not failed yet
+            tell = functools.partial(hear, number)
+            patient_until = time.monotonic() + deadline.left()
             while True:
                 try:
-                    return study_once(number)
+                    return self._study(questions[number], deadline, tell, go_on)
                 except Passing:
-                    now = time.monotonic()
-                    patient_until = patient_until or min(until, now + PATIENT_SECONDS)
-                    if now + 1 > patient_until:
+                    patient_until = min(patient_until, time.monotonic() + PATIENT_SECONDS)
+                    if time.monotonic() + 1 > patient_until:
                         raise
                 go_on()
                 time.sleep(1)
-
-        def study_once(number: int) -> Any:
-            name, *words = questions[number]
-            worker = self._new_worker(until)
-            try:
-                reply = worker.reply(name, words, until, lambda news: hear(number, news), go_on)
-            except WorkerEnded as error:
-                raise Passing(str(error)) from error
-            worker.end()
-            return answer_in(reply)
 
         with futures.ThreadPoolExecutor(len(questions)) as pool:
             begun = [pool.submit(study_one, number) for number in range(len(questions))]
             return [future.result() for future in begun]
 
-    def _answer(self, question: str, words: Sequence[Any], until: float) -> Any:
+    def _study(
+        self,
+        question: Sequence[Any],
+        deadline: Deadline,
+        hear: Callable[[Dict[str, Any]], None],
+        go_on: Callable[[], None],
+    ) -> Any:
+        name, *words = question
+        worker = self._new_worker(deadline)
+        try:
+            reply = worker.reply(name, words, deadline, hear, go_on)
+        except WorkerEnded as error:
+            raise Passing(str(error)) from error
+        worker.end()
+        return answer_in(reply)
+
+    def _answer(self, question: str, words: Sequence[Any], deadline: Deadline) -> Any:
         try:
             worker = self._idle.pop()
         except IndexError:
-            return self._answer_of_new(question, words, until)
+            return self._answer_of_new(question, words, deadline)
         try:
-            return self._answer_of(worker, question, words, until)
+            return self._answer_of(worker, question, words, deadline)
         except WorkerEnded:  # it had been idle for too long
-            return self._answer_of_new(question, words, until)
+            return self._answer_of_new(question, words, deadline)
 
-    def _answer_of_new(self, question: str, words: Sequence[Any], until: float) -> Any:
+    def _answer_of_new(self, question: str, words: Sequence[Any], deadline: Deadline) -> Any:
         try:
-            return self._answer_of(self._new_worker(until), question, words, until)
+            return self._answer_of(self._new_worker(deadline), question, words, deadline)
         except WorkerEnded as error:
             raise Passing(str(error)) from error
 
     def _answer_of(
-        self, worker: "Worker", question: str, words: Sequence[Any], until: float
+        self, worker: "Worker", question: str, words: Sequence[Any], deadline: Deadline
     ) -> Any:
-        reply = worker.reply(question, words, until)
+        reply = worker.reply(question, words, deadline)
         is_kept = question.startswith("answer_") and len(self._idle) < KEPT_WORKERS
-        if is_kept and "transient" not in reply:
+        if reply.get("transient"):
+            self._is_doubtful = True
+            is_kept = False
+        if is_kept:
             self._idle.append(worker)
         else:
             worker.end()
         return answer_in(reply)
 
-    def _new_worker(self, until: float) -> "Worker":
+    def _new_worker(self, deadline: Deadline) -> "Worker":
         """Return a new worker. Raises Problem."""
-        zygote = self._living_zygote(until)
+        zygote = self._living_zygote(deadline)
         try:
-            return zygote.fork(until)
+            return zygote.fork(deadline)
         except OSError:  # it has ended since, having nothing to do
             zygote.end()
-            return self._living_zygote(until).fork(until)
+            return self._living_zygote(deadline).fork(deadline)
 
-    def _living_zygote(self, until: float) -> "Zygote":
+    def _living_zygote(self, deadline: Deadline) -> "Zygote":
         """Return the zygote, which is started if there is none. Raises Problem."""
-        if not self._starting.acquire(timeout=max(0, until - time.monotonic())):
-            raise Passing("Open ONI did not start in time")
+        if not self._starting.acquire(timeout=deadline.left()):
+            raise deadline.missed()
         try:
-            if self._zygote is None or self._zygote.has_ended():
-                self._zygote = Zygote(self, until)
-            return self._zygote
+            zygote = self._zygote
+            # What it has imported may have changed since, settings above all.
+            if zygote and zygote.age() > (10 if self._is_doubtful else ZYGOTE_SECONDS):
+                zygote.retire()
+                zygote = None
+            if zygote is None or zygote.has_ended():
+                zygote = self._zygote = Zygote(self, deadline)
+                self._is_doubtful = False
+            return zygote
         finally:
             self._starting.release()
 
@@ -2459,7 +2570,8 @@ def answer_in(reply: Dict[str, Any]) -> Any:
 class Zygote:
     """A manage.py shell that forks workers. Raises Problem where it does not start in time."""
 
-    def __init__(self, oni: OpenONI, until: float) -> None:
+    def __init__(self, oni: OpenONI, deadline: Deadline) -> None:
+        self._begun = time.monotonic()
         # Messages have bounds here, so that no two threads' can get mixed up.
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._stderr = open(os.memfd_create("stderr"), "a+b", buffering=0)
@@ -2472,24 +2584,28 @@ class Zygote:
                 stderr=self._stderr,
                 pass_fds=[theirs.fileno()],
             )
-        self._control.settimeout(max(0.1, until - time.monotonic()))
+        self._control.settimeout(max(0.1, deadline.left()))
         try:
             ready = self._control.recv(100)
         except socket.timeout:
             self.end()
-            raise Passing("Open ONI did not start in time")
+            raise deadline.missed()
         if not ready:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(1)  # else it would be this agent that has killed it
             self.end()
-            raise Problem(f"Open ONI cannot be asked: {self.last_words()}")
+            # A signal came from somebody else, as from the kernel when memory is short.
+            kind = Passing if (self._process.returncode or 0) < 0 else Problem
+            raise kind(f"Open ONI cannot be asked: {self.last_words()}")
         self._control.settimeout(1)
 
-    def fork(self, until: float) -> "Worker":
+    def fork(self, deadline: Deadline) -> "Worker":
         """Return a new worker. Raises OSError if the zygote has ended."""
         ours, theirs = socket.socketpair()
         with theirs:
             number = theirs.fileno().to_bytes(4, sys.byteorder)
             self._control.sendmsg([b"fork"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, number)])
-        return Worker(self, ours, until)
+        return Worker(self, ours, deadline)
 
     def kill(self, pid: int) -> None:
         """Have a worker killed, if it is still there."""
@@ -2502,6 +2618,14 @@ class Zygote:
         printed = os.pread(self._stderr.fileno(), 4096, max(0, size - 4096))
         last = printed.decode("utf-8", "replace").strip("\0 \n").rpartition("\n")[2]
         return last[:300] or "manage.py shell ended"
+
+    def age(self) -> float:
+        """Return the seconds since it was started."""
+        return time.monotonic() - self._begun
+
+    def retire(self) -> None:
+        """Have no more workers forked; those at work end by themselves, and then so does this."""
+        self._control.close()
 
     def has_ended(self) -> bool:
         """Return whether there is no such process any more."""
@@ -2521,12 +2645,12 @@ class Zygote:
 class Worker:
     """A fork of the zygote, which answers one question at a time. Raises OSError, Problem."""
 
-    def __init__(self, zygote: Zygote, channel: socket.socket, until: float) -> None:
+    def __init__(self, zygote: Zygote, channel: socket.socket, deadline: Deadline) -> None:
         self._zygote = zygote
         self._channel = channel
         self._received = b""
         try:
-            self._pid = int(self._message(until)["pid"])
+            self._pid = int(self._message(deadline)["pid"])
         except WorkerEnded as error:
             raise ConnectionError(str(error)) from error
 
@@ -2534,22 +2658,22 @@ class Worker:
         self,
         question: str,
         words: Sequence[Any],
-        until: float,
+        deadline: Deadline,
         hear: Callable[[Dict[str, Any]], None] = lambda news: None,
         go_on: Callable[[], None] = lambda: None,
     ) -> Dict[str, Any]:
         """Return the reply to a question. `hear` and `go_on` are as for OpenONI.study.
 
-        Raises Problem if there is none at the monotonic time `until`, WorkerEnded if the worker
+        Raises Problem if there is none at the deadline, WorkerEnded if the worker
         ends, and what `go_on` raises; in all these cases the worker is no more.
         """
         is_answered = False
         try:
-            seconds = max(1, until - time.monotonic())
+            seconds = max(1, deadline.left())
             self._channel.settimeout(seconds)
             self._channel.sendall(json.dumps([question, words, seconds]).encode() + b"\n")
             while True:
-                news = self._message(until, go_on)
+                news = self._message(deadline, go_on)
                 if "answer" in news or "problem" in news:
                     is_answered = True
                     return news
@@ -2560,15 +2684,17 @@ class Worker:
             if not is_answered:
                 self.end()
 
-    def _message(self, until: float, go_on: Callable[[], None] = lambda: None) -> Dict[str, Any]:
+    def _message(
+        self, deadline: Deadline, go_on: Callable[[], None] = lambda: None
+    ) -> Dict[str, Any]:
         """Return the next message; see `reply`."""
         parts = [self._received]
         size = 0
         while b"\n" not in parts[-1]:
-            if time.monotonic() >= until:
-                raise Passing("Open ONI did not answer in time")
+            if not deadline.left():
+                raise deadline.missed()
             go_on()
-            self._channel.settimeout(max(0.01, min(1, until - time.monotonic())))
+            self._channel.settimeout(max(0.01, min(1, deadline.left())))
             with contextlib.suppress(socket.timeout):
                 parts.append(self._channel.recv(1 << 16))
                 size += len(parts[-1])
@@ -2599,12 +2725,12 @@ BATCH_FILES = (  # load_batch reads the first that is there
     "batch.xml",
 )
 COPY_ATTEMPTS = 5  # a second apart: network storage may fail for a moment
-LISTING = "data/batch.xml"  # of a patched batch, which has no validated one
+LISTING = "data/batch.xml"  # the list of a batch's issues, which a patch reads and writes
 NDNP = "{http://www.loc.gov/ndnp}"
 
 
 def read_regular(path: Path) -> bytes:
-    """Return what a regular file holds. Raises Problem, in the Go agent's words."""
+    """Return what is in a regular file. Raises Problem, in the Go agent's words."""
     try:
         descriptor = os.open(str(path), os.O_RDONLY | os.O_NONBLOCK)  # it may be a FIFO
         with open(descriptor, "rb") as file:
@@ -2619,7 +2745,7 @@ def read_regular(path: Path) -> bytes:
 
 
 def parse_with_comments(path: Path) -> ET.Element:
-    """Return the root of an XML file, with its comments in it. Raises Problem."""
+    """Return the root of an XML file, with the comments of the file in it. Raises Problem."""
     builder = ET.TreeBuilder(insert_comments=True, insert_pis=True)
     try:
         return ET.fromstring(read_regular(path), ET.XMLParser(target=builder))
@@ -2628,22 +2754,21 @@ def parse_with_comments(path: Path) -> ET.Element:
 
 
 def beside(path: Path, href: Optional[str]) -> Path:
-    """Return the file that `href` in the XML file `path` points to, as ONI's urljoin takes it."""
+    """Return the file that `href` in the XML file `path` names, as ONI's urljoin reads it."""
     target = re.sub(r"[\n\r\t]", "", href or "").lstrip()
     target = re.sub("^file:(//)?(?=/)", "", target)
     return Path(os.path.normpath(path.parent / target)) if target else path
 
 
-
-
 class Patch:
-    """A new batch, which is the batch in `old` without some issues.
-
-    `removals` has the keys of the issues that are to go, and the words that asked for each. Raises
-    Problem if a key names no issue of the batch, or more than one.
-    """
+    """A new batch that is to be made of an old one, without some of its issues."""
 
     def __init__(self, old: Path, removals: Dict[str, str]) -> None:
+        """Read the batch in the folder `old`.
+
+        `removals` maps the keys of the issues that are to go to the words that asked for each.
+        Raises Problem if a key names no issue of the batch, or more than one.
+        """
         self.old = old
         listing = old / LISTING
         root = parse_with_comments(listing)
@@ -2674,7 +2799,7 @@ class Patch:
         self.listing: bytes = ET.tostring(root, encoding="utf-8", xml_declaration=True)
 
     def _check_named(self, named: List[str], removals: Dict[str, str]) -> None:
-        """Raise Problem unless each key names one issue; `named` has each as often as it does."""
+        """Raise Problem unless each key of `removals` is once in `named`."""
         for key, words in removals.items():
             if key not in named:
                 raise Problem(f"{words} names no issue of {self.old.name}; write LCCN/YYYYMMDDEE")
@@ -2685,7 +2810,7 @@ class Patch:
                 )
 
     def is_made(self, new: Path) -> bool:
-        """Tell whether `new` is there, and so is whole. Raises Problem if it is another batch."""
+        """Tell whether `new` is there already. Raises Problem if it is another batch."""
         if not os.path.lexists(str(new)):
             return False
         if read_regular(new / LISTING) != self.listing:
@@ -2699,11 +2824,11 @@ class Patch:
         go_on: Callable[[], None] = do_nothing,
         check: Callable[[Path], None] = lambda made: None,
     ) -> None:
-        """Make the batch `new`, which has its name only when it is whole and on disk.
+        """Make the batch `new`, which gets its name only when it is whole and on disk.
 
-        `tell` is told how far it is, `go_on` is called before each file and may raise, and `check`
-        raises Problem if what was made, in the folder that it is given, is no batch that ONI could
-        load. Raises Problem, OSError.
+        Calls `tell` with sentences about how far it is, `go_on`, which may raise, before each file,
+        and `check` with the folder of what was made, which raises Problem if ONI could not load
+        that. Raises Problem, OSError.
         """
         unready = new.with_name(f"WIP-UNREADY-{new.name}")
         if unready.exists():
@@ -2724,7 +2849,10 @@ class Patch:
     def _copy(
         self, unready: Path, tell: Callable[[str], None], go_on: Callable[[], None]
     ) -> None:
-        """Copy all but the listing, if there is room for it; tell of each tenth of the bytes."""
+        """Copy what stays, without the listing; tell of each tenth of the bytes.
+
+        Raises Problem, as where there is too little room.
+        """
         sizes = self._sizes()
         need = len(self.listing) + sum(sizes.values())
         free = shutil.disk_usage(str(unready.parent)).free
@@ -2752,7 +2880,7 @@ class Patch:
         )
 
     def _sizes(self) -> Dict[str, int]:
-        """Return the paths of what is copied of the old batch, and the bytes of each of them."""
+        """Return the paths of what is to be copied, with the bytes of each."""
         return {
             str(path): path.lstat().st_size
             for path in self.old.rglob("*")
@@ -2762,7 +2890,7 @@ class Patch:
 
 
 def validated_twin(path: Path) -> Path:
-    """Return where the validated copy of a METS file is, if there is one: `x_1.xml` for `x.xml`."""
+    """Return where the validated copy of a METS file would be: `x_1.xml` for `x.xml`."""
     return path.with_name(f"{path.stem}_1{path.suffix}")
 
 
@@ -2771,9 +2899,8 @@ def copy_patiently(
 ) -> None:
     """Copy a file, safely to disk, in at most COPY_ATTEMPTS attempts, a second apart.
 
-    `tell` is told of each that fails, but for the last; `go_on` is called before each, and may
-    raise. Raises Problem if all fail, which, unlike an OSError, keeps copytree from going on to the
-    next file.
+    Calls `tell` with each failure but the last, and `go_on`, which may raise, before each attempt.
+    Raises Problem if all fail: after an OSError copytree would go on to the next file.
     """
     for attempt in range(1, COPY_ATTEMPTS + 1):
         go_on()
@@ -2790,7 +2917,7 @@ def copy_patiently(
 
 
 def read_instructions(path: Path) -> Dict[str, str]:
-    """Read a file of instructions, a line `RemoveIssue LCCN/YYYYMMDDEE` each, blank ones apart.
+    """Read instructions, a line `RemoveIssue LCCN/YYYYMMDDEE` each; blank lines are skipped.
 
     Return the keys of the issues that are to go, each with the line that says so, for messages.
     Raises Problem, OSError.
@@ -2810,13 +2937,13 @@ def read_instructions(path: Path) -> Dict[str, str]:
 
 
 def issue_keys(issue: ET.Element, path: Path) -> Set[str]:
-    """Return the keys that may name an issue in batch.xml: by its edition, or its folder."""
+    """Return the keys that may name an issue: with its edition by batch.xml, and by its folder."""
     lccn, date, edition = (issue.get(name, "") for name in ("lccn", "issueDate", "editionOrder"))
     return {plain_key(f"{lccn}/{date}{edition:0>2}"), plain_key(f"{lccn}/{path.parent.name}")}
 
 
 def plain_key(key: str) -> str:
-    """Return an issue's key without the dashes and underscores that do not count."""
+    """Return an issue's key without dashes and underscores, which do not count."""
     return re.sub("[-_]", "", key)
 
 
@@ -2891,7 +3018,7 @@ class Memory:
             str(path), timeout=1, check_same_thread=False, isolation_level=None
         )
         with contextlib.suppress(sqlite3.Error):
-            self._database.execute("PRAGMA synchronous = OFF")
+            self._database.execute("PRAGMA synchronous = NORMAL")
             self._database.execute(
                 "CREATE TABLE IF NOT EXISTS remembered (what TEXT PRIMARY KEY, facts TEXT NOT NULL)"
             )
@@ -3098,7 +3225,7 @@ class SharedCheck:
     """A check that several clients wait for, and that ends when none of them is left."""
 
     def __init__(self) -> None:
-        self.clients = 0
+        self.clients = 0  # the first one begins it
         self.done = threading.Event()
         self.found: Optional[Check] = None
         self.problem = ""
@@ -3134,31 +3261,34 @@ class Site:
         """
         return list(ask("study_records", str(path)))
 
-    def batch(self, name: str, within: float = ANSWER_SECONDS) -> BatchState:
+    def batch(self, name: str) -> BatchState:
         """Return what there is of a batch now, for a client. Raises Problem."""
-        until = time.monotonic() + within
-        held = self.oni.ask("answer_batch", name, SOLR_SECONDS, within=within)
-        return self.state(name, held, until, self.oni.ask)
+        until = time.monotonic() + ANSWER_SECONDS
+        state = self.state(name, self.oni.ask("answer_batch", name, SOLR_SECONDS))
+        self.add_files(state, until)
+        return state
 
-    def patient_batch(self, name: str) -> BatchState:
+    def patient_batch(self, name: str, go_on: Callable[[], None]) -> BatchState:
         """Return the same for a job, which asks database and Solr anew until PATIENT_SECONDS are
-        over. What is still not known then is None. Raises Problem.
+        over, and has its files counted for CHECK_SECONDS. What is not known then is None.
+
+        What `go_on`, which is called each second, raises ends that. Raises Problem.
         """
         until = time.monotonic() + PATIENT_SECONDS
         while True:
             left = max(1.0, until - time.monotonic())
-            held = self.oni.insist("answer_batch", name, left, within=left)
-            state = self.state(name, held, until, self.oni.insist)
+            state = self.state(name, self.oni.insist("answer_batch", name, left, within=left))
+            go_on()
             if not state.index_problem or time.monotonic() + 1 > until:
-                return state
+                break
             time.sleep(1)
+        self.add_files(state, time.monotonic() + CHECK_SECONDS, go_on)
+        return state
 
-    def state(
-        self, name: str, held: Mapping[str, Any], until: float, ask: Callable[..., Any]
-    ) -> BatchState:
-        """Return a batch's state from what answer_batch has said, and what its files name.
+    def state(self, name: str, held: Mapping[str, Any]) -> BatchState:
+        """Return a batch's state from what answer_batch has said, without a word of its files.
 
-        `ask` is a method of OpenONI. Raises Problem if the row is another batch's.
+        Raises Problem if the row is another batch's.
         """
         if held["name"] != name:
             raise Problem(
@@ -3168,16 +3298,20 @@ class Site:
         state = BatchState(**held)
         if state.pages_in_solr is not None:
             state.index_is_right = not (state.lost or state.replaced or state.stray)
-        try:
-            self._add_files(state, until, ask)
-        except Problem as problem:
-            state.files_problem = str(problem)
         return state
 
-    def _add_files(self, state: BatchState, until: float, ask: Callable[..., Any]) -> None:
-        """Add what a batch's files name. Raises Problem if that is not known in time."""
+    def add_files(
+        self, state: BatchState, until: float, go_on: Callable[[], None] = do_nothing
+    ) -> None:
+        """Add what a batch's files name, if that is known before the monotonic time `until`."""
+        try:
+            self._add_files(state, until, go_on)
+        except Problem as problem:
+            state.files_problem = str(problem)
+
+    def _add_files(self, state: BatchState, until: float, go_on: Callable[[], None]) -> None:
         folder = self.source / state.name
-        left = max(0.5, until - time.monotonic())
+        left = min(PATIENT_SECONDS, max(0.5, until - time.monotonic()))
         state.on_disk = in_time(folder.is_dir, left)
         if not state.on_disk:  # but ONI has a link to where it has loaded it from
             folder = Path(state.storage) / state.name
@@ -3185,13 +3319,15 @@ class Site:
                 return
         facts = self.memory.recall(f"files {state.name}")
         watched = facts.get("watched", "")
-        if not ask("answer_unchanged", str(folder), watched, within=left):
-            facts = self._counted(state.name, str(folder), until)
+        if not self.oni.insist("answer_unchanged", str(folder), watched, within=left):
+            facts = self._counted(state.name, str(folder), until, go_on)
         if facts["problem"]:
             raise Problem(facts["problem"])
         state.files = Files(**facts)
 
-    def _counted(self, name: str, folder: str, until: float) -> Dict[str, Any]:
+    def _counted(
+        self, name: str, folder: str, until: float, go_on: Callable[[], None]
+    ) -> Dict[str, Any]:
         """Return what a batch's files name, counted now, once for all who ask for it meanwhile.
 
         Raises Problem at the monotonic time `until`; the counting goes on, to be remembered.
@@ -3200,10 +3336,11 @@ class Site:
             future = self._counts.get(name)
             if future is None or future.done():
                 future = self._counts[name] = COUNTS.submit(self._count, name, folder)
-        try:
-            return future.result(max(0.1, until - time.monotonic()))
-        except futures.TimeoutError:
-            raise Passing("its files are still being counted; ask again") from None
+        while not futures.wait([future], min(1, max(0.1, until - time.monotonic()))).done:
+            go_on()
+            if time.monotonic() >= until:
+                raise Problem("its files are still being counted; ask again")
+        return future.result()
 
     def _count(self, name: str, folder: str) -> Dict[str, Any]:
         parts = cores()
@@ -3271,20 +3408,19 @@ class Site:
             self.keep_files({name: found.files})
         return found
 
-    def client_check(self, name: str, go_on: Callable[[], None]) -> Check:
+    def client_check(self, name: str, go_on: Callable[[], object]) -> Check:
         """Return the same for a client, who shares it with others that ask for it meanwhile.
 
         Raises Problem, and what `go_on` raises when the client has gone.
         """
         with self._checking:
-            shared = self._checks.get(name)
-            if shared is None:
-                shared = self._checks[name] = SharedCheck()
+            shared = self._checks.setdefault(name, SharedCheck())
+            shared.clients += 1
+            if shared.clients == 1:
                 thread = threading.Thread(
                     target=self._run_check, args=(name, shared), name="check", daemon=True
                 )
                 thread.start()
-            shared.clients += 1
         try:
             while not shared.done.wait(0.2):
                 go_on()
@@ -3317,11 +3453,13 @@ class Site:
                 shared.done.set()
 
     def must_be_there(self, name: str) -> None:
-        """Raise Problem unless the batch is in BATCH_SOURCE, or in Open ONI."""
-        if not in_time(self.folder(name).exists):
-            raise Problem(
-                f"there is no such batch, in BATCH_SOURCE or in Open ONI{self.similar(name)}"
-            )
+        """Raise Problem unless the batch is in BATCH_SOURCE."""
+        folder = self.folder(name)
+        if in_time(folder.exists):
+            return
+        if self.oni.ask("answer_holds", name):
+            raise Problem(f"Open ONI holds it, but its files are not there: {folder} is missing")
+        raise Problem(f"there is no such batch, in BATCH_SOURCE or in Open ONI{self.similar(name)}")
 
     def similar(self, name: str) -> str:
         """Return a question that suggests the batch which a wrong name may be meant to be."""
@@ -3585,6 +3723,13 @@ class Job:
     def ended(self) -> Optional[int]:
         """Return when the job ended; None if it has not."""
         return self.end.when if self.end else None
+
+
+def message_for_person(job: Job) -> str:
+    """Return a sentence about a job's status for a person. NCA gets STATUS_MESSAGES."""
+    if job.status == FAILED and job.started is None:
+        return "Failed: this job never started."
+    return STATUS_MESSAGES[job.status]
 
 
 class JobStore:
@@ -4030,7 +4175,13 @@ ALL_KINDS = (STDOUT, STDERR, NOTE)
 def timestamp(nanoseconds: int) -> str:
     """Return a moment in UTC, always with nine digits: NCA sorts lines as strings."""
     second, nanosecond = divmod(nanoseconds, 10**9)
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(second))}.{nanosecond:09d}Z"
+    return f"{second_in_utc(second)}.{nanosecond:09d}Z"
+
+
+@functools.lru_cache(maxsize=1000)  # most of the moments that are shown together share a second
+def second_in_utc(second: int) -> str:
+    """Return a second since 1970 as text, in UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
 
 
 class Child(NamedTuple):
@@ -4591,8 +4742,8 @@ def is_at_work(child: Child) -> Optional[bool]:
     if not fields:
         return False
     boot, _, ticks = child.birth.partition("/")
-    is_same = fields[19] == ticks and boot in ("", boot_id() or boot)
-    return is_same and fields[0] not in "ZX"
+    is_same = fields[19] == ticks and boot in ("", boot_id() or boot)  # "": it was hidden
+    return is_same and fields[0] not in "ZX"  # a zombie has ended, too
 
 
 class Running(NamedTuple):
@@ -4757,11 +4908,11 @@ class Runner:
             return None
         if self._enter_what_is_locked():
             return Running(None, self._lock_is_free)
-        if child and at_work is None:
+        if child and at_work is None:  # without /proc a process of that number may be another one
             return Running(child, lambda: is_at_work(child) is False or self._lock_is_free())
-        if self.commands and not child:
+        if self.commands and not child:  # an earlier agent has entered it by the lock
             return Running(None, self._lock_is_free)
-        return None
+        return None  # what has locked it is something that manage.py left behind
 
     def _open_lock(self) -> TextIO:
         """Open run.lock for a manage.py to inherit, locked unless somebody has left it locked.
@@ -4873,56 +5024,54 @@ def session_members(leader: int) -> List[str]:
 
 @dataclass
 class Kind:
-    """What one kind of job is to reach: its words after the command's name are the fields here.
+    """A kind of job: a goal, and the way there. Its fields are the job's words after the first.
 
     To add one: subclass this (its fields after `site`, if any, as a dataclass), enter it in KINDS,
     and write a command of the same name, under "commands", that returns `request.submit()`, or
     `request.submit_with_input(LIMIT)` if it `takes_input`.
 
-    A request is answered by `check`, then `reached`. When its turn has come the worker calls
-    `bring`, then `verify`. A job that an earlier agent had begun is asked for `verify` first, and
-    is begun again if that fails; one that was cancelled after it began is given to `undo`. An
-    unsuccessful one is asked for `remains`. So `bring` can be begun again from its first line at
-    any time, and ends in the same place; and `verify` tells a job that was cut short from one that
-    is done.
+    A request is answered by `check`, then `reached`. The worker calls `bring`, then `verify`; for a
+    job that an earlier agent had begun `verify` first, and the rest only if that fails; for one
+    that was cancelled after it began `undo`. If the job was not successful, it calls `remains`. So
+    `bring` has to reach the goal from wherever an earlier attempt was cut short.
 
     `work` is a Runner: it runs manage.py, takes notes for the job's log, and knows the file of what
-    came on standard input. An OSError is a Problem, too, but if it is scarce: then the same method
-    is called anew.
+    came on standard input. A method may raise OSError: if that is scarce (see is_scarce), the
+    method is called again, else it counts as a Problem.
     """
 
     site: Site
 
-    title = "No-op job"  # as answers name it; this one is that of job -1, see Request.job
-    takes_input = False  # on standard input; else a job's words say all that is asked for
+    title = "No-op job"  # the name in answers; this one is of job -1 (see Request.job)
+    takes_input = False  # whether it needs something on standard input
 
     def check(self, given: Optional[Path]) -> None:
-        """Raise Problem unless it may be asked for, and all is there that it needs.
+        """Raise Problem unless the job may be asked for, and all that it needs is there.
 
-        `given` is the path of what came on standard input, None for a kind that takes none.
+        `given` is the file of what came on standard input, None for a kind that takes none.
         """
 
     def reached(self) -> bool:
-        """Return whether there is known to be nothing to do. Raises Problem."""
+        """Tell whether the goal is known to be reached already. Raises Problem."""
         return False
 
     def bring(self, work: Runner) -> None:
-        """Bring about what is to be reached. Raises Problem, Interrupted."""
+        """Reach the goal. Raises Problem, Interrupted."""
 
     def verify(self, work: Runner) -> None:
-        """Raise Problem, which says what there is instead, unless it is reached now."""
+        """Raise Problem, which says what is the case instead, unless the goal is reached."""
 
     def undo(self, work: Runner) -> None:
-        """Take back, after a cancel, what was half done. Raises Problem, Interrupted."""
+        """Undo, after a cancel, what was done by half. Raises Problem, Interrupted."""
 
     def remains(self, work: Runner) -> str:
-        """Return what there is now, for the error of a job that was unsuccessful; or ""."""
+        """Return what is the case now, for the error of a job that was not successful; or ""."""
         return ""
 
 
 @dataclass
 class BatchKind(Kind):
-    """What loads and purges of a batch share. Raises Problem where its name cannot be one."""
+    """A load or a purge of a batch. Raises Problem if no batch can have its name."""
 
     name: str
 
@@ -4930,21 +5079,18 @@ class BatchKind(Kind):
         self.folder = self.site.folder(self.name)
 
     def is_goal(self, held: BatchState) -> bool:
-        """Return whether `held` is known to be what the job is to reach."""
+        """Tell whether `held` is known to be the goal."""
         raise NotImplementedError
 
-    def known_state(self) -> BatchState:
+    def known_state(self, work: Runner) -> BatchState:
         """Return the batch's state. Raises Problem if Solr is down: ONI would do half the work."""
-        held = self.site.patient_batch(self.name)
+        held = self.site.patient_batch(self.name, work.go_on)
         if held.index_problem:
             raise Problem(str(held))
         return held
 
-    def reached(self) -> bool:
-        return self.is_goal(self.site.batch(self.name))
-
     def verify(self, work: Runner) -> None:
-        held = self.site.patient_batch(self.name)
+        held = self.site.patient_batch(self.name, work.go_on)
         if not self.is_goal(held):
             said = f"; manage.py said: {work.complaint()}" if work.commands else ""
             raise Problem(f"{held}{said}")
@@ -4955,13 +5101,13 @@ class BatchKind(Kind):
         if not work.commands and not work.undoing:
             return ""  # nothing has changed, and the error says what was in the way
         try:
-            return str(self.site.patient_batch(self.name))
+            return str(self.site.patient_batch(self.name, work.go_on))
         except (Problem, OSError) as problem:
             return f"what ONI holds of the batch now is not known: {problem}"
 
 
 class LoadBatch(BatchKind):
-    """ONI holds the whole batch, in its database and in its search index."""
+    """A load, whose goal is that ONI holds the whole batch, in database and search index."""
 
     title = "Load batch"
 
@@ -4969,7 +5115,7 @@ class LoadBatch(BatchKind):
         self._held = self._ask_whether_it_may(self.site.oni.ask)
 
     def _ask_whether_it_may(self, ask: Callable[..., Any]) -> Any:
-        """Return what answer_load says. Raises Problem if the batch may not be loaded."""
+        """Return the answer of answer_load. Raises Problem if the batch may not be loaded."""
         try:
             return ask("answer_load", self.name, str(self.folder), SOLR_SECONDS)
         except Passing:
@@ -4978,14 +5124,16 @@ class LoadBatch(BatchKind):
             raise Problem(f"{problem}{self.site.similar(self.name)}") from problem
 
     def reached(self) -> bool:
-        until = time.monotonic() + ANSWER_SECONDS
-        return self.is_goal(self.site.state(self.name, self._held, until, self.site.oni.ask))
+        held = self.site.state(self.name, self._held)
+        if held.row:
+            self.site.add_files(held, time.monotonic() + ANSWER_SECONDS)
+        return self.is_goal(held)
 
     def is_goal(self, held: BatchState) -> bool:
         return held.state == "complete"
 
     def bring(self, work: Runner) -> None:
-        held = self.known_state()
+        held = self.known_state(work)
         if held.row and held.rows_are_right is None:
             raise Problem(str(held))  # it may be complete
         if not held.row or not held.rows_are_right:
@@ -4993,13 +5141,13 @@ class LoadBatch(BatchKind):
             self._check_files(work)
             self._make_room(work, held)
             work.manage("load_batch", str(self.folder))
-            held = self.site.patient_batch(self.name)
+            held = self.site.patient_batch(self.name, work.go_on)
         if held.rows_are_right and (held.lost or held.stray):
             work.note(f"{held}; mending the index")
             work.task("task_mend_index", self.name)
 
     def _check_files(self, work: Runner) -> None:
-        """Find out what would go wrong before hours of loading, and load titles that ONI lacks."""
+        """Check all files, so that no load fails after hours; load titles that ONI lacks."""
         noted = 0
 
         def progress(done: int, of: int) -> None:
@@ -5022,7 +5170,7 @@ class LoadBatch(BatchKind):
         self._load_titles(work, found.titles)
 
     def _load_titles(self, work: Runner, records: Mapping[str, bytes]) -> None:
-        """Have ONI load the records of titles that it lacks, as the check has fetched them."""
+        """Have ONI load records of titles that it lacks, which the check has fetched."""
         if not records:
             return
         folder = work.input.parent / "titles"
@@ -5039,32 +5187,36 @@ class LoadBatch(BatchKind):
         shutil.rmtree(folder, ignore_errors=True)
 
     def _make_room(self, work: Runner, held: BatchState) -> None:
-        """Take away what would keep load_batch from loading the whole of this very folder."""
-        if held.row or held.pages_in_solr:  # load_batch would leave a part of a batch as it is
+        """Remove what would keep load_batch from loading the whole batch from this folder."""
+        if held.row or held.pages_in_solr:  # load_batch leaves what is there as it is
             PurgeBatch(self.site, self.name).bring(work)
         link = Path(held.storage) / self.name
-        # One that a killed load of another copy has left would make ONI load that copy again.
+        # A link that a killed load of another copy has left would make ONI load that copy.
         if link.is_symlink() and link.resolve() != self.folder.resolve():
             work.note(f"removing {link}, a leftover link to {os.readlink(link)}")
             link.unlink()
 
     def undo(self, work: Runner) -> None:
-        # As Runner writes them down; the others leave the rows as they are.
+        # Other commands leave the rows as they are.
         changing = ("manage.py load_batch", "manage.py purge_batch")
         if any(command.startswith(changing) for command in work.commands):
             PurgeBatch(self.site, self.name).bring(work)
 
 
 class PurgeBatch(BatchKind):
-    """ONI holds nothing of the batch, neither in its database nor in its search index."""
+    """A purge, whose goal is that ONI holds nothing of the batch, in database and search index."""
 
     title = "Purge batch"
 
     def is_goal(self, held: BatchState) -> bool:
         return not held.row and held.pages_in_solr == 0  # None, if Solr cannot be asked
 
+    def reached(self) -> bool:
+        held = self.site.oni.ask("answer_batch", self.name, SOLR_SECONDS)
+        return self.is_goal(self.site.state(self.name, held))
+
     def bring(self, work: Runner) -> None:
-        held = self.known_state()
+        held = self.known_state(work)
         failure = None
         if held.row:
             work.note(f"{held}; purging that")
@@ -5072,7 +5224,7 @@ class PurgeBatch(BatchKind):
                 work.manage("purge_batch", self.name)
             except Problem as problem:
                 failure = problem
-            held = self.site.patient_batch(self.name)
+            held = self.site.patient_batch(self.name, work.go_on)
         if held.pages_in_solr and not held.row:
             work.note(f"{held}; deleting those")
             work.task("task_forget_documents", self.name)
@@ -5081,7 +5233,10 @@ class PurgeBatch(BatchKind):
 
 
 class LoadTitle(Kind):
-    """ONI holds the titles of a MARC file as the file has them. Where that fails, it is kept."""
+    """A load of titles, whose goal is that ONI has them as a MARC file has them.
+
+    The file of an unsuccessful job is kept.
+    """
 
     title = "load title"
     takes_input = True
@@ -5105,6 +5260,7 @@ class LoadTitle(Kind):
             work.task("task_index_titles", *lacking)
 
     def _stored(self) -> Dict[str, List[Any]]:
+        """Return by LCCN the version of each title that ONI has, and whether Solr finds it."""
         lccns = [record["lccn"] for record in self._records]
         return dict(self.site.oni.insist("answer_titles", lccns, PATIENT_SECONDS))
 
@@ -5131,7 +5287,7 @@ class LoadTitle(Kind):
 
 @dataclass
 class BatchPatch(Kind):
-    """The batch NEW in BATCH_SOURCE is the batch OLD without the issues that the input names."""
+    """A patch, whose goal is a batch `new`: `old` without the issues that the input names."""
 
     old: str
     new: str
@@ -5185,7 +5341,6 @@ class BatchPatch(Kind):
         return f"{self.target} is there" if os.path.lexists(self.target) else ""
 
 
-# To add a kind of job, write a class above, enter it here, and give it a command of the same name.
 KINDS: Dict[str, Type[Kind]] = {
     "load-batch": LoadBatch,
     "purge-batch": PurgeBatch,
@@ -5330,7 +5485,10 @@ class JobQueue:
         return job
 
     def kind(self, words: List[str]) -> Kind:
-        """Return what a job of these words is to reach. Raises Problem for no name of a batch."""
+        """Return the kind, and so the goal, of a job of these words.
+
+        Raises Problem if no batch can have the name in them.
+        """
         return KINDS[words[0]](self._site, *words[1:])
 
     # -- waiting for ends
@@ -5356,15 +5514,6 @@ class JobQueue:
         if not is_registered:
             callback(job)
         return withdraw
-
-    def wait(self, job: Job, seconds: float = 0.2) -> bool:
-        """Wait for a job's end, so many seconds at most; return whether it has ended."""
-        has_ended = threading.Event()
-        withdraw = self.when_ended(job, lambda _: has_ended.set())
-        try:
-            return has_ended.wait(seconds)
-        finally:
-            withdraw()
 
     # -- what clients ask for
 
@@ -5444,14 +5593,14 @@ class JobQueue:
         except Interrupted:
             return
         except OSError as error:
-            outcome = Outcome(FAILED, f"its log cannot be opened: {error}")
-            patiently(functools.partial(self._record, job, outcome, is_undone=True))
+            failure = Outcome(FAILED, f"its log cannot be opened: {error}")
+            patiently(functools.partial(self._record, job, failure, is_undone=True))
             return
         with contextlib.closing(work):
             while not (job.finished or self.stopping.is_set()):
-                found = self._attempt(work)
-                if found:
-                    patiently(functools.partial(self._record, job, found, work.undoing))
+                outcome = self._attempt(work)
+                if outcome:
+                    patiently(functools.partial(self._record, job, outcome, work.undoing))
 
     def _must_go_on(self, job: Job) -> None:
         """Raise Interrupted if a job has ended, as by a cancel, or the agent stops."""
@@ -5497,7 +5646,10 @@ class JobQueue:
         return Outcome(COULD_NOT_START if never_ran else FAILED, str(problem))
 
     def _reach(self, work: Runner, kind: Kind) -> None:
-        """Reach what a job is to reach. Raises Problem, Interrupted."""
+        """Reach a job's goal, from wherever an earlier attempt has left it.
+
+        Raises Problem, Interrupted.
+        """
         if work.job.status == STARTED and self._was_reached(work, kind):
             return
         work.step(self._begin)
@@ -5505,7 +5657,7 @@ class JobQueue:
         work.step(kind.verify)
 
     def _bring(self, work: Runner, kind: Kind) -> None:
-        """Bring about what a job is to reach; for PATIENT_SECONDS again if manage.py is disturbed.
+        """Call `bring`, for PATIENT_SECONDS again and again if manage.py is disturbed.
 
         Raises Problem, Interrupted.
         """
@@ -5631,8 +5783,7 @@ class JobQueue:
 # ---------------------------------------------------------------- commands
 
 # To add a command, write a function cmd_… below and enter it with @command. It takes a Request and
-# the words after the command's name; how many there may be follows from its parameters. It returns
-# an Answer or raises Refused. A Problem or an OSError that it lets through becomes a refusal, too.
+# the words after the command's name, and returns an Answer, or raises Refused, Problem or OSError.
 # A program gets the answer's keys as JSON; a person gets `key: value` for each, unless SHOWN, under
 # "presentation", has a function for that key.
 
@@ -5646,10 +5797,7 @@ class Refused(Exception):
 
 
 class ClientGone(BaseException):
-    """The client has gone away: there is nobody to answer, and nothing more to do for it.
-
-    It is no Exception, so that no command takes it for a fault of its own.
-    """
+    """The client has gone away. It is no Exception, so that no command takes it for a fault."""
 
 
 @dataclass
@@ -5662,14 +5810,16 @@ class Agent:
     queue: JobQueue
 
 
+IsDue = Callable[[], bool]  # asked a few times a second, so it must be quick and raise nothing
+
+
 @dataclass
 class Rest:
-    """What is to come of an answer that is not whole yet, and when: nobody waits on a thread."""
+    """What is to come of an answer that is not whole yet. Waiting for it takes no thread."""
 
-    # Whether there is more; asked a few times a second, so it must be quick and raise nothing.
-    is_due: Callable[[], bool]
+    is_due: IsDue
     get: Callable[[], "Answer"]
-    job: Optional[Job] = None  # a person is shown meanwhile how far it is
+    job: Optional[Job] = None  # whose end it waits for; a person is shown how far that is
 
 
 @dataclass
@@ -5677,10 +5827,8 @@ class Answer:
     """What a command answers: an object, the lines of a log, or both."""
 
     keys: Dict[str, Any] = field(default_factory=dict)  # none: only the lines are sent
-    # Lists of lines, as they come. A person is shown them after the object.
-    lines: Iterable[List[str]] = ()
-    # 0 even for an error, since NCA needs that; job-wait, job-follow and batch-check may set 1.
-    exit_status: int = 0
+    lines: Iterable[List[str]] = ()  # some at a time; a person is shown them after the object
+    exit_status: int = 0  # NCA needs 0 even for an error
     rest: Optional[Rest] = None  # until the answer is whole
 
 
@@ -5704,6 +5852,12 @@ class Request:
         if not job:
             raise Refused("Job not found", job={"id": id})
         return job
+
+    def job_answer(self, job: Job, exit_status: int = 0) -> Answer:
+        """Return the answer that says what has become of a job."""
+        message = message_for_person(job) if self.client.width else STATUS_MESSAGES[job.status]
+        shown = job_with_progress(self.agent, job)
+        return Answer({"message": message, "job": shown}, exit_status=exit_status)
 
     def submit(self, words: List[str], given: Optional[Path] = None) -> Answer:
         """Queue a job of `words`; `given` is the file of what came on standard input.
@@ -5786,16 +5940,11 @@ def find_command(name: str) -> Command:
 
 def answer(line: bytes, client: "Session") -> Answer:
     """Return the answer to a command line, whatever goes wrong. Raises ClientGone alone."""
-    return whatever_goes_wrong(lambda: perform(Request(client.agent, client, split_words(line))))
+    return answer_of(functools.partial(perform, line, client))
 
 
-def answer_rest(rest: Rest) -> Answer:
-    """Return what has come of an answer, whatever goes wrong. Raises ClientGone alone."""
-    return whatever_goes_wrong(rest.get)
-
-
-def whatever_goes_wrong(get: Callable[[], Answer]) -> Answer:
-    """Return the answer that `get` returns, or one that says what went wrong."""
+def answer_of(get: Callable[[], Answer]) -> Answer:
+    """Return what `get` returns, or an answer that says what went wrong. Raises ClientGone."""
     try:
         reply = get()
         if reply.keys:
@@ -5809,8 +5958,9 @@ def whatever_goes_wrong(get: Callable[[], Answer]) -> Answer:
         return Answer(Refused("A fault of the agent; its log says more", error=error).keys)
 
 
-def perform(request: Request) -> Answer:
-    """Return what the function of a request's command answers. Raises Refused, ClientGone."""
+def perform(line: bytes, client: "Session") -> Answer:
+    """Return what the function of a command answers. Raises Refused, ClientGone."""
+    request = Request(client.agent, client, split_words(line))
     if not request.words:
         raise Refused("no command specified")
     name, *arguments = request.words
@@ -5888,8 +6038,13 @@ def job_object(job: Job) -> Dict[str, Any]:
     return shown
 
 
-def job_with_place(agent: Agent, job: Job) -> Dict[str, Any]:
-    """Return a job as answers show it, with its place in the queue, or how far it is."""
+def job_objects(jobs: Iterable[Job]) -> List[Dict[str, Any]]:
+    """Return jobs as answers show them."""
+    return [job_object(job) for job in jobs]
+
+
+def job_with_progress(agent: Agent, job: Job) -> Dict[str, Any]:
+    """Return a job as answers show it, with its place in the queue, or how far its load is."""
     shown = job_object(job)
     if job.status == PENDING:
         shown["place"] = agent.queue.place(job)
@@ -5901,37 +6056,19 @@ def job_with_place(agent: Agent, job: Job) -> Dict[str, Any]:
     return shown
 
 
-NEVER_STARTED = "Failed: this job never started."  # which NCA does not know
-
-
-def job_message(job: Job) -> str:
-    """Return what a job's status means, as a sentence that is true of this job."""
-    if job.status == FAILED and not job.started:
-        return NEVER_STARTED
-    return STATUS_MESSAGES[job.status]
-
-
-def job_answer(agent: Agent, job: Job) -> Dict[str, Any]:
-    """Return the keys of an answer that says what has become of a job."""
-    return {"message": STATUS_MESSAGES[job.status], "job": job_with_place(agent, job)}
-
-
-BATCH_KEYS = (  # of a BatchState, for all to see
-    "name",
-    "on_disk",
-    "state",
-    "issues",
-    "pages",
-    "issues_in_batch_xml",
-    "pages_in_mets",
-    "pages_in_solr",
-    "loaded",
-)
-
-
-def batch_object(held: BatchState) -> Dict[str, Any]:
+def batch_object(state: BatchState) -> Dict[str, Any]:
     """Return a batch as answers show it; None is what was not looked at, or could not be."""
-    return {key: getattr(held, key) for key in BATCH_KEYS}
+    return {
+        "name": state.name,
+        "on_disk": state.on_disk,
+        "state": state.state,
+        "issues": state.issues,
+        "pages": state.pages,
+        "issues_in_batch_xml": state.issues_in_batch_xml,
+        "pages_in_mets": state.pages_in_mets,
+        "pages_in_solr": state.pages_in_solr,
+        "loaded": state.loaded,
+    }
 
 
 @command(
@@ -5947,111 +6084,59 @@ def cmd_version(request: Request) -> Answer:
     return Answer({"version": VERSION})
 
 
-class Trouble(NamedTuple):
-    """Something that can go wrong, and whose own message does not say what to do."""
-
-    seen: str
-    meaning: str
-    remedy: str
-
-
-TROUBLES = (
-    Trouble(
-        'ONI holds 131 of the 400 issues …, and its last event is "starting load"',
-        "If no job is at work on it, a load was killed; ONI itself would leave it so for ever",
-        "load-batch again: the agent purges, then loads",
-    ),
-    Trouble(
-        "2 faults in the batch's files: …; ONI was left as it is",
-        "ONI would abort, or drop something without a word",
-        "Mend the files named there (batch-check lists all faults), then load-batch again",
-    ),
-    Trouble(
-        'Open ONI has no awardee "zzz"',
-        "The second part of the batch's name is no awardee of ONI's",
-        "ensure-awardee zzz \"'Its name'\", then load-batch again",
-    ),
-    Trouble(
-        "ONI does not have the title sn…, nor has http…",
-        "ONI cannot fetch the title's MARC record",
-        "load-title < MARC.xml, then load-batch again",
-    ),
-    Trouble(
-        "Solr lacks 12 of 400 pages",
-        "The index was emptied or restored, or lost a commit",
-        "load-batch again: only those pages are indexed",
-    ),
-    Trouble(
-        "Solr has documents under its name that are none of its pages",
-        "The index was restored from an older day",
-        "load-batch again: they are deleted",
-    ),
-    Trouble(
-        "Solr still has 400 of its pages, which lead nowhere",
-        "Solr was down during a purge",
-        "purge-batch again",
-    ),
-    Trouble(
-        "… pages are found under another batch",
-        "Two batches have the same pages; the one that was indexed last is found",
-        "Purge the batch that should not have them",
-    ),
-    Trouble(
-        "Failed to connect to server at …solr…, Solr cannot be asked",
-        "Solr is down",
-        "Start it, then job-retry",
-    ),
-    Trouble(
-        "Open ONI cannot answer: OperationalError: …",
-        "The database is down, or ONI's settings for it do not reach the agent",
-        "Sites that configure ONI by environment put ONI_DB_… into the agent's, too",
-    ),
-    Trouble(
-        "Open ONI did not answer within 10 s",
-        "Database or host are overloaded, or a lock is held",
-        "Ask again; jobs wait longer by themselves",
-    ),
-    Trouble(
-        "the file system of the batches did not answer",
-        "The mount of BATCH_SOURCE hangs",
-        "Look at the file server; all else goes on",
-    ),
-    Trouble(
-        "exit status 1: … Permission denied …; the batch is complete",
-        "ONI could not write its cache, since the agent does not run as the site's user",
-        "Run it as that user; the batch needs no new load",
-    ),
-    Trouble(
-        "what ONI holds of the batch now is not known",
-        "The database went away during the job",
-        "When it is back: batch-status, or just load-batch again",
-    ),
-    Trouble(
-        "given up: 3 times the agent was gone before its end",
-        "Host or agent went down in each attempt, or the job brings them down",
-        "Look at memory and the kernel's log, then job-retry",
-    ),
-    Trouble(
-        "jobs.db cannot be used …; trying again every second",
-        "The disk of the state folder is full",
-        "Free some; the agent goes on by itself",
-    ),
-    Trouble(
-        "ON_FINISH failed: exit status 1, where it calls sudo or mail",
-        "The unit lets it gain no privileges",
-        "The end of oni-agent.service shows how a .path unit does it",
-    ),
-    Trouble(
-        "killed by signal 9 (SIGKILL)",
-        "Often it was the kernel, for want of memory: journalctl -k -g oom",
-        "Give the host more memory, then load-batch again",
-    ),
-    Trouble(
-        "removing …, a leftover link to …",
-        "A killed load of another copy left a link that ONI would follow",
-        "Nothing is to be done",
-    ),
-)
+# Messages that do not themselves say what to do, each with what it means and what to do.
+TROUBLES = {
+    'ONI holds 131 of the 400 issues …, and its last event is "starting load"':
+        "If no job is at work on it, a load was killed, and ONI itself would leave it so for ever:"
+        " load-batch again. The agent purges, then loads.",
+    "2 faults in the batch's files: …; ONI was left as it is":
+        "ONI would break off, or drop something without a word. Mend the files that are named"
+        " (batch-check lists all faults), then load-batch again.",
+    'Open ONI has no awardee "zzz"':
+        "The second part of the batch's name is the code of no awardee of ONI's. Type"
+        " ensure-awardee zzz \"'Its name'\", then load-batch again.",
+    "ONI does not have the title sn…, nor has http…":
+        "ONI cannot fetch the title's MARC record: load-title < MARC.xml, then load-batch again.",
+    "Solr lacks 12 of 400 pages":
+        "The index was emptied or restored, or lost a commit: load-batch again. Only those pages"
+        " are indexed.",
+    "Solr has documents under its name that are none of its pages":
+        "The index was restored from an older day: load-batch again. They are deleted.",
+    "Solr still has 400 of its pages, which lead nowhere":
+        "Solr was down during a purge: purge-batch again.",
+    "… pages are found under another batch":
+        "Two batches have the same pages, and the one that was indexed last is found. Purge the"
+        " one that should not have them.",
+    "Failed to connect to server at …solr…, Solr cannot be asked":
+        "Solr is down: start it, then job-retry.",
+    "Open ONI cannot answer: OperationalError: …":
+        "The database is down, or ONI's settings for it do not reach the agent. Sites that"
+        " configure ONI by environment put ONI_DB_… into the agent's, too.",
+    "Open ONI did not answer within 10 s":
+        "The database or the host is overloaded, or a lock is held: ask again. Jobs wait longer by"
+        " themselves.",
+    "the file system of the batches did not answer":
+        "The mount of BATCH_SOURCE hangs: look at the file server. All else goes on.",
+    "exit status 1: … Permission denied …; the batch is complete":
+        "ONI could not write its cache, since the agent does not run as the site's user: run it as"
+        " that user. The batch needs no new load.",
+    "what ONI holds of the batch now is not known":
+        "The database went away during the job. When it is back, type batch-status, or just"
+        " load-batch again.",
+    "given up: 3 times the agent was gone before its end":
+        "The host or the agent went down in each attempt; maybe the job brings them down. Look at"
+        " memory and the kernel's log, then job-retry.",
+    "jobs.db cannot be used …; trying again every second":
+        "The disk of the state folder is full: free some. The agent goes on by itself.",
+    "ON_FINISH failed: exit status 1, where it calls sudo or mail":
+        "The unit lets it gain no privileges. The end of oni-agent.service shows how a .path unit"
+        " does it.",
+    "killed by signal 9 (SIGKILL)":
+        "Often the kernel did that, for want of memory: see journalctl -k -g oom, give the host"
+        " more memory, then load-batch again.",
+    "removing …, a leftover link to …":
+        "A killed load of another copy left a link that ONI would follow. Nothing is to be done.",
+}
 
 
 @command(
@@ -6066,17 +6151,16 @@ TROUBLES = (
 )
 def cmd_help(request: Request, name: str = "") -> Answer:
     if name == "problems":
-        return Answer({"troubles": [trouble._asdict() for trouble in TROUBLES]})
+        troubles = [{"seen": seen, "advice": advice} for seen, advice in TROUBLES.items()]
+        return Answer({"troubles": troubles})
     if name:
         found = find_command(name)
         return Answer({"commands": [command_object(found)]}, [found.example.splitlines()])
-    return Answer(
-        {
-            "commands": [command_object(each) for each in COMMANDS.values()],
-            "hint": "`help COMMAND` shows a command at work, `help problems` says what can go"
-            " wrong. `ssh oni` stands for `ssh -t -p 2222 nobody@HOST`.",
-        }
+    hint = (
+        "`help COMMAND` shows a command at work, `help problems` says what can go wrong."
+        " `ssh oni` stands for `ssh -t -p 2222 nobody@HOST`."
     )
+    return Answer({"commands": [command_object(each) for each in COMMANDS.values()], "hint": hint})
 
 
 def command_object(command: Command) -> Dict[str, str]:
@@ -6192,8 +6276,8 @@ NEWEST_JOBS = 50  # that a person is shown who says no number
     Jobs: 1
        6  failed 1 s         load-batch batch_oru_hole_ver01  0 s ago, 15:30 UTC
            1 fault in the batch's files:
-           data/sn99990001/print/1920010201/1920010201.xml: the edition is '': ONI
-           would leave this issue out; ONI was left as it is
+           data/sn99990001/print/1920010201/1920010201.xml: ONI would leave this
+           issue out: invalid literal for int() with base 10: ''; ONI was left as it is
     $ ssh oni list-jobs batch_oru_small_ver01 successful 2
     Jobs: 2
        4  successful 2 s     load-batch batch_oru_small_ver01  0 s ago, 15:30 UTC
@@ -6217,13 +6301,14 @@ def cmd_list_jobs(request: Request, *words: str) -> Answer:
             known = ", ".join(STATUS_MESSAGES)
             error = f"write the name of a batch, a status ({known}), or a number of jobs"
             raise Refused(f'"{word}" is not a job status', error=error)
-    newest = None if limit is None else limit + 1  # one more tells whether there are more
-    jobs = request.agent.queue.jobs(tuple(statuses), batch, newest)
-    if limit is None or len(jobs) <= limit:
-        return Answer({"jobs": [job_object(job) for job in jobs]})
-    shown = [job_object(job) for job in jobs[-limit:]]
-    hint = f"These are the newest {limit} jobs; a larger number shows more."
-    return Answer({"jobs": shown, "hint": hint})
+    queue = request.agent.queue
+    if limit is None:
+        return Answer({"jobs": job_objects(queue.jobs(statuses, batch))})
+    jobs = queue.jobs(statuses, batch, limit + 1)  # one more tells whether there are more
+    keys: Dict[str, Any] = {"jobs": job_objects(jobs[-limit:])}
+    if len(jobs) > limit:
+        keys["hint"] = f"These are the newest {limit} jobs; a larger number shows more."
+    return Answer(keys)
 
 
 NO_JOB_ID = "You must supply a job ID"
@@ -6235,16 +6320,14 @@ NO_JOB_ID = "You must supply a job ID"
     misuse='"job-status" takes one job ID',
     missing=NO_JOB_ID,
     example="""
-    $ ssh oni job-status 6
-    Failed: this job started but returned a non-zero exit code.
-       6  failed 1 s         load-batch batch_oru_hole_ver01  0 s ago, 15:30 UTC
-           1 fault in the batch's files:
-           data/sn99990001/print/1920010201/1920010201.xml: the edition is '': ONI
-           would leave this issue out; ONI was left as it is
+    $ ssh oni job-status 5
+    Success: this job is complete.
+       5  successful 2 s     batch-patch batch_oru_small_ver01 batch_oru_small_ver02
+           0 s ago, 15:30 UTC
     """,
 )
 def cmd_job_status(request: Request, id: str) -> Answer:
-    return Answer(job_answer(request.agent, request.job(id)))
+    return request.job_answer(request.job(id))
 
 
 @command(
@@ -6253,39 +6336,33 @@ def cmd_job_status(request: Request, id: str) -> Answer:
     " unsuccessful.",
     missing=NO_JOB_ID,
     example="""
-    $ ssh oni job-wait 4 6
-    Failed: 1 of these 2 jobs did not succeed.
+    $ ssh oni job-wait 2 4
+    Success: these 2 jobs are complete.
     Jobs: 2
+       2  successful 2 s     purge-batch batch_oru_small_ver01  2 s ago, 15:30 UTC
        4  successful 2 s     load-batch batch_oru_small_ver01  0 s ago, 15:30 UTC
-       6  failed 1 s         load-batch batch_oru_hole_ver01  0 s ago, 15:30 UTC
-           1 fault in the batch's files:
-           data/sn99990001/print/1920010201/1920010201.xml: the edition is '': ONI
-           would leave this issue out; ONI was left as it is
     """,
 )
 def cmd_job_wait(request: Request, id: str, *more_ids: str) -> Answer:
-    return ends_answer(request.agent, [request.job(each) for each in (id, *more_ids)])
+    return answer_at_end(request, [request.job(each) for each in (id, *more_ids)])
 
 
-def ends_answer(agent: Agent, jobs: List[Job]) -> Answer:
-    """Return the answer about the ends of jobs, which is to come until all of them have ended.
-
-    Its exit status is 1 if one was unsuccessful.
-    """
+def answer_at_end(request: Request, jobs: List[Job]) -> Answer:
+    """Return the answer to job-wait, which is to come until all these jobs have ended."""
     unfinished = [job for job in jobs if not job.finished]
     if unfinished:
         first = unfinished[0]
-        return Answer(rest=Rest(lambda: first.finished, lambda: ends_answer(agent, jobs), first))
+        get_rest = functools.partial(answer_at_end, request, jobs)
+        return Answer(rest=Rest(lambda: first.finished, get_rest, first))
     unsuccessful = sum(job.status != SUCCESSFUL for job in jobs)
     exit_status = int(unsuccessful > 0)
     if len(jobs) == 1:
-        return Answer(job_answer(agent, jobs[0]), exit_status=exit_status)
+        return request.job_answer(jobs[0], exit_status)
     if unsuccessful:
         message = f"Failed: {unsuccessful} of these {len(jobs)} jobs did not succeed."
     else:
         message = f"Success: these {len(jobs)} jobs are complete."
-    keys = {"message": message, "jobs": [job_object(job) for job in jobs]}
-    return Answer(keys, exit_status=exit_status)
+    return Answer({"message": message, "jobs": job_objects(jobs)}, exit_status=exit_status)
 
 
 @command(
@@ -6306,17 +6383,16 @@ def cmd_job_follow(request: Request, id: str, count: str = "") -> Answer:
     if count:
         reader.skip_to_last(number_of_lines(count))
 
-    def what_has_come() -> Answer:
+    def new_lines() -> Answer:
         is_over = job.finished  # asked first: what comes before the end is read, too
         seen = size_of(path)
         lines = reader.new_lines(is_over)
         if is_over:
             return Answer(lines=lines, exit_status=int(job.status != SUCCESSFUL))
-        return Answer(
-            lines=lines, rest=Rest(lambda: job.finished or size_of(path) != seen, what_has_come)
-        )
+        rest = Rest(lambda: job.finished or size_of(path) != seen, new_lines)
+        return Answer(lines=lines, rest=rest)
 
-    return what_has_come()
+    return new_lines()
 
 
 def size_of(path: Path) -> int:
@@ -6371,7 +6447,8 @@ def cmd_job_logs(request: Request, id: str, count: str = "") -> Answer:
 def cmd_job_cancel(request: Request, id: str) -> Answer:
     job = request.job(id)
     if not request.agent.queue.cancel(job):
-        raise Refused("The job has ended already", error=job_message(job), job=job_object(job))
+        error = message_for_person(job)
+        raise Refused("The job has ended already", error=error, job=job_object(job))
     message = "Job cancelled" if job.finished else "Job is being cancelled"
     return Answer({"message": message, "job": job_object(job)})
 
@@ -6393,9 +6470,8 @@ def cmd_job_retry(request: Request, id: str) -> Answer:
     job = request.job(id)
     kind = KINDS.get(job.words[0])
     if job.status not in (FAILED, COULD_NOT_START) or not kind:
-        raise Refused(
-            "Only a failed job can be retried", error=job_message(job), job=job_object(job)
-        )
+        error = message_for_person(job)
+        raise Refused("Only a failed job can be retried", error=error, job=job_object(job))
     if kind.takes_input:
         store = request.agent.store
         with store.new_input() as given:
@@ -6452,12 +6528,11 @@ def cmd_list_batches(request: Request) -> Answer:
 def cmd_batch_status(request: Request, word: str) -> Answer:
     name = batch_name(word)
     site = request.agent.site
-    site.folder(name)
+    site.folder(name)  # raises Problem for what is no batch's name
     state = site.batch(name)
     if not state.row and not state.pages_in_solr:
         site.must_be_there(name)
     message = str(state)
-    jobs = request.agent.queue.jobs(word=name, newest=10)
     at_work = request.agent.queue.at_work()
     if at_work and name in at_work.words:
         message = f"job {at_work.id} is at work on it; {message}"
@@ -6466,7 +6541,7 @@ def cmd_batch_status(request: Request, word: str) -> Answer:
             "message": message,
             "batch": batch_object(state),
             "events": state.events,
-            "jobs": [job_object(job) for job in jobs],
+            "jobs": job_objects(request.agent.queue.jobs(word=name, newest=10)),
         }
     )
 
@@ -6480,11 +6555,13 @@ def cmd_batch_status(request: Request, word: str) -> Answer:
     example="""
     $ ssh oni batch-check batch_oru_faults_ver01
     2 faults would keep Open ONI from loading all of this batch
+    pages: 4
     Faults: 2
-    fault: data/sn99990001/print/1930010201/1930010201.xml: page 2 has the sequence
-           '': ONI would leave it out
-    fault: data/sn99990001/print/1930010301/0002.xml: no such file or directory: ONI
-           could not index this page
+    fault: data/sn99990001/print/1930010201/1930010201.xml: page 2: ONI would leave
+           it out: could not determine sequence number for page from ''
+    fault: data/sn99990001/print/1930010301/1930010301.xml: ONI would break off the
+           load: <urlopen error [Errno 2] No such file or directory:
+           'data/sn99990001/print/1930010301/0002.xml'>
     Warnings: 0
     """,
 )
@@ -6492,27 +6569,16 @@ def cmd_batch_check(request: Request, word: str) -> Answer:
     name = batch_name(word)
     site = request.agent.site
     site.must_be_there(name)
-
-    def go_on() -> None:
-        request.client.hear()
-
-    found = site.client_check(name, go_on)
+    found = site.client_check(name, request.client.hear)  # which raises if the client has gone
     what = found.count if found.faults else "Nothing"
-    return Answer(
-        {
-            "message": f"{what} would keep Open ONI from loading all of this batch",
-            "batch": {"name": name},
-            "pages": found.pages,
-            "faults": [with_short_text(each, "fault") for each in found.faults],
-            "warnings": [with_short_text(each, "warning") for each in found.warnings],
-        },
-        exit_status=int(bool(found.faults)),
-    )
-
-
-def with_short_text(finding: Dict[str, str], key: str) -> Dict[str, str]:
-    """Return a finding of a check, its text under `key` shortened."""
-    return {**finding, key: shortened(finding[key])}
+    keys = {
+        "message": f"{what} would keep Open ONI from loading all of this batch",
+        "batch": {"name": name},
+        "pages": found.pages,
+        "faults": [{**each, "fault": shortened(each["fault"])} for each in found.faults],
+        "warnings": [{**each, "warning": shortened(each["warning"])} for each in found.warnings],
+    }
+    return Answer(keys, exit_status=int(bool(found.faults)))
 
 
 BEGAN = time.monotonic()
@@ -6535,9 +6601,9 @@ def cmd_board(request: Request) -> Answer:
             "version": VERSION,
             "uptime": int(time.monotonic() - BEGAN),
             "oni": {"location": str(agent.site.oni.location), **agent.site.health()},
-            "at_work": [job_with_place(agent, job) for job in jobs if job.status == STARTED],
-            "waiting": [job_object(job) for job in jobs if job.status == PENDING],
-            "ended": [job_object(job) for job in agent.queue.ended()],
+            "at_work": [job_with_progress(agent, job) for job in jobs if job.status == STARTED],
+            "waiting": job_objects(job for job in jobs if job.status == PENDING),
+            "ended": job_objects(agent.queue.ended()),
         }
     )
 
@@ -6565,16 +6631,23 @@ COLOURED = re.compile(rf"\b({'|'.join(COLOURS)})(?: \d+ \w+)?(?:  |[:\]])")
 INDENT = " " * 7  # of what belongs to the line above
 STAMP = re.compile(r"\[(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)\.\d{9}Z\] ")  # of a line of a log
 
-# DEL, C1, the line separators, and what changes the direction of text. JSON need not escape them,
-# but a terminal is often at the other end of a pipe.
-HAZARDS = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+# What moves a terminal's cursor, changes its colours, or turns the order of what is shown. Programs
+# are spared it, too: a terminal is often at the other end of a pipe.
+CONTROLS = re.compile(
+    "[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
+)
 
 
 def safe_json(text: str) -> str:
     """Return JSON with everything escaped that would do something to a terminal."""
     if text.isascii():  # nearly all is, and then this takes no time
         return text.replace("\x7f", "\\u007f")
-    return HAZARDS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def harmless(line: str) -> str:
+    """Return a line of a log with its control characters written out, but for the tabs."""
+    return CONTROLS.sub(lambda found: escaped(found[0]), line)
 
 
 def plain(text: str) -> str:
@@ -6588,21 +6661,7 @@ def plain(text: str) -> str:
 
 def escaped(character: str) -> str:
     """Return a character as Python's literals name it."""
-    code = ord(character)
-    if code < 0x100:
-        return f"\\x{code:02x}"
-    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
-
-
-# What moves a terminal's cursor, changes its colours, or turns the order of what is shown.
-CONTROLS = re.compile(
-    "[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
-)
-
-
-def harmless(line: str) -> str:
-    """Return a line of a log with its control characters written out, but for the tabs."""
-    return CONTROLS.sub(lambda found: escaped(found[0]), line)
+    return character.encode("unicode_escape").decode()
 
 
 def wrapped(text: str, width: int, indent: str = "") -> List[str]:
@@ -6703,7 +6762,7 @@ def retry_row(id: int) -> Row:
 
 
 def trouble_row(trouble: Dict[str, str]) -> Row:
-    return Row(trouble["seen"], f"{trouble['meaning']}. {trouble['remedy']}.")
+    return Row(trouble["seen"], trouble["advice"])
 
 
 def look_row(look: Dict[str, Any]) -> Row:
@@ -6810,18 +6869,9 @@ def answer_rows(keys: Dict[str, Any], most: Optional[int] = None) -> Iterator[Ro
             yield SHOWN[key](each) if key in SHOWN else Row(f"{key}: {each}")
 
 
-def as_told_a_person(keys: Dict[str, Any]) -> Dict[str, Any]:
-    """Return an answer's keys without a message that NCA needs and that would mislead a person."""
-    job = keys.get("job", {})
-    if keys.get("message") == STATUS_MESSAGES[FAILED] and "started" not in job:
-        return {**keys, "message": NEVER_STARTED}
-    return keys
-
-
 def answer_lines(keys: Dict[str, Any], width: int, most: Optional[int] = None) -> List[str]:
     """Return an answer's object as lines of at most `width` characters."""
-    rows = answer_rows(as_told_a_person(keys), most)
-    return [line for row in rows for line in laid_out(row, width)]
+    return [line for row in answer_rows(keys, most) for line in laid_out(row, width)]
 
 
 def terminal_text(lines: Iterable[str], colour: bool) -> str:
@@ -6877,9 +6927,9 @@ def board_lines(keys: Dict[str, Any], width: int, height: int, with_keys: bool) 
 
 # ---------------------------------------------------------------- SSH server
 
-# A client is a Visitor first, which costs no thread, until it has said its version line and there
-# is room to shake hands with it. Then it is a Connection, with a thread of paramiko's. Each command
-# on it is a Session: on a thread while it works, and in the Watcher's hands while it waits.
+# A client is a Visitor first, without a thread, until it has said its version line and there is
+# room to shake hands with it. Then it is a Connection, with a thread of paramiko's. Each command on
+# it is a Session: on a thread while it works, and in the Watcher's hands while it waits.
 
 # What is offered to clients, where paramiko has it. Every client of today has one of each.
 CURVES = ("curve25519-sha256", "curve25519-sha256@libssh.org", "mlkem768x25519-sha256")
@@ -6900,7 +6950,6 @@ SESSION_NUMBERS = itertools.count(1)
 
 IPAddress = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
 Holder = Union[IPAddress, ipaddress.IPv6Network]
-News = Callable[[], bool]  # whether there is something to go on with; quick, and raises nothing
 
 
 @dataclass(frozen=True)
@@ -6939,6 +6988,7 @@ def has_curve25519() -> bool:
     """Return whether this host's cryptography has curve25519; in FIPS mode it has not."""
     try:
         X25519PrivateKey.generate()
+        Ed25519PrivateKey.generate()
     except Exception:  # which one depends on the release, and on OpenSSL
         return False
     return True
@@ -6969,35 +7019,31 @@ def load_host_key(path: Path) -> Optional[paramiko.PKey]:
     )
 
 
-def new_private_key() -> Union[Ed25519PrivateKey, ec.EllipticCurvePrivateKey]:
-    """Return a new ed25519 key; a P-256 key where this host has no ed25519, as in FIPS mode."""
-    try:
-        return Ed25519PrivateKey.generate()
-    except Exception:  # which one depends on the release of cryptography, and on OpenSSL
-        return ec.generate_private_key(ec.SECP256R1())
-
-
 def make_host_key(path: Path) -> paramiko.PKey:
     """Write a new key to the file `path`, and its public half beside it; return the key.
 
-    A key that has come to be there meanwhile is returned instead. Raises Problem.
+    It is of ed25519, or of P-256 where that is missing. A key that has come to be there meanwhile
+    is returned instead. Raises Problem.
     """
-    private = new_private_key().private_bytes(
+    private: Union[Ed25519PrivateKey, ec.EllipticCurvePrivateKey]
+    if has_curve25519():
+        private = Ed25519PrivateKey.generate()
+    else:
+        private = ec.generate_private_key(ec.SECP256R1())
+    text = private.private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.OpenSSH,
         serialization.NoEncryption(),
     )
     try:
-        # Its mode is 0600. It gets its name when it is whole, and is gone if that fails.
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            try:
-                file.write(private)
-                file.flush()
-                sync(file.name)
-                move_without_replacing(file.name, path)
-            finally:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(file.name)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            file = Path(folder) / "key"
+            file.touch(mode=0o600)
+            file.write_bytes(text)
+            sync(file)
+            if not os.path.lexists(path):
+                file.rename(path)  # it gets its name when it is whole
+        sync(path.parent)
         key = load_host_key(path)
         if key is None:
             raise Problem(f"the HOST_KEY_FILE {path} has vanished as it was made")
@@ -7007,45 +7053,57 @@ def make_host_key(path: Path) -> paramiko.PKey:
         raise Problem(f"the HOST_KEY_FILE {path} cannot be made: {error.strerror}") from error
 
 
-def move_without_replacing(source: str, path: Path) -> None:
-    """Rename a file to `path` unless something is there. Raises OSError.
+# -- JSON
 
-    A hard link would do that by itself, but not every file system has them. So agents that share
-    the folder take turns, by a lock on it.
-    """
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        if not os.path.lexists(path):
-            os.rename(source, path)
-            os.fsync(folder)
-    finally:
-        os.close(folder)
+COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
-# Stands for the lines of a log while the rest of an answer is encoded.
-LINES_HERE = f"lines {os.urandom(16).hex()}"
+def json_of(value: object) -> str:
+    """Return a value as JSON without blanks."""
+    return safe_json(COMPACT_JSON.encode(value))
+
+
+def json_pieces(keys: Dict[str, Any]) -> Iterator[str]:
+    """Yield an object as JSON; an iterator in it, of the lines of a log, is read meanwhile."""
+    yield "{"
+    comma = ""
+    for key, value in keys.items():
+        yield f"{comma}{json_of(key)}:"
+        comma = ","
+        if isinstance(value, dict):
+            yield from json_pieces(value)
+        elif isinstance(value, Iterator):
+            yield from json_pieces_of_lines(value)
+        else:
+            yield json_of(value)
+    yield "}"
+
+
+def json_pieces_of_lines(log_lines: Iterator[List[str]]) -> Iterator[str]:
+    """Yield a list as JSON, of lines that come some at a time; "" for none that have come."""
+    yield "["
+    comma = ""
+    for lines in log_lines:
+        if lines:
+            yield comma + json_of(lines)[1:-1]
+            comma = ","
+        else:
+            yield ""
+    yield "]"
 
 
 def encoded(keys: Dict[str, Any]) -> Iterator[str]:
-    """Give an answer as JSON, in pieces. The lines of a log, maybe many, are encoded when read."""
-    logs: List[Iterable[List[str]]] = []
+    """Yield an answer as a line of JSON, in pieces that are worth a packet.
 
-    def later(lines: Iterable[List[str]]) -> List[str]:
-        logs.append(lines)
-        return [LINES_HERE]
-
-    compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=later)
-    before, *parts = f"{safe_json(compact.encode(keys))}\n".split(f'"{LINES_HERE}"')
-    yield before
-    for lines, after in zip(logs, parts):
-        comma = ""
-        for some in lines:
-            yield ""  # so that it is noticed if the client has gone
-            if some:
-                yield comma + safe_json(compact.encode(some)[1:-1])
-                comma = ","
-        yield after
+    There may be empty ones among them, so that whoever sends them notices a client that has gone.
+    """
+    text = ""
+    for piece in json_pieces(keys):
+        text += piece
+        if len(text) >= CHUNK or not piece:
+            yield text
+            text = ""
+    yield f"{text}\n"
 
 
 # -- shares
@@ -7083,8 +7141,8 @@ class Share:
                 del self._held[holder]
 
 
-class Complaints:
-    """Warnings about clients, at most one a minute for each address."""
+class ClientWarnings:
+    """Lines of the log about clients, at most one a minute for each address."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -7095,11 +7153,11 @@ class Complaints:
         holder = holder_of(host)
         now = time.monotonic()
         with self._lock:
-            if now - self._told.get(holder, -math.inf) < COMPLAINT_SECONDS:
+            if now - self._told.get(holder, -math.inf) < WARNING_SECONDS:
                 return
             self._told[holder] = now
             self._told.move_to_end(holder)
-            if len(self._told) > MAX_COMPLAINTS:
+            if len(self._told) > MAX_WARNINGS:
                 self._told.popitem(last=False)
         log.warning("connection from=%s refused=%r", host, why)
 
@@ -7114,6 +7172,9 @@ def holder_of(host: IPAddress) -> Holder:
 # -- connections
 
 
+LONG_PACKETS = threading.BoundedSemaphore(MAX_LONG_PACKETS)
+
+
 class ClientSocket(socket.socket):
     """An accepted socket as paramiko uses it.
 
@@ -7124,6 +7185,8 @@ class ClientSocket(socket.socket):
     def __init__(self, accepted: socket.socket, said: bytes) -> None:
         super().__init__(fileno=accepted.detach())
         self.requested: Optional["Session"] = None  # whose request paramiko is about to answer
+        self.may_be_long = False  # whether a packet may: the client is authenticated
+        self._long_rest = 0  # bytes of a long packet that are yet to come
         self._said = said  # by the client, to the Door
         self._was_greeted = False
 
@@ -7132,14 +7195,34 @@ class ClientSocket(socket.socket):
         if self.requested:
             self.requested.begin()
             self.requested = None
-        if size > MAX_PACKET:  # paramiko would believe, and hold, any length
-            raise EOFError
+        if size > MAX_PACKET and not self._long_rest:
+            self._begin_long_packet(size)
         if self._said:
             data, self._said = self._said[:size], self._said[size:]
             return data
         data = super().recv(size, flags)
+        if self._long_rest:
+            self._long_rest -= len(data)
+            if not self._long_rest:
+                LONG_PACKETS.release()
         self.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
         return data
+
+    def _begin_long_packet(self, size: int) -> None:
+        """Let a packet be long, of which `size` bytes are yet to come.
+
+        Raises EOFError if it may not: paramiko would believe, and hold, any length.
+        """
+        if size > MAX_LONG_PACKET or not self.may_be_long or not LONG_PACKETS.acquire(False):
+            raise EOFError
+        self._long_rest = size
+
+    def close(self) -> None:
+        """Close, and make room for another's long packet."""
+        super().close()
+        if self._long_rest:
+            self._long_rest = 0
+            LONG_PACKETS.release()
 
     def send(self, data: Any, flags: int = 0) -> int:
         """Send, but for the greeting, which paramiko sends first and the Door has sent before."""
@@ -7235,7 +7318,7 @@ class Connection(paramiko.ServerInterface, paramiko.Transport):  # type: ignore[
             self.server.connection_ended(self)
             why = self._what_failed()
             if why:
-                self.server.complaints.tell(self.host, why)
+                self.server.warnings.tell(self.host, why)
             self._let_go()
 
     def _let_go(self) -> None:
@@ -7289,6 +7372,7 @@ class Connection(paramiko.ServerInterface, paramiko.Transport):  # type: ignore[
 
     def _admit(self) -> int:
         self.server.handshake_over(self)
+        self._socket.may_be_long = True
         return AUTH_SUCCESSFUL
 
     def check_channel_request(self, kind: str, chanid: int) -> int:
@@ -7359,7 +7443,6 @@ class Session:
         self.height = 0
         self.colour = False
         self.is_over = False
-        self.is_at_work = False  # and counts as that
         self.stalled_since = math.inf  # while the client is to send or to read, and does not
         self._steps = self._work()
 
@@ -7376,13 +7459,13 @@ class Session:
 
     def _go_on(self) -> None:
         """Work to the next step at which to wait, or to the end."""
-        news = next(self._steps, None)
-        if news:
-            self.connection.server.session_waits(self, news)
+        is_due = next(self._steps, None)
+        if is_due:
+            self.connection.server.session_waits(self, is_due)
         else:
             self.connection.server.session_ended(self)
 
-    def _work(self) -> Iterator[News]:
+    def _work(self) -> Iterator[IsDue]:
         """Answer, and close the channel in the order that loses nothing."""
         number = next(SESSION_NUMBERS)
         begun = time.monotonic()
@@ -7405,7 +7488,7 @@ class Session:
             (time.monotonic() - begun) * 1000,
         )
 
-    def _answer(self, number: int) -> Generator[News, None, Answer]:
+    def _answer(self, number: int) -> Generator[IsDue, None, Answer]:
         """Send a person or a program the answer, and return it.
 
         Nothing else holds it, so the logs that it was read from are let go of with it.
@@ -7419,7 +7502,7 @@ class Session:
         self._send_answer(reply, number)
         while reply.rest:
             yield from self._wait_for(reply.rest)
-            reply = answer_rest(reply.rest)
+            reply = answer_of(reply.rest.get)
             self._send_answer(reply, number)
         return reply
 
@@ -7434,21 +7517,28 @@ class Session:
         for text in texts:
             self.send(text)
 
-    def _wait_for(self, rest: Rest) -> Iterator[News]:
+    def _wait_for(self, rest: Rest) -> Iterator[IsDue]:
         """Wait until there is more of the answer; a person is shown how far its job is."""
-        while not rest.is_due():
-            if rest.job and self.colour:
-                show_progress(job_with_place(self.agent, rest.job), self)
-            yield from self.pause(1 if self.colour else STALL_SECONDS, rest.is_due)
-            self.hear()
+        withdraw = do_nothing
+        if rest.job:
+            watcher = self.connection.server.watcher
+            withdraw = self.agent.queue.when_ended(rest.job, lambda job: watcher.wake())
+        try:
+            while not rest.is_due():
+                if rest.job and self.colour:
+                    show_progress(job_with_progress(self.agent, rest.job), self)
+                yield from self.pause(1 if self.colour else STALL_SECONDS, rest.is_due)
+                self.hear()
+        finally:
+            withdraw()
 
-    def pause(self, seconds: float, news: News) -> Iterator[News]:
-        """Wait without a thread for `news`, a person's key, the client's leaving, or `seconds`."""
+    def pause(self, seconds: float, is_due: IsDue) -> Iterator[IsDue]:
+        """Wait without a thread until `is_due`, a person types, the client leaves, or `seconds`."""
         until = time.monotonic() + seconds
 
         def is_over() -> bool:
             typed = bool(self.width) and self.channel.recv_ready()
-            return self.channel.closed or typed or news() or time.monotonic() >= until
+            return self.channel.closed or typed or is_due() or time.monotonic() >= until
 
         yield is_over
 
@@ -7541,51 +7631,46 @@ def copy_input(session: Session, into: IO[bytes], limit: int) -> None:
 
 
 class Watcher(threading.Thread):
-    """The one thread that looks, a few times a second, whether a session need not wait any more."""
+    """The one thread that looks, a few times a second, which of the sessions that wait are due."""
 
     def __init__(self, go_on: Callable[[Session], bool]) -> None:
         """`go_on` lets a session work, and returns whether there was room for that."""
         super().__init__(name="watcher", daemon=True)
         self._go_on = go_on
         self._lock = threading.Lock()
-        self._waiting: Dict[Session, News] = {}
-        self._look = threading.Event()
+        self._waiting: Dict[Session, IsDue] = {}
+        self._awake = threading.Event()
 
-    def add(self, session: Session, news: News) -> None:
-        """Have a session work again as soon as there is `news`."""
+    def add(self, session: Session, is_due: IsDue) -> None:
+        """Have a session work again as soon as `is_due` returns True."""
         with self._lock:
-            self._waiting[session] = news
+            self._waiting[session] = is_due
             is_first = len(self._waiting) == 1
         if is_first:
-            self._look.set()
+            self._awake.set()
 
-    def look(self) -> None:
-        """Look at once: a job may have ended."""
-        self._look.set()
-
-    def sessions(self) -> List[Session]:
-        """Return the sessions that wait, those that have waited longest first."""
-        with self._lock:
-            return list(self._waiting)
+    def wake(self) -> None:
+        """Look at once: a job has ended."""
+        self._awake.set()
 
     def run(self) -> None:
         """Look again and again, as long as the agent runs."""
         while True:
-            self._look.wait(WATCH_SECONDS if self._waiting else None)
-            self._look.clear()
+            self._awake.wait(WATCH_SECONDS if self._waiting else None)
+            self._awake.clear()
             with self._lock:
                 waiting = list(self._waiting.items())
-            for session, news in waiting:
-                if news():
-                    self._let_work(session, news)
+            for session, is_due in waiting:
+                if is_due():
+                    self._let_work(session, is_due)
 
-    def _let_work(self, session: Session, news: News) -> None:
+    def _let_work(self, session: Session, is_due: IsDue) -> None:
         """Let a session work. If there is no room, or no thread, it is looked at the next time."""
         with self._lock:
             del self._waiting[session]
         if not self._go_on(session):
             with self._lock:
-                self._waiting[session] = news
+                self._waiting[session] = is_due
 
 
 # -- a person's terminal
@@ -7596,7 +7681,7 @@ def show_progress(job: Dict[str, Any], terminal: Session) -> None:
     terminal.send(f"\x1b[K{progress_line(job, terminal.width)}\r")
 
 
-def show_board(terminal: Session) -> Generator[News, None, Answer]:
+def show_board(terminal: Session) -> Generator[IsDue, None, Answer]:
     """Draw the board anew each second, until q or Ctrl-C, and return its newest answer."""
     terminal.send("\x1b[?1049h\x1b[?25l")  # another screen, and no cursor
     reply = Answer()
@@ -7633,24 +7718,33 @@ class Visitor:
         self.said = b""
 
     def hear(self) -> None:
-        """Take what the client says. Raises EOFError if it has left, OSError."""
+        """Take what the client says.
+
+        Raises EOFError if it has left, Problem if it does not speak SSH, OSError.
+        """
         said = self.socket.recv(MAX_SAID)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)  # see ClientSocket
         if not said:
             raise EOFError
         self.said += said
-
-    def has_said_its_version(self) -> bool:
-        """Return whether its version line is whole. Raises Problem if that is no such line."""
         line = self.said.partition(b"\n")[0]
         if len(line) > MAX_VERSION_LINE or not line.startswith(b"SSH-"[: len(line)]):
             raise Problem("its first line is no version of SSH")
+
+    @property
+    def has_said_its_version(self) -> bool:
+        """Whether its version line is whole."""
         return b"\n" in self.said
 
-
+    @property
     def has_begun_to_shake_hands(self) -> bool:
-        """Return whether it has said more than its version line."""
-        return not self.said.endswith(b"\n")
+        """Whether it has said more than that."""
+        return self.has_said_its_version and not self.said.endswith(b"\n")
+
+    @property
+    def is_overdue(self) -> bool:
+        """Whether it should have said its version by now."""
+        return not self.has_said_its_version and time.monotonic() - self.since > IDLE_SECONDS
 
 
 class Door:
@@ -7660,46 +7754,36 @@ class Door:
     is what costs most; the others wait here.
     """
 
-    def __init__(self, server: "Server", listener: socket.socket) -> None:
+    def __init__(self, server: "Server", listener: socket.socket, stop: socket.socket) -> None:
+        """The door is open until `stop` can be read."""
         self._server = server
         self._listener = listener
-        self._visitors = Share(MAX_VISITORS)
-        self._silent: Dict[Visitor, None] = {}  # no version line yet; the oldest first
-        self._waiting: Dict[Holder, Dict[Visitor, None]] = {}  # to shake hands; the same
+        self._visitors: Dict[Visitor, None] = {}  # those that came first are first
+        self._places = Share(MAX_VISITORS)
         self._shaking: Deque[Tuple[float, Connection]] = collections.deque()  # since when
-        self._bell, self._button = socket.socketpair()
-        for each in (listener, self._bell, self._button):
-            each.setblocking(False)
+        self.is_open = True
+        listener.setblocking(False)
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ, self._accept)
-        self._selector.register(self._bell, selectors.EVENT_READ, self._answer_bell)
+        self._selector.register(stop, selectors.EVENT_READ, self._stop)
 
-    def watch(self, stop: socket.socket) -> None:
-        """Have `turn` end as soon as `stop` can be read."""
-        self._selector.register(stop, selectors.EVENT_READ, lambda: None)
-
-    def turn(self, stop: socket.socket) -> bool:
-        """Deal with whoever has come or said something, for a second at most; False to stop."""
-        seconds = 0.05 if self._waiting else 1
-        ready = [key for key, _events in self._selector.select(seconds)]
-        for key in ready:
-            if key.fileobj is not stop:
-                key.data()
+    def serve(self) -> None:
+        """Deal with whoever comes or says something, for a second at most."""
+        someone_waits = any(visitor.has_said_its_version for visitor in self._visitors)
+        for key, _events in self._selector.select(TURN_SECONDS if someone_waits else 1):
+            key.data()
         self._hand_over()
-        return all(key.fileobj is not stop for key in ready)
-
-    def ring(self) -> None:
-        """Tell the door, from any thread, that another client may shake hands now."""
-        if self._waiting:
-            with contextlib.suppress(OSError):  # it has been rung often enough
-                self._button.send(b"!")
+        for visitor in [each for each in self._visitors if each.is_overdue]:
+            if visitor.said:
+                self._warn(visitor, f"its version line had no end within {IDLE_SECONDS:g} s")
+            self._send_away(visitor)
 
     def close(self) -> None:
         """Take no more clients."""
         self._listener.close()
 
-    def _answer_bell(self) -> None:
-        self._bell.recv(1000)
+    def _stop(self) -> None:
+        self.is_open = False
 
     def _accept(self) -> None:
         """Take the connections that have come, but not too many, since others wait, too."""
@@ -7722,103 +7806,85 @@ class Door:
         visitor = Visitor(accepted, address)
         allowed = self._server.agent.settings.allow_from
         if allowed and not any(visitor.host in network for network in allowed):
-            self._refuse(visitor, "not in ALLOW_FROM")
-        elif not self._visitors.take(visitor.holder) and not self._make_room(visitor):
-            self._refuse(visitor, "too many connections at once from there")
+            self._warn(visitor, "not in ALLOW_FROM")
+            accepted.close()
+        elif not self._make_room(visitor.holder):
+            self._warn(visitor, "too many connections at once from there")
+            accepted.close()
         else:
-            self._silent[visitor] = None
-            self._selector.register(
-                accepted, selectors.EVENT_READ, functools.partial(self._hear, visitor)
-            )
+            self._visitors[visitor] = None
+            hear = functools.partial(self._hear, visitor)
+            self._selector.register(accepted, selectors.EVENT_READ, hear)
             accepted.send(f"{GREETING}\r\n".encode())
 
-    def _make_room(self, visitor: Visitor) -> bool:
-        """Send those away, of a visitor's address, that have said least for longest, as needed."""
-        silent = [each for each in self._silent if each.holder == visitor.holder]
-        waiting = self._waiting.get(visitor.holder, {})
-        idle = [each for each in waiting if not each.has_begun_to_shake_hands()]
-        for other in silent + idle:
-            self._send_away(other)
-            if self._visitors.take(visitor.holder):
+    def _make_room(self, holder: Holder) -> bool:
+        """Take a place for one more visitor from an address; return False if there is none.
+
+        At need those from there are sent away that have said least.
+        """
+        if self._places.take(holder):
+            return True
+        own = [each for each in self._visitors if each.holder == holder]
+        for other in sorted(own, key=lambda each: len(each.said)):
+            if not other.has_begun_to_shake_hands:
+                self._send_away(other)
+            if self._places.take(holder):
                 return True
         return False
 
     def _hear(self, visitor: Visitor) -> None:
-        """Take what a visitor says, and let it wait for its turn once it has said its version."""
-        if visitor.socket.fileno() < 0:
+        """Take what a visitor says; send it away if it has left, or does not speak SSH."""
+        if visitor not in self._visitors:
             return  # it was sent away a moment ago
         try:
             visitor.hear()
-            if visitor in self._silent and visitor.has_said_its_version():
-                del self._silent[visitor]
-                self._waiting.setdefault(visitor.holder, {})[visitor] = None
-        except Problem as problem:
-            self._refuse(visitor, str(problem))
-            self._send_away(visitor)
-        except BlockingIOError:
-            return
-        except (OSError, EOFError):
-            self._send_away(visitor)
-        else:
             if len(visitor.said) >= MAX_SAID:  # the rest can wait
                 self._selector.unregister(visitor.socket)
-
-    def _refuse(self, visitor: Visitor, why: str) -> None:
-        self._server.complaints.tell(visitor.host, why)
-        visitor.socket.close()
-
-    def _leave(self, visitor: Visitor) -> None:
-        """Forget a visitor, which goes or gets its Connection."""
-        self._visitors.give_back(visitor.holder)
-        self._silent.pop(visitor, None)
-        waiting = self._waiting.get(visitor.holder, {})
-        waiting.pop(visitor, None)
-        if not waiting:
-            self._waiting.pop(visitor.holder, None)
-        with contextlib.suppress(KeyError, ValueError):  # it has said much, or is closed
-            self._selector.unregister(visitor.socket)
-
-    def _send_away(self, visitor: Visitor) -> None:
-        self._leave(visitor)
-        visitor.socket.close()
-
-    def _hand_over(self) -> None:
-        """Let those shake hands for whom there is room, and go those that are silent for long."""
-        now = time.monotonic()
-        while self._shaking and self._shaking[0][0] < now - SLOW_SECONDS:
-            self._server.handshake_over(self._shaking.popleft()[1])
-        for holder in list(self._waiting):
-            while holder in self._waiting and self._server.handshakes.take(holder):
-                self._let_in(self._next_of(holder))
-        for visitor in list(itertools.takewhile(self._is_overdue, self._silent)):
-            if visitor.said:
-                why = f"its version line had no end within {IDLE_SECONDS:g} s"
-                self._server.complaints.tell(visitor.host, why)
+        except BlockingIOError:
+            return
+        except Problem as problem:
+            self._warn(visitor, str(problem))
+            self._send_away(visitor)
+        except (OSError, EOFError):
             self._send_away(visitor)
 
-    def _is_overdue(self, visitor: Visitor) -> bool:
-        return time.monotonic() - visitor.since > IDLE_SECONDS
+    def _warn(self, visitor: Visitor, why: str) -> None:
+        self._server.warnings.tell(visitor.host, why)
 
-    def _next_of(self, holder: Holder) -> Visitor:
-        """Return whose turn it is at an address: one that has begun to shake hands comes first."""
-        waiting = self._waiting[holder]
+    def _send_away(self, visitor: Visitor) -> None:
+        self._forget(visitor)
+        visitor.socket.close()
+
+    def _forget(self, visitor: Visitor) -> None:
+        """Let a visitor go, who leaves or gets a Connection."""
+        del self._visitors[visitor]
+        self._places.give_back(visitor.holder)
+        with contextlib.suppress(KeyError):  # it has said much
+            self._selector.unregister(visitor.socket)
+
+    def _hand_over(self) -> None:
+        """Let those shake hands for whom there is room; first those that have begun to."""
+        while self._shaking and self._shaking[0][0] < time.monotonic() - SLOW_SECONDS:
+            self._server.handshake_over(self._shaking.popleft()[1])
+        waiting = [each for each in self._visitors if each.has_said_its_version]
+        waiting.sort(key=lambda each: not each.has_begun_to_shake_hands)
         for visitor in waiting:
-            if visitor.has_begun_to_shake_hands():
-                return visitor
-        return next(iter(waiting))
+            if self._server.handshakes.take(visitor.holder):
+                self._let_in(visitor)
 
     def _let_in(self, visitor: Visitor) -> None:
         """Make a visitor a Connection, if its address may have one more."""
-        self._leave(visitor)
+        self._forget(visitor)
         try:
             connection = self._server.let_in(visitor)
             self._shaking.append((time.monotonic(), connection))
+            return
         except Problem as problem:
-            self._server.handshakes.give_back(visitor.holder)
-            self._refuse(visitor, str(problem))
+            self._warn(visitor, str(problem))
         except OSError:  # it may be gone already
-            self._server.handshakes.give_back(visitor.holder)
-            visitor.socket.close()
+            pass
+        self._server.handshakes.give_back(visitor.holder)
+        visitor.socket.close()
 
 
 class Server:
@@ -7828,17 +7894,16 @@ class Server:
         self.agent = agent
         self.host_key = host_key
         self.offer = offer
-        self.complaints = Complaints()
+        self.warnings = ClientWarnings()
         self.handshakes = Share(MAX_HANDSHAKES)
         self.watcher = Watcher(self._let_work)
-        self.on_room: Callable[[], None] = lambda: None  # called when a handshake is over
         self._lock = threading.RLock()  # guards what follows, and each connection's `busy`
         self._connections: "OrderedDict[Connection, None]" = OrderedDict()  # idle longest first
         self._at_work: Set[Session] = set()
         self._places = Share(MAX_CONNECTIONS)
         self._sessions = Share(MAX_SESSIONS)
-        self._left = 0  # connections that have ended since memory was given back
-        self._given_back = 0.0  # when it was
+        self._ended = 0  # connections, since memory was given back to the system
+        self._trimmed = 0.0  # when it was
         self.watcher.start()
 
     # -- connections
@@ -7907,7 +7972,6 @@ class Server:
                 return
             connection.is_shaking_hands = False
         self.handshakes.give_back(connection.holder)
-        self.on_room()
 
     def connection_ended(self, connection: Connection) -> None:
         """Forget a connection, if that was not done before."""
@@ -7916,7 +7980,7 @@ class Server:
             if connection not in self._connections:
                 return
             del self._connections[connection]
-            self._left += 1
+            self._ended += 1
         self._places.give_back(connection.holder)
 
     # -- sessions
@@ -7935,14 +7999,12 @@ class Server:
     def _take(self, session: Session) -> bool:
         if not self._sessions.take(session.connection.holder):
             return False
-        session.is_at_work = True
         self._at_work.add(session)
         return True
 
     def _give_back(self, session: Session) -> None:
-        if session.is_at_work:
-            session.is_at_work = False
-            self._at_work.discard(session)
+        if session in self._at_work:
+            self._at_work.remove(session)
             self._sessions.give_back(session.connection.holder)
 
     def _end_stalled(self, session: Session) -> bool:
@@ -7958,11 +8020,11 @@ class Server:
         self._end(slowest.connection, "it kept others waiting")
         return True
 
-    def session_waits(self, session: Session, news: News) -> None:
-        """Note that a session does nothing until there is news."""
+    def session_waits(self, session: Session, is_due: IsDue) -> None:
+        """Note that a session does nothing until it is due."""
         with self._lock:
             self._give_back(session)
-        self.watcher.add(session, news)
+        self.watcher.add(session, is_due)
 
     def _let_work(self, session: Session) -> bool:
         """Let a session work that has waited; return False if there is no room for that now."""
@@ -8000,28 +8062,20 @@ class Server:
         """Do what is to be done each second: end idle connections, give memory back."""
         self.end_idle(IDLE_SECONDS)
         now = time.monotonic()
-        if self._left >= MANY_LEFT and now - self._given_back > GIVE_BACK_SECONDS:
-            self._left = 0
-            self._given_back = now
-            give_memory_back()
-
-
-def give_memory_back() -> None:
-    """Give the system what connections have left behind amid the heaps of threads.
-
-    libc would keep that unless it is told; not every libc can be.
-    """
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
+        if self._ended >= TRIM_AFTER and now - self._trimmed > TRIM_SECONDS:
+            self._ended = 0
+            self._trimmed = now
+            # libc would keep what connections have left behind; not every libc has this.
+            with contextlib.suppress(AttributeError, OSError):
+                ctypes.CDLL(None).malloc_trim(0)
 
 
 def serve(server: Server, listener: socket.socket, stop: socket.socket) -> None:
     """Serve until `stop` can be read, then let answers under way end, for a moment."""
-    door = Door(server, listener)
-    door.watch(stop)
-    server.on_room = door.ring
+    door = Door(server, listener, stop)
     tidied = time.monotonic()
-    while door.turn(stop):
+    while door.is_open:
+        door.serve()
         if time.monotonic() - tidied >= 1:
             tidied = time.monotonic()
             server.tidy()

@@ -1454,26 +1454,29 @@ def settings_local(site: Site, text: str) -> Path:
     return path
 
 
+def zygotes(site: Site) -> list[int]:
+    """The manage.py shells that fork those that answer the agent's questions: one, if any."""
+    pids = site.manage_pids("shell")
+    return [pid for pid in pids if parent_of(pid) not in pids]
+
+
 def kill_warm_child(site: Site) -> None:
-    """Kills the manage.py that answers the agent's questions, and with it its forks."""
-    pid = site.zygote()
-    os.kill(pid, signal.SIGKILL)
-    until(lambda: pid not in site.manage_pids())
+    """Kills the manage.py that forks, and all of its forks, which answer the agent's questions."""
+    pids = site.manage_pids("shell")
+    assert pids
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):  # a fork that has answered may just end
+            os.kill(pid, signal.SIGKILL)
+    until(lambda: not set(pids).intersection(site.manage_pids("shell")))
 
 
 def hurry(site: Site, **limits: float) -> Site:
     """Starts an agent with limits that a test can wait for, or reach, in place of its own."""
-    text = AGENT.read_text()
-    for name, value in limits.items():
-        text, found = re.subn(
-            rf"^{name} = \d+(\.\d+)?", f"{name} = {value}", text, flags=re.MULTILINE
-        )
-        assert found == 1, name
-    copy = site.state.parent / AGENT.name
-    copy.write_text(text)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules[Site.__module__], "AGENT", copy)
-        return site.start()
+    assert all(hasattr(oni_agent, name) for name in limits)
+    try:
+        return site.start(**{oni_agent.LIMITS_OF_TESTS: json.dumps(limits)})
+    finally:
+        del site.environment[oni_agent.LIMITS_OF_TESTS]  # the next agent has its own
 
 
 def resources(site: Site) -> tuple[int, int]:
@@ -1891,14 +1894,13 @@ def test_odd_output_is_kept(site):
     job = site.call("job-logs", "1")["job"]
     out = [line[33:] for line in job["stdout"]]
     assert out[0] == "caf\N{REPLACEMENT CHARACTER}"
-    assert [len(piece.encode()) for piece in out[1:3]] == [32766, 60_000 - 32766]
-    assert set("".join(out[1:3])) == {"€"}
-    assert out[3:] == ["", "last of stdout"]
+    assert out[1:] == ["€" * 20_000, "", "last of stdout"]
     assert job["stderr"][0][33:] == "nul \0 and \x1b[31mred\r"
 
 
 def test_jobs_run_in_order_one_at_a_time_and_none_is_lost_by_a_kill(site):
-    names = [f"batch_oru_n{number:02}_ver01" for number in range(50)]
+    names = [f"batch_oru_n{number:02}_ver01" for number in range(15)]
+    ids = list(range(1, len(names) + 1))
     for name in names:
         site.batch(name, issues=1, pages=1)
     (site.oni / "at-work").mkdir()  # each manage.py leaves its pid here while it is at work
@@ -1909,17 +1911,15 @@ def test_jobs_run_in_order_one_at_a_time_and_none_is_lost_by_a_kill(site):
     )
     gate = site.hold_load(site.source / names[0])
     site.start()
-    assert [site.job("load-batch", name) for name in names] == list(range(1, 51))
+    assert [site.job("load-batch", name) for name in names] == ids
     gate.reached()
     site.kill()
     gate.open()
     site.start()
-    for id in range(1, 51):  # each has its time
+    for id in ids:  # each has its time
         site.ended(id)
     jobs = site.call("list-jobs")["jobs"]
-    assert [(job["id"], job["status"]) for job in jobs] == [
-        (id, "successful") for id in range(1, 51)
-    ]
+    assert [(job["id"], job["status"]) for job in jobs] == [(id, "successful") for id in ids]
     order = [
         name
         for name, in site.query(
@@ -2795,7 +2795,14 @@ def test_a_patch_that_is_cancelled_when_it_is_whole_says_that_it_is_there(site, 
     last = Gate(tmp_path / "last")
     altered(
         site,
-        ("            sync(new.parent)", f"            open({str(last.path)!r}).read()"),
+        f"""
+        really = agent.sync
+        def sync(path):
+            if str(path) == {str(site.source)!r}:
+                open({str(last.path)!r}).read()
+            really(path)
+        agent.sync = sync
+        """,
     )
     id = site.job("batch-patch", ALPHA, BETA, stdin=HELD.encode())
     last.reached()
@@ -3012,7 +3019,7 @@ def test_the_child_that_answers_may_be_killed_between_two_questions(agent):
         assert agent.call("ensure-awardee", "oru")["message"] == "Awardee already exists"
         kill_warm_child(agent)
     assert agent.call("ensure-awardee", "oru")["message"] == "Awardee already exists"
-    assert len(agent.manage_pids("shell")) == 1
+    assert len(zygotes(agent)) == 1
 
 
 @pytest.mark.parametrize("warm", [True, False])
@@ -3191,14 +3198,14 @@ def kill(site: Site, victim: str) -> None:
 
 
 def printed(site: Site, since: set[Path] = frozenset()) -> list[str]:
-    """The lines of Open ONI's own log files, but for those files in `since`."""
+    """The lines of Open ONI's own log files, but for those files in `since`, as stderr has them."""
     files = {
         path
         for command in ("load", "purge")
         for path in (site.oni / "log").glob(f"{command}_batch_*.log")
     }
     return [
-        line
+        re.sub(r"^\[[^]]* (\w+) [\w.]+\] ", r"[\1] ", line)
         for path in sorted(files - since, key=lambda path: path.stat().st_mtime_ns)
         for line in path.read_text().splitlines()
     ]
@@ -3722,15 +3729,6 @@ def test_batch_status_shows_the_newest_ten_jobs_of_a_batch(site):
     assert [job["id"] for job in jobs] == list(range(3, 13))
 
 
-def test_logs_without_their_folder_are_made_anew(witnessed):
-    site = witnessed.start()
-    batch = site.batch("batch_oru_alpha_ver01")
-    assert not (site.state / "logs").exists()
-    assert site.run("load-batch", batch.name)["status"] == "successful"
-    assert on_stderr(site, 1) == printed(site)
-    assert (site.state / "logs").stat().st_mode & 0o777 == 0o700
-
-
 def test_a_log_deleted_by_hand_is_an_empty_log(witnessed):
     site = witnessed.start()
     batch = site.batch("batch_oru_alpha_ver01")
@@ -3965,13 +3963,13 @@ def test_job_logs_without_a_descriptor_to_be_had_is_an_error(agent):
 
 def test_an_error_is_short_though_what_manage_py_said_is_not_and_the_log_has_it_whole(site):
     site.prepend_to_manage(
-        "import sys\nif 'load_batch' in sys.argv: sys.exit('[ERROR] ' + '€' * 50_000)"
+        "import sys\nif 'load_batch' in sys.argv: sys.exit('[ERROR] ' + 'x' * 150_000)"
     )
     site.batch(ALPHA)
     job = site.start().run("load-batch", ALPHA)
-    assert "exit status 1: €€€" in job["error"] and "€…" in job["error"]
+    assert "exit status 1: xxx" in job["error"] and "x […" in job["error"]
     assert len(job["error"].encode()) <= 2048
-    assert "".join(on_stderr(site, 1)) == "[ERROR] " + "€" * 50_000
+    assert "".join(on_stderr(site, 1)) == "[ERROR] " + "x" * 150_000
 
 
 MANY_ERRORS = """
@@ -3987,9 +3985,12 @@ if "load_batch" in sys.argv:
 def test_the_reason_of_a_failure_costs_little_memory_however_much_was_printed(site):
     site.prepend_to_manage(MANY_ERRORS)
     site.batch(ALPHA)
-    job = site.start().run("load-batch", ALPHA)
+    site.start()
+    site.wait_for("Open ONI in .* word coordinates")  # what it needs to start it has in memory
+    before = memory(site, "VmHWM")
+    job = site.run("load-batch", ALPHA)
     assert job["error"].startswith("exit status 1: the 29th error")
-    assert memory(site, "VmHWM") < 70
+    assert memory(site, "VmHWM") < before + 10
 
 
 # How a manage.py lets go of all that it has inherited, and what it may leave behind.
@@ -4338,8 +4339,16 @@ def test_an_adopted_load_is_cancelled_before_the_worker_has_come_to_it(site, tmp
     gate.reached()
     site.kill()
     busy = Gate(tmp_path / "busy")
-    waits = f"open({str(busy.path)!r}).read() or self._perform(job)"
-    altered(site, ("self._perform(job)", waits))
+    altered(
+        site,
+        f"""
+        really = agent.JobQueue._perform
+        def perform(queue, job):
+            open({str(busy.path)!r}).read()
+            really(queue, job)
+        agent.JobQueue._perform = perform
+        """,
+    )
     busy.reached()
     reply = site.call("job-cancel", "1")
     assert (reply["message"], reply["job"]["status"]) == ("Job is being cancelled", "started")
@@ -5240,15 +5249,20 @@ def test_the_file_compiles_on_python_3_6():
     ast.parse(AGENT.read_text(), feature_version=(3, 6))
 
 
-OLD_PYTHONS = sorted(Path("/root/.pyenv/versions").glob("3.[67].*/bin/python3")) + [
-    Path(found) for name in ("python3.6", "python3.7") if (found := shutil.which(name))
+OLD_PYTHONS = [
+    python
+    for python in (
+        *map(str, sorted(Path("/root/.pyenv/versions").glob("3.[67].*/bin/python3"))),
+        *filter(None, map(shutil.which, ("python3.6", "python3.7"))),
+    )
+    if not subprocess.run([python, "--version"], stdout=subprocess.DEVNULL, stderr=-1).returncode
 ]
 
 
 @unfinished
 @pytest.mark.parametrize("python", OLD_PYTHONS)
 def test_an_older_python_is_told_which_is_needed(python):
-    done = subprocess.run([str(python), str(AGENT)], stderr=subprocess.PIPE, text=True, timeout=60)
+    done = subprocess.run([python, str(AGENT)], stderr=subprocess.PIPE, text=True, timeout=60)
     assert done.returncode == 2
     assert re.fullmatch(
         r"oni_agent: Python 3\.8 or newer is needed, and \S+ is Python 3\.[67]; .*\.\n",
@@ -5455,7 +5469,7 @@ def test_as_pid_1_the_agent_buries_orphans_and_ends_as_it_is_told(site):
     [init] = Path(f"/proc/{site.agent.pid}/task/{site.agent.pid}/children").read_text().split()
     os.kill(int(init), signal.SIGTERM)
     assert site.agent.wait(30) == 0
-    site.wait_for(rf"job={id} its manage.py goes on, .* in a container, .* begins the job anew")
+    site.wait_for(rf"job={id} its manage.py goes on, .*in a container, .*begins the job anew")
     gate.open()
     site.prefix = []
     assert site.start().ended(id)["status"] == "successful"
@@ -5520,6 +5534,8 @@ def test_check_from_inside_ends_with_1_where_something_is_not_well(agent):
         done = ssh_run(agent, "check")
         said = on_terminal(agent, "check", "")
         assert re.search(r"(?m)^✗ Solr: .*", said)
+        assert re.search(r"(?m)^✓ database: 0 batches", said)
+        assert "Looks" not in said and "{" not in said
         until(lambda: "Solr is down" in agent.call("board")["oni"].get("problem", ""))
     reply = json.loads(done.stdout)
     assert (done.returncode, reply["status"]) == (1, "success")
@@ -5560,17 +5576,20 @@ def test_a_copy_that_fails_for_a_moment_is_tried_again(site):
     away = batch.with_name("away")
     altered(
         site,
-        (
-            "            shutil.copy2(source, target)\n",
-            "            if attempt < 3: raise OSError(errno.ESTALE, 'Stale file handle')\n"
-            "            shutil.copy2(source, target)\n",
-        ),
-        ("time.sleep(1)\n\n\ndef read_instructions", "pass\n\n\ndef read_instructions"),
+        """
+        really, failures = agent.shutil.copy2, {}
+        def copy2(source, target):
+            failures[target] = failures.get(target, 0) + 1
+            if target.endswith(".jp2") and failures[target] < 3:
+                raise OSError(agent.errno.ESTALE, 'Stale file handle')
+            really(source, target)
+        agent.shutil.copy2 = copy2
+        """,
     )
     job = site.run("batch-patch", ALPHA, BETA, stdin=HELD.encode())
     assert job["status"] == "successful"
     said = [line for line in site.logs(job["id"]) if "cannot be copied" in line]
-    assert len(said) == 2 * len([path for path in (site.source / BETA).rglob("*.*")]) - 2
+    assert len(said) == 2 * len(list((site.source / BETA).rglob("*.jp2"))) > 0
     assert said[0].endswith("Stale file handle; trying again")
     assert not away.exists()
 
@@ -5597,8 +5616,9 @@ def test_issues_are_removed_without_open_oni(tmp_path):
     status, out, said = run_agent(*words, f"{GAZETTE}/1900-01-01_01", f"{GAZETTE}/1900010301")
     assert (status, said) == (0, "")
     assert out.splitlines()[-1] == f"{tmp_path}/new is whole"
-    left = oni_agent.issue_files(tmp_path / "new")
-    assert [path.parent.name for path in left] == ["1900010201"]
+    listing = ElementTree.parse(tmp_path / "new/data/batch.xml")
+    [left] = [node.text for node in listing.iter("{http://www.loc.gov/ndnp}issue")]
+    assert Path(left).parent.name == "1900010201" == mets_of(tmp_path / "new", 0).parent.name
     assert files_of(old) == before
     assert run_agent(*words, f"{GAZETTE}/1900010101", f"{GAZETTE}/1900010301")[0] == 0  # again
 
@@ -5621,11 +5641,19 @@ def test_a_removal_that_cannot_be_is_told_in_a_sentence(tmp_path, words, status,
     assert os.listdir(tmp_path) == [ALPHA]
 
 
-def test_an_error_however_long_keeps_no_program_from_being_told(tmp_path):
-    finish = Path(program(tmp_path / "finish", f'printf %s "$ONI_JOB_ERROR" > {tmp_path}/told'))
-    job = oni_agent.Job(1, ["load-batch", ALPHA], 0, error="é" * 3_000_000)
-    oni_agent.run_on_finish(finish, job, tmp_path / "log", os.environ)
-    assert (tmp_path / "told").read_text() == "é" * 1024
+def test_an_error_however_long_keeps_no_program_from_being_told(site, tmp_path):
+    site.prepend_to_manage(
+        "import sys\nif 'load_batch' in sys.argv: sys.exit('[ERROR] ' + 'é' * 3_000_000)"
+    )
+    told = tmp_path / "told"
+    finish = program(
+        tmp_path / "finish", f'printf %s "$ONI_JOB_ERROR" > {told}.new\nmv {told}.new {told}'
+    )
+    site.batch(ALPHA)
+    job = site.start(ON_FINISH=str(finish)).run("load-batch", ALPHA)
+    assert "ééé" in job["error"]
+    until(told.exists)
+    assert told.read_text() == job["error"]
 
 
 # --- Promises: who may connect --------------------------------------------------------------------
@@ -6373,11 +6401,10 @@ def test_a_full_house_makes_room_for_who_asks_but_not_at_the_cost_of_who_is_at_w
     hurry(site, MAX_CONNECTIONS=10)  # of which one address may have five
     at_work = [Client(site.port) for _ in range(4)]
     channels = [client.channel("load-title") for client in at_work]
-    idle = silent(site.port)
+    idle = Client(site.port)
     with Client(site.port) as client:
         assert client.ask("version")["status"] == "success"
-        while idle.recv(1000):
-            pass
+        until(lambda: not idle.transport.is_active())
         refused = client.channel("load-title")
         with pytest.raises((paramiko.SSHException, EOFError, ConnectionError)):
             Client(site.port)
@@ -6516,13 +6543,13 @@ def test_addresses_of_one_ipv6_network_are_one_holder_of_a_share():
 
 
 def test_warnings_about_clients_are_bounded_in_number_and_in_memory(caplog):
-    complaints = oni_agent.Complaints()
+    warnings = oni_agent.ClientWarnings()
     hosts = [oni_agent.ipaddress.ip_address(number) for number in range(2**24, 2**24 + 3000)]
     for host in hosts:
-        complaints.tell(host, "it came")
-        complaints.tell(host, "it came again")
+        warnings.tell(host, "it came")
+        warnings.tell(host, "it came again")
     assert len(caplog.records) == 3000
-    assert len(complaints._told) == oni_agent.MAX_COMPLAINTS
+    assert len(warnings._told) == oni_agent.MAX_WARNINGS
 
 
 FIPS_HOST = """
@@ -6846,7 +6873,7 @@ def test_the_readme_installs_all_that_demo_and_tests_need():
     (line,) = re.findall(r"^    (python3 -m venv .*test_oni_agent\.py)$", README.read_text(), re.M)
     assert set(line.split("-q ")[1].split(" && ")[0].split()) == needed
     demo = re.search("pip install (.*)", readme_section("Demo"))[1]
-    assert {"paramiko", *DEMO_NEEDS} <= set(demo.split()) < needed
+    assert {"paramiko", *DEMO_NEEDS.values()} == set(demo.split())
 
 
 def test_a_shell_can_read_what_the_readme_has_one_type():
@@ -7992,6 +8019,15 @@ def test_a_batch_that_is_not_there_cannot_be_checked(agent):
     assert answer["error"].endswith(f'did you mean "{ALPHA}"?')
 
 
+def test_a_batch_whose_folder_is_gone_and_that_open_oni_holds_is_said_to_be_held(agent):
+    batch = agent.batch(ALPHA)
+    agent.run("load-batch", ALPHA)
+    batch.rename(batch.with_name("elsewhere"))
+    status, answer = checked(agent, ALPHA)
+    assert (status, answer["status"]) == (0, "error")
+    assert answer["error"] == f"Open ONI holds it, but its files are not there: {batch} is missing"
+
+
 def test_a_batch_whose_every_file_is_broken_is_still_checked(agent):
     batch = agent.batch(ALPHA, issues=1)
     cut_off(mets_of(batch, 0))
@@ -8840,18 +8876,24 @@ def troubled(site) -> Troubled:
     return Troubled(site)
 
 
-def altered(site: Site, *changes: tuple[str, str]) -> Site:
-    """Starts an agent in whose text something stands in place of something else."""
-    there = sys.modules[Site.__module__]
-    text = there.AGENT.read_text()
-    for before, after in changes:
-        assert text.count(before) == 1, before
-        text = text.replace(before, after)
-    copy = site.state.parent / there.AGENT.name
-    copy.write_text(text)
+ALTERED = """
+import os, sys, time
+sys.path.insert(0, {folder!r})
+import oni_agent as agent
+{code}
+status = agent.main()
+sys.stdout.flush()
+os._exit(status)
+"""
+
+
+def altered(site: Site, code: str, **limits: float) -> Site:
+    """Starts an agent in which some code has put its own functions in place of the agent's."""
+    program = site.state.parent / "altered.py"
+    program.write_text(ALTERED.format(folder=str(AGENT.parent), code=textwrap.dedent(code)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(there, "AGENT", copy)
-        return site.start()
+        patch.setattr(sys.modules[Site.__module__], "AGENT", program)
+        return hurry(site, **limits)
 
 
 @contextlib.contextmanager
@@ -9104,7 +9146,7 @@ def test_a_fault_of_the_agent_is_the_end_of_one_job_and_stops_no_other(site, can
 
 
 def test_an_agent_whose_worker_cannot_go_on_ends_and_says_why(site):
-    altered(site, ("horizon = now - KEEP_DAYS", "horizon = {}['a fault'] - KEEP_DAYS"))
+    altered(site, "agent.JobStore.expired = lambda store, now: {}['a fault']")
     assert site.agent.wait(30) != 0
     site.wait_for("KeyError: 'a fault'")
 
@@ -9709,7 +9751,6 @@ def test_no_answer_waits_for_who_changes_a_job(tmp_path, any_kind):
             pool.submit(queue.at_work),
             pool.submit(queue.place, job),
             pool.submit(queue.ended),
-            pool.submit(queue.wait, job, 0),
         ]
         assert not futures.wait(asked, 30).not_done
 
@@ -9758,11 +9799,10 @@ def test_who_waits_for_a_job_is_told_once_of_its_end(tmp_path, any_kind):
     told = []
     queue.when_ended(job, lambda job: told.append("kept"))
     queue.when_ended(job, lambda job: told.append("withdrawn"))()
-    assert not queue.wait(job, 0)
+    assert told == []
     queue.cancel(job)
     queue.when_ended(job, lambda job: told.append("late"))()
     assert told == ["kept", "late"]
-    assert queue.wait(job, 0)
     assert queue._callbacks == {}
 
 
@@ -9842,18 +9882,6 @@ def test_an_error_of_megabytes_is_cut_with_a_sign(tmp_path, any_kind):
     assert len(job.error.encode()) <= oni_agent.MAX_ERROR + 100
     assert job.error.startswith("\u20ac" * 500) and job.error.endswith("\u20ac" * 100)
     assert "bytes are left out here" in job.error
-
-
-def test_a_person_is_told_that_a_cancelled_job_never_started_and_nca_its_words(agent):
-    gate = agent.hold_load(agent.batch(ALPHA))
-    agent.job("load-batch", ALPHA)
-    gate.reached()
-    id = agent.job("purge-batch", ALPHA)
-    agent.call("job-cancel", str(id))
-    gate.open()
-    assert b"Cancelled: this job never started." in ssh_run(agent, f"job-status {id}", "-tt").stdout
-    message = "Failed: this job started but returned a non-zero exit code."
-    assert agent.call("job-status", str(id))["message"] == message
 
 
 def test_an_agent_that_stops_without_a_job_says_nothing_of_manage_py(site):
@@ -10337,6 +10365,7 @@ def test_a_dumb_terminal_gets_no_escape_at_all(shown, command):
 
 
 NEW_COMMAND = '''
+from oni_agent import Answer, Request, command
 @command(
     usage="disk",
     help="Says how full the disk is.",
@@ -10344,13 +10373,11 @@ NEW_COMMAND = '''
 )
 def cmd_disk(request: Request) -> Answer:
     return Answer({"free_bytes": 12345, "largest": ["logs/7.err", "logs/\\x1b3.err"]})
-
-
 '''
 
 
 def test_all_that_a_new_command_answers_is_shown_to_a_person(site):
-    altered(site, ("BEGAN = time.", NEW_COMMAND + "BEGAN = time."))
+    altered(site, NEW_COMMAND)
     assert site.call("disk")["free_bytes"] == 12345
     assert site.call("disk", "full")["message"] == '"disk" takes no arguments'
     said = ssh_run(site, "disk", "-tt").stdout.decode()
@@ -10376,7 +10403,7 @@ def test_help_tells_of_one_command_with_an_exchange(shared):
 
 def test_help_says_what_can_go_wrong_and_what_to_do(shared):
     troubles = shared.call("help", "problems")["troubles"]
-    assert all(set(each) == {"seen", "meaning", "remedy"} for each in troubles)
+    assert all(set(each) == {"seen", "advice"} for each in troubles)
     said = ssh_run(shared, "help problems", "-tt").stdout.decode()
     assert "\r\nSolr lacks 12 of 400 pages\r\n       The index was emptied or restored" in said
     assert "`help problems`" in ssh_run(shared, "help", "-tt").stdout.decode()
@@ -11207,6 +11234,7 @@ def onisite_database_base() -> None:
     can be asked.
     """
     import functools
+    import os
     import re
     import sqlite3
     import unicodedata
@@ -11372,7 +11400,13 @@ def onisite_database_base() -> None:
             connection.commit()
             return connection
 
+        def is_usable(self) -> bool:
+            """Tell whether the database is up: while it is down, a folder is in its place."""
+            return not os.path.isdir(self.settings_dict["NAME"])
+
         def create_cursor(self, name: Any = None) -> Cursor:
+            if not self.is_usable():  # SQLite itself would go on with a file that it has open
+                raise sqlite3.OperationalError("unable to open database file")
             return self.connection.cursor(factory=Cursor)
 
 
@@ -13170,7 +13204,13 @@ def readme_exchanges() -> list[tuple[str, str]]:
     return re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", "".join(blocks), re.MULTILINE)
 
 
-DEMO_NEEDS = ("django", "lxml", "pymarc", "pysolr")
+DEMO_NEEDS = {  # modules, and what pip calls them
+    "django": "django",
+    "lxml": "lxml",
+    "PIL": "pillow",
+    "pymarc": "pymarc",
+    "pysolr": "pysolr",
+}
 DEMO_PORT = 2299  # not an installed agent's, whose host key ssh remembers
 DEMO_SSH = """\
 Host oni
@@ -13219,7 +13259,7 @@ DEMO_ONCE = (  # each with what it answers if all is well
 
 def demo(once: bool) -> int:
     """An agent on a stand-in site: until Ctrl-C, or for one whole exchange; the exit status."""
-    missing = [name for name in DEMO_NEEDS if not importlib.util.find_spec(name)]
+    missing = [each for name, each in DEMO_NEEDS.items() if not importlib.util.find_spec(name)]
     if missing:
         words = " ".join(missing)
         print(f"The stand-in Open ONI needs {words}: {sys.executable} -m pip install {words}")
