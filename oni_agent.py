@@ -1644,6 +1644,7 @@ class Titles(TitleLoader):  # type: ignore[misc]
         self.outcomes: List[Dict[str, Any]] = []
         self._known: Dict[str, Any] = {}
         self._missing: Dict[str, str] = {}  # why ONI cannot have it, by LCCN
+        self._poisoned: Dict[str, str] = {}  # the URL of a record, by its LCCN
         self._asked = ""
         self._counting = counting
 
@@ -1682,7 +1683,20 @@ class Titles(TitleLoader):  # type: ignore[misc]
                     lccn, url, wrong)  # fmt: skip
             else:
                 self.records[lccn] = record
+                self._note_poison(lccn, url)
         self.needed.clear()
+
+    def _note_poison(self, lccn: str, url: str) -> None:
+        """Remember where a title comes from that ONI would store, and not get along with."""
+        for outcome in self.outcomes:
+            if outcome["lccn"] == lccn and outcome["outcome"] == "stored" and outcome["problem"]:
+                self._poisoned[lccn] = url
+
+    def poison(self) -> Tuple[str, str]:
+        """Return the LCCN that was asked for last, and its URL, if it is poisoned; or "", ""."""
+        if self._asked not in self._poisoned:
+            return "", ""
+        return self._asked, self._poisoned[self._asked]
 
     def _load(self, lccn: str, record: bytes) -> str:
         """Have ONI load a record; return why it then lacks the title, or ""."""
@@ -1691,13 +1705,15 @@ class Titles(TitleLoader):  # type: ignore[misc]
             self.load_record_file(io.BytesIO(record))
         except Exception as error:
             return "that is no MARC XML: %s" % first_line(error)
-        # What is wrong with this very title comes first, then what is wrong with any other one.
-        problems = [outcome for outcome in self.outcomes if outcome["problem"]]
-        problems.sort(key=lambda outcome: bool(outcome["lccn"] != lccn))
-        if problems and (problems[0]["lccn"] == lccn or lccn not in self._known):
+        mine = [each for each in self.outcomes
+                if each["lccn"] == lccn and each["outcome"] != "ignored"]  # fmt: skip
+        if mine and mine[-1]["problem"] and mine[-1]["outcome"] != "stored":
             self._known.pop(lccn, None)
-            return str(problems[0]["problem"])
-        return "" if lccn in self._known else "it answers with another record"
+            return str(mine[-1]["problem"])
+        if lccn in self._known:
+            return ""
+        problems = [each["problem"] for each in self.outcomes if each["problem"]]
+        return problems[0] if problems else "it answers with another record"
 
     def load_record_file(self, file: Any) -> None:
         """Load all records of an open file as load_titles does; fill `outcomes`.
@@ -1946,6 +1962,11 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         `order` is the issue's number, from 1 on; 0 stands for the whole batch. `title` is the LCCN
         of a title that ONI lacks, of which one fault tells for all issues.
         """
+        poisoned = ""
+        if order is None and not title:
+            title, poisoned = self.titles.poison()
+        if title in self._told_titles:
+            return
         words = ""
         if error is not None:
             words = Links.within_batch(str(error) or type(error).__name__)
@@ -1959,6 +1980,10 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
             place = "^%s:([0-9]+):([0-9]+):" % re.escape(path)
             words = re.sub(place, r"line \1, column \2:", words)
             words = words.replace("%s: " % path, "").replace(repr(path), "it").replace(path, "it")
+        if title:
+            self._told_titles.add(title)
+        if poisoned:
+            words = "the title %s, as %s has it: %s" % (title, poisoned, words)
         text = "%s: %s" % (what, words) if words else what
         text = "".join(each if each <= "\uffff" else "\\U%08x" % ord(each) for each in text)
         self.faults.append(
@@ -2020,10 +2045,8 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
             self._postponed.append((number, url))
             return
         except NoTitle as error:
-            if error.lccn not in self._told_titles:
-                self.enter_fault(path, "ONI would break off the load", error, ends_load=True,
-                                 title=error.lccn)  # fmt: skip
-            self._told_titles.add(error.lccn)
+            self.enter_fault(path, "ONI would break off the load", error, ends_load=True,
+                             title=error.lccn)  # fmt: skip
         except ValueError as error:
             self._enter_loss(path, error)
         except Exception as error:
@@ -2458,7 +2481,6 @@ class OpenONI:
     ) -> List[Any]:
         """Return the answers to several questions, [name, words…], each asked of a new worker.
 
-        One that may pass by itself is asked anew until PATIENT_SECONDS after it first failed.
         `hear` gets the number of a question, and the news that comes before its answer. `go_on` is
         called about each second; what it raises ends all of them. A question is asked anew for
         PATIENT_SECONDS while what is wrong may pass by itself. Raises Problem.
@@ -3547,10 +3569,10 @@ class ListedBatches:
             if known.get("key") == row_key(state):
                 state.rows_digest = known["rows_digest"]
                 state.text_digest = known["text_digest"]
+            digest = None
             if self._index_version and index.get("version") == self._index_version:
-                self._compare_index(state, index["batches"].get(name, [0, ""])[1])
-            elif state.pages_in_solr is not None and state.pages_in_solr != state.indexed:
-                state.index_is_right = False
+                digest = index["batches"].get(name, [0, ""])[1]
+            self._compare_index(state, digest)
 
     def _recall_files(self, state: BatchState, facts: Mapping[str, Any]) -> None:
         """Fill in what a batch's files name, if they have not changed since it was counted.
@@ -3564,13 +3586,19 @@ class ListedBatches:
         if not facts["problem"]:
             state.files = Files(**facts)
 
-    def _compare_index(self, state: BatchState, digest: str) -> None:
-        """Say whether the documents with this digest are those of a batch's pages, if known."""
-        if state.pages_in_solr != state.indexed:
+    def _compare_index(self, state: BatchState, digest: Optional[str]) -> None:
+        """Say whether the documents under a batch's name are its pages', as far as that is known.
+
+        `digest` is that of the documents, None if not known. Fewer documents than pages prove
+        nothing: pages that have the same address share one.
+        """
+        if state.pages_in_solr is None:
+            return
+        if not state.pages_in_solr or not state.indexed:
+            state.index_is_right = state.pages_in_solr == state.indexed
+        elif state.pages_in_solr > state.indexed:
             state.index_is_right = False
-        elif not state.indexed:
-            state.index_is_right = True
-        elif state.text_digest is not None:
+        elif digest is not None and state.text_digest is not None:
             state.index_is_right = digest == state.text_digest
 
     def in_order(self) -> List[BatchState]:
