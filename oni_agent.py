@@ -1998,7 +1998,7 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
 
     def enter_warning(self, path: str, text: str) -> None:
         """Enter what a person should know of a file, and ONI does without."""
-        self.warnings.append({"file": path, "warning": text})
+        self.warnings.append({"file": path, "warning": text, "order": self._number})
 
     def see_document(self, url: str, document: Any) -> None:
         """Take note of a document that ONI's loader has just parsed."""
@@ -2035,7 +2035,7 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         self._mets = url
         self._reads(url)
         self._document = None
-        self._issue: Dict[str, Any] = {"file": path, "pages": []}
+        self._issue: Dict[str, Any] = {"file": path, "order": self._number, "pages": []}
         self._pages: List[Tuple[Any, Any]] = []
         self._lost_pages = 0
         self._at_page = 0
@@ -2052,9 +2052,12 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         except Exception as error:
             self.ask_database(error)
             what = "ONI would break off the load"
-            if self._is_outside and self._path != path:
-                told = "%s, which it names, lies outside the batch, and cannot be taken"
-                error = OSError(told % (local_path(self._path) or self._path))
+            if "://" in self._path and self._path != path:  # a page's text, not in the batch
+                told = "%s, which it names: %s" % (self._path, error)
+                if self._is_outside:
+                    told = "%s, which it names, lies outside the batch, and cannot be taken"
+                    told %= local_path(self._path)
+                error = OSError(told)
                 self._path, self._is_outside = path, False
             if self._at_page and self._path == path:
                 what = "page %d: %s" % (self._at_page, what)
@@ -3206,19 +3209,19 @@ class Check:
         self.titles: Dict[str, bytes] = {}  # the records of titles that ONI lacks, by LCCN
         self.files = Files(**files_of(parts))
         self._places: Dict[str, List[str]] = {}  # the METS files that have a page, by its address
-        faults = [fault for part in parts for fault in part["faults"]]
         told_titles: Set[str] = set()  # that ONI lacks; each part of the check tells of its own
-        for fault in sorted(faults, key=lambda fault: int(fault["order"])):
+        for fault in in_order_of_issues(parts, "faults"):
             if not fault["title"] or fault["title"] not in told_titles:
                 self.faults.append({"file": fault["file"], "fault": fault["fault"]})
             told_titles.add(fault["title"])
+        for warning in in_order_of_issues(parts, "warnings"):
+            self.warnings.append({"file": warning["file"], "warning": warning["warning"]})
+        for issue in in_order_of_issues(parts, "found"):
+            for address, _ in issue["pages"]:
+                self._places.setdefault(address, []).append(issue["file"])
         for part in parts:
-            self.warnings += part["warnings"]
             for lccn, record in part["titles"].items():
                 self.titles[lccn] = base64.b64decode(record)
-            for issue in part["found"]:
-                for address, _ in issue["pages"]:
-                    self._places.setdefault(address, []).append(issue["file"])
         self.pages = sum(len(places) for places in self._places.values())
         self._warn_of_twins()
 
@@ -3241,6 +3244,12 @@ class Check:
     def count(self) -> str:
         """`1 fault`, or `2 faults`."""
         return f"{len(self.faults)} fault{'' if len(self.faults) == 1 else 's'}"
+
+
+def in_order_of_issues(parts: Sequence[Mapping[str, Any]], what: str) -> List[Dict[str, Any]]:
+    """Return what the parts of a check have found under one name, as the issues are listed."""
+    found = [each for part in parts for each in part[what]]
+    return sorted(found, key=lambda each: int(each["order"]))
 
 
 class SharedCheck:
