@@ -4163,6 +4163,17 @@ def test_job_wait_answers_when_the_job_has_ended_and_its_exit_status_tells_succe
 BOTH_STREAMS = "import os, sys\nif 'load_batch' in sys.argv:\n    os.write(1, b'said on stdout\\n')"
 
 
+def test_job_wait_is_woken_by_the_end_of_its_job(site):
+    gate = site.hold_load(site.batch(ALPHA))
+    hurry(site, WATCH_SECONDS=3600)  # no look at who waits comes in time
+    id = site.job("load-batch", ALPHA)
+    gate.reached()
+    with Client(site.port) as client:
+        waiting = client.channel(f"job-wait {id}")
+        gate.open()
+        assert json.loads(waiting.makefile("rb").read())["job"]["status"] == "successful"
+
+
 @pytest.mark.parametrize("options, newline", [((), b"\n"), (("-tt",), b"\r\n")])
 def test_job_follow_shows_lines_as_they_come_until_the_job_ends(site, options, newline):
     site.prepend_to_manage(BOTH_STREAMS)
@@ -6319,11 +6330,11 @@ def test_a_full_house_makes_room_for_who_asks_but_not_at_the_cost_of_who_is_at_w
     hurry(site, MAX_CONNECTIONS=10)  # of which one address may have five
     at_work = [Client(site.port) for _ in range(4)]
     channels = [client.channel("load-title") for client in at_work]
-    idle = silent(site.port)
+    idle = Client(site.port)
     with Client(site.port) as client:
         assert client.ask("version")["status"] == "success"
-        while idle.recv(1000):
-            pass
+        idle.transport.join(20)
+        assert not idle.transport.is_active()
         refused = client.channel("load-title")
         with pytest.raises((paramiko.SSHException, EOFError, ConnectionError)):
             Client(site.port)
