@@ -4219,6 +4219,17 @@ def test_job_wait_answers_when_the_job_has_ended_and_its_exit_status_tells_succe
 BOTH_STREAMS = "import os, sys\nif 'load_batch' in sys.argv:\n    os.write(1, b'said on stdout\\n')"
 
 
+def test_job_wait_is_woken_by_the_end_of_its_job(site):
+    gate = site.hold_load(site.batch(ALPHA))
+    hurry(site, WATCH_SECONDS=3600)  # no look at who waits comes in time
+    id = site.job("load-batch", ALPHA)
+    gate.reached()
+    with Client(site.port) as client:
+        waiting = client.channel(f"job-wait {id}")
+        gate.open()
+        assert json.loads(waiting.makefile("rb").read())["job"]["status"] == "successful"
+
+
 @pytest.mark.parametrize("options, newline", [((), b"\n"), (("-tt",), b"\r\n")])
 def test_job_follow_shows_lines_as_they_come_until_the_job_ends(site, options, newline):
     site.prepend_to_manage(BOTH_STREAMS)
