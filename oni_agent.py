@@ -1112,12 +1112,17 @@ def study_overview(tell: Tell, wanted: List[List[Any]]) -> Dict[str, Any]:
     """Return what is quickly told of every batch.
 
     `wanted` has for each batch in BATCH_SOURCE its name, its folder, and what `watched` told
-    of it, or "". Of each batch that is there, or that ONI holds, the answer has the counts of
-    answer_batch, as numbers alone, and whether the watched files are `unchanged`.
+    of it, or ""; for others that were in ONI once, "" stands for the folder. Of each batch that is
+    there, or that ONI holds, the answer has the counts of answer_batch, as numbers alone, and
+    whether the watched files are `unchanged`.
     """
     batches: Dict[str, Dict[str, Any]] = {}
+    elsewhere = {}  # what was watched of batches that are not in BATCH_SOURCE
     for name, folder, watched in wanted:
-        batches[name] = {"name": name, "unchanged": answer_unchanged(folder, watched)}
+        if folder:
+            batches[name] = {"name": name, "unchanged": answer_unchanged(folder, watched)}
+        else:
+            elsewhere[name] = watched
     issues = counts_by_batch(models.Issue.objects.order_by(), "batch_id")
     pages = counts_by_batch(models.Page.objects.order_by(), "issue__batch_id")
     indexed = counts_by_batch(models.Page.objects.order_by().filter(indexed=True),
@@ -1127,8 +1132,11 @@ def study_overview(tell: Tell, wanted: List[List[Any]]) -> Dict[str, Any]:
     for name, key, message in events.values_list("batch_name", "pk", "message"):
         newest[name] = [[key, message or ""]]
     for row in models.Batch.objects.all():
-        held = batches.setdefault(row.name, {"name": row.name, "unchanged": False})
-        held.update(
+        if row.name not in batches:
+            folder = os.path.join(str(settings.BATCH_STORAGE), row.name)
+            unchanged = answer_unchanged(folder, elsewhere.get(row.name, ""))
+            batches[row.name] = {"name": row.name, "unchanged": unchanged}
+        batches[row.name].update(
             row=True,
             loaded=row.created.isoformat(),
             issues=issues.get(row.name, 0),
@@ -1310,7 +1318,10 @@ def rehearse(name: str, folder: str, loader: "Rehearsal") -> Dict[str, Any]:
             loader.load_batch(Links.link)
             loader.load_postponed()
             loader.look_for_unlisted_issues()
-        except BatchLoaderException as error:
+        except (CannotAnswer, MemoryError):
+            raise
+        except Exception as error:
+            loader.ask_database(error)
             loader.enter_fault("data/batch.xml", "ONI would break off the load", error,
                                ends_load=True, order=0)  # fmt: skip
         finally:
@@ -1395,7 +1406,7 @@ def keep_from_writing() -> None:
     batch_loader.Batch = PretendedBatches()
     batch_loader.set_fulltext_range = lambda: None  # it would write to ONI's cache
     remember_title_documents()
-    logging.disable(logging.CRITICAL)
+    listen_to_errors()
     socket.setdefaulttimeout(30)
     open_url = urllib.request.OpenerDirector.open
 
@@ -1407,6 +1418,26 @@ def keep_from_writing() -> None:
     connection.close()
     connection_created.connect(make_read_only)
     learn_columns()
+
+
+class LastWords(logging.Handler if INSIDE or TYPE_CHECKING else object):  # type: ignore[misc]
+    """Remembers what ONI's code has logged last as an error; it may say more than it raises."""
+
+    said = ""
+
+    def emit(self, record: Any) -> None:
+        LastWords.said = first_line(record.getMessage())
+
+
+def listen_to_errors() -> None:
+    """Have what is logged go nowhere, but that the last error is remembered."""
+    logging.disable(logging.WARNING)
+    for name in list(logging.root.manager.loggerDict):
+        logger = logging.getLogger(name)
+        logger.handlers = []
+        logger.propagate = True
+        logger.disabled = False
+    logging.root.handlers = [LastWords()]
 
 
 def make_read_only(connection: Any, **_: Any) -> None:
@@ -1591,6 +1622,10 @@ class TitleNeeded(Exception):
 class NoTitle(Exception):
     """ONI lacks a title and cannot have it; the text says why."""
 
+    def __init__(self, lccn: str, why: str) -> None:
+        super().__init__(why)
+        self.lccn = lccn
+
 
 class Titles(TitleLoader):  # type: ignore[misc]
     """Stands for Title and `management` in ONI's loader, and loads records as ONI does.
@@ -1633,7 +1668,7 @@ class Titles(TitleLoader):  # type: ignore[misc]
         if not connection.is_usable():
             raise DatabaseGone(url)
         if self._asked in self._missing:
-            raise NoTitle(self._missing[self._asked])
+            raise NoTitle(self._asked, self._missing[self._asked])
         self.needed.add(self._asked)
         raise TitleNeeded(self._asked)
 
@@ -1656,12 +1691,13 @@ class Titles(TitleLoader):  # type: ignore[misc]
             self.load_record_file(io.BytesIO(record))
         except Exception as error:
             return "that is no MARC XML: %s" % first_line(error)
-        if lccn in self._known:
-            return ""
-        for outcome in self.outcomes:
-            if outcome["problem"]:
-                return str(outcome["problem"])
-        return "it answers with another record"
+        # What is wrong with this very title comes first, then what is wrong with any other one.
+        problems = [outcome for outcome in self.outcomes if outcome["problem"]]
+        problems.sort(key=lambda outcome: bool(outcome["lccn"] != lccn))
+        if problems and (problems[0]["lccn"] == lccn or lccn not in self._known):
+            self._known.pop(lccn, None)
+            return str(problems[0]["problem"])
+        return "" if lccn in self._known else "it answers with another record"
 
     def load_record_file(self, file: Any) -> None:
         """Load all records of an open file as load_titles does; fill `outcomes`.
@@ -1699,11 +1735,12 @@ class Titles(TitleLoader):  # type: ignore[misc]
     def load_bib(self, record: Any) -> Any:
         """Load a record as ONI does, and remember what came of it."""
         self._outcome = "unchanged"
+        LastWords.said = ""
         try:
             title = super().load_bib(record)
         except Exception as error:
-            told = "ONI cannot store the title %s: %s: %s"
-            self._wrong = told % (lccn_of(record), type(error).__name__, first_line(error))
+            words = LastWords.said or "%s: %s" % (type(error).__name__, first_line(error))
+            self._wrong = "ONI cannot store the title %s: %s" % (lccn_of(record), words)
             raise
         if title is not None:
             self._outcome = "stored" if title.pk else "deleted again"
@@ -1903,10 +1940,11 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         }
 
     def enter_fault(self, path: str, what: str, error: Any = None, ends_load: bool = False,
-                    order: Optional[int] = None) -> None:  # fmt: skip
+                    order: Optional[int] = None, title: str = "") -> None:  # fmt: skip
         """Enter what ONI would do (`what`) with a file, and what it says (`error`) if anything.
 
-        `order` is the issue's number, from 1 on; 0 stands for the whole batch.
+        `order` is the issue's number, from 1 on; 0 stands for the whole batch. `title` is the LCCN
+        of a title that ONI lacks, of which one fault tells for all issues.
         """
         words = ""
         if error is not None:
@@ -1929,6 +1967,7 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
                 "fault": text,
                 "ends_load": ends_load,
                 "order": self._number if order is None else order,
+                "title": title,
             }
         )
 
@@ -1981,13 +2020,14 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
             self._postponed.append((number, url))
             return
         except NoTitle as error:
-            if str(error) not in self._told_titles:
-                self.enter_fault(path, "ONI would break off the load", error, ends_load=True)
-            self._told_titles.add(str(error))
+            if error.lccn not in self._told_titles:
+                self.enter_fault(path, "ONI would break off the load", error, ends_load=True,
+                                 title=error.lccn)  # fmt: skip
+            self._told_titles.add(error.lccn)
         except ValueError as error:
             self._enter_loss(path, error)
         except Exception as error:
-            self._ask_database(error)
+            self.ask_database(error)
             what = "ONI would break off the load"
             if self._is_outside and self._path != path:
                 told = "%s, which it names, lies outside the batch, and cannot be taken"
@@ -2020,7 +2060,7 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         else:
             self.enter_fault(path, "ONI would leave this issue out", error)
 
-    def _ask_database(self, error: Exception) -> None:
+    def ask_database(self, error: Exception) -> None:
         """Raise DatabaseGone if that is the reason of `error`."""
         if not connection.is_usable():
             raise DatabaseGone(error)
@@ -3145,8 +3185,11 @@ class Check:
         self.files = Files(**files_of(parts))
         self._places: Dict[str, List[str]] = {}  # the METS files that have a page, by its address
         faults = [fault for part in parts for fault in part["faults"]]
+        told_titles: Set[str] = set()  # that ONI lacks; each part of the check tells of its own
         for fault in sorted(faults, key=lambda fault: int(fault["order"])):
-            self.faults.append({"file": fault["file"], "fault": fault["fault"]})
+            if not fault["title"] or fault["title"] not in told_titles:
+                self.faults.append({"file": fault["file"], "fault": fault["fault"]})
+            told_titles.add(fault["title"])
         for part in parts:
             self.warnings += part["warnings"]
             for lccn, record in part["titles"].items():
@@ -3473,19 +3516,21 @@ class ListedBatches:
     def __init__(self, site: "Site") -> None:
         self._site = site
         names = set(site.on_disk())
-        files = site.memory.recall_all("files *")
         wanted = []
-        for name in sorted(names):
-            watched = files.get(f"files {name}", {}).get("watched", "")
-            wanted.append([name, str(site.source / name), watched])
+        self._watched: Dict[str, str] = {}  # by a batch's name, what was known before this look
+        for what, facts in site.memory.recall_all("files *").items():
+            self._watched[what[len("files ") :]] = facts["watched"]
+        for name in sorted(names.union(self._watched)):
+            folder = str(site.source / name) if name in names else ""
+            wanted.append([name, folder, self._watched.get(name, "")])
         seen = site.oni.ask("study_overview", wanted, within=LIST_PATIENCE)
         self._storage = seen["storage"]
         self._index_version = seen.get("index_version", "")
-        self._watched = {name: watched for name, _, watched in wanted}
+        self._unchanged: Set[str] = set()  # the batches whose files are as they were
         self.states: Dict[str, BatchState] = {}
         for name, held in seen["batches"].items():
-            if not held.pop("unchanged"):
-                self._watched.pop(name, None)
+            if held.pop("unchanged"):
+                self._unchanged.add(name)
             state = BatchState(**held, on_disk=name in names)
             state.index_problem = seen.get("index_problem", "")
             self.states[name] = state
@@ -3513,8 +3558,7 @@ class ListedBatches:
         What was counted after this look is newer than it, and holds as well.
         """
         is_newer = facts.get("watched") != self._watched.get(state.name)
-        is_unchanged = state.name in self._watched or is_newer
-        if not facts or not is_unchanged:
+        if not facts or not (is_newer or state.name in self._unchanged):
             return
         state.files_problem = facts["problem"]
         if not facts["problem"]:

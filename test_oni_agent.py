@@ -7580,9 +7580,9 @@ ALIKE = sorted(set(ODDITIES) - {"METS with %20 in its name"})  # libxml2 from 2.
 
 
 def one_of_each(source: Path) -> list[Draft]:
-    """For each oddity a batch that has it, and no other."""
+    """For each oddity, but those with tests of their own, a batch that has it, and no other."""
     made = []
-    for number, oddity in enumerate(ALIKE):
+    for number, oddity in enumerate(sorted(set(ALIKE) - {*MISSED_ONCE, *CALLED_FAULTY_ONCE})):
         start = date(1700, 1, 1) + timedelta(days=4 * number)
         name = f"batch_oru_one{number}_ver01"
         draft = Draft(source, name, random.Random(oddity), start)
@@ -7696,11 +7696,12 @@ def test_the_verdict_on_a_batch_is_what_open_oni_then_does(site):
             assert disagreements(own, made) == ([], [])
 
 
-def test_the_verdict_on_each_oddity_alone_is_what_open_oni_then_does(site):
+@pytest.mark.parametrize("lane", range(4))
+def test_the_verdict_on_each_oddity_alone_is_what_open_oni_then_does(site, lane):
     with MarcSite("sn99990077") as marc:
         site.environment.update(marc.environment)
         with looking(site) as own:
-            assert disagreements(own, one_of_each(site.source)) == ([], [])
+            assert disagreements(own, one_of_each(site.source)[lane::4]) == ([], [])
 
 
 # --- Promises: one batch, one word ----------------------------------------------------------------
@@ -8201,7 +8202,7 @@ def marc_with(lccn: str, before: bytes, after: bytes) -> bytes:
 
 BAD_RECORDS: dict[str, tuple[str, bytes, str]] = {  # LCCN, what the site answers, what is said
     "HTML": ("sn11110001", b"<html><body>sn11110001 is not here</body></html>", "another record"),
-    "no XML": ("sn11110002", b"Not now", "that is no MARC XML"),
+    "no XML": ("sn11110002", b"Not now", "that is no MARC XML: .*"),
     "of another title": ("sn11110003", marc_xml("sn11119999"), "it answers with another record"),
     "deleting": (
         "sn11110004",
@@ -8251,9 +8252,11 @@ def test_a_record_that_poisons_a_batch_is_a_fault_with_its_address(odd_site, kin
     assert re.fullmatch(rf"{ENDS_LOAD}{has}\d+/lccn/{lccn}/marc.xml: .*{said}", fault["fault"])
 
 
-@pytest.mark.parametrize("kind", [kind for kind in BAD_RECORDS if kind not in ("of another title",)])
+@pytest.mark.parametrize("kind", [kind for kind in BAD_RECORDS if kind != "of another title"])
 def test_such_a_record_is_refused_by_load_title_in_the_same_words(odd_site, kind):
     lccn, record, said = BAD_RECORDS[kind]
+    new = f"{lccn[:-1]}9"  # ONI may have stored the other one, in the test above
+    record, said = record.replace(lccn.encode(), new.encode()), said.replace(lccn, new)
     if said == "another record":
         said = "there is no MARC record in it"
     if kind == "no XML":
@@ -8284,9 +8287,9 @@ def test_a_record_that_only_repeats_what_open_oni_has_is_not_refused(agent, tmp_
 
 
 def test_a_redirect_to_another_host_is_not_followed(agent):
-    with MarcSite("sn99990077") as marc, MarcSite("sn99990077") as other:
+    with MarcSite("sn99990077", "sn99990079") as marc, MarcSite("sn99990077") as other:
         marc.redirects["sn99990077"] = (other.urlformat % "sn99990077").replace("127.0.0.1", "localhost")
-        marc.redirects["sn99990078"] = marc.urlformat % "sn99990077"
+        marc.redirects["sn99990078"] = marc.urlformat % "sn99990079"
         agent.restart(**marc.environment)
         agent.batch(ALPHA, lccn="sn99990077")
         [fault, *_] = checked(agent, ALPHA)[1]["faults"]
