@@ -8450,7 +8450,7 @@ def test_a_question_that_hangs_holds_up_nobody_else(site):
 
 def test_a_question_is_given_up_at_its_deadline_and_its_worker_is_no_more(site, oni):
     gate = held_question(site, 'FROM "core_batch"')
-    with pytest.raises(oni_agent.Passing, match="did not answer in time"):
+    with pytest.raises(oni_agent.Passing, match="did not answer within"):
         oni.insist("answer_names", within=2)
     until(lambda: site.workers() == [])
     first = site.zygote()
