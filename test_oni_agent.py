@@ -115,6 +115,12 @@ except ImportError:
 
 AGENT = Path(oni_agent.__file__).resolve()
 
+
+def busy(seconds: float) -> float:
+    """As many times more seconds as the machine has more to do than its cores can."""
+    return seconds * max(1, os.getloadavg()[0] / (os.cpu_count() or 1) / 2)
+
+
 # --- A site with an agent -------------------------------------------------------------------------
 
 
@@ -156,13 +162,18 @@ class Site:
     def __exit__(self, *_) -> None:
         self.clean_up()
 
-    def start(self, **environment: str) -> Site:
-        """Starts the agent and waits until it listens."""
+    def start(self, limits: dict[str, float] | None = None, **environment: str) -> Site:
+        """Starts the agent and waits until it listens. It may have other limits than its own."""
         self.environment.update(environment)
+        limits = {"ANSWER_SECONDS": busy(oni_agent.ANSWER_SECONDS), **(limits or {})}
+        is_a_test = self.environment["BA_BIND"] == "127.0.0.1:0"
         self.log = []
         self.agent = subprocess.Popen(
             [*self.prefix, sys.executable, str(AGENT)],
-            env=self.environment,
+            env={
+                **self.environment,
+                **({oni_agent.LIMITS_OF_TESTS: json.dumps(limits)} if is_a_test else {}),
+            },
             stderr=subprocess.PIPE,
         )
         threading.Thread(
@@ -190,7 +201,7 @@ class Site:
             )
 
         with self._news:
-            line = self._news.wait_for(found, seconds)
+            line = self._news.wait_for(found, busy(seconds))
         assert line and line != "(ends)", f"no {pattern!r} in the agent's log:\n{''.join(self.log)}"
         return line
 
@@ -1323,10 +1334,10 @@ def deadline():
     """A test that hangs fails instead."""
 
     def late(*_):
-        raise TimeoutError("the test took longer than three minutes")
+        raise TimeoutError("the test took much longer than tests do")
 
     signal.signal(signal.SIGALRM, late)
-    signal.alarm(180)
+    signal.alarm(int(busy(180)))
     yield
     signal.alarm(0)
 
@@ -1347,7 +1358,7 @@ GAZETTE = "sn99990001"
 
 def until(condition, seconds: float = 60):
     """What a condition gives once it gives something; for what happens without a word."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + busy(seconds)
     while not (found := condition()):
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.02)
@@ -1454,12 +1465,6 @@ def settings_local(site: Site, text: str) -> Path:
     return path
 
 
-def zygotes(site: Site) -> list[int]:
-    """The manage.py shells that fork those that answer the agent's questions: one, if any."""
-    pids = site.manage_pids("shell")
-    return [pid for pid in pids if parent_of(pid) not in pids]
-
-
 def kill_warm_child(site: Site) -> None:
     """Kills the manage.py that forks, and all of its forks, which answer the agent's questions."""
     pids = site.manage_pids("shell")
@@ -1473,10 +1478,7 @@ def kill_warm_child(site: Site) -> None:
 def hurry(site: Site, **limits: float) -> Site:
     """Starts an agent with limits that a test can wait for, or reach, in place of its own."""
     assert all(hasattr(oni_agent, name) for name in limits)
-    try:
-        return site.start(**{oni_agent.LIMITS_OF_TESTS: json.dumps(limits)})
-    finally:
-        del site.environment[oni_agent.LIMITS_OF_TESTS]  # the next agent has its own
+    return site.start(limits)
 
 
 def resources(site: Site) -> tuple[int, int]:
@@ -2951,7 +2953,9 @@ def test_a_job_whose_purge_has_run_is_not_said_to_have_been_unable_to_start(agen
     assert agent.held(ALPHA) == (0, 0, 0)
 
 
-def test_an_open_oni_that_answers_late_is_said_to_while_jobs_wait_for_it(agent):
+def test_an_open_oni_that_answers_late_is_said_to_while_jobs_wait_for_it(site):
+    seconds = round(busy(4))
+    agent = hurry(site, ANSWER_SECONDS=seconds)
     gate = agent.hold_load(agent.batch(BETA))
     agent.batch(ALPHA)
     id = agent.job("load-batch", BETA)
@@ -2971,7 +2975,7 @@ def test_an_open_oni_that_answers_late_is_said_to_while_jobs_wait_for_it(agent):
             lambda: agent.call("version"),
         )
     assert [(reply["message"], reply["error"]) for reply in replies] == [
-        (message, "Open ONI did not answer within 10 s") for message in asked
+        (message, f"Open ONI did not answer within {seconds} s") for message in asked
     ]
     assert other["status"] == "success"
     assert awardees(agent, "dlc") == []
@@ -3019,7 +3023,7 @@ def test_the_child_that_answers_may_be_killed_between_two_questions(agent):
         assert agent.call("ensure-awardee", "oru")["message"] == "Awardee already exists"
         kill_warm_child(agent)
     assert agent.call("ensure-awardee", "oru")["message"] == "Awardee already exists"
-    assert len(zygotes(agent)) == 1
+    assert agent.zygote()  # one, that is
 
 
 @pytest.mark.parametrize("warm", [True, False])
@@ -8454,7 +8458,7 @@ def test_a_question_that_hangs_holds_up_nobody_else(site):
 
 def test_a_question_is_given_up_at_its_deadline_and_its_worker_is_no_more(site, oni):
     gate = held_question(site, 'FROM "core_batch"')
-    with pytest.raises(oni_agent.Passing, match="did not answer in time"):
+    with pytest.raises(oni_agent.Passing, match="did not answer within"):
         oni.insist("answer_names", within=2)
     until(lambda: site.workers() == [])
     first = site.zygote()
