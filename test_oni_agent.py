@@ -5244,11 +5244,6 @@ def owners(*folders: Path) -> set[int]:
     return {path.lstat().st_uid for folder in folders for path in (folder, *folder.rglob("*"))}
 
 
-# Until the last room has annotations that are evaluated, the file says `from __future__ import`.
-unfinished = pytest.mark.skipif("annotations" in vars(oni_agent), reason="not all rooms are ready")
-
-
-@unfinished
 def test_the_file_compiles_on_python_3_6():
     ast.parse(AGENT.read_text(), feature_version=(3, 6))
 
@@ -5264,7 +5259,6 @@ OLD_PYTHONS = [[sys.executable, "-c", AS_OLD]] + [  # this one, which says that 
 ]
 
 
-@unfinished
 @pytest.mark.parametrize("python", OLD_PYTHONS)
 def test_an_older_python_is_told_which_is_needed(python):
     done = subprocess.run([*python, str(AGENT)], stderr=subprocess.PIPE, text=True, timeout=60)
