@@ -759,7 +759,7 @@ def send(channel: socket.socket, **news: Any) -> None:
 def reply_to(name: str, words: List[Any], channel: socket.socket) -> Dict[str, Any]:
     """Return the answer to a question, or the problem, and whether that may pass by itself."""
     if not name.startswith(("answer_", "study_")):
-        return {"problem": "%s is no question" % name}
+        return {"problem": f"{name} is no question"}
     arguments = list(words)
     if name.startswith("study_"):
         arguments.insert(0, lambda **news: send(channel, **news))
@@ -777,7 +777,7 @@ def reply_to(name: str, words: List[Any], channel: socket.socket) -> Dict[str, A
     except MemoryError:
         return {"problem": "reading it takes more than %d MiB" % (WORKER_MEMORY >> 20)}
     except Exception as error:
-        told = "Open ONI cannot answer: %s: %s" % (type(error).__name__, first_line(error))
+        told = f"Open ONI cannot answer: {type(error).__name__}: {first_line(error)}"
         return {"problem": told, "transient": may_pass(error)}
 
 
@@ -865,7 +865,7 @@ def address_of(page: Any) -> str:
     try:
         return str(page.url)
     except Exception as error:
-        return "page %s has no address: %s" % (page.pk, first_line(error))
+        return f"page {page.pk} has no address: {first_line(error)}"
 
 
 def digest_of(addresses: Iterable[str]) -> str:
@@ -909,7 +909,7 @@ def compare_index(name: str, wanted: Set[str], seconds: float) -> Dict[str, Any]
 
 def documents_of(solr: Any, name: str) -> Set[str]:
     """Return the ids of the documents that Solr has under the name of a batch."""
-    query = 'batch:"%s"' % name
+    query = f'batch:"{name}"'
     found = solr.search(query, fl="id", rows=1000)
     if found.hits > 1000:
         found = solr.search(query, fl="id", rows=found.hits)
@@ -942,10 +942,10 @@ def look_at_listing(folder: str) -> None:
     try:
         root = batch_loader.etree.parse("file://" + listing)
     except Exception as error:
-        raise CannotAnswer("reading file: %s: %s" % (listing, first_line(error)))
+        raise CannotAnswer(f"reading file: {listing}: {first_line(error)}")
     issues = root.xpath("ndnp:issue", namespaces=batch_loader.ns)
     if not issues:
-        raise CannotAnswer("%s names no issue, so ONI would load nothing" % listing)
+        raise CannotAnswer(f"{listing} names no issue, so ONI would load nothing")
     for issue in issues:
         path = local_path(urllib.parse.urljoin("file://" + data, issue.text or ""))
         # lxml opens a name with its percent escapes as they are, or decoded.
@@ -964,7 +964,7 @@ def refuse_what_blocks(data: str) -> None:
     for name in names:
         path = os.path.join(data, name)
         if os.path.exists(path) and not os.path.isdir(path) and not os.path.isfile(path):
-            raise CannotAnswer("reading file: %s is not a regular file" % path)
+            raise CannotAnswer(f"reading file: {path} is not a regular file")
 
 
 def look_at_listed_file(folder: str, path: str) -> None:
@@ -993,11 +993,11 @@ def look_at_file(path: str) -> None:
     try:
         mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode):
-            raise CannotAnswer("reading file: %s is not a regular file" % path)
+            raise CannotAnswer(f"reading file: {path} is not a regular file")
         os.close(os.open(path, os.O_RDONLY))
     except OSError as error:
         reason = os.strerror(error.errno or 0).lower()
-        raise CannotAnswer("reading file: open %s: %s" % (path, reason))
+        raise CannotAnswer(f"reading file: open {path}: {reason}")
 
 
 def local_path(url: str) -> Optional[str]:
@@ -1017,14 +1017,14 @@ def look_at_place(name: str, folder: str) -> None:
     is_the_batch = os.path.realpath(link) == os.path.realpath(folder)
     if os.path.exists(link) and not os.path.islink(link) and not is_the_batch:
         raise CannotAnswer(
-            "%s is a real folder or file, not a link, and load_batch cannot replace it:"
-            " move it away" % link
+            f"{link} is a real folder or file, not a link, and load_batch cannot replace it:"
+            " move it away"
         )
 
 
 def no_awardee(code: str) -> str:
     """Return the sentence that says that ONI lacks an awardee, and what to type."""
-    return 'Open ONI has no awardee "%s"; to make it: ensure-awardee %s "NAME"' % (code, code)
+    return f'Open ONI has no awardee "{code}"; to make it: ensure-awardee {code} "NAME"'
 
 
 def answer_listing(folder: str) -> bool:
@@ -1085,7 +1085,7 @@ def answer_folders() -> Dict[str, List[Any]]:
         folders["word coordinates"] = [str(settings.COORD_STORAGE), True]
     for cache in getattr(settings, "CACHES", {}).values():
         if "filebased" in cache["BACKEND"].lower():
-            folders["cache %s" % cache["LOCATION"]] = [str(cache["LOCATION"]), True]
+            folders[f"cache {cache['LOCATION']}"] = [str(cache["LOCATION"]), True]
     return folders
 
 
@@ -1112,12 +1112,17 @@ def study_overview(tell: Tell, wanted: List[List[Any]]) -> Dict[str, Any]:
     """Return what is quickly told of every batch.
 
     `wanted` has for each batch in BATCH_SOURCE its name, its folder, and what `watched` told
-    of it, or "". Of each batch that is there, or that ONI holds, the answer has the counts of
-    answer_batch, as numbers alone, and whether the watched files are `unchanged`.
+    of it, or ""; for others that were in ONI once, "" stands for the folder. Of each batch that is
+    there, or that ONI holds, the answer has the counts of answer_batch, as numbers alone, and
+    whether the watched files are `unchanged`.
     """
     batches: Dict[str, Dict[str, Any]] = {}
+    elsewhere = {}  # what was watched of batches that are not in BATCH_SOURCE
     for name, folder, watched in wanted:
-        batches[name] = {"name": name, "unchanged": answer_unchanged(folder, watched)}
+        if folder:
+            batches[name] = {"name": name, "unchanged": answer_unchanged(folder, watched)}
+        else:
+            elsewhere[name] = watched
     issues = counts_by_batch(models.Issue.objects.order_by(), "batch_id")
     pages = counts_by_batch(models.Page.objects.order_by(), "issue__batch_id")
     indexed = counts_by_batch(models.Page.objects.order_by().filter(indexed=True),
@@ -1127,8 +1132,11 @@ def study_overview(tell: Tell, wanted: List[List[Any]]) -> Dict[str, Any]:
     for name, key, message in events.values_list("batch_name", "pk", "message"):
         newest[name] = [[key, message or ""]]
     for row in models.Batch.objects.all():
-        held = batches.setdefault(row.name, {"name": row.name, "unchanged": False})
-        held.update(
+        if row.name not in batches:
+            folder = os.path.join(str(settings.BATCH_STORAGE), row.name)
+            unchanged = answer_unchanged(folder, elsewhere.get(row.name, ""))
+            batches[row.name] = {"name": row.name, "unchanged": unchanged}
+        batches[row.name].update(
             row=True,
             loaded=row.created.isoformat(),
             issues=issues.get(row.name, 0),
@@ -1163,10 +1171,10 @@ def index_overview() -> Tuple[str, Dict[str, int]]:
     documents = dict(zip(facets[::2], facets[1::2]))
     version = ""
     try:
-        url = "%s/admin/luke?numTerms=0&wt=json" % settings.SOLR
+        url = f"{settings.SOLR}/admin/luke?numTerms=0&wt=json"
         with urllib.request.urlopen(url, timeout=4) as reply:
             index = json.loads(reply.read().decode())["index"]
-        version = "%s %s" % (index["version"], index["lastModified"])
+        version = f"{index['version']} {index['lastModified']}"
     except (OSError, ValueError, LookupError):
         pass
     return version, documents
@@ -1226,7 +1234,7 @@ def files_of(parts: Sequence[Mapping[str, Any]]) -> Dict[str, Any]:
         issues += part["issues"]
         watched.update(unpacked(part["watched"]))
         for fault in part["faults"]:
-            told = "%s: %s" % (fault["file"], fault["fault"])
+            told = f"{fault['file']}: {fault['fault']}"
             addresses.append(told)
             if fault["ends_load"]:
                 problem = problem or told
@@ -1301,7 +1309,7 @@ def rehearse(name: str, folder: str, loader: "Rehearsal") -> Dict[str, Any]:
     try:
         os.chdir(folder)
     except OSError as error:
-        raise CannotAnswer("reading file: open %s: %s" % (folder, os.strerror(error.errno or 0)))
+        raise CannotAnswer(f"reading file: open {folder}: {os.strerror(error.errno or 0)}")
     pretend(name, loader)
     # One transaction for all: `notes.set` would begin one for each page otherwise.
     with transaction.atomic(), connection.execute_wrapper(send_only_select):
@@ -1310,7 +1318,10 @@ def rehearse(name: str, folder: str, loader: "Rehearsal") -> Dict[str, Any]:
             loader.load_batch(Links.link)
             loader.load_postponed()
             loader.look_for_unlisted_issues()
-        except BatchLoaderException as error:
+        except (CannotAnswer, MemoryError):
+            raise
+        except Exception as error:
+            loader.ask_database(error)
             loader.enter_fault("data/batch.xml", "ONI would break off the load", error,
                                ends_load=True, order=0)  # fmt: skip
         finally:
@@ -1324,7 +1335,7 @@ class DatabaseGone(CannotAnswer):
     transient = True
 
     def __init__(self, error: Any) -> None:
-        super().__init__("Open ONI cannot answer: the database is gone: %s" % first_line(error))
+        super().__init__(f"Open ONI cannot answer: the database is gone: {first_line(error)}")
 
 
 class Links:
@@ -1366,7 +1377,7 @@ class PretendedXML:
         document = etree.parse(Links.opened(url))
         came_from = document.docinfo.URL or ""
         if came_from.startswith("file://" + Links.HERE):
-            came_from = "file://%s/%s" % (Links.link, came_from[len("file://" + Links.HERE) :])
+            came_from = f"file://{Links.link}/{came_from[len('file://' + Links.HERE) :]}"
             document.docinfo.URL = came_from
         self._loader.see_document(url, document)
         return document
@@ -1395,7 +1406,7 @@ def keep_from_writing() -> None:
     batch_loader.Batch = PretendedBatches()
     batch_loader.set_fulltext_range = lambda: None  # it would write to ONI's cache
     remember_title_documents()
-    logging.disable(logging.CRITICAL)
+    listen_to_errors()
     socket.setdefaulttimeout(30)
     open_url = urllib.request.OpenerDirector.open
 
@@ -1407,6 +1418,26 @@ def keep_from_writing() -> None:
     connection.close()
     connection_created.connect(make_read_only)
     learn_columns()
+
+
+class LastWords(logging.Handler if INSIDE or TYPE_CHECKING else object):  # type: ignore[misc]
+    """Remembers what ONI's code has logged last as an error; it may say more than it raises."""
+
+    said = ""
+
+    def emit(self, record: Any) -> None:
+        LastWords.said = first_line(record.getMessage())
+
+
+def listen_to_errors() -> None:
+    """Have what is logged go nowhere, but that the last error is remembered."""
+    logging.disable(logging.WARNING)
+    for name in list(logging.root.manager.loggerDict):
+        logger = logging.getLogger(name)
+        logger.handlers = []
+        logger.propagate = True
+        logger.disabled = False
+    logging.root.handlers = [LastWords()]
 
 
 def make_read_only(connection: Any, **_: Any) -> None:
@@ -1497,7 +1528,7 @@ def look_at_value(row: Any, field: Any, value: Any) -> None:
     column = field.column
     if value is None:
         if not field.null:
-            raise IntegrityError("Column '%s' cannot be null" % column)
+            raise IntegrityError(f"Column '{column}' cannot be null")
     elif isinstance(value, str):
         limit = field.max_length or 0
         most, narrow = COLUMNS.get((row._meta.db_table, column), (limit, False))
@@ -1591,6 +1622,10 @@ class TitleNeeded(Exception):
 class NoTitle(Exception):
     """ONI lacks a title and cannot have it; the text says why."""
 
+    def __init__(self, lccn: str, why: str) -> None:
+        super().__init__(why)
+        self.lccn = lccn
+
 
 class Titles(TitleLoader):  # type: ignore[misc]
     """Stands for Title and `management` in ONI's loader, and loads records as ONI does.
@@ -1633,7 +1668,7 @@ class Titles(TitleLoader):  # type: ignore[misc]
         if not connection.is_usable():
             raise DatabaseGone(url)
         if self._asked in self._missing:
-            raise NoTitle(self._missing[self._asked])
+            raise NoTitle(self._asked, self._missing[self._asked])
         self.needed.add(self._asked)
         raise TitleNeeded(self._asked)
 
@@ -1643,8 +1678,8 @@ class Titles(TitleLoader):  # type: ignore[misc]
             if not wrong:
                 wrong = self._load(lccn, record)
             if wrong:
-                self._missing[lccn] = "ONI does not have the title %s, nor has %s: %s" % (
-                    lccn, url, wrong)  # fmt: skip
+                told = f"ONI does not have the title {lccn}, nor has {url}: {wrong}"
+                self._missing[lccn] = told
             else:
                 self.records[lccn] = record
         self.needed.clear()
@@ -1655,13 +1690,14 @@ class Titles(TitleLoader):  # type: ignore[misc]
         try:
             self.load_record_file(io.BytesIO(record))
         except Exception as error:
-            return "that is no MARC XML: %s" % first_line(error)
-        if lccn in self._known:
-            return ""
-        for outcome in self.outcomes:
-            if outcome["problem"]:
-                return str(outcome["problem"])
-        return "it answers with another record"
+            return f"that is no MARC XML: {first_line(error)}"
+        # What is wrong with this very title comes first, then what is wrong with any other one.
+        problems = [outcome for outcome in self.outcomes if outcome["problem"]]
+        problems.sort(key=lambda outcome: bool(outcome["lccn"] != lccn))
+        if problems and (problems[0]["lccn"] == lccn or lccn not in self._known):
+            self._known.pop(lccn, None)
+            return str(problems[0]["problem"])
+        return "" if lccn in self._known else "it answers with another record"
 
     def load_record_file(self, file: Any) -> None:
         """Load all records of an open file as load_titles does; fill `outcomes`.
@@ -1699,11 +1735,12 @@ class Titles(TitleLoader):  # type: ignore[misc]
     def load_bib(self, record: Any) -> Any:
         """Load a record as ONI does, and remember what came of it."""
         self._outcome = "unchanged"
+        LastWords.said = ""
         try:
             title = super().load_bib(record)
         except Exception as error:
-            told = "ONI cannot store the title %s: %s: %s"
-            self._wrong = told % (lccn_of(record), type(error).__name__, first_line(error))
+            words = LastWords.said or f"{type(error).__name__}: {first_line(error)}"
+            self._wrong = f"ONI cannot store the title {lccn_of(record)}: {words}"
             raise
         if title is not None:
             self._outcome = "stored" if title.pk else "deleted again"
@@ -1724,11 +1761,11 @@ class Titles(TitleLoader):  # type: ignore[misc]
         if not lccn and self._outcome in ("unchanged", "stored"):
             problem = problem or NO_LCCN
         elif self._outcome == "ignored":
-            problem = "leader/06 is %s: ONI would ignore the title %s" % (record.leader[6:7], lccn)
+            problem = f"leader/06 is {record.leader[6:7]}: ONI would ignore the title {lccn}"
         elif self._outcome == "deleted":
-            problem = "leader/05 is d: ONI would delete the title %s" % lccn
+            problem = f"leader/05 is d: ONI would delete the title {lccn}"
         elif self._outcome == "deleted again":
-            problem = "ONI would take %s for its own electronic record, and delete it" % lccn
+            problem = f"ONI would take {lccn} for its own electronic record, and delete it"
         elif self._outcome == "stored":
             problem = poison_in(self._made)
         version = None
@@ -1767,7 +1804,7 @@ class SameHost(HTTPRedirectHandler):
     def redirect_request(self, request: Any, file: Any, code: int, message: str, headers: Any,
                          url: str) -> Any:  # fmt: skip
         if urllib.parse.urlsplit(url).hostname != urllib.parse.urlsplit(request.full_url).hostname:
-            raise OSError("it points to another host, %s" % url[:100])
+            raise OSError(f"it points to another host, {url[:100]}")
         return super().redirect_request(request, file, code, message, headers, url)
 
 
@@ -1841,8 +1878,8 @@ def what_sax_says(error: Exception) -> str:
     """Return what is wrong with an XML file, with the line if the parser tells it."""
     line = getattr(error, "getLineNumber", None)
     if line:
-        return "%s: line %s" % (error.getMessage(), line())  # type: ignore[attr-defined]
-    return "it cannot be read as MARC XML: %s: %s" % (type(error).__name__, first_line(error))
+        return f"{error.getMessage()}: line {line()}"  # type: ignore[attr-defined]
+    return f"it cannot be read as MARC XML: {type(error).__name__}: {first_line(error)}"
 
 
 class Rehearsal(BatchLoader):  # type: ignore[misc]
@@ -1903,10 +1940,11 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         }
 
     def enter_fault(self, path: str, what: str, error: Any = None, ends_load: bool = False,
-                    order: Optional[int] = None) -> None:  # fmt: skip
+                    order: Optional[int] = None, title: str = "") -> None:  # fmt: skip
         """Enter what ONI would do (`what`) with a file, and what it says (`error`) if anything.
 
-        `order` is the issue's number, from 1 on; 0 stands for the whole batch.
+        `order` is the issue's number, from 1 on; 0 stands for the whole batch. `title` is the LCCN
+        of a title that ONI lacks, of which one fault tells for all issues.
         """
         words = ""
         if error is not None:
@@ -1918,17 +1956,18 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
             words = "it lies outside the batch, and cannot be taken"
         if path:
             # So an XML parser begins: the file, line and column.
-            place = "^%s:([0-9]+):([0-9]+):" % re.escape(path)
+            place = f"^{re.escape(path)}:([0-9]+):([0-9]+):"
             words = re.sub(place, r"line \1, column \2:", words)
-            words = words.replace("%s: " % path, "").replace(repr(path), "it").replace(path, "it")
-        text = "%s: %s" % (what, words) if words else what
-        text = "".join(each if each <= "\uffff" else "\\U%08x" % ord(each) for each in text)
+            words = words.replace(f"{path}: ", "").replace(repr(path), "it").replace(path, "it")
+        text = f"{what}: {words}" if words else what
+        text = "".join(each if each <= "\uffff" else f"\\U{ord(each):08x}" for each in text)
         self.faults.append(
             {
                 "file": path,
                 "fault": text,
                 "ends_load": ends_load,
                 "order": self._number if order is None else order,
+                "title": title,
             }
         )
 
@@ -1981,13 +2020,14 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
             self._postponed.append((number, url))
             return
         except NoTitle as error:
-            if str(error) not in self._told_titles:
-                self.enter_fault(path, "ONI would break off the load", error, ends_load=True)
-            self._told_titles.add(str(error))
+            if error.lccn not in self._told_titles:
+                self.enter_fault(path, "ONI would break off the load", error, ends_load=True,
+                                 title=error.lccn)  # fmt: skip
+            self._told_titles.add(error.lccn)
         except ValueError as error:
             self._enter_loss(path, error)
         except Exception as error:
-            self._ask_database(error)
+            self.ask_database(error)
             what = "ONI would break off the load"
             if self._is_outside and self._path != path:
                 told = "%s, which it names, lies outside the batch, and cannot be taken"
@@ -2020,7 +2060,7 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         else:
             self.enter_fault(path, "ONI would leave this issue out", error)
 
-    def _ask_database(self, error: Exception) -> None:
+    def ask_database(self, error: Exception) -> None:
         """Raise DatabaseGone if that is the reason of `error`."""
         if not connection.is_usable():
             raise DatabaseGone(error)
@@ -2051,11 +2091,11 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         path = Links.opened(os.path.join(self.current_batch.path, name))
         shown = Links.within_batch(path)
         if not os.path.isfile(path):
-            self.enter_warning(shown, "there is no such %s" % kind)
+            self.enter_warning(shown, f"there is no such {kind}")
         elif not os.path.getsize(path):
-            self.enter_warning(shown, "this %s is empty" % kind)
+            self.enter_warning(shown, f"this {kind} is empty")
         elif not os.access(path, os.R_OK):
-            self.enter_warning(shown, "this %s cannot be read" % kind)
+            self.enter_warning(shown, f"this {kind} cannot be read")
 
     def _look_for_leftovers(self, path: str) -> None:
         """Enter what a METS file holds, and no page that the loader has made."""
@@ -2073,7 +2113,7 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
 
     def _look_for_divisions_of_files(self, path: str, document: Any) -> None:
         """Enter divisions that have an image, or a text, as pages have, and that are no page's."""
-        fptr = "{%s}fptr" % batch_loader.ns["mets"]
+        fptr = f"{{{batch_loader.ns['mets']}}}fptr"
         taken = {pointer.get("FILEID") for division, _ in self._pages
                  for pointer in division.iter("{*}fptr")}  # fmt: skip
         uses = {file.get("ID"): file.get("USE") for file in document.iter("{*}file")}
@@ -2086,8 +2126,8 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
 
     def _look_for_unread_text(self, path: str, document: Any) -> None:
         """Enter the OCR files that a METS file describes, and that no page has taken."""
-        mets = "{%s}" % batch_loader.ns["mets"]
-        href = "{%s}href" % batch_loader.ns["xlink"]
+        mets = f"{{{batch_loader.ns['mets']}}}"
+        href = f"{{{batch_loader.ns['xlink']}}}href"
         taken: Set[str] = set()
         for division, page in self._pages:
             if page.ocr_filename:
@@ -2100,9 +2140,9 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
             if not is_text or file.get("ID") in taken:
                 continue
             if without:
-                self.enter_fault(path, "ONI would leave out the OCR file %s" % file.get("ID"))
+                self.enter_fault(path, f"ONI would leave out the OCR file {file.get('ID')}")
             else:
-                self.enter_warning(path, "the OCR file %s belongs to no page" % file.get("ID"))
+                self.enter_warning(path, f"the OCR file {file.get('ID')} belongs to no page")
 
     def _look_for_twins(self, path: str) -> None:
         """Warn of another batch that holds the issue just loaded."""
@@ -2122,7 +2162,7 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         if self._part:
             return  # the first part has told of them
         listing = "data/" + self.current_batch.validated_batch_file
-        document = batch_loader.etree.parse("file://%s/%s" % (Links.link, listing))
+        document = batch_loader.etree.parse(f"file://{Links.link}/{listing}")
         count = len(issues_in(document))
         self._look_for_stale_list(listing)
         if not self._seen:
@@ -2268,7 +2308,7 @@ def pages_with_text(name: str) -> Iterator[Tuple[str, int]]:
 def task_forget_documents(name: str) -> None:
     """Delete from the index what a failed purge has left of a batch."""
     solr = solr_index.conn()
-    solr.delete(q='batch:"%s"' % name)
+    solr.delete(q=f'batch:"{name}"')
     solr.commit()
     print("deleted the documents of", name, flush=True)
 
@@ -3145,8 +3185,11 @@ class Check:
         self.files = Files(**files_of(parts))
         self._places: Dict[str, List[str]] = {}  # the METS files that have a page, by its address
         faults = [fault for part in parts for fault in part["faults"]]
+        told_titles: Set[str] = set()  # that ONI lacks; each part of the check tells of its own
         for fault in sorted(faults, key=lambda fault: int(fault["order"])):
-            self.faults.append({"file": fault["file"], "fault": fault["fault"]})
+            if not fault["title"] or fault["title"] not in told_titles:
+                self.faults.append({"file": fault["file"], "fault": fault["fault"]})
+            told_titles.add(fault["title"])
         for part in parts:
             self.warnings += part["warnings"]
             for lccn, record in part["titles"].items():
@@ -3473,19 +3516,21 @@ class ListedBatches:
     def __init__(self, site: "Site") -> None:
         self._site = site
         names = set(site.on_disk())
-        files = site.memory.recall_all("files *")
         wanted = []
-        for name in sorted(names):
-            watched = files.get(f"files {name}", {}).get("watched", "")
-            wanted.append([name, str(site.source / name), watched])
+        self._watched: Dict[str, str] = {}  # by a batch's name, what was known before this look
+        for what, facts in site.memory.recall_all("files *").items():
+            self._watched[what[len("files ") :]] = facts["watched"]
+        for name in sorted(names.union(self._watched)):
+            folder = str(site.source / name) if name in names else ""
+            wanted.append([name, folder, self._watched.get(name, "")])
         seen = site.oni.ask("study_overview", wanted, within=LIST_PATIENCE)
         self._storage = seen["storage"]
         self._index_version = seen.get("index_version", "")
-        self._watched = {name: watched for name, _, watched in wanted}
+        self._unchanged: Set[str] = set()  # the batches whose files are as they were
         self.states: Dict[str, BatchState] = {}
         for name, held in seen["batches"].items():
-            if not held.pop("unchanged"):
-                self._watched.pop(name, None)
+            if held.pop("unchanged"):
+                self._unchanged.add(name)
             state = BatchState(**held, on_disk=name in names)
             state.index_problem = seen.get("index_problem", "")
             self.states[name] = state
@@ -3513,8 +3558,7 @@ class ListedBatches:
         What was counted after this look is newer than it, and holds as well.
         """
         is_newer = facts.get("watched") != self._watched.get(state.name)
-        is_unchanged = state.name in self._watched or is_newer
-        if not facts or not is_unchanged:
+        if not facts or not (is_newer or state.name in self._unchanged):
             return
         state.files_problem = facts["problem"]
         if not facts["problem"]:

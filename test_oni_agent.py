@@ -4223,6 +4223,17 @@ def test_job_wait_answers_when_the_job_has_ended_and_its_exit_status_tells_succe
 BOTH_STREAMS = "import os, sys\nif 'load_batch' in sys.argv:\n    os.write(1, b'said on stdout\\n')"
 
 
+def test_job_wait_is_woken_by_the_end_of_its_job(site):
+    gate = site.hold_load(site.batch(ALPHA))
+    hurry(site, WATCH_SECONDS=3600)  # no look at who waits comes in time
+    id = site.job("load-batch", ALPHA)
+    gate.reached()
+    with Client(site.port) as client:
+        waiting = client.channel(f"job-wait {id}")
+        gate.open()
+        assert json.loads(waiting.makefile("rb").read())["job"]["status"] == "successful"
+
+
 @pytest.mark.parametrize("options, newline", [((), b"\n"), (("-tt",), b"\r\n")])
 def test_job_follow_shows_lines_as_they_come_until_the_job_ends(site, options, newline):
     site.prepend_to_manage(BOTH_STREAMS)
@@ -7606,9 +7617,9 @@ ALIKE = sorted(set(ODDITIES) - {"METS with %20 in its name"})  # libxml2 from 2.
 
 
 def one_of_each(source: Path) -> list[Draft]:
-    """For each oddity a batch that has it, and no other."""
+    """For each oddity, but those with tests of their own, a batch that has it, and no other."""
     made = []
-    for number, oddity in enumerate(ALIKE):
+    for number, oddity in enumerate(sorted(set(ALIKE) - {*MISSED_ONCE, *CALLED_FAULTY_ONCE})):
         start = date(1700, 1, 1) + timedelta(days=4 * number)
         name = f"batch_oru_one{number}_ver01"
         draft = Draft(source, name, random.Random(oddity), start)
@@ -7722,11 +7733,12 @@ def test_the_verdict_on_a_batch_is_what_open_oni_then_does(site):
             assert disagreements(own, made) == ([], [])
 
 
-def test_the_verdict_on_each_oddity_alone_is_what_open_oni_then_does(site):
+@pytest.mark.parametrize("lane", range(4))
+def test_the_verdict_on_each_oddity_alone_is_what_open_oni_then_does(site, lane):
     with MarcSite("sn99990077") as marc:
         site.environment.update(marc.environment)
         with looking(site) as own:
-            assert disagreements(own, one_of_each(site.source)) == ([], [])
+            assert disagreements(own, one_of_each(site.source)[lane::4]) == ([], [])
 
 
 # --- Promises: one batch, one word ----------------------------------------------------------------
@@ -8227,7 +8239,7 @@ def marc_with(lccn: str, before: bytes, after: bytes) -> bytes:
 
 BAD_RECORDS: dict[str, tuple[str, bytes, str]] = {  # LCCN, what the site answers, what is said
     "HTML": ("sn11110001", b"<html><body>sn11110001 is not here</body></html>", "another record"),
-    "no XML": ("sn11110002", b"Not now", "that is no MARC XML"),
+    "no XML": ("sn11110002", b"Not now", "that is no MARC XML: .*"),
     "of another title": ("sn11110003", marc_xml("sn11119999"), "it answers with another record"),
     "deleting": (
         "sn11110004",
@@ -8277,9 +8289,11 @@ def test_a_record_that_poisons_a_batch_is_a_fault_with_its_address(odd_site, kin
     assert re.fullmatch(rf"{ENDS_LOAD}{has}\d+/lccn/{lccn}/marc.xml: .*{said}", fault["fault"])
 
 
-@pytest.mark.parametrize("kind", [kind for kind in BAD_RECORDS if kind not in ("of another title",)])
+@pytest.mark.parametrize("kind", [kind for kind in BAD_RECORDS if kind != "of another title"])
 def test_such_a_record_is_refused_by_load_title_in_the_same_words(odd_site, kind):
     lccn, record, said = BAD_RECORDS[kind]
+    new = f"{lccn[:-1]}9"  # ONI may have stored the other one, in the test above
+    record, said = record.replace(lccn.encode(), new.encode()), said.replace(lccn, new)
     if said == "another record":
         said = "there is no MARC record in it"
     if kind == "no XML":
@@ -8310,9 +8324,9 @@ def test_a_record_that_only_repeats_what_open_oni_has_is_not_refused(agent, tmp_
 
 
 def test_a_redirect_to_another_host_is_not_followed(agent):
-    with MarcSite("sn99990077") as marc, MarcSite("sn99990077") as other:
+    with MarcSite("sn99990077", "sn99990079") as marc, MarcSite("sn99990077") as other:
         marc.redirects["sn99990077"] = (other.urlformat % "sn99990077").replace("127.0.0.1", "localhost")
-        marc.redirects["sn99990078"] = marc.urlformat % "sn99990077"
+        marc.redirects["sn99990078"] = marc.urlformat % "sn99990079"
         agent.restart(**marc.environment)
         agent.batch(ALPHA, lccn="sn99990077")
         [fault, *_] = checked(agent, ALPHA)[1]["faults"]
@@ -13891,36 +13905,99 @@ func main() {
 		client.Close()
 	}
 	sort.Float64s(took)
-	fmt.Println(took[len(took)/2])
+	fmt.Println(took[len(took)/2], took[len(took)-1])
 }
 """
 BENCH_MANAGE = r"""
-import os, sys
+import os, sys, time
 if sys.argv[1:2] == ["load_batch"] and "batch_oru_bench" in sys.argv[2]:
-    count = int(sys.argv[2].split("lines")[1].split("_")[0])
+    how, count = sys.argv[2].split("_")[2][len("bench"):].split("x")[1:]
     line = ("[INFO] Saving page. issue date: 1900-01-01 00:00:00, page sequence: %07d,"
             " of The test gazette (Or.)\n")
-    for first in range(0, count, 1000):
-        numbers = range(first, min(first + 1000, count))
-        sys.stderr.write("".join(line % number for number in numbers))
-    sys.stderr.flush()
+    if how == "together":
+        for first in range(0, int(count), 1000):
+            numbers = range(first, min(first + 1000, int(count)))
+            sys.stderr.write("".join(line % number for number in numbers))
+        sys.stderr.flush()
+    else:
+        for number in range(int(count)):
+            os.write(2, (line % number).encode())
+            if how == "slowly":
+                time.sleep(0.005)
     os._exit(0)
+"""
+# A server of paramiko's own that answers a command, and does nothing else.
+BENCH_BARE = r"""
+import paramiko, socket, sys, threading
+class Bare(paramiko.ServerInterface):
+    def __init__(self):
+        self.asked = threading.Event()
+    def get_allowed_auths(self, user):
+        return "none"
+    def check_auth_none(self, user):
+        return paramiko.AUTH_SUCCESSFUL
+    def check_channel_request(self, kind, number):
+        return paramiko.OPEN_SUCCEEDED
+    def check_channel_exec_request(self, channel, command):
+        self.asked.set()
+        return True
+class Quick(socket.socket):  # as the agent's: the client's next packet waits for the ACK (Nagle)
+    def recv(self, *size):
+        data = super().recv(*size)
+        self.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+        return data
+def serve(accepted):
+    accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    bare = Bare()
+    with paramiko.Transport(Quick(fileno=accepted.detach())) as transport:
+        transport.add_server_key(key)
+        transport.start_server(server=bare, event=threading.Event())
+        channel = transport.accept(60)
+        bare.asked.wait(60)
+        channel.sendall(b'{"status":"success"}')
+        channel.send_exit_status(0)
+        channel.recv(1)  # until the client has sent its end
+        channel.close()
+        transport.join(60)
+key = paramiko.Ed25519Key(filename=sys.argv[1])
+listener = socket.create_server(("127.0.0.1", 0), backlog=100)
+print(listener.getsockname()[1], flush=True)
+while True:
+    threading.Thread(target=serve, args=[listener.accept()[0]], daemon=True).start()
 """
 
 
-def median(figures: list[float]) -> float:
+class Figure(NamedTuple):
+    """What was measured, and beside it what it is meant to be at most, and the bare limit."""
+
+    name: str
+    value: float
+    unit: str
+    most: Optional[float] = None
+    bare: Optional[float] = None  # what the same takes without the agent
+
+
+Figures = Iterator[Figure]
+
+
+def median(figures: List[float]) -> float:
     """The middle one."""
     return sorted(figures)[len(figures) // 2]
 
 
-def seconds(run, *arguments) -> float:
+def seconds(run: Callable[..., Any], *arguments: Any) -> float:
     """How long a call takes."""
     begun = time.perf_counter()
     run(*arguments)
     return time.perf_counter() - begun
 
 
-def all_at_once(count: int, at_once: int, run) -> list[float]:
+def milliseconds(times: int, run: Callable[..., Any], *arguments: Any) -> float:
+    """How long a call takes, the median of some."""
+    return median([seconds(run, *arguments) for _ in range(times)]) * 1000
+
+
+def all_at_once(count: int, at_once: int, run: Callable[[], Any]) -> List[float]:
     """How long each of `count` calls takes, of which so many are under way at any time."""
     left = iter(range(count))
     took = []
@@ -13938,55 +14015,47 @@ def all_at_once(count: int, at_once: int, run) -> list[float]:
 
 
 class Bench:
-    """What can be measured of any agent at an address."""
+    """What can be measured of any agent at an address: a method for each thing."""
 
     def __init__(self, host: str, port: int):
         self.host = host
         self.port = port
-        self.ssh_words = [
-            "ssh",
-            "-F",
-            "none",
-            "-p",
-            str(port),
-            "-o",
-            "StrictHostKeyChecking=no",
-            "-o",
-            "BatchMode=yes",
-            "-o",
-            "UserKnownHostsFile=/dev/null",
-            "-o",
-            "LogLevel=ERROR",
-            f"nobody@{host}",
-        ]
+
+    def measurements(self) -> List[Callable[[], Figures]]:
+        """All of them, in order."""
+        return [self.ssh_calls, self.paramiko_calls, self.go_calls, self.many_ssh_calls]
 
     def ssh(self, command: str = "version") -> None:
+        """A command by OpenSSH's client."""
+        options = "-F none -o StrictHostKeyChecking=no -o BatchMode=yes -o LogLevel=ERROR"
         subprocess.run(
-            [*self.ssh_words, command],
+            ["ssh", *options.split(), "-o", "UserKnownHostsFile=/dev/null", "-p", str(self.port),
+             f"nobody@{self.host}", command],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             check=True,
-        )
+        )  # fmt: skip
 
-    def call(self, *words: str) -> dict:
+    def call(self, *words: str, stdin: Optional[bytes] = None) -> Dict[str, Any]:
+        """The answer to a command, on a connection of its own."""
         with Client(self.port, host=self.host) as client:
-            return client.ask(shlex.join(words) or "version")
+            return client.ask(shlex.join(words) or "version", stdin)
 
-    def rows(self) -> Iterator[tuple[str, float, str]]:
-        """Name, figure and unit of each row."""
-        yield "ssh ... version", median([seconds(self.ssh) for _ in range(40)]) * 1000, "ms"
-        yield (
-            "paramiko: a call with its connection",
-            median([seconds(self.call) for _ in range(60)]) * 1000,
-            "ms",
-        )
-        yield from self.go_rows()
-        begun = time.perf_counter()
-        took = all_at_once(200, 8, self.ssh)
-        yield "200 x ssh ... version, 8 at a time", 200 / (time.perf_counter() - begun), "calls/s"
-        yield "  the slowest of them", max(took) * 1000, "ms"
+    def ssh_calls(self) -> Figures:
+        yield Figure("ssh ... version", milliseconds(40, self.ssh), "ms")
 
-    def go_rows(self) -> Iterator[tuple[str, float, str]]:
+    def bare_port(self) -> Optional[int]:
+        """The port of a server to compare with, if there is one."""
+        return None
+
+    def paramiko_calls(self) -> Figures:
+        calls = [seconds(self.call) * 1000 for _ in range(400)]
+        bare = self.bare_port()
+        bare_call = milliseconds(100, Bench(self.host, bare).call) if bare else None
+        yield Figure("version by paramiko, a connection each", median(calls), "ms", 3.3, bare_call)
+        yield Figure("  the slowest of 400", max(calls), "ms", 15)
+
+    def go_calls(self) -> Figures:
         """What NCA's own SSH library takes, where there is a Go to compile it."""
         sources = "/usr/share/gocode"  # of Debian's golang-golang-x-crypto-dev
         if not shutil.which("go") or not os.path.isdir(f"{sources}/src/golang.org/x/crypto/ssh"):
@@ -14009,7 +14078,16 @@ class Bench:
             done = subprocess.run(
                 [f"{folder}/call", f"{self.host}:{self.port}"], check=True, stdout=subprocess.PIPE
             )
-        yield "Go's library: a call with its connection", float(done.stdout), "ms"
+        middle, worst = map(float, done.stdout.split())
+        yield Figure("version by Go's library, a connection each", middle, "ms", 3.3)
+        yield Figure("  the slowest of 200", worst, "ms", 15)
+
+    def many_ssh_calls(self) -> Figures:
+        begun = time.perf_counter()
+        took = all_at_once(200, 8, self.ssh)
+        calls = 200 / (time.perf_counter() - begun)
+        yield Figure("200 x ssh ... version, 8 at a time", calls, "calls/s")
+        yield Figure("  the slowest of them", max(took) * 1000, "ms")
 
 
 class OwnBench(Bench):
@@ -14017,63 +14095,256 @@ class OwnBench(Bench):
 
     def __init__(self, site: Site):
         self.site = site
+        self.states = 0  # folders that agents have had
+        self.bare_server: Optional[subprocess.Popen] = None
         site.prepend_to_manage(BENCH_MANAGE)
-        for number in range(20):
-            make_batch(site.source, f"batch_oru_bench{number}lines1_ver01", 1, 1)
-        for number in range(50):
-            make_batch(site.source, f"batch_oru_bench{number}lines0_ver01", 1, 1)
-        for lines in 100_000, 1_000_000:
-            make_batch(site.source, f"batch_oru_benchlines{lines}_ver01", 1, 1)
-        make_batch(site.source, "batch_oru_plain_ver01", 1, 1)
         site.environment["LOG_LEVEL"] = "info"
+        site.environment["ONI_MARC_RETRIEVAL_URLFORMAT"] = self.deaf_site()
+        site.batch("batch_oru_plain_ver01")
         super().__init__("127.0.0.1", site.start().port)
 
-    def forget_peak(self) -> None:
-        """From here on VmHWM begins anew."""
+    def deaf_site(self) -> str:
+        """The address of a MARC site that takes requests and never answers."""
+        self.deaf = socket.create_server(("127.0.0.1", 0), backlog=100)
+        return f"http://127.0.0.1:{self.deaf.getsockname()[1]}/%s"
+
+    def measurements(self) -> List[Callable[[], Figures]]:
+        return [
+            self.rest,
+            *super().measurements(),
+            self.thousand_sessions,
+            self.open_connections,
+            self.questions,
+            self.titles,
+            self.first_lines,
+            self.fifty_jobs,
+            self.checks,
+            self.waiting_clients,
+            self.past_the_window,
+            self.knocking,
+            self.babbling,
+            self.crowd,
+            self.many_checks,
+            self.slow_marc_site,
+            self.hanging_solr,
+            self.many_titles,
+            self.odd_encodings,
+            self.locked_store,
+            self.large_title,
+            self.expired_jobs,
+            self.stored_jobs,
+            self.long_logs,
+            self.listed_batches,
+            self.reasons,
+            self.single_lines,
+            self.index_entries,
+            self.capture,
+            self.unread_logs,
+        ]
+
+    def close(self) -> None:
+        """Leaves no process behind."""
+        if self.bare_server:
+            self.bare_server.kill()
+            self.bare_server.wait()
+        self.site.clean_up()
+
+    # -- the agent
+
+    def fresh(self, *rows: Tuple[Any, ...]) -> float:
+        """Starts an agent anew, with these jobs of the past; the seconds that the start took."""
+        if self.site.agent.poll() is None:
+            self.site.stop()
+        self.states += 1
+        self.site.state = self.site.state.with_name(f"state{self.states}")
+        self.site.environment["STATE_DIRECTORY"] = str(self.site.state)
+        if rows:
+            past_jobs(self.site, *rows)
+        took = seconds(self.site.start)
+        self.port = self.site.port
+        return took
+
+    def is_warm(self) -> None:
+        """Waits until the agent has looked at Open ONI, and its clients of before have left."""
+        self.site.wait_for("Open ONI in .* word coordinates")
+        until(lambda: resources_now(self.site)[0] < 30)
+
+    def private_memory(self, pids: List[int]) -> float:
+        """MB of memory of some processes, with their shares of what they have in common (PSS)."""
+        texts = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in pids]
+        return sum(int(re.search(r"Pss:\s*(\d+) kB", text)[1]) for text in texts) / 1000
+
+    def cpu_seconds(self) -> float:
+        """What the agent's own process has taken of the processor until now."""
+        fields = Path(f"/proc/{self.site.agent.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def forget_peak(self) -> float:
+        """From here on VmHWM begins anew; MB that the agent has now."""
         Path(f"/proc/{self.site.agent.pid}/clear_refs").write_text("5")
+        return memory(self.site)
+
+    # -- its jobs
+
+    def printing(self, how: str, lines: int, number: int = 0) -> str:
+        """The name of a batch whose load prints so many lines: `together`, `singly`, `slowly`."""
+        name = f"batch_oru_bench{number}x{how}x{lines}_ver01"
+        if not (self.site.source / name).exists():
+            self.site.batch(name, 1, 1)
+        return name
+
+    def has_ended(self, id: int) -> None:
+        """Waits for a job's end."""
+        self.site.wait_for(rf"job={id} .*status=")
 
     def job(self, batch: str) -> int:
-        """The id of a job that has ended, not well: nothing was loaded."""
+        """The id of a load that has ended; not well, if it only printed."""
         id = self.call("load-batch", batch)["job"]["id"]
-        self.site.wait_for(rf"job={id} .*status=")
+        self.has_ended(id)
         return id
 
-    def bare(self, batch: str) -> tuple[list[str], dict[str, str]]:
-        """Words and environment of the same command without the agent."""
+    def bare(self, batch: str, **options: Any) -> subprocess.Popen:
+        """The same load without the agent."""
+        environment = {"PATH": f"{self.site.oni}/ENV/bin:{os.environ['PATH']}"}
         words = [str(self.site.oni / "manage.py"), "load_batch", str(self.site.source / batch)]
-        return words, {"PATH": f"{self.site.oni}/ENV/bin:{os.environ['PATH']}"}
+        return subprocess.Popen(words, env=environment, **options)
 
-    def rows(self) -> Iterator[tuple[str, float, str]]:
-        self.site.wait_for("Open ONI in ")
-        yield "memory at rest", memory(self.site), "MB"
-        yield from super().rows()
-        yield from self.connection_rows()
-        yield from self.question_rows()
-        yield from self.queue_rows()
-        yield from self.volume_rows()
-        yield from self.bound_rows()
+    # -- calls and memory
 
-    def connection_rows(self) -> Iterator[tuple[str, float, str]]:
-        """What connections cost."""
+    def bare_port(self) -> Optional[int]:
+        if not self.bare_server:
+            key = self.site.state.parent / "bare_key"
+            oni_agent.make_host_key(key)
+            words = [sys.executable, "-c", BENCH_BARE, str(key)]
+            self.bare_server = subprocess.Popen(
+                words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            )
+            self.bare_at = int(self.bare_server.stdout.readline())
+        return self.bare_at
+
+    def rest(self) -> Figures:
+        self.is_warm()
+        yield Figure("agent at rest, PSS", self.private_memory([self.site.agent.pid]), "MB", 32)
+        shell = self.private_memory(self.site.manage_pids("shell"))
+        yield Figure("its manage.py shell and workers, PSS", shell, "MB", 30)
+
+    def thousand_sessions(self) -> Figures:
         all_at_once(1000, 8, self.call)
-        yield "memory after 1,000 sessions", memory(self.site), "MB"
+        time.sleep(6)  # TRIM_SECONDS, and one more
+        agent = self.private_memory([self.site.agent.pid])
+        yield Figure("agent after 1,000 sessions, PSS", agent, "MB", 40)
+
+    def open_connections(self) -> Figures:
+        before = memory(self.site)
         clients = [Client(self.port) for _ in range(200)]
-        yield "memory with 200 connections held open", memory(self.site), "MB"
+        yield Figure("200 connections held open, RSS growth", memory(self.site) - before, "MB")
         for client in clients:
             client.transport.close()
-        calls = [seconds(self.call) for _ in range(400)]
-        yield "slowest of 400 calls with a connection each", max(calls) * 1000, "ms"
-        yield "  beside clients that begin 900 times a second", self.slowest(self.knock), "ms"
-        yield "  beside 20 version lines without end", self.slowest(self.babble), "ms"
-        self.forget_peak()
-        yield "  beside 1,000 clients that stay", self.slowest(self.crowd), "ms"
-        yield "  the agent's most memory meanwhile", memory(self.site, "VmHWM"), "MB"
-        until(lambda: resources_now(self.site)[0] < 30)
-        time.sleep(6)
-        yield "  its memory 6 s after they have left", memory(self.site), "MB"
 
-    def slowest(self, disturb: Callable[[], None]) -> float:
-        """How long the slowest call from another address takes meanwhile, in milliseconds."""
+    # -- requests
+
+    def questions(self) -> Figures:
+        self.site.run("load-batch", "batch_oru_plain_ver01")
+        self.fresh()
+        self.is_warm()
+        ask = functools.partial(self.call, "load-batch", "batch_oru_plain_ver01")
+        yield Figure("load-batch answered, cold", seconds(ask) * 1000, "ms")
+        yield Figure("load-batch answered, warm", milliseconds(40, ask), "ms", 30)
+
+    def titles(self) -> Figures:
+        small = [seconds(self.take_title, marc_xml(f"sn9900{n:04}")) * 1000 for n in range(20)]
+        yield Figure("load-title of a small record, warm", median(small), "ms", 60)
+        odd = milliseconds(20, self.give_title, b"this is no XML!")
+        yield Figure("load-title, 15 bytes that are no XML", odd, "ms", 15)
+        for megabytes, most in (1, None), (5, 1.0):
+            one = marc_xml("sn99009999").partition(b"\n")[2]
+            records = b"<collection>" + one * (megabytes * 10**6 // len(one)) + b"</collection>"
+            bare = seconds(ElementTree.fromstring, records)
+            took = seconds(self.take_title, records)
+            yield Figure(f"load-title, {megabytes} MB of records", took, "s", most, bare)
+        self.fresh()
+
+    def take_title(self, records: bytes) -> None:
+        """A load-title that becomes a job."""
+        answer = self.give_title(records)
+        assert answer["status"] == "success", answer
+
+    def give_title(self, records: bytes) -> Dict[str, Any]:
+        """The answer to a load-title."""
+        return self.call("load-title", stdin=records + TRAILER)
+
+    # -- the queue
+
+    def first_lines(self) -> Figures:
+        self.is_warm()
+        waits = []
+        bare = []
+        for number in range(20):
+            batch = self.printing("together", 1, number)
+            job = self.call("job-logs", str(self.job(batch)))["job"]
+            waits.append(nanoseconds(job["stderr"][0][1:31]) - nanoseconds(job["queued"]))
+            bare.append(seconds(self.first_bare_line, batch))
+        without = median(bare) * 1000
+        yield Figure(
+            "accepted to first line, idle queue", median(waits) / 1e6, "ms", without + 10, without
+        )
+
+    def first_bare_line(self, batch: str) -> None:
+        """Runs a load without the agent, up to its first line."""
+        with self.bare(batch, stderr=subprocess.PIPE) as process:
+            process.stderr.readline()
+
+    def fifty_jobs(self) -> Figures:
+        batches = [self.printing("together", 0, number) for number in range(50)]
+        bare = seconds(lambda: [self.bare(batch).wait() for batch in batches])
+        took = seconds(self.run_all, batches)
+        yield Figure("50 jobs of an empty manage.py", took, "s", 1.5, bare)
+
+    def run_all(self, batches: List[str]) -> None:
+        """Asks for many loads in one breath, and waits for the last one's end."""
+        with Client(self.port) as client:
+            ids = [client.ask(f"load-batch {batch}")["job"]["id"] for batch in batches]
+        self.has_ended(ids[-1])
+
+    # -- checks
+
+    def checks(self) -> Figures:
+        alto = self.site.oni / "large-alto.xml"
+        word = b'<String HPOS="100" VPOS="100" WIDTH="200" HEIGHT="40" CONTENT="The"/>\n'
+        text = ALTO.replace(b"</TextLine>", word * (290_000 // len(word)) + b"</TextLine>")
+        alto.write_bytes(text)
+        yield from self.check("100 x 10 pages, small OCR", 100, None, None)
+        yield from self.check("400 x 10 pages, small OCR", 400, None, 12)
+        yield from self.check("60 x 10 pages, 290 KB ALTO", 60, alto, 6)
+
+    def check(
+        self, what: str, issues: int, alto: Optional[Path], most: Optional[float]
+    ) -> Figures:
+        """What a batch-check takes, and the calls of others meanwhile."""
+        batch = self.site.batch(f"batch_oru_check{issues}_ver01", issues, 10)
+        if alto:
+            for path in batch.glob("data/*/print/*/00??.xml"):
+                path.unlink()
+                os.link(alto, path)
+        before = self.forget_peak()
+        checking = threading.Thread(target=self.call, args=["batch-check", batch.name])
+        begun = time.perf_counter()
+        checking.start()
+        waits = []
+        while checking.is_alive():
+            waits.append(seconds(self.call_from_elsewhere) * 1000)
+        yield Figure(f"batch-check, {what}", time.perf_counter() - begun, "s", most)
+        growth = memory(self.site, "VmHWM") - before
+        yield Figure("  the agent's growth meanwhile", growth, "MB", 5)
+        yield Figure("  version meanwhile, median", median(waits), "ms", 50)
+        yield Figure("  version meanwhile, slowest", max(waits), "ms", 300)
+
+    # -- others' calls while a client, a batch or a server is slow
+
+    def beside(self, what: str, disturb: Callable[[], Any], *words: str) -> Figures:
+        """How slow a command of another address is meanwhile, and what the agent grows by."""
+        self.is_warm()
+        before = self.forget_peak()
         process = os.fork()
         if not process:
             try:
@@ -14082,24 +14353,64 @@ class OwnBench(Bench):
             finally:
                 os._exit(0)
         waits = []
-        while not os.waitpid(process, os.WNOHANG)[0]:
-            waits.append(seconds(self.call_from_elsewhere))
-        return max(waits) * 1000
+        try:
+            while not os.waitpid(process, os.WNOHANG)[0]:
+                waits.append(seconds(self.call_from_elsewhere, *words) * 1000)
+        except BaseException:
+            os.waitpid(process, 0)
+            raise
+        command = words[0] if words else "version"
+        yield Figure(f"slowest {command} beside {what}", max(waits), "ms", 1000)
+        growth = memory(self.site, "VmHWM") - before
+        yield Figure("  the agent's growth meanwhile", growth, "MB", 30)
 
-    def call_from_elsewhere(self) -> None:
+    def call_from_elsewhere(self, *words: str) -> None:
         """A call from 127.0.0.2."""
         connection = socket.create_connection((self.host, self.port), 60, ("127.0.0.2", 0))
         with paramiko.Transport(connection) as transport:
             transport.start_client(timeout=60)
             transport.auth_none("nobody")
             channel = transport.open_session(timeout=60)
-            channel.exec_command("version")
-            assert channel.recv_exit_status() == 0
+            channel.exec_command(shlex.join(words) or "version")
+            answer = json.loads(channel.makefile("rb").read())
+        assert answer["status"] == "success", answer
+
+    def waiting_clients(self) -> Figures:
+        batch = self.site.batch("batch_oru_held_ver01")
+        gate = self.site.hold_load(batch)
+        id = self.call("load-batch", batch.name)["job"]["id"]
+        gate.reached()
+
+        def disturb() -> None:
+            clients = [Client(self.port) for _ in range(26)]
+            held = [client.channel(f"job-wait {id}") for client in clients for _ in range(10)]
+            time.sleep(2)
+            del held
+
+        yield from self.beside("260 x job-wait on 26 connections", disturb)
+        gate.open()
+        self.has_ended(id)
+
+    def past_the_window(self) -> Figures:
+        yield from self.beside("a client that sends past its window", self.send_too_much)
+
+    def send_too_much(self) -> None:
+        """Sends and sends, whatever the window, and begins again when it is cut."""
+        end = time.monotonic() + 3
+        while time.monotonic() < end:
+            with contextlib.suppress(EOFError, OSError, paramiko.SSHException):
+                with Client(self.port) as client:
+                    channel = client.channel("load-title")
+                    while client.transport.is_active():
+                        send_data(client, channel, 0, bytes(30_000))
+
+    def knocking(self) -> Figures:
+        yield from self.beside("900 connects a second", self.knock)
 
     def knock(self) -> None:
         """Connects 900 times a second, says a version line, and waits for as long as it may."""
-        held: list[socket.socket] = []
-        end = time.monotonic() + 5
+        held: List[socket.socket] = []
+        end = time.monotonic() + 3
         while time.monotonic() < end:
             with contextlib.suppress(OSError):
                 held.append(silent(self.port, b"SSH-2.0-knock\r\n"))
@@ -14107,10 +14418,13 @@ class OwnBench(Bench):
                 held.pop(0).close()
             time.sleep(1 / 1200)
 
+    def babbling(self) -> Figures:
+        yield from self.beside("20 version lines without end", self.babble)
+
     def babble(self) -> None:
         """Twenty clients whose version lines never end."""
         sockets = [silent(self.port) for _ in range(20)]
-        end = time.monotonic() + 5
+        end = time.monotonic() + 3
         while time.monotonic() < end:
             for number, connection in enumerate(sockets):
                 try:
@@ -14119,102 +14433,259 @@ class OwnBench(Bench):
                     sockets[number] = silent(self.port, b"SSH-2.0-")
             time.sleep(1 / 1000)
 
-    def crowd(self) -> None:
+    def crowd(self) -> Figures:
+        yield from self.beside("1,000 clients that stay", self.stay)
+        self.is_warm()
+        time.sleep(6)  # TRIM_SECONDS, and one more
+        yield Figure("  its memory 6 s after they have left, RSS", memory(self.site), "MB")
+
+    def stay(self) -> None:
         """A thousand clients that stay; the agent may end those that have been idle longest."""
         held = []
         for _ in range(1000):
             held.append(Client(self.port))
             held[-1].transport.sock.settimeout(1000)  # else it would poll, and take the time
 
-    def question_rows(self) -> Iterator[tuple[str, float, str]]:
-        """What it takes to ask Open ONI."""
-        ask = functools.partial(self.call, "load-batch", "batch_oru_plain_ver01")
-        self.site.run("load-batch", "batch_oru_plain_ver01")
-        self.site.stop()
-        self.port = self.site.start().port
-        self.ssh_words[self.ssh_words.index("-p") + 1] = str(self.port)
-        self.site.wait_for("Open ONI in ")
-        yield "load-batch answered, cold", seconds(ask) * 1000, "ms"
-        warm = [seconds(ask) for _ in range(40)]
-        yield "load-batch answered, warm", median(warm) * 1000, "ms"
+    def many_checks(self) -> Figures:
+        batches = [self.site.batch(f"batch_oru_bulk{number}_ver01", 40, 10) for number in range(4)]
+        small = [self.site.batch(f"batch_oru_small{number}_ver01").name for number in range(2)]
+        alone = seconds(self.job, small[0])
+        clients = [Client(self.port) for _ in range(4)]
+        held = [
+            client.channel(f"batch-check {batch.name}")
+            for client in clients
+            for batch in batches
+            for _ in range(2)
+        ]
+        yield Figure("load of 2 issues beside 32 batch-checks", seconds(self.job, small[1]), "s")
+        yield Figure("  the same without them", alone, "s")
+        yield from self.beside("32 batch-checks", lambda: time.sleep(3))
+        del held
+        for client in clients:
+            client.transport.close()
 
-    def queue_rows(self) -> Iterator[tuple[str, float, str]]:
-        """What it takes until a job is at work."""
-        waits = []
-        bare = []
-        for number in range(20):
-            batch = f"batch_oru_bench{number}lines1_ver01"
-            job = self.call("job-logs", str(self.job(batch)))["job"]
-            waits.append(nanoseconds(job["stderr"][0][1:31]) - nanoseconds(job["queued"]))
-            bare.append(seconds(self.first_line, batch))
-        yield "accepted to first line, idle queue", median(waits) / 1e6, "ms"
-        yield "  the same command bare", median(bare) * 1000, "ms"
-        yield "50 jobs of nothing, accepted to ended", seconds(self.fifty_jobs), "s"
+    def slow_marc_site(self) -> Figures:
+        names = [f"batch_oru_untitled{number}_ver01" for number in range(8)]
+        for number, name in enumerate(names):
+            self.site.batch(name, 1, 1, lccn=f"sn9901{number:04}")
 
-    def first_line(self, batch: str) -> None:
-        """Runs a load without the agent, up to its first line."""
-        words, environment = self.bare(batch)
-        with subprocess.Popen(words, env=environment, stderr=subprocess.PIPE) as process:
-            process.stderr.readline()
+        def disturb() -> None:
+            clients = [Client(self.port) for _ in range(8)]
+            held = [client.channel(f"load-batch {name}") for client, name in zip(clients, names)]
+            time.sleep(3)
+            del held
 
-    def fifty_jobs(self) -> None:
-        with Client(self.port) as client:
-            for number in range(50):
-                id = client.ask(f"load-batch batch_oru_bench{number}lines0_ver01")["job"]["id"]
-        self.site.wait_for(rf"job={id} .*status=")
+        yield from self.beside(
+            "a MARC site that hangs", disturb, "load-batch", "batch_oru_plain_ver01"
+        )
+        self.fresh()
 
-    def volume_rows(self) -> Iterator[tuple[str, float, str]]:
-        """What long logs cost."""
-        million = "batch_oru_benchlines1000000_ver01"
-        few = self.job("batch_oru_benchlines100000_ver01")
-        self.forget_peak()
-        took = seconds(self.job, million)
-        yield "1,000,000 lines (112 MB) captured", 1_000_000 / took, "lines/s"
-        words, environment = self.bare(million)
+    def hanging_solr(self) -> Figures:
+        self.is_warm()
+
+        def disturb() -> None:
+            clients = [Client(self.port) for _ in range(8)]
+            held = [client.channel("load-batch batch_oru_plain_ver01") for client in clients]
+            time.sleep(3)
+            del held
+
+        with self.site.solr.hanging():
+            yield from self.beside("a Solr that hangs", disturb)
+
+    def many_titles(self) -> Figures:
+        numbers = iter(range(120))
+        refused = []
+
+        def give() -> None:
+            answer = self.give_title(marc_xml(f"sn9902{next(numbers):04}"))
+            if answer["status"] != "success":
+                refused.append(answer)
+
+        took = all_at_once(120, 120, give)
+        yield Figure("120 load-title at once: refused", len(refused), "of them", 0)
+        yield Figure("  the slowest of them", max(took), "s")
+        self.fresh()
+
+    def odd_encodings(self) -> Figures:
+        names = [f"batch_oru_puny{number}_ver01" for number in range(16)]
+        for name in names:
+            listing = self.site.batch(name, 1, 1) / "data/batch.xml"
+            text = '<?xml version="1.0" encoding="punycode"?>\n<batch>' + "a-" * 200_000
+            listing.write_text(text)
+
+        def disturb() -> None:
+            clients = [Client(self.port) for _ in names]
+            held = [client.channel(f"load-batch {name}") for client, name in zip(clients, names)]
+            time.sleep(3)
+            del held
+
+        yield from self.beside(
+            "16 x punycode in batch.xml", disturb, "load-batch", "batch_oru_plain_ver01"
+        )
+
+    def locked_store(self) -> Figures:
+        for words in ["list-jobs"], ["board"]:
+            yield from self.beside("a jobs.db that is locked", self.lock_store, *words)
+
+    def lock_store(self) -> None:
+        """Locks the store of jobs for some seconds, as a backup may."""
+        with contextlib.closing(sqlite3.connect(self.site.state / "jobs.db")) as database:
+            database.execute("BEGIN EXCLUSIVE")
+            time.sleep(3)
+
+    def large_title(self) -> Figures:
+        title = b"<a>" + b"<b/>" * (8 * 2**20 - 2) + b"</a>"
+        yield from self.beside("a title of 32 MiB", lambda: self.give_title(title))
+
+    # -- growth
+
+    def expired_jobs(self) -> Figures:
+        old = (["load-batch", "batch_oru_old_ver01"], "successful", 200, 91)
+        new = (["load-batch", "batch_oru_old_ver01"], "successful", 1, 1)
+        for count, most in (1000, None), (3000, 2), (10000, None):
+            # The newest 100 are kept.
+            self.fresh(*[old] * count, *[new] * 100)
+            begun = time.perf_counter()
+            waits = []
+            with Client(self.port) as client:
+                while self.count_of_jobs() > 100 and time.perf_counter() < begun + 60:
+                    waits.append(seconds(client.ask, "list-jobs 10") * 1000)
+            gone = time.perf_counter() - begun
+            yield Figure(f"{count:,} expired jobs: gone after the start", gone, "s", most)
+            yield Figure("  slowest list-jobs 10 meanwhile", max(waits or [0]), "ms", 50)
+
+    def count_of_jobs(self) -> int:
+        """How many jobs are in the store."""
+        path = self.site.state / "jobs.db"
+        with contextlib.closing(sqlite3.connect(path, timeout=60)) as database:
+            return database.execute("SELECT count(*) FROM jobs").fetchone()[0]
+
+    def stored_jobs(self) -> Figures:
+        bare = seconds(
+            subprocess.run, [sys.executable, "-c", "import paramiko, sqlite3, ssl, logging"]
+        )
+        job = (["load-batch", "batch_oru_old_ver01"], "successful", 2, 2)
+        for count in 1000, 10_000, 100_000:
+            is_most = count == 100_000
+            started = self.fresh(*[job] * count)
+            yield Figure(f"{count:,} jobs stored: start", started, "s", is_most and 0.5, bare)
+            self.is_warm()
+            yield Figure("  RSS at rest", memory(self.site), "MB", is_most and 80)
+            with Client(self.port) as client:
+                if not is_most:
+                    answer = client.ask("list-jobs")
+                    bare_list = milliseconds(5, json.dumps, answer)
+                    took = milliseconds(5, client.ask, "list-jobs")
+                    most = 60 if count == 10_000 else None
+                    yield Figure(f"  list-jobs of {count:,}", took, "ms", most, bare_list)
+                yield Figure("  list-jobs 50", milliseconds(9, client.ask, "list-jobs 50"), "ms")
+
+    def long_logs(self) -> Figures:
+        counts = (100_000, 1_000_000, 10_000_000)
+        job = (["load-batch", "batch_oru_old_ver01"], "failed", 1, 1)
+        self.fresh(*[job] * len(counts))
+        for id, lines in enumerate(counts, 1):
+            self.write_log(id, lines)
+            with Client(self.port) as client:
+                took = milliseconds(5, client.ask, f"job-logs {id} 20")
+            yield Figure(f"job-logs ID 20 of {lines:,} short lines", took, "ms", 50)
+
+    def write_log(self, id: int, lines: int) -> None:
+        """Puts a log of short lines in a job's place, as printed in ten goes."""
+        log = self.site.state / "logs" / f"{id}.log"
+        text = b"[INFO] a line\n" * (lines // 10)
+        entries = [b"[2026-01-01T00:00:00.000000000Z] $ 0 0 1 -/- manage.py load_batch x\n"]
+        with open(log.with_suffix(".err"), "wb") as file:
+            for second in range(1, 11):
+                file.write(text)
+                size = b"%d" % file.tell()
+                entries.append(b"[2026-01-01T00:00:%02d.000000000Z] = 0 %s\n" % (second, size))
+        log.with_suffix(".out").touch()
+        log.write_bytes(b"".join(entries))
+
+    def listed_batches(self) -> Figures:
+        made = 0
+        for count, most in (300, None), (3000, 60):
+            while made < count:
+                made += 1
+                self.site.batch(f"batch_oru_listed{made}_ver01", 1, 1)
+            self.fresh()
+            self.is_warm()
+            begun = time.perf_counter()
+            self.call("list-batches")
+            answered = time.perf_counter() - begun
+            yield Figure(f"list-batches of {count:,} folders, first time", answered, "s", 2)
+            until(self.all_are_counted, 120)
+            counted = time.perf_counter() - begun
+            yield Figure("  all are counted after", counted, "s", most)
+            again = milliseconds(3, self.call, "list-batches")
+            yield Figure("  list-batches then", again, "ms")
+
+    def all_are_counted(self) -> bool:
+        """Whether the pages in all batches' files are known; the odd ones are gone."""
+        batches = self.call("list-batches")["batches"]
+        return all(
+            batch["pages_in_mets"] is not None for batch in batches if "listed" in batch["name"]
+        )
+
+    # -- logs
+
+    def reasons(self) -> Figures:
+        for lines in 100_000, 1_000_000:
+            with tempfile.TemporaryDirectory() as folder:
+                writer = oni_agent.LogWriter(Path(folder, "1.log"))
+                writer.err.write_bytes(b"[INFO] Saving page. issue date: 1900-01-01\n" * lines)
+                took = milliseconds(5, writer.complaint)
+                writer.close()
+            yield Figure(f"reason of a failure, {lines:,} lines of stderr", took / 1000, "s", 0.05)
+
+    def single_lines(self) -> Figures:
+        batch = self.printing("singly", 100_000)
+        self.is_warm()
+        before = self.cpu_seconds()
+        self.job(batch)
+        cpu = self.cpu_seconds() - before
+        yield Figure("100,000 lines that come one by one: agent's CPU", cpu, "s", 0.15)
+
+    def index_entries(self) -> Figures:
+        id = self.job(self.printing("slowly", 400))
+        index = (self.site.state / "logs" / f"{id}.log").read_text()
+        moments = [nanoseconds(line[1:31]) for line in index.splitlines() if "] = " in line]
+        rate = (len(moments) - 1) / (moments[-1] - moments[0]) * 1e9
+        yield Figure("entries of an index while a load prints", rate, "a second", 4)
+
+    def capture(self) -> Figures:
+        few = self.printing("together", 100_000)
+        many = self.printing("together", 1_000_000)
+        self.is_warm()
+        ids = [self.job(few)]
+        before = self.forget_peak()
+        captured = seconds(lambda: ids.append(self.job(many)))
         with open(self.site.oni / "bare.log", "wb") as file:
-            alone = seconds(lambda: subprocess.run(words, stderr=file, env=environment))
-        yield "  the same command bare, to a file", 1_000_000 / alone, "lines/s"
-        yield "  the agent's most memory meanwhile", memory(self.site, "VmHWM"), "MB"
-        self.forget_peak()
-        short = [seconds(self.ssh, f"job-logs {few}") for _ in range(5)]
-        yield "job-logs of 100,000 lines", median(short), "s"
-        long = [seconds(self.ssh, f"job-logs {few + 1}") for _ in range(3)]
-        yield "job-logs of 1,000,000 lines", median(long), "s"
-        yield "  the agent's most memory meanwhile", memory(self.site, "VmHWM"), "MB"
-        for number in "once", "twice":
-            id = self.job(million)
-            self.ssh(f"job-logs {id}")
-            all_at_once(1000, 8, self.call)
-            yield f"memory after all this, {number}", memory(self.site), "MB"
+            bare = seconds(self.bare(many, stderr=file).wait)
+        yield Figure("1,000,000 lines (112 MB) captured", captured, "s", 1.0, bare)
+        cat = seconds(subprocess.run, ["sh", "-c", f"cat {self.site.oni}/bare.log >/dev/null"])
+        for lines, id, most in ("100,000", ids[0], None), ("1,000,000", ids[1], 1.5):
+            took = median([seconds(self.ssh, f"job-logs {id}") for _ in range(3)])
+            yield Figure(f"job-logs of {lines} lines", took, "s", most)
+        yield Figure("  cat of the longer one's file", cat, "s")
+        growth = memory(self.site, "VmHWM") - before
+        yield Figure("  the agent's growth meanwhile", growth, "MB", 30)
 
-    def bound_rows(self) -> Iterator[tuple[str, float, str]]:
-        """What a flood of unread answers, and a hostile title, cost at the most."""
-        id = self.job("batch_oru_benchlines1000000_ver01")
-        self.forget_peak()
-        with contextlib.ExitStack() as stack:
-            clients = [stack.enter_context(Client(self.port)) for _ in range(100)]
+    def unread_logs(self) -> Figures:
+        id = self.job(self.printing("together", 1_000_000))
+
+        def disturb() -> None:
             held = []  # else paramiko would close them at once
-            for client in clients:
-                # There are enough already, or it has waited for so long that it was ended.
-                with contextlib.suppress(paramiko.SSHException, EOFError):
+            for _ in range(100):
+                # There may be enough already, or the agent ends one that has waited for long.
+                with contextlib.suppress(paramiko.SSHException, EOFError, OSError):
+                    client = Client(self.port)
+                    held.append(client)
                     for _ in range(10):
                         held.append(client.channel(f"job-logs {id}"))
-            yield "1,000 job-logs that nobody reads", memory(self.site, "VmHWM"), "MB"
-        # Their ends take a moment, which is no part of what follows.
-        until(lambda: resources_now(self.site)[0] < 30)
-        self.forget_peak()
-        title = b"<a>" + b"<b/>" * (8 * 2**20 - 2) + b"</a>"
-        reader = threading.Thread(target=self.load_title, args=[title])
-        reader.start()
-        waits = []
-        while reader.is_alive():
-            waits.append(seconds(self.call, "version"))
-        yield "slowest call beside a title of 32 MiB", max(waits) * 1000, "ms"
-        yield "  the agent's most memory meanwhile", memory(self.site, "VmHWM"), "MB"
 
-    def load_title(self, title: bytes) -> None:
-        with Client(self.port) as client:
-            client.ask("load-title", title)
+        yield from self.beside("1,000 job-logs that nobody reads", disturb)
 
 
 def nanoseconds(stamp: str) -> int:
@@ -14225,24 +14696,46 @@ def nanoseconds(stamp: str) -> int:
     )
 
 
+def shown(value: Optional[float]) -> str:
+    """A figure of the table, or its empty place."""
+    return f"{value:12,.{1 if value >= 10 else 2}f}" if value or value == 0.0 else " " * 12
+
+
 def bench(address: str = "") -> None:
-    """Prints what an own agent takes, and, beside it, what the agent at an address takes."""
+    """Prints what an own agent takes, and, beside it, what the agent at an address takes.
+
+    A measurement that fails says so, with the agent's last warnings, and the others go on.
+    """
     host, _, port = address.rpartition(":")
-    other = (
-        {name: figure for name, figure, _ in Bench(host.strip("[]"), int(port)).rows()}
-        if address
-        else {}
-    )
-    print(f"{'':42}{'this agent':>12}{address:>{len(address) and 24}}")
+    other = Bench(host.strip("[]"), int(port)).measurements() if address else []
+    others = {figure.name: figure.value for measure in other for figure in measure()}
+    load = ", ".join(f"{each:.1f}" for each in os.getloadavg())
+    print(f"{os.cpu_count()} cores, load average {load}, Python {sys.version.split()[0]}")
+    print(f"{'':52}{'this agent':>12}{'bare':>12}{'at most':>12} {address}")
     with tempfile.TemporaryDirectory() as folder:
         build_oni(Path(folder) / "template")
-        site = Site(Path(folder), Path(folder) / "template")
+        own = OwnBench(Site(Path(folder), Path(folder) / "template"))
         try:
-            for name, figure, unit in OwnBench(site).rows():
-                beside = (f"{other[name]:24,.1f}" if name in other else " " * 24) if other else ""
-                print(f"{name:42}{figure:12,.1f}{beside} {unit}", flush=True)
+            for measure in own.measurements():
+                print_figures(own, measure, others)
         finally:
-            site.clean_up()
+            own.close()
+
+
+def print_figures(
+    own: OwnBench, measure: Callable[[], Figures], others: Dict[str, float]
+) -> None:
+    """Prints what one measurement gives, or why it failed; then the agent is started anew."""
+    try:
+        for name, value, unit, most, bare in measure():
+            beside = shown(others.get(name)) if others else ""
+            print(f"{name:52}{shown(value)}{shown(bare)}{shown(most)}{beside} {unit}", flush=True)
+    except Exception as error:
+        print(f"{measure.__name__} FAILED: {error or repr(error)}", flush=True)
+        for line in own.site.log[-200:]:
+            if re.search(" (WARNING|ERROR) ", line):
+                print(f"    {line}", end="", flush=True)
+        own.fresh()
 
 
 # --- As a program ---------------------------------------------------------------------------------
