@@ -5255,17 +5255,13 @@ def owners(*folders: Path) -> set[int]:
     return {path.lstat().st_uid for folder in folders for path in (folder, *folder.rglob("*"))}
 
 
-# Until the last room has annotations that are evaluated, the file says `from __future__ import`.
-unfinished = pytest.mark.skipif("annotations" in vars(oni_agent), reason="not all rooms are ready")
-
-
-@unfinished
 def test_the_file_compiles_on_python_3_6():
     ast.parse(AGENT.read_text(), feature_version=(3, 6))
 
 
-OLD_PYTHONS = [
-    python
+AS_OLD = "import runpy, sys; sys.version_info = (3, 7, 9); runpy.run_path(sys.argv[1])"
+OLD_PYTHONS = [[sys.executable, "-c", AS_OLD]] + [  # this one, which says that it is old
+    [python]
     for python in (
         *map(str, sorted(Path("/root/.pyenv/versions").glob("3.[67].*/bin/python3"))),
         *filter(None, map(shutil.which, ("python3.6", "python3.7"))),
@@ -5274,10 +5270,9 @@ OLD_PYTHONS = [
 ]
 
 
-@unfinished
 @pytest.mark.parametrize("python", OLD_PYTHONS)
 def test_an_older_python_is_told_which_is_needed(python):
-    done = subprocess.run([python, str(AGENT)], stderr=subprocess.PIPE, text=True, timeout=60)
+    done = subprocess.run([*python, str(AGENT)], stderr=subprocess.PIPE, text=True, timeout=60)
     assert done.returncode == 2
     assert re.fullmatch(
         r"oni_agent: Python 3\.8 or newer is needed, and \S+ is Python 3\.[67]; .*\.\n",
@@ -5964,6 +5959,11 @@ def test_each_setting_that_cannot_be_is_told_in_a_sentence(site, name, value, sa
     assert "Errno" not in problems
 
 
+def test_the_limits_of_tests_are_refused_where_no_test_is(site):
+    site.environment.update({"BA_BIND": "127.0.0.1:2222", oni_agent.LIMITS_OF_TESTS: "{}"})
+    assert "ONI_AGENT_LIMITS is for tests alone" in failed_start(site, oni_agent.EXIT_HOPELESS)
+
+
 @pytest.mark.parametrize("content", ["", "no key at all\n", "encrypted", "public"])
 def test_a_host_key_file_that_cannot_be_used_is_never_overwritten(site, content):
     key = site.oni.parent / "key"
@@ -6626,6 +6626,39 @@ def test_a_packet_without_end_is_not_collected(agent, length):
                 connection.sendall(bytes(1_000_000))
     assert memory(agent, "VmHWM") < before + 20
     assert agent.call("version")["status"] == "success"
+
+
+def begin_long_line(client: Client) -> None:
+    """Sends half of a packet with a command line of 200,000 bytes."""
+    channel = client.transport.open_session(timeout=30)
+    message = paramiko.Message()
+    message.add_byte(paramiko.common.cMSG_CHANNEL_REQUEST)
+    message.add_int(channel.remote_chanid)
+    message.add_string("exec")
+    message.add_boolean(True)
+    message.add_string(b"x" * 200_000)
+    packetizer = client.transport.packetizer
+    write_all = packetizer.write_all
+    packetizer.write_all = lambda data: write_all(data[: len(data) // 2])
+    client.transport._send_user_message(message)
+
+
+def test_few_packets_with_a_very_long_command_line_are_held_at_once(agent):
+    clients = [Client(agent.port) for _ in range(oni_agent.MAX_LONG_PACKETS + 2)]
+    for client in clients:
+        begin_long_line(client)
+    left = oni_agent.MAX_LONG_PACKETS
+    until(lambda: sum(client.transport.is_active() for client in clients) == left)
+    assert agent.call("version")["status"] == "success"
+    for client in clients:
+        client.transport.close()
+
+    def is_told() -> bool:
+        with contextlib.suppress(paramiko.SSHException, EOFError, OSError):
+            return "more than" in agent.call("x" * 100_000)["message"]
+        return False
+
+    assert until(is_told)
 
 
 # --- Promises: an auditor, and chance -------------------------------------------------------------
