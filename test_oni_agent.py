@@ -9511,7 +9511,7 @@ def test_nothing_is_wider_than_the_terminal(shown, command, columns):
 
 
 @pytest.fixture(scope="module")
-def cell(tmp_path_factory, template):
+def shown(tmp_path_factory, template):
     """A site with something to show: wide characters in a batch's name, a failed job."""
     with Site(tmp_path_factory.mktemp("shown"), template) as site:
         site.batch(ALPHA)
