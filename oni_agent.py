@@ -7958,7 +7958,8 @@ class Server:
             self._connections[connection] = None
         try:
             connection.begin()
-        except RuntimeError:  # no thread to be had
+        except RuntimeError:
+            self.warnings.tell(visitor.host, "there was no thread to be had for it")
             self.connection_ended(connection)
             connection.sock.close()
         return connection
