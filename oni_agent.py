@@ -1318,12 +1318,8 @@ def rehearse(name: str, folder: str, loader: "Rehearsal") -> Dict[str, Any]:
             loader.load_batch(Links.link)
             loader.load_postponed()
             loader.look_for_unlisted_issues()
-        except (CannotAnswer, MemoryError):
-            raise
         except Exception as error:
-            loader.ask_database(error)
-            loader.enter_fault("data/batch.xml", "ONI would break off the load", error,
-                               ends_load=True, order=0)  # fmt: skip
+            loader.enter_end_of_load(error)
         finally:
             transaction.set_rollback(True)
     return loader.result()
@@ -1366,6 +1362,21 @@ class Links:
         return text
 
 
+NO_MEMORY = 2  # XML_ERR_NO_MEMORY of libxml2, the code of an XMLSyntaxError
+
+
+class Endless(Exception):
+    """A file is no regular one, as a FIFO or a device; `args` has its path as ONI has it."""
+
+
+def refuse_endless(name: str) -> None:
+    """Raise Endless if `name`, a path or a file: URL, is what one might read for ever."""
+    path = local_path(name) or name
+    for each in (path, urllib.parse.unquote(path)):
+        if os.path.exists(each) and not (os.path.isfile(each) or os.path.isdir(each)):
+            raise Endless(each)
+
+
 class PretendedXML:
     """Stands for lxml.etree in ONI's loader: parses below the pretended link."""
 
@@ -1374,6 +1385,7 @@ class PretendedXML:
 
     def parse(self, url: str) -> Any:
         """Parse as ONI's loader does, and have the document say that it came from `url`."""
+        refuse_endless(Links.opened(url))
         document = etree.parse(Links.opened(url))
         came_from = document.docinfo.URL or ""
         if came_from.startswith("file://" + Links.HERE):
@@ -1411,8 +1423,10 @@ def keep_from_writing() -> None:
     open_url = urllib.request.OpenerDirector.open
 
     def open_linked(opener: Any, url: Any, *rest: Any, **options: Any) -> Any:
-        return open_url(opener, Links.opened(url) if isinstance(url, str) else url,
-                        *rest, **options)  # fmt: skip
+        if isinstance(url, str):
+            url = Links.opened(url)
+            refuse_endless(url)
+        return open_url(opener, url, *rest, **options)
 
     urllib.request.OpenerDirector.open = open_linked  # type: ignore
     connection.close()
@@ -1612,6 +1626,7 @@ class LinkedImages:
 
     def open(self, path: str) -> Any:
         """Open an image as PIL does."""
+        refuse_endless(Links.opened(path))
         return Image.open(Links.opened(path))
 
 
@@ -1976,10 +1991,7 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         if self._is_outside:
             words = "it lies outside the batch, and cannot be taken"
         if path:
-            # So an XML parser begins: the file, line and column.
-            place = f"^{re.escape(path)}:([0-9]+):([0-9]+):"
-            words = re.sub(place, r"line \1, column \2:", words)
-            words = words.replace(f"{path}: ", "").replace(repr(path), "it").replace(path, "it")
+            words = without_path(words, path)
         if title:
             self._told_titles.add(title)
         if poisoned:
@@ -2049,11 +2061,13 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
                              title=error.lccn)  # fmt: skip
         except ValueError as error:
             self._enter_loss(path, error)
+        except Endless as error:
+            self.enter_endless(error)
         except Exception as error:
-            self.ask_database(error)
+            self._refuse_own_trouble(error)
             what = "ONI would break off the load"
             if "://" in self._path and self._path != path:  # a page's text, not in the batch
-                told = "%s, which it names: %s" % (self._path, error)
+                told = f"{self._path}, which it names: {error}"
                 if self._is_outside:
                     told = "%s, which it names, lies outside the batch, and cannot be taken"
                     told %= local_path(self._path)
@@ -2086,8 +2100,32 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         else:
             self.enter_fault(path, "ONI would leave this issue out", error)
 
-    def ask_database(self, error: Exception) -> None:
-        """Raise DatabaseGone if that is the reason of `error`."""
+    def enter_endless(self, error: Endless) -> None:
+        """Enter that a file is no regular one."""
+        what = "this is not a regular file, and ONI might read it for ever"
+        self.enter_fault(Links.within_batch(str(error)), what, ends_load=True)
+
+    def enter_end_of_load(self, error: Exception) -> None:
+        """Enter that ONI's loader has given up the whole batch.
+
+        Raises DatabaseGone, and CannotAnswer where that is no fault of the batch.
+        """
+        reason = error.__context__ if isinstance(error, BatchLoaderException) else error
+        if isinstance(reason, Endless):
+            self.enter_endless(reason)
+            return
+        if isinstance(reason, Exception):
+            self._refuse_own_trouble(reason)
+        what = "ONI would break off the load"
+        self.enter_fault("data/batch.xml", what, error, ends_load=True, order=0)
+
+    def _refuse_own_trouble(self, error: Exception) -> None:
+        """Raise DatabaseGone or CannotAnswer where `error` is no fault of a file."""
+        if isinstance(error, (DatabaseGone, CannotAnswer)):
+            raise error
+        if isinstance(error, MemoryError) or getattr(error, "code", None) == NO_MEMORY:
+            told = "reading %s takes more than %d MiB"
+            raise CannotAnswer(told % (self._path or "batch.xml", WORKER_MEMORY >> 20))
         if not connection.is_usable():
             raise DatabaseGone(error)
 
@@ -2230,6 +2268,15 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         if not any(text.strip() for text in texts.values()):
             self.enter_warning(Links.within_batch(url), "this OCR file has no text")
         return texts, coordinates
+
+
+def without_path(words: str, path: str) -> str:
+    """Return an error's words without the path of the file that they are about."""
+    either = f"(?:{re.escape(repr(path))}|{re.escape(path)})"
+    # So an XML parser begins: the file, line and column.
+    words = re.sub(re.escape(path) + ":([0-9]+):([0-9]+): ", r"line \1, column \2: ", words)
+    words = re.sub(f": {either}(?=>?$)", "", words)
+    return words.replace(f"{path}: ", "").replace(repr(path), "it").replace(path, "it")
 
 
 def issues_in(document: Any) -> List[Any]:
@@ -3259,7 +3306,7 @@ class SharedCheck:
         self.clients = 0  # the first one begins it
         self.done = threading.Event()
         self.found: Optional[Check] = None
-        self.problem = ""
+        self.problem = "a fault of the agent, see its log"
 
 
 class Site:
@@ -3278,6 +3325,7 @@ class Site:
         self._checks: Dict[str, SharedCheck] = {}
         self._checking = threading.Lock()  # guards _checks and the clients in them
         self._client_checks = threading.BoundedSemaphore(1)  # each takes all cores
+        self._client_titles = threading.BoundedSemaphore(MAX_QUESTIONS // 2)
 
     def folder(self, name: str) -> Path:
         """Return where the batch `name` lies, or would. Raises Problem if it is no batch's name."""
@@ -3285,12 +3333,23 @@ class Site:
             raise Problem(f'"{name}" is not a batch name: Open ONI takes batch_AWARDEE_NAME_verNN')
         return self.source / name
 
-    def records(self, path: Path, ask: Callable[..., Any]) -> List[Dict[str, Any]]:
+    def records(self, path: Path) -> List[Dict[str, Any]]:
         """Return what ONI would make of the MARC records in a file, as study_records has it.
 
-        `ask` is a method of OpenONI. Raises Problem where ONI could not make a title of one.
+        A job asks this. Raises Problem where ONI could not make a title of one.
         """
-        return list(ask("study_records", str(path)))
+        return list(self.oni.insist("study_records", str(path)))
+
+    def client_records(self, path: Path) -> List[Dict[str, Any]]:
+        """Return the same for a client. Of many that ask at once most wait for the others, rather
+        than be refused, and keep nobody waiting who asks something else. Raises Problem.
+        """
+        if not self._client_titles.acquire(timeout=PATIENT_SECONDS):
+            raise Passing(f"too many titles for {PATIENT_SECONDS} s; ask again")
+        try:
+            return list(self.oni.ask("study_records", str(path)))
+        finally:
+            self._client_titles.release()
 
     def batch(self, name: str) -> BatchState:
         """Return what there is of a batch now, for a client. Raises Problem."""
@@ -3445,9 +3504,12 @@ class Site:
         Raises Problem, and what `go_on` raises when the client has gone.
         """
         with self._checking:
-            shared = self._checks.setdefault(name, SharedCheck())
-            shared.clients += 1
-            if shared.clients == 1:
+            shared = self._checks.get(name)
+            is_new = shared is None
+            if shared is None:
+                shared = self._checks[name] = SharedCheck()
+            shared.clients += 1  # before the check begins, which ends when nobody waits for it
+            if is_new:
                 thread = threading.Thread(
                     target=self._run_check, args=(name, shared), name="check", daemon=True
                 )
@@ -3466,8 +3528,10 @@ class Site:
         """Make a check that clients share, when it is its turn."""
 
         def go_on() -> None:
-            if not shared.clients:
-                raise Problem("nobody waits for this check any more")
+            with self._checking:
+                if not shared.clients:
+                    self._forget_check(name, shared)  # who asks from now on begins another
+                    raise Problem("nobody waits for this check any more")
 
         try:
             while not self._client_checks.acquire(timeout=0.2):
@@ -3480,8 +3544,13 @@ class Site:
             shared.problem = str(problem)
         finally:
             with self._checking:
-                self._checks.pop(name)
+                self._forget_check(name, shared)
                 shared.done.set()
+
+    def _forget_check(self, name: str, shared: SharedCheck) -> None:
+        """See to it that no client shares a check from now on; _checking is held."""
+        if self._checks.get(name) is shared:
+            del self._checks[name]
 
     def must_be_there(self, name: str) -> None:
         """Raise Problem unless the batch is in BATCH_SOURCE."""
@@ -5280,10 +5349,10 @@ class LoadTitle(Kind):
 
     def check(self, given: Optional[Path]) -> None:
         assert given is not None
-        self.site.records(given, self.site.oni.ask)
+        self.site.client_records(given)
 
     def bring(self, work: Runner) -> None:
-        self._records = self.site.records(work.input, self.site.oni.insist)
+        self._records = self.site.records(work.input)
         for record in self._records:
             if record["outcome"] == "unchanged":
                 work.note(
@@ -5302,7 +5371,7 @@ class LoadTitle(Kind):
         return dict(self.site.oni.insist("answer_titles", lccns, PATIENT_SECONDS))
 
     def verify(self, work: Runner) -> None:
-        self._records = self.site.records(work.input, self.site.oni.insist)
+        self._records = self.site.records(work.input)
         stored = self._stored()
         said = f"; load_titles said: {work.complaint()}" if work.commands else ""
         for record in self._records:

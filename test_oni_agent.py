@@ -843,6 +843,9 @@ class MarcSite:
         self.answers = {**{lccn: marc_xml(lccn, f"The fetched {lccn}.") for lccn in lccns}, **answers}
         self.redirects: dict[str, str] = {}  # where it sends who asks for an LCCN
         self.requests: list[str] = []  # of each request: its path
+        self.was_asked = threading.Event()
+        self.may_answer = threading.Event()
+        self.may_answer.set()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), MarcRequest)
         self._server.daemon_threads = True
         self._server.site = self
@@ -865,6 +868,8 @@ class MarcRequest(BaseHTTPRequestHandler):
         site = self.server.site
         site.requests.append(self.path)
         lccn = self.path.split("/")[2]
+        site.was_asked.set()
+        site.may_answer.wait(60)
         if lccn in site.redirects:
             self.send_response(302)
             self.send_header("Location", site.redirects[lccn])
@@ -8075,6 +8080,87 @@ def test_a_batch_whose_folder_is_gone_and_that_open_oni_holds_is_said_to_be_held
     status, answer = checked(agent, ALPHA)
     assert (status, answer["status"]) == (0, "error")
     assert answer["error"] == f"Open ONI holds it, but its files are not there: {batch} is missing"
+
+
+def test_a_job_whose_check_somebody_has_killed_checks_anew(agent):
+    with MarcSite("sn99990077") as marc:
+        agent.restart(**marc.environment)
+        agent.batch(ALPHA, lccn="sn99990077")
+        marc.may_answer.clear()
+        id = agent.job("load-batch", ALPHA)
+        assert marc.was_asked.wait(60)
+        for pid in agent.manage_pids("shell"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        marc.may_answer.set()
+        assert agent.ended(id)["status"] == "successful"
+
+
+class ImpatientSite(oni_agent.Site):
+    """A site whose check looks at once whether anybody waits for it."""
+
+    def check(self, name, progress, go_on, folder=""):
+        go_on()
+        return oni_agent.Check([{**NOTHING_FOUND, "of": 0}])
+
+
+NOTHING_FOUND = {
+    "issues": 0, "faults": [], "warnings": [], "found": [], "titles": {},
+    "watched": oni_agent.packed({}),
+}  # fmt: skip
+
+
+def test_a_check_never_ends_before_its_client_waits_for_it(tmp_path):
+    settings = types.SimpleNamespace(batch_source=tmp_path, state_directory=tmp_path)
+    site = ImpatientSite(settings, oni_agent.OpenONI(tmp_path, {}))
+    for _ in range(100):
+        assert site.client_check(ALPHA, lambda: None).faults == []
+
+
+@pytest.mark.parametrize("name", ["data/batch.xml", "METS", "OCR"])
+def test_what_is_no_regular_file_is_a_fault_and_is_not_waited_for(agent, name):
+    batch = agent.batch(ALPHA, issues=1)
+    mets = mets_of(batch, 0)
+    path = {"METS": mets, "OCR": mets.with_name("0001.xml")}.get(name, batch / name)
+    path.unlink()
+    os.mkfifo(path)
+    status, answer = checked(agent, ALPHA)
+    what = "this is not a regular file, and ONI might read it for ever"
+    assert status == 1
+    assert answer["faults"] == [{"file": str(path.relative_to(batch)), "fault": what}]
+
+
+def test_a_file_that_takes_all_memory_is_no_fault_and_is_named(agent):
+    batch = agent.batch(ALPHA, issues=1)
+    mets = mets_of(batch, 0)
+    start, end, rest = mets.read_bytes().rpartition(b"</")
+    with mets.open("wb") as file:
+        file.write(start)
+        for _ in range(160):
+            file.write(b"<a/>" * 100_000)
+        file.write(end + rest)
+    status, answer = checked(agent, ALPHA)
+    assert (status, answer["status"]) == (0, "error")
+    assert answer["error"] == f"reading {mets.relative_to(batch)} takes more than 1024 MiB"
+
+
+def test_a_fault_names_its_file_once(agent):
+    batch = agent.batch(ALPHA, issues=1)
+    mets_of(batch, 0).with_name("0001.xml").unlink()
+    said = checked(agent, ALPHA)[1]["faults"][0]["fault"]
+    assert said == "ONI would break off the load: <urlopen error [Errno 2] No such file or directory>"
+    mets_of(batch, 0).with_name("0001.xml").write_text("<alto>\n</page>")
+    said = checked(agent, ALPHA)[1]["faults"][0]["fault"]
+    assert said == "ONI would break off the load: line 2, column 2: mismatched tag"
+
+
+def test_of_many_titles_at_once_none_is_refused(agent):
+    with futures.ThreadPoolExecutor(100) as pool:
+        records = [marc_xml(f"sn9999{number:04}") for number in range(100)]
+        replies = list(pool.map(lambda record: agent.call("load-title", stdin=record), records))
+    assert {reply["status"] for reply in replies} == {"success"}
+    for reply in replies:
+        agent.call("job-cancel", str(reply["job"]["id"]))
 
 
 def test_a_batch_whose_every_file_is_broken_is_still_checked(agent):
