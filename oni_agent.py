@@ -775,7 +775,7 @@ def reply_to(name: str, words: List[Any], channel: socket.socket) -> Dict[str, A
     except CannotAnswer as problem:
         return {"problem": str(problem), "transient": problem.transient}
     except MemoryError:
-        return {"problem": "reading it takes more than %d MiB" % (WORKER_MEMORY >> 20)}
+        return {"problem": f"reading it takes more than {WORKER_MEMORY >> 20} MiB"}
     except Exception as error:
         told = f"Open ONI cannot answer: {type(error).__name__}: {first_line(error)}"
         return {"problem": told, "transient": may_pass(error)}
@@ -1557,7 +1557,7 @@ def look_at_value(row: Any, field: Any, value: Any) -> None:
     elif isinstance(field, fields.IntegerField):
         low, high = connection.ops.integer_field_range(field.get_internal_type())
         if low is not None and not low <= value <= high:
-            raise DataError("Out of range value for column '%s': %d" % (column, value))
+            raise DataError(f"Out of range value for column '{column}': {value}")
 
 
 class PretendedBatches:
@@ -1873,9 +1873,9 @@ def fetched(url: str) -> bytes:
             if not piece:
                 return data
             if len(data) > MAX_RECORD:
-                raise OSError("it sends more than %d MiB" % (MAX_RECORD >> 20))
+                raise OSError(f"it sends more than {MAX_RECORD >> 20} MiB")
             if time.monotonic() > until:
-                raise OSError("it did not answer within %d s" % TITLE_SECONDS)
+                raise OSError(f"it did not answer within {TITLE_SECONDS} s")
 
 
 def study_records(tell: Tell, path: str) -> List[Dict[str, Any]]:
@@ -2074,7 +2074,7 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
                 error = OSError(told)
                 self._path, self._is_outside = path, False
             if self._at_page and self._path == path:
-                what = "page %d: %s" % (self._at_page, what)
+                what = f"page {self._at_page}: {what}"
             self.enter_fault(self._path, what, error, ends_load=True)
         else:
             self._look_for_leftovers(path)
@@ -2124,8 +2124,8 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         if isinstance(error, (DatabaseGone, CannotAnswer)):
             raise error
         if isinstance(error, MemoryError) or getattr(error, "code", None) == NO_MEMORY:
-            told = "reading %s takes more than %d MiB"
-            raise CannotAnswer(told % (self._path or "batch.xml", WORKER_MEMORY >> 20))
+            read = self._path or "batch.xml"
+            raise CannotAnswer(f"reading {read} takes more than {WORKER_MEMORY >> 20} MiB")
         if not connection.is_usable():
             raise DatabaseGone(error)
 
@@ -2137,13 +2137,13 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
             page = super()._load_page(document, division, issue)
         except BatchLoaderException as error:
             self._lost_pages += 1
-            self.enter_fault(self._path, "page %d: ONI would leave it out" % self._at_page,
-                             error)  # fmt: skip
+            what = f"page {self._at_page}: ONI would leave it out"
+            self.enter_fault(self._path, what, error)
             raise
         self._pages.append((division, page))
         self._issue["pages"].append([page.url, bool(page.ocr_filename)])
         if len(self._issue["pages"]) > MAX_ADDRESSES:
-            raise CannotAnswer("it has more than %d pages" % MAX_ADDRESSES)
+            raise CannotAnswer(f"it has more than {MAX_ADDRESSES} pages")
         if not self._counting:
             for kind, name in (("image", page.jp2_filename), ("PDF", page.pdf_filename)):
                 if name:

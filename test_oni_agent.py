@@ -840,7 +840,8 @@ class MarcSite:
 
     def __init__(self, *lccns: str, **answers: bytes):
         """Has ordinary records of `lccns`, and `answers` of its own to some LCCNs."""
-        self.answers = {**{lccn: marc_xml(lccn, f"The fetched {lccn}.") for lccn in lccns}, **answers}
+        self.answers = {lccn: marc_xml(lccn, f"The fetched {lccn}.") for lccn in lccns}
+        self.answers.update(answers)
         self.redirects: dict[str, str] = {}  # where it sends who asks for an LCCN
         self.requests: list[str] = []  # of each request: its path
         self.was_asked = threading.Event()
@@ -1963,7 +1964,7 @@ def test_a_restart_changes_no_answer_and_reuses_no_id(agent):
 REFUSED_FAULTS = {  # what is said at the request, after the batch's folder
     "METS missing": "reading file: open FOLDER/METS: no such file or directory",
     "batch.xml missing": "reading file: open FOLDER/data/batch.xml: no such file or directory",
-    "batch.xml cut off": r"reading file: FOLDER/data/batch.xml: Premature end of data .*, line \d+.*",
+    "batch.xml cut off": "reading file: FOLDER/data/batch.xml: Premature end of data .*, line .*",
     "no issues": "FOLDER/data/batch.xml names no issue, so ONI would load nothing",
     "awardee unknown": (
         'Open ONI has no awardee "zzz"; to make it: ensure-awardee zzz "NAME"'
@@ -2281,7 +2282,8 @@ def test_what_a_load_leaves_that_solr_fails_in_the_middle_is_said_and_mended(sit
         gate.open()
         job = site.ended(id)
     assert job["status"] == "failed"
-    said = re.escape(f"exit status 1: unable to load batch: Failed to connect to server at {site.solr.url}")
+    said = "exit status 1: unable to load batch: Failed to connect to server at "
+    said = re.escape(said + site.solr.url)
     unsure = re.escape("ONI holds nothing of the batch; Solr cannot be asked (Failed to connect ")
     assert re.fullmatch(rf"{said}.*; {unsure}.*\)", job["error"])
     assert site.held(ALPHA) == NOTHING
@@ -7240,7 +7242,9 @@ ODDITIES.update(
         "blank behind an issue's path": in_batch_xml(".xml</issue>", ".xml </issue>"),
         "an issue without a path": in_batch_xml("</batch>", "<issue/></batch>"),
         "an issue twice": listed_twice,
-        "an issue in an element of another namespace": around_issue('<x:w xmlns:x="urn:x">{}</x:w>'),
+        "an issue in an element of another namespace": around_issue(
+            '<x:w xmlns:x="urn:x">{}</x:w>'
+        ),
         "an issue in an element": around_issue("<more>{}</more>"),
         "an issue in a comment": in_a_comment,
         "batch.xml with prefixes": prefixed("batch", "n"),
@@ -7567,10 +7571,13 @@ MISSED_ONCE: dict[str, Oddity] = {
     ),
     "a page number with its caption, indented": in_mets(
         '"page number"><mods:number>P$</mods:number>',
-        '"page number"><mods:number>P$</mods:number>\n' + " " * 50 + "<mods:caption>p</mods:caption>",
+        '"page number"><mods:number>P$</mods:number>\n'
+        + " " * 50
+        + "<mods:caption>p</mods:caption>",
     ),
     "a reel number of 51 characters": in_mets(
-        "<mods:extent", f'<mods:identifier type="reel number">{"1" * 51}</mods:identifier><mods:extent'
+        "<mods:extent",
+        f'<mods:identifier type="reel number">{"1" * 51}</mods:identifier><mods:extent',
     ),
     "a note's type of 51 characters": pages_issue_note("text", "t" * 51),
     "a section label of 101 characters": section("s" * 101),
@@ -8148,7 +8155,8 @@ def test_a_fault_names_its_file_once(agent):
     batch = agent.batch(ALPHA, issues=1)
     mets_of(batch, 0).with_name("0001.xml").unlink()
     said = checked(agent, ALPHA)[1]["faults"][0]["fault"]
-    assert said == "ONI would break off the load: <urlopen error [Errno 2] No such file or directory>"
+    reason = "<urlopen error [Errno 2] No such file or directory>"
+    assert said == f"ONI would break off the load: {reason}"
     mets_of(batch, 0).with_name("0001.xml").write_text("<alto>\n</page>")
     said = checked(agent, ALPHA)[1]["faults"][0]["fault"]
     assert said == "ONI would break off the load: line 2, column 2: mismatched tag"
@@ -8187,7 +8195,8 @@ def test_an_encoding_that_cannot_be_read_is_a_fault_and_no_failure_to_check(agen
 @pytest.fixture(scope="module")
 def odd_site(tmp_path_factory, template):
     """A site whose agent runs for all tests that check, and then load, one odd batch."""
-    with MarcSite("sn99990077", **{lccn: record for lccn, record, _ in BAD_RECORDS.values()}) as marc:
+    bad_records = {lccn: record for lccn, record, _ in BAD_RECORDS.values()}
+    with MarcSite("sn99990077", **bad_records) as marc:
         with Site(tmp_path_factory.mktemp("odd"), template) as site:
             yield site.start(**marc.environment)
 
@@ -8416,7 +8425,8 @@ def test_a_record_that_only_repeats_what_open_oni_has_is_not_refused(agent, tmp_
 
 def test_a_redirect_to_another_host_is_not_followed(agent):
     with MarcSite("sn99990077", "sn99990079") as marc, MarcSite("sn99990077") as other:
-        marc.redirects["sn99990077"] = (other.urlformat % "sn99990077").replace("127.0.0.1", "localhost")
+        elsewhere = (other.urlformat % "sn99990077").replace("127.0.0.1", "localhost")
+        marc.redirects["sn99990077"] = elsewhere
         marc.redirects["sn99990078"] = marc.urlformat % "sn99990079"
         agent.restart(**marc.environment)
         agent.batch(ALPHA, lccn="sn99990077")
@@ -12063,7 +12073,6 @@ def core_utils() -> None:
 def core_solr_index() -> None:
     """The search index, as far as a load, a purge and the titles need it."""
     import logging
-    from datetime import datetime
 
     import pysolr
     from core import models
@@ -12078,7 +12087,7 @@ def core_solr_index() -> None:
     def title_count() -> int:
         return conn().search(q="type:title", rows=0).hits
 
-    def index_titles(since: Optional[datetime] = None) -> None:
+    def index_titles(since=None) -> None:
         """Index the titles created since then, or all; a commit that fails is an exception."""
         solr = conn()
         titles = models.Title.objects.all()
@@ -12983,7 +12992,6 @@ def core_load_titles() -> None:
     """load_titles FILE|FOLDER. Of a folder the results are summed up, of a file not told."""
     import logging
     import os
-    from datetime import datetime
 
     from core import solr_index, title_loader
     from core.management.commands import configure_logging
@@ -13017,7 +13025,7 @@ def core_load_titles() -> None:
                 solr_index.index_titles(since=started)
             return result
 
-        def report(self, started: datetime, results: List[Tuple[int, ...]]) -> None:
+        def report(self, started, results) -> None:
             ended = timezone.now()
             processed, created, updated, errors, keyless = [
                 sum(column) for column in zip(*results)
