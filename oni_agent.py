@@ -199,7 +199,7 @@ TRIM_AFTER = 50  # connections that have ended, so that it is worth it
 STOP_SECONDS = 1.5  # for answers under way when the agent is told to stop
 ANSWER_SECONDS = 10  # for Open ONI, or the batches' file system, to answer a command
 PATIENT_SECONDS = 60  # the same, when a job at work asks
-SOLR_SECONDS = 4  # for Solr to answer a question about one batch
+SOLR_SECONDS = 4  # for Solr to answer a question
 CHECK_SECONDS = 3600  # for reading every file of a batch
 LIST_SECONDS = 1.5  # for list-batches to count what is not remembered
 LIST_PATIENCE = 60  # for Open ONI to tell of all batches at once
@@ -228,6 +228,7 @@ BLOCK = 64 * 1024  # bytes of a job's log; a line that is longer than two of the
 LOOK_SECONDS = 0.1  # between two looks at how much manage.py has printed
 ENTRY_SECONDS = 0.25  # between two entries of that in the log
 NOTE_LENGTH = 8000  # characters of a note in the log
+NEWEST_JOBS = 50  # that a person is shown who says no number
 COMPLAINT_BYTES = 512 * 1024  # of stderr, from its start and from its end, for a job's error
 MAX_COMPLAINT = 1024  # bytes of what manage.py said, in a job's error
 
@@ -751,9 +752,12 @@ def be_worker(channel: socket.socket) -> None:
         os._exit(0)  # without the exit handlers of the process that this is a fork of
 
 
-def send(channel: socket.socket, **news: Any) -> None:
-    """Send `news` to the agent as one JSON line."""
-    channel.sendall(json.dumps(news, default=str).encode() + b"\n")
+def send(channel: socket.socket, **message: Any) -> None:
+    """Send `message` to the agent as one JSON line.
+
+    That is `pid` at first; then the `news` before an answer; and `answer`, or `problem`.
+    """
+    channel.sendall(json.dumps(message, default=str).encode() + b"\n")
 
 
 def reply_to(name: str, words: List[Any], channel: socket.socket) -> Dict[str, Any]:
@@ -762,7 +766,7 @@ def reply_to(name: str, words: List[Any], channel: socket.socket) -> Dict[str, A
         return {"problem": f"{name} is no question"}
     arguments = list(words)
     if name.startswith("study_"):
-        arguments.insert(0, lambda **news: send(channel, **news))
+        arguments.insert(0, lambda **news: send(channel, news=news))
     try:
         try:
             return {"answer": globals()[name](*arguments)}
@@ -1108,7 +1112,7 @@ def answer_check() -> str:
 # The list of all batches
 
 
-def study_overview(tell: Tell, wanted: List[List[Any]]) -> Dict[str, Any]:
+def study_overview(tell: Tell, wanted: List[List[Any]], solr_seconds: float) -> Dict[str, Any]:
     """Return what is quickly told of every batch.
 
     `wanted` has for each batch in BATCH_SOURCE its name, its folder, and what `watched` told
@@ -1146,7 +1150,7 @@ def study_overview(tell: Tell, wanted: List[List[Any]]) -> Dict[str, Any]:
         )
     answer: Dict[str, Any] = {"batches": batches, "storage": str(settings.BATCH_STORAGE)}
     try:
-        answer["index_version"], documents = index_overview()
+        answer["index_version"], documents = index_overview(solr_seconds)
         for name, held in batches.items():
             held["pages_in_solr"] = documents.get(name, 0)
     except Exception as error:
@@ -1159,12 +1163,12 @@ def counts_by_batch(rows: Any, batch: str) -> Dict[str, int]:
     return dict(rows.values_list(batch).annotate(Count("pk")))
 
 
-def index_overview() -> Tuple[str, Dict[str, int]]:
+def index_overview(seconds: float) -> Tuple[str, Dict[str, int]]:
     """Return a text that changes when Solr's index does, and the number of documents by batch.
 
     The text is "" where Solr does not tell (Solr Reference Guide, Luke Request Handler).
     """
-    solr = patient_solr(10)
+    solr = patient_solr(seconds)
     found = solr.search("type:page", rows=0, facet="true",
                         **{"facet.field": "batch", "facet.limit": -1})  # fmt: skip
     facets = found.facets["facet_fields"]["batch"]
@@ -1172,7 +1176,7 @@ def index_overview() -> Tuple[str, Dict[str, int]]:
     version = ""
     try:
         url = f"{settings.SOLR}/admin/luke?numTerms=0&wt=json"
-        with urllib.request.urlopen(url, timeout=4) as reply:
+        with urllib.request.urlopen(url, timeout=seconds) as reply:
             index = json.loads(reply.read().decode())["index"]
         version = f"{index['version']} {index['lastModified']}"
     except (OSError, ValueError, LookupError):
@@ -1226,7 +1230,7 @@ def files_of(parts: Sequence[Mapping[str, Any]]) -> Dict[str, Any]:
     What ONI would leave out is in the files all the same: its fault stands for its address.
     """
     problem = ""
-    issues = 0
+    issues = pages = 0
     addresses: List[str] = []
     with_text: List[str] = []
     watched: Dict[str, Any] = {}
@@ -1236,15 +1240,18 @@ def files_of(parts: Sequence[Mapping[str, Any]]) -> Dict[str, Any]:
         for fault in part["faults"]:
             told = f"{fault['file']}: {fault['fault']}"
             addresses.append(told)
+            pages += not fault["order"]
             if fault["ends_load"]:
                 problem = problem or told
+        faulty = {fault["order"] for fault in part["faults"]}
         for issue in part["found"]:
+            pages += len(issue["pages"]) + max(issue["lost"], issue["order"] in faulty)
             addresses += [address for address, _ in issue["pages"]]
             with_text += [address for address, has_text in issue["pages"] if has_text]
     return {
         "problem": problem,
         "issues": issues,
-        "pages": len(addresses),
+        "pages": pages,
         "with_text": len(with_text),
         "rows_digest": digest_of(addresses),
         "text_digest": digest_of(with_text),
@@ -1302,9 +1309,9 @@ def rehearse(name: str, folder: str, loader: "Rehearsal") -> Dict[str, Any]:
     """Let ONI's loader load the batch `name` in `folder`; return what would come of it.
 
     The answer has `issues` (how many were looked at), `faults` and `warnings` (`file`, and a
-    sentence under `fault` or `warning`), `found` (the pages of each issue), `titles` (records that
-    ONI lacks, by LCCN) and `watched`. load_batch runs from its first line to its last; what it does
-    to the world is taken away in `pretend`. Raises DatabaseGone.
+    sentence under `fault` or `warning`), `found` (of each issue the pages, and how many more are
+    lost), `titles` (records that ONI lacks, by LCCN) and `watched`. load_batch runs from its first
+    line to its last; what it does to the world is taken away in `pretend`. Raises DatabaseGone.
     """
     try:
         os.chdir(folder)
@@ -2060,7 +2067,7 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
             self.enter_fault(path, "ONI would break off the load", error, ends_load=True,
                              title=error.lccn)  # fmt: skip
         except ValueError as error:
-            self._enter_loss(path, error)
+            self._enter_loss(error)
         except Endless as error:
             self.enter_endless(error)
         except Exception as error:
@@ -2083,6 +2090,7 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
             # An error inside `notes.set` marks the transaction as one to be rolled back.
             if connection.in_atomic_block:
                 transaction.set_rollback(False)
+        self._issue["lost"] = max(0, len(self._page_divisions()) - len(self._pages))
         self.found.append(self._issue)
         self._is_outside = False
         self._draws_in_others = False
@@ -2092,13 +2100,13 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         self._path = Links.within_batch(url)
         self._is_outside = not is_within_reach(url)
 
-    def _enter_loss(self, path: str, error: ValueError) -> None:
+    def _enter_loss(self, error: ValueError) -> None:
         """Enter that ONI would leave out an issue, or, in the middle of it, what is left of it."""
         if self._at_page:
-            what = "ONI would leave out the rest of the issue, from page %d on"
-            self.enter_fault(path, what % self._at_page, error)
+            what = f"ONI would leave out the rest of the issue, from page {self._at_page} on"
         else:
-            self.enter_fault(path, "ONI would leave this issue out", error)
+            what = "ONI would leave this issue out"
+        self.enter_fault(self._path, what, error)
 
     def enter_endless(self, error: Endless) -> None:
         """Enter that a file is no regular one."""
@@ -2161,11 +2169,16 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         elif not os.access(path, os.R_OK):
             self.enter_warning(shown, f"this {kind} cannot be read")
 
+    def _page_divisions(self) -> List[Any]:
+        """Return all elements of the METS file at hand that may be meant as a page."""
+        elements = () if self._document is None else self._document.iter("{*}div")
+        return [each for each in elements
+                if each.get("TYPE", "").strip().lower() in ("np:page", "page")]  # fmt: skip
+
     def _look_for_leftovers(self, path: str) -> None:
         """Enter what a METS file holds, and no page that the loader has made."""
         document = self._document
-        divisions = [each for each in document.iter("{*}div")
-                     if each.get("TYPE", "").strip().lower() in ("np:page", "page")]  # fmt: skip
+        divisions = self._page_divisions()
         left = len(divisions) - len(self._pages) - self._lost_pages
         if left > 0:
             what = "ONI would leave out %d of %d pages without a word"
@@ -2745,11 +2758,11 @@ class Worker:
             self._channel.settimeout(seconds)
             self._channel.sendall(json.dumps([question, words, seconds]).encode() + b"\n")
             while True:
-                news = self._message(deadline, go_on)
-                if "answer" in news or "problem" in news:
+                message = self._message(deadline, go_on)
+                if "news" not in message:
                     is_answered = True
-                    return news
-                hear(news)
+                    return message
+                hear(message["news"])
         except OSError as error:
             raise WorkerEnded(f"Open ONI cannot be asked: {error}") from error
         finally:
@@ -3623,7 +3636,7 @@ class ListedBatches:
         for name in sorted(names.union(self._watched)):
             folder = str(site.source / name) if name in names else ""
             wanted.append([name, folder, self._watched.get(name, "")])
-        seen = site.oni.ask("study_overview", wanted, within=LIST_PATIENCE)
+        seen = site.oni.ask("study_overview", wanted, SOLR_SECONDS, within=LIST_PATIENCE)
         self._storage = seen["storage"]
         self._index_version = seen.get("index_version", "")
         self._unchanged: Set[str] = set()  # the batches whose files are as they were
@@ -3720,7 +3733,8 @@ class ListedBatches:
         batches = [[state.name, self._folder(state)] for state in some]
         counted = {}
         for news in self._told(["study_files", batches]):
-            counted[news.pop("name")] = Files(**news)
+            name = news.pop("name")
+            counted[name] = Files(**news)
         self._site.keep_files(counted)
 
     def _folder(self, state: BatchState) -> str:
@@ -6370,9 +6384,6 @@ def cmd_batch_patch(request: Request, old: str, new: str) -> Answer:
     return request.submit_with_input(words, MAX_INSTRUCTIONS)
 
 
-NEWEST_JOBS = 50  # that a person is shown who says no number
-
-
 @command(
     usage="list-jobs [BATCH] [STATUS...] [LIMIT]",
     help="Lists jobs, oldest first: those on a batch, those that are pending, started,"
@@ -6488,17 +6499,30 @@ def cmd_job_follow(request: Request, id: str, count: str = "") -> Answer:
     reader = LogReader(path)
     if count:
         reader.skip_to_last(number_of_lines(count))
+    return Following(job, path, reader).new_lines()
 
-    def new_lines() -> Answer:
-        is_over = job.finished  # asked first: what comes before the end is read, too
-        seen = size_of(path)
-        lines = reader.new_lines(is_over)
+
+@dataclass
+class Following:
+    """A client's way through a job's log, to its end; its files are closed when nobody has it."""
+
+    job: Job
+    path: Path
+    reader: LogReader
+    seen: int = 0  # bytes of the log's index
+
+    def new_lines(self) -> Answer:
+        """Return the lines that have come since the last call, and how to get those that follow."""
+        is_over = self.job.finished  # asked first: what comes before the end is read, too
+        self.seen = size_of(self.path)
+        lines = self.reader.new_lines(is_over)
         if is_over:
-            return Answer(lines=lines, exit_status=int(job.status != SUCCESSFUL))
-        rest = Rest(lambda: job.finished or size_of(path) != seen, new_lines)
-        return Answer(lines=lines, rest=rest)
+            return Answer(lines=lines, exit_status=int(self.job.status != SUCCESSFUL))
+        return Answer(lines=lines, rest=Rest(self.has_news, self.new_lines))
 
-    return new_lines()
+    def has_news(self) -> bool:
+        """Tell whether there may be new lines, or an end."""
+        return self.job.finished or size_of(self.path) != self.seen
 
 
 def size_of(path: Path) -> int:
