@@ -6689,9 +6689,8 @@ def cmd_batch_status(request: Request, word: str) -> Answer:
     Faults: 2
     fault: data/sn99990001/print/1930010201/1930010201.xml: page 2: ONI would leave
            it out: could not determine sequence number for page from ''
-    fault: data/sn99990001/print/1930010301/1930010301.xml: ONI would break off the
-           load: <urlopen error [Errno 2] No such file or directory:
-           'data/sn99990001/print/1930010301/0002.xml'>
+    fault: data/sn99990001/print/1930010301/0002.xml: ONI would break off the load:
+           <urlopen error [Errno 2] No such file or directory>
     Warnings: 0
     """,
 )
@@ -7788,11 +7787,15 @@ class Watcher(threading.Thread):
         while True:
             self._awake.wait(WATCH_SECONDS if self._waiting else None)
             self._awake.clear()
-            with self._lock:
-                waiting = list(self._waiting.items())
-            for session, is_due in waiting:
-                if is_due():
-                    self._let_work(session, is_due)
+            self._look()
+
+    def _look(self) -> None:
+        """Let each session work that is due; afterwards nothing here holds one that has ended."""
+        with self._lock:
+            waiting = list(self._waiting.items())
+        for session, is_due in waiting:
+            if is_due():
+                self._let_work(session, is_due)
 
     def _let_work(self, session: Session, is_due: IsDue) -> None:
         """Let a session work. If there is no room, or no thread, it is looked at the next time."""
