@@ -26,6 +26,14 @@ The stand-in is a real Django project with the models, the commands and the bad 
 Open ONI. The agent runs as a process of its own, and is talked to by OpenSSH's client and by
 paramiko's.
 
+In this file, from top to bottom: a site with an agent, gates, clients, a search index and a MARC
+site, batches, fixtures, and words that many tests use; odd batches of all kinds, and what a machine
+may bring; then the promises, by the README's chapters: the wire, loading and purging, batch-check,
+batch-status and list-batches, titles and awardees, batch-patch, the queue and restarts, cancelling,
+logs, a person at a terminal, who may connect, settings and start and stop, systemd, load and
+limits, the README; then what the stand-in promises, and its files, as code; the demo, --site and
+--bench.
+
 To add a test, take one of three fixtures: `agent`, a site whose agent runs; `site`, one whose agent
 is yet to `start(NAME=value, ...)`; `shared`, one that all tests that only ask have together.
 Feed it: `site.batch(NAME, issues=, pages=)`, and spoil that by a function of FAULTS, if need be.
@@ -1568,8 +1576,1514 @@ def awardees(site: Site, code: str) -> list[str]:
     return [name for name, in site.query("SELECT name FROM core_awardee WHERE +org_code = ?", code)]
 
 
-# --- Promises: the wire contract ------------------------------------------------------------------
+# --- Words that several chapters use: what is found, broken, witnessed ----------------------------
 
+IN_ISSUE = "data/sn99990001/print/1900010201/"
+
+METS_2 = IN_ISSUE + "1900010201.xml"
+
+OCR_2 = IN_ISSUE + "0002.xml"
+
+ENDS_LOAD = "ONI would break off the load: "
+
+ENDS_ISSUE = "ONI would leave this issue out: "
+
+AT_PAGE_2 = f"page 2: {ENDS_LOAD}"
+
+NO_SIZE = r"page {0}: ONI would leave it out: No jp2 width for issue: .* Image {0}"
+
+FOUND_FAULTS = {  # what the agent finds in a batch's files, before it lets ONI load them
+    "METS cut off": [(METS_2, ENDS_LOAD + r"Couldn't find end of Start Tag te line \d+, .*")],
+    "OCR not well-formed": [(OCR_2, ENDS_LOAD + "line 2, column 0: no element found")],
+    "OCR missing": [(OCR_2, ENDS_LOAD + r"<urlopen error \[Errno 2\] No such file .*>")],
+    "OCR word without text": [(OCR_2, ENDS_LOAD + "expected string or bytes-like object.*")],
+    "OCR with two pages": [(OCR_2, ENDS_LOAD + "AssertionError")],
+    "OCR not named": [(METS_2, "ONI would leave out the OCR file ocr2")],
+    "jp2 missing, no dimensions": [
+        (METS_2, AT_PAGE_2 + rf"\[Errno 2\] No such file or directory: '{IN_ISSUE}0002.jp2'")
+    ],
+    "jp2 is no picture, no dimensions": [
+        (METS_2, AT_PAGE_2 + f"cannot identify image file '{IN_ISSUE}0002.jp2'")
+    ],
+    "LCCN unknown": [
+        (
+            METS_2,
+            ENDS_LOAD + "ONI does not have the title sn00000000, nor has"
+            " http://.*/lccn/sn00000000/marc.xml: HTTP Error 404: Not Found",
+        )
+    ],
+    "reel without number": [("data/batch.xml", ENDS_LOAD + "'reelNumber'")],
+    "file not in the METS": [(METS_2, AT_PAGE_2 + "list index out of range")],
+    "page not described": [(METS_2, AT_PAGE_2 + "list index out of range")],
+    "dimensions named, but empty": [(METS_2, NO_SIZE.format(page)) for page in (1, 2)],
+    "width is no number": [
+        (METS_2, "ONI would leave out the rest of the issue, from page 1 on: .* 'wide'.*")
+    ],
+    "edition empty": [(METS_2, ENDS_ISSUE + r"invalid literal for int\(\) with base 10: ''")],
+    "date empty": [(METS_2, ENDS_ISSUE + "time data '' does not match format '%Y-%m-%d'")],
+    "date is no date": [(METS_2, ENDS_ISSUE + "time data 'January 1900' does not match .*")],
+    "page without sequence": [
+        (METS_2, "page 2: ONI would leave it out: could not determine sequence number .* from ''")
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def patcher(shared) -> Site:
+    """The shared site, with ALPHA loaded: an issue each of 1900-01-01, -02, -03 and one more."""
+    batch = shared.batch(ALPHA, issues=3)
+    reel = batch / "data" / GAZETTE / "print"
+    shutil.copytree(
+        reel / "1900010101", reel / "19000101011"
+    )  # the first issue's name is the beginning of its own
+    (reel / "19000101011/1900010101.xml").write_text(mets_xml(2, edition=11))
+    for number, suffix in enumerate(("TIF", "tiff", "TIFF"), 1):
+        (reel / f"1900010301/{number:04}.{suffix}").write_bytes(PAGE_FILES["tif"])
+    (reel / "1900010301/page_1.xml").write_text("no METS file's twin, and so it stays")
+    text = (batch / "data/batch.xml").read_text()
+    text = text.replace(
+        'awardYear="2020">',
+        'awardYear="2020" xmlns:x="urn:x"\n x:by=\'&#233;&lt;é\'>\n'
+        '<!-- <issue>no issue</issue> -->',
+    )
+    text = text.replace(
+        "</batch>",
+        NDNP_ISSUE.format(lccn=GAZETTE, day="1900-01-01", folder="19000101011")
+        .replace('"01"', '"011"')
+        .replace("19000101011.xml", "1900010101.xml")
+        + "<?x y?>\n</batch>",
+    )
+    (batch / "data/batch.xml").write_bytes(text.replace("\n", "\r\n").encode())
+    shared.run("load-batch", ALPHA)
+    return shared
+
+
+HELD = f"RemoveIssue {GAZETTE}/1900010101\n"
+
+NO_SHEBANG = "print('not to be run')\n"
+
+
+def no_shebang(manage: Path) -> None:
+    rewrite(manage, NO_SHEBANG)
+
+
+def removed(manage: Path) -> None:
+    manage.unlink()
+
+
+WITNESS = r'''
+import contextlib, fcntl, os, sys
+def hold(name):
+    """Waits at a gate of the test's, if there is one."""
+    with contextlib.suppress(FileNotFoundError), open(os.path.join(here, "hold-" + name)) as gate:
+        gate.read()
+here = os.getcwd()
+command = "".join(sys.argv[1:2])
+if command == "check":
+    sys.exit()  # saves the tests its half second at every start
+if command in ("load_batch", "purge_batch", "load_titles"):
+    at_work = open("at-work", "a")
+    try:
+        fcntl.flock(at_work, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        open("two-at-once", "a").write(f"{sys.argv}\n")
+if command == "shell":  # what is asked of Open ONI is asked of its database
+    import django.db.backends.signals
+    def at_question(execute, sql, *more):
+        if sql.startswith("SELECT"):
+            hold("question")
+        return execute(sql, *more)
+    def connected(connection, **_):
+        connection.execute_wrappers.append(at_question)
+    django.db.backends.signals.connection_created.connect(connected, weak=False)
+hold(command)
+'''
+
+
+@pytest.fixture
+def witnessed(site) -> Site:
+    """A site whose manage.py tells when two are at work at once.
+
+    It can be held at its start and at a question.
+    """
+    site.prepend_to_manage(WITNESS)
+    yield site
+    assert not (site.oni / "two-at-once").exists(), (site.oni / "two-at-once").read_text()
+
+
+def half_load(site: Site, batch: Path) -> None:
+    """What a load leaves that is killed in its first issue."""
+    (site.oni / "data/batches" / batch.name).symlink_to(batch)
+    with contextlib.closing(
+        sqlite3.connect(site.oni / "oni.sqlite3", timeout=60)
+    ) as database, database:
+        database.execute(
+            "INSERT INTO core_batch (name, created, validated_batch_file, awardee_id)"
+            " VALUES (?, '2026-01-01 00:00:00', '', 'oru')",
+            [batch.name],
+        )
+        database.execute(
+            "INSERT INTO core_issue"
+            " (batch_id, title_id, date_issued, number, edition, edition_label, created)"
+            " VALUES (?, 'sn99990001', '1900-01-01', '', 1, '', '2026-01-01 00:00:00')",
+            [batch.name],
+        )
+        database.execute(
+            "INSERT INTO core_loadbatchevent (batch_name, created, message)"
+            " VALUES (?, '2026-01-01 00:00:00', 'starting load')",
+            [batch.name],
+        )
+
+
+def has_begun(site: Site, batch: str) -> bool:
+    """Whether a load of this batch is at work, as the agent has it on disk."""
+    with contextlib.closing(sqlite3.connect(site.state / "jobs.db", timeout=60)) as database:
+        words = json.dumps(["load-batch", batch])
+        begun = "SELECT count(*) FROM jobs WHERE words = ? AND status = 'started'"
+        return database.execute(begun, [words]).fetchone()[0] > 0
+
+
+def load_until(
+    moment: str, site: Site, batch: Path, draw: random.Random
+) -> tuple[int, Gate | None]:
+    """Has a batch loaded and follows that to a moment: the job's id, and the gate that holds it."""
+    question = site.oni / "hold-question"
+    if moment == "before the spawn":
+        gate = site.hold(question)
+        with Client(site.port) as client:
+            channel = client.channel(f"load-batch {batch.name}")
+            gate.reached()
+            while not has_begun(site, batch.name):  # the acceptance's questions come first
+                question.unlink()
+                asked, gate = gate, site.hold(question)
+                os.close(asked._writer)
+                gate.reached()
+            return json.loads(channel.makefile("rb").read())["job"]["id"], gate
+    if moment == "before the record":
+        last_page = site.hold_load(batch, issue=1, page=3)
+        id = site.job("load-batch", batch.name)
+        last_page.reached()
+        gate = site.hold(question)
+        last_page.open()
+        return id, gate.reached()
+    if moment == "just after the spawn":
+        gate = site.hold(site.oni / "hold-load_batch")
+    elif moment == "in mid-output":
+        gate = site.hold_load(batch, issue=draw.randrange(2), page=draw.randint(1, 3))
+    elif moment == "in a repair's purge":
+        half_load(site, batch)
+        gate = site.hold(batch / "purge-gate")
+    else:
+        id = site.job("load-batch", batch.name)
+        time.sleep(draw.uniform(0, 0.6))
+        return id, None
+    return site.job("load-batch", batch.name), gate.reached()
+
+
+def printed(site: Site, since: set[Path] = frozenset()) -> list[str]:
+    """The lines of Open ONI's own log files, but for those files in `since`, as stderr has them."""
+    files = {
+        path
+        for command in ("load", "purge")
+        for path in (site.oni / "log").glob(f"{command}_batch_*.log")
+    }
+    return [
+        re.sub(r"^\[[^]]* (\w+) [\w.]+\] ", r"[\1] ", line)
+        for path in sorted(files - since, key=lambda path: path.stat().st_mtime_ns)
+        for line in path.read_text().splitlines()
+    ]
+
+
+def on_stderr(site: Site, id: int) -> list[str]:
+    """The lines of manage.py's stderr in a job's log; their stamps must increase."""
+    stderr = site.call("job-logs", str(id))["job"]["stderr"]
+    stamps = [line[:32] for line in stderr]
+    assert stamps == sorted(set(stamps))
+    assert all(re.fullmatch(rf"\[{STAMP}\]", stamp) for stamp in stamps)
+    return [line[33:] for line in stderr]
+
+
+class SmallDisk:
+    """The state folder on a file system of its own, which can be full.
+
+    That is a tmpfs or, where nobody may mount one, a limit on the size of the agent's files.
+    """
+
+    def __init__(self, site: Site):
+        self.site = site
+        self.filler = site.state / "filler"
+        site.state.mkdir()
+        words = f"mount -t tmpfs -o size=4m tmpfs {shlex.quote(str(site.state))}"
+        self.mounted = (
+            subprocess.run(["sh", "-c", words], stderr=subprocess.DEVNULL).returncode == 0
+        )
+
+    def fill(self) -> None:
+        """Leaves no byte."""
+        if not self.mounted:
+            return resource.prlimit(
+                self.site.agent.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY)
+            )
+        with open(self.filler, "ab", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+
+    def free(self) -> None:
+        """Takes that back."""
+        if self.mounted:
+            self.filler.unlink()
+        else:
+            resource.prlimit(
+                self.site.agent.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2
+            )
+
+    def unmount(self) -> None:
+        """Leaves the machine as it was."""
+        if self.mounted:
+            subprocess.run(["umount", "-l", str(self.site.state)], check=True)
+
+
+def file(name: str, text: str):
+    """A fault that is the text of one file, in place of whatever was there."""
+
+    @contextlib.contextmanager
+    def fault(site):
+        path = site.oni.parent / name
+        path.parent.mkdir(exist_ok=True)
+        if path.is_dir():
+            path.rename(f"{path}.away")
+        path.write_text(text)
+        yield
+
+    return fault
+
+
+@pytest.fixture
+def disk(witnessed):
+    """A small disk under the site's state folder."""
+    disk = SmallDisk(witnessed)
+    yield disk
+    witnessed.clean_up()
+    disk.unmount()
+
+
+def past_jobs(site: Site, *rows: tuple) -> None:
+    """Writes jobs into the store of an agent that rests.
+
+    Each is its words, its status, and the days since it was queued and ended.
+    """
+    site.start().kill()
+    now = time.time_ns()
+    day = 86400 * 10**9
+    with contextlib.closing(sqlite3.connect(site.state / "jobs.db")) as database, database:
+        database.executemany(
+            "INSERT INTO jobs (words, queued, status, started, ended, error, attempts) VALUES (?,"
+            " ?, ?, ?, ?, '', 1)",
+            [
+                (
+                    json.dumps(words),
+                    now - queued * day,
+                    status,
+                    now - queued * day,
+                    None if ended is None else now - ended * day,
+                )
+                for words, status, queued, ended in rows
+            ],
+        )
+        (site.state / "logs").mkdir(exist_ok=True)
+        for (id,) in database.execute("SELECT id FROM jobs WHERE ended IS NOT NULL").fetchall():
+            (site.state / "logs" / f"{id}.log").write_bytes(
+                b"[2026-01-01T00:00:00.000000000Z] E a line\n"
+            )
+
+
+def program(path: Path, text: str) -> str:
+    """A script that can be executed."""
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def check(site: Site, **environment: str) -> tuple:
+    """The lines of --check that are marked good and bad."""
+    done = subprocess.run(
+        [sys.executable, str(AGENT), "--check"],
+        env={**site.environment, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        timeout=90,
+    )
+    lines = done.stdout.decode().splitlines()
+    good, bad = ([line[2:] for line in lines if line[0] == mark] for mark in "✓✗")
+    assert (
+        len(good) + len(bad) == len(lines)
+        and done.stderr == b""
+        and done.returncode == int(bool(bad))
+    ), done
+    return good, bad
+
+
+def needed(site: Site) -> list[Path]:
+    """The folders that an agent, and its manage.py, read."""
+    packages = [Path(each) for each in sys.path if each.endswith("-packages")]
+    python = [Path(sys.base_prefix), Path(sys.prefix)]
+    return [site.oni.parent, AGENT.parent, *python, *packages]
+
+
+def public(key: Path) -> str:
+    """A key's line for an authorized_keys file."""
+    return key.with_name(key.name + ".pub").read_text()
+
+
+def key_made_by_ssh_keygen(path: Path, *options: str) -> Path:
+    """A private key file in the old PEM form, where its kind has one."""
+    subprocess.run(
+        ["ssh-keygen", "-q", "-m", "PEM", "-N", "", "-f", str(path), *options], check=True
+    )
+    return path
+
+
+def silent(port: int, said: bytes = b"") -> socket.socket:
+    """A connection on which no more than this has been said."""
+    connection = socket.create_connection(("127.0.0.1", port))
+    connection.sendall(said)
+    return connection
+
+
+class Recorder(socket.socket):
+    """A client's socket that keeps what was sent."""
+
+    sent = b""
+
+    def send(self, data: bytes, flags: int = 0) -> int:
+        count = super().send(data, flags)
+        self.sent += data[:count]
+        return count
+
+
+def recorded_bytes(port: int) -> bytes:
+    """What a client sends to ask for the version."""
+    connection = Recorder()
+    connection.connect(("127.0.0.1", port))
+    transport = paramiko.Transport(connection)
+    transport.start_client(timeout=30)
+    transport.auth_none("nobody")
+    channel = transport.open_session(timeout=30)
+    channel.exec_command("version")
+    assert channel.makefile("rb").read()
+    transport.close()
+    return connection.sent
+
+
+# --- Odd batches of all kinds ---------------------------------------------------------------------
+
+
+class Draft:
+    """A batch that is being made odd, and what ONI holds of it if it loads it whole."""
+
+    def __init__(self, source: Path, name: str, random: random.Random, start: date):
+        self.issues = random.randint(1, 3)
+        self.pages = random.randint(1, 3)
+        self.path = make_batch(source, name, self.issues, self.pages, start=start)
+        self.issue = random.randrange(self.issues)  # the ones that are made odd
+        self.page = random.randint(1, self.pages)
+        self.listed = list(range(self.issues))  # the issues that the batch file names
+        self.without_ocr: set[tuple[int, int]] = set()
+        self.without_pages: set[int] = set()
+        self.oddities: list[str] = []
+
+    @property
+    def batch_xml(self) -> Path:
+        names = [self.path / "data" / name for name in oni_agent.BATCH_FILES]
+        return next(path for path in names if path.exists())
+
+    @property
+    def mets(self) -> Path:
+        return mets_of(self.path, self.issue)
+
+    def file(self, suffix: str) -> Path:
+        return page_file(self.path, f"{self.page:04}.{suffix}", self.issue)
+
+    @property
+    def whole(self) -> list[int]:
+        """Issues, pages and indexed pages."""
+        full = [issue for issue in self.listed if issue not in self.without_pages]
+        without_ocr = sum(full.count(issue) for issue, _ in self.without_ocr)
+        return [len(self.listed), len(full) * self.pages, len(full) * self.pages - without_ocr]
+
+    def make_odd(self, oddity: str) -> None:
+        """Unless another oddity has taken away what this one changes."""
+        with contextlib.suppress(AssertionError, IndexError, OSError, ValueError):
+            ODDITIES[oddity](self)
+            self.oddities.append(oddity)
+
+
+Oddity = Callable[[Draft], None]
+
+
+def replace(path: Path, before: str, after: str) -> None:
+    """Changes the first place in a text file that must be there."""
+    text = path.read_text()
+    assert before in text, (path, before)
+    path.write_text(text.replace(before, after, 1))
+
+
+def without_ocr(draft: Draft) -> None:
+    replace(draft.mets, f'<fptr FILEID="ocr{draft.page}"/>', "")
+    text = draft.mets.read_text()
+    draft.mets.write_text(re.sub(rf'<file ID="ocr{draft.page}" .*</file>', "", text))
+    draft.without_ocr.add((draft.issue, draft.page))
+
+
+def of_fault(name: str) -> Oddity:
+    return lambda draft: FAULTS[name].spoil(draft.path)
+
+
+ODDITIES: dict[str, Oddity] = {
+    name: of_fault(name) for name in FAULTS if "date" not in name and name != "awardee unknown"
+}
+
+
+def in_mets(before: str, after: str) -> Oddity:
+    """P$ stands for the page's number in both."""
+
+    def change(draft: Draft) -> None:
+        texts = [text.replace("P$", str(draft.page)) for text in (before, after)]
+        replace(draft.mets, *texts)
+
+    return change
+
+
+def both(*oddities: Oddity) -> Oddity:
+    def change(draft: Draft) -> None:
+        for oddity in oddities:
+            oddity(draft)
+
+    return change
+
+
+def without(suffix: str) -> Oddity:
+    return lambda draft: draft.file(suffix).unlink()
+
+
+def named(suffix: str, name: str, href: str) -> Oddity:
+    """A page's file under another name, and how the METS refers to it."""
+
+    def change(draft: Draft) -> None:
+        replace(draft.mets, f'href="{draft.page:04}.{suffix}"', f'href="{href}"')
+        draft.file(suffix).rename(draft.mets.with_name(name))
+
+    return change
+
+
+def mets_named(name: str, href: str) -> Oddity:
+    """A METS file under another name, and how the batch file refers to it."""
+
+    def change(draft: Draft) -> None:
+        mets = draft.mets
+        replace(draft.batch_xml, f"/{mets.name}<", f"/{href}<")
+        mets.rename(mets.with_name(name))
+
+    return change
+
+
+def prefixed(which: str, prefix: str) -> Oddity:
+    """All elements that had no prefix have one."""
+
+    def change(draft: Draft) -> None:
+        path = {"mets": draft.mets, "batch": draft.batch_xml, "ocr": draft.file("xml")}[which]
+        text = re.sub(r"<(/?)(\w+)(?=[\s/>])", rf"<\1{prefix}:\2", path.read_text())
+        path.write_text(text.replace("xmlns=", f"xmlns:{prefix}=", 1))
+
+    return change
+
+
+def listed_twice(draft: Draft) -> None:
+    [issue] = re.findall(rf".*{draft.mets.name}</issue>", draft.batch_xml.read_text())
+    replace(draft.batch_xml, issue, f"{issue}\n{issue}")
+    draft.listed.append(draft.issue)
+
+
+def around_issue(wrap: str) -> Oddity:
+    """ONI overlooks an issue, since something is around it."""
+
+    def change(draft: Draft) -> None:
+        [issue] = re.findall(rf".*{draft.mets.name}</issue>", draft.batch_xml.read_text())
+        replace(draft.batch_xml, issue, wrap.format(issue))
+
+    return change
+
+
+def in_a_comment(draft: Draft) -> None:
+    """An issue is listed no more; that is a fault only where it is the only one."""
+    around_issue("<!-- {} -->")(draft)
+    draft.listed = [each for each in draft.listed if each != draft.issue] or draft.listed
+
+
+def validated(change_of: Callable[[str], str], name: str = "batch_1.xml") -> Oddity:
+    """Another file that names the issues, beside batch.xml, and before it."""
+
+    def change(draft: Draft) -> None:
+        text = (draft.path / "data/batch.xml").read_text()
+        (draft.path / "data" / name).write_text(change_of(text))
+
+    return change
+
+
+def without_pages(draft: Draft) -> None:
+    text = re.sub("<div TYPE=.np:page.*</div>", "", draft.mets.read_text())
+    draft.mets.write_text(text)
+    draft.without_pages.add(draft.issue)
+
+
+def a_link(suffix: str, dangling: bool) -> Oddity:
+    def change(draft: Draft) -> None:
+        path = draft.file(suffix)
+        elsewhere = path.with_name(f"elsewhere-{path.name}")
+        path.rename(elsewhere)
+        path.symlink_to("nowhere" if dangling else elsewhere.name)
+
+    return change
+
+
+def a_folder(suffix: str) -> Oddity:
+    def change(draft: Draft) -> None:
+        draft.file(suffix).unlink()
+        draft.file(suffix).mkdir()
+
+    return change
+
+
+WIDTH = "<mix:ImageWidth>5200<"
+
+EDITION = "<mods:number>1</mods:number></mods:detail>\n</mods:part>"
+
+
+def dated(text: str) -> Oddity:
+    def change(draft: Draft) -> None:
+        day = re.search(">([0-9-]+)</mods:dateIssued>", draft.mets.read_text())
+        assert day
+        replace(draft.mets, day[0], day[0].replace(day[1], text.replace("DAY", day[1])))
+
+    return change
+
+
+def width(text: str) -> Oddity:
+    return in_mets(WIDTH, WIDTH.replace("5200", text))
+
+
+def lccn(text: str) -> Oddity:
+    return in_mets(">sn99990001<", f">{text}<")
+
+
+ENTITY = '[<!ENTITY e "1">]'
+
+
+def in_batch_xml(before: str, after: str) -> Oddity:
+    return lambda draft: replace(draft.batch_xml, before, after)
+
+
+def in_alto(before: str, after: str) -> Oddity:
+    return lambda draft: replace(draft.file("xml"), before, after)
+
+
+def with_content(suffix: str, content: bytes) -> Oddity:
+    return lambda draft: draft.file(suffix).write_bytes(content)
+
+
+def encoded(which: str, name: str, codec: str, text: str) -> Oddity:
+    """A file in another encoding, with a text in it that not every encoding writes alike."""
+
+    def change(draft: Draft) -> None:
+        path = {"mets": draft.mets, "batch": draft.batch_xml, "ocr": draft.file("xml")}[which]
+        content = path.read_text().replace('"UTF-8"', f'"{name}"')
+        content = content.replace("?>", f"?><!-- {text} -->", 1).replace('"The"', f'"{text}"')
+        path.write_bytes(content.encode(codec))
+
+    return change
+
+
+def absolute(scheme: str) -> Oddity:
+    def change(draft: Draft) -> None:
+        name = f"{draft.page:04}.xml"
+        replace(draft.mets, f'href="{name}"', f'href="{scheme}{draft.mets.with_name(name)}"')
+
+    return change
+
+
+NO_DIMENSIONS = in_mets(' ADMID="serviceP$Technical"', "")
+
+
+def edition(text: str) -> Oddity:
+    return in_mets(EDITION, EDITION.replace("1", text))
+
+
+def sequence(text: str) -> Oddity:
+    return in_mets("<mods:start>P$<", f"<mods:start>{text}<")
+
+
+def picture(content: bytes) -> Oddity:
+    return both(NO_DIMENSIONS, with_content("jp2", content))
+
+
+def doctype(root: str, inside: str) -> str:
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n<!DOCTYPE {root} {inside}>'
+
+
+HEAD = '<?xml version="1.0" encoding="UTF-8"?>'
+
+ODDITIES.update(
+    {
+        # the file that names the issues
+        "comment between issues": in_batch_xml("<issue ", "<!-- <issue>x</issue> --><issue "),
+        "comment behind an issue's path": in_batch_xml(".xml</issue>", ".xml<!-- 1 --></issue>"),
+        "element behind an issue's path": in_batch_xml(".xml</issue>", ".xml<x/></issue>"),
+        "CDATA": in_batch_xml('"01">./sn99990001', '"01"><![CDATA[./sn99990001]]>'),
+        "newlines round an issue's path": both(
+            in_batch_xml('"01">.', '"01">\n\t ./.'), in_batch_xml(".xml</issue>", ".xml\n</issue>")
+        ),
+        "blank behind an issue's path": in_batch_xml(".xml</issue>", ".xml </issue>"),
+        "an issue without a path": in_batch_xml("</batch>", "<issue/></batch>"),
+        "an issue twice": listed_twice,
+        "an issue in an element of another namespace": around_issue(
+            '<x:w xmlns:x="urn:x">{}</x:w>'
+        ),
+        "an issue in an element": around_issue("<more>{}</more>"),
+        "an issue in a comment": in_a_comment,
+        "batch.xml with prefixes": prefixed("batch", "n"),
+        "batch.xml in another namespace": in_batch_xml("loc.gov/ndnp", "loc.gov/ndnp2"),
+        "batch_1.xml alike": validated(lambda text: text),
+        "batch_1.xml broken": validated(lambda text: text[:-9]),
+        "batch_1.xml without issues": validated(lambda text: re.sub("<issue.*", "", text)),
+        "batch_2.xml broken": validated(lambda text: text[:-9], "batch_2.xml"),
+        "batchfile_1.xml alike": validated(lambda text: text, "batchfile_1.xml"),
+        "BATCH_1.xml alone": lambda draft: draft.batch_xml.rename(
+            draft.batch_xml.with_name("BATCH_1.xml")
+        ),
+        "batch_1.xml is a folder": lambda draft: (draft.path / "data/batch_1.xml").mkdir(),
+        "empty reel number": in_batch_xml('reelNumber="print"', 'reelNumber=""'),
+        "no reel": in_batch_xml("<reel ", "<riel "),
+        "batch.xml with a DOCTYPE": in_batch_xml(HEAD, doctype("batch", ENTITY)),
+        "batch.xml with an entity": both(
+            in_batch_xml(HEAD, doctype("batch", '[<!ENTITY e ".">]')),
+            in_batch_xml('"01">.', '"01">&e;'),
+        ),
+        "batch.xml in UTF-16": encoded("batch", "UTF-16", "utf-16", "é"),
+        "batch.xml with a BOM": encoded("batch", "UTF-8", "utf-8-sig", "é"),
+        # an issue's file
+        "METS with comments": in_mets("<dmdSec", "<!-- é --><dmdSec"),
+        "METS with prefixes": prefixed("mets", "m"),
+        "METS with an undeclared prefix": in_mets(" TYPE=", ' xsi:schemaLocation="a b" TYPE='),
+        "METS in another namespace": in_mets("loc.gov/METS/", "loc.gov/METS2/"),
+        "MODS in another namespace": in_mets("loc.gov/mods/v3", "loc.gov/mods/v4"),
+        "MIX 2.0": in_mets("loc.gov/mix/", "loc.gov/mix/v20"),
+        "XLink undeclared": in_mets(' xmlns:xlink="http://www.w3.org/1999/xlink"', ""),
+        "METS with a DOCTYPE": in_mets(HEAD, doctype("mets", ENTITY)),
+        "METS with a DTD elsewhere": in_mets(HEAD, doctype("mets", 'SYSTEM "nowhere.dtd"')),
+        "METS with an entity": both(in_mets(HEAD, doctype("mets", ENTITY)), edition("&e;")),
+        "METS with an unknown entity": in_mets("<dmdSec", "<!-- --><x>&nbsp;</x><dmdSec"),
+        "METS with an unknown entity and a DTD": both(
+            in_mets(HEAD, doctype("mets", 'SYSTEM "nowhere.dtd"')),
+            in_mets("<dmdSec", "<x>&nbsp;</x><dmdSec"),
+        ),
+        "METS of XML 1.1": in_mets('version="1.0"', 'version="1.1"'),
+        "METS of no declared version": in_mets(HEAD + "\n", ""),
+        "METS with a blank line before all": in_mets(HEAD, "\n" + HEAD),
+        "METS with text behind all": in_mets("</mets>", "</mets>x"),
+        "METS with a control character": in_mets("<dmdSec", "<x>\x01</x><dmdSec"),
+        "METS in UTF-16": encoded("mets", "UTF-16", "utf-16", "é"),
+        "METS with a BOM": encoded("mets", "UTF-8", "utf-8-sig", "é"),
+        "METS in Latin-1": encoded("mets", "ISO-8859-1", "latin-1", "é"),
+        "METS in Windows-1252": encoded("mets", "windows-1252", "cp1252", "„é"),
+        "METS in utf8": encoded("mets", "utf8", "utf-8", "é"),
+        "METS in Shift_JIS": encoded("mets", "Shift_JIS", "shift_jis", "日"),
+        "METS in GB18030": encoded("mets", "GB18030", "gb18030", "日"),
+        "METS in an unknown encoding": encoded("mets", "klingon", "utf-8", "é"),
+        "METS in Latin-1, but says UTF-8": encoded("mets", "UTF-8", "latin-1", "é"),
+        "METS empty": lambda draft: draft.mets.write_bytes(b""),
+        "METS with a blank in its name": mets_named("a b.xml", "a b.xml"),
+        "METS with a blank as %20": mets_named("a b.xml", "a%20b.xml"),
+        "METS with %20 in its name": mets_named("a%20b.xml", "a%20b.xml"),
+        "METS with % in its name": mets_named("100%.xml", "100%.xml"),
+        "METS with é in its name": mets_named("é.xml", "é.xml"),
+        "METS with & in its name": mets_named("a&b.xml", "a&amp;b.xml"),
+        "METS with ? in its name": mets_named("a?b.xml", "a?b.xml"),
+        "METS with # in its name": mets_named("a#b.xml", "a#b.xml"),
+        "METS by a roundabout path": lambda draft: replace(
+            draft.batch_xml,
+            f"/{draft.mets.name}<",
+            f"/../{draft.mets.parent.name}//{draft.mets.name}<",
+        ),
+        "no np:issue": in_mets("np:issue", "np:tissue"),
+        "np:issue twice": in_mets("</structMap>", '<div TYPE="np:issue" DMDID="x"/></structMap>'),
+        "np:issue not described": in_mets('"np:issue" DMDID="issueModsBib"', '"np:issue"'),
+        "np:issue described twice": in_mets("<dmdSec", '<dmdSec ID="issueModsBib"/><dmdSec'),
+        "edition with blanks": edition(" 1\n"),
+        "edition 01": edition("01"),
+        "edition 0": edition("0"),
+        "edition 2": edition("2"),
+        "edition -1": edition("-1"),
+        "edition 1.0": edition("1.0"),
+        "edition 1_0": edition("1_0"),
+        "edition in Arabic": edition("١"),
+        "edition of eleven digits": edition("99999999999"),
+        "edition with a comment": edition("<!-- 2 -->1"),
+        "edition twice": in_mets(
+            '<mods:detail type="edition">',
+            '<mods:detail type="edition"><mods:number>3</mods:number>',
+        ),
+        "edition's detail empty first": in_mets(
+            '<mods:detail type="edition">',
+            '<mods:detail type="edition"/><mods:detail type="edition">',
+        ),
+        "date empty": dated(""),
+        "date is a word": dated("January"),
+        "date with a blank": dated(" DAY"),
+        "date with a newline": dated("DAY\n"),
+        "date with a comment": dated("<!-- -->DAY"),
+        "date with a time": dated("DAYT00:00:00"),
+        "another date first": in_mets("<mods:originInfo>", "<mods:dateIssued/><mods:originInfo>"),
+        "LCCN with blanks": lccn("  sn99990001\n"),
+        "LCCN with a blank inside": lccn("sn 99990001"),
+        "LCCN empty": lccn(""),
+        "LCCN not ASCII": lccn("sn9999é"),
+        "LCCN of another kind": in_mets('type="lccn"', 'type="oclc"'),
+        # its pages
+        "a page without OCR": without_ocr,
+        "an issue without pages": without_pages,
+        "a page not described": in_mets('DMDID="pageModsBibP$"', 'DMDID="nowhere"'),
+        "page without DMDID": in_mets(' DMDID="pageModsBibP$"', ""),
+        "page in a section": both(
+            in_mets("<fptr", '<fptr FILEID="masterP$"/><fptr'),
+            in_mets('<div TYPE="np:page"', '<div TYPE="np:section"><div TYPE="np:page"'),
+            in_mets("</div>\n", "</div></div>\n"),
+        ),
+        "sequence with blanks": sequence(" P$\n"),
+        "sequence 0": sequence("0"),
+        "sequence 007": sequence("007"),
+        "sequence -1": sequence("-1"),
+        "sequence 1.5": sequence("1.5"),
+        "sequence of another page": sequence("1"),
+        "sequence of eleven digits": sequence("99999999999"),
+        "file without ID": in_mets("<fileSec>", '<fileSec><file USE="ocr"/>'),
+        "file with empty USE": in_mets('USE="master"', 'USE=""'),
+        "file without USE": in_mets(' USE="master"', ""),
+        "file of another USE": in_mets('USE="master"', 'USE="thumbnail"'),
+        "fptr without FILEID": in_mets('<fptr FILEID="masterP$"/>', "<fptr/>"),
+        "OCR file without FLocat": in_mets('xlink:href="000P$.xml"', ""),
+        "OCR by a roundabout path": in_mets('href="000P$.xml"', 'href="./../x/.././//000P$.xml"'),
+        "OCR by an absolute path": absolute(""),
+        "OCR by a file: URL": absolute("file://"),
+        "OCR with a blank in its name": named("xml", "a b.xml", "a b.xml"),
+        "OCR with a blank as %20": named("xml", "a b.xml", "a%20b.xml"),
+        "OCR with %20 in its name": named("xml", "a%20b.xml", "a%20b.xml"),
+        "OCR with %25 for %": named("xml", "a%b.xml", "a%25b.xml"),
+        "OCR with é in its name": named("xml", "é.xml", "é.xml"),
+        "OCR with # in its name": named("xml", "a#b.xml", "a#b.xml"),
+        "OCR with ? in its name": named("xml", "a?b.xml", "a?b.xml"),
+        "OCR with a blank behind": named("xml", "ocr.xml", "ocr.xml "),
+        "OCR with a newline in front": named("xml", "ocr.xml", "&#10;ocr.xml"),
+        "jp2 with a blank as %20": both(NO_DIMENSIONS, named("jp2", "a b.jp2", "a%20b.jp2")),
+        "jp2 with %20 in its name": both(NO_DIMENSIONS, named("jp2", "a%20b.jp2", "a%20b.jp2")),
+        "jp2 with é in its name": both(NO_DIMENSIONS, named("jp2", "é.jp2", "é.jp2")),
+        "PDF missing": without("pdf"),
+        "TIFF missing": without("tif"),
+        "a jp2 missing": without("jp2"),
+        "jp2 unmeasured": NO_DIMENSIONS,
+        "jp2 unmeasured and missing": both(NO_DIMENSIONS, without("jp2")),
+        "jp2 unmeasured and empty": picture(b""),
+        "jp2 unmeasured and HTML": picture(b"<html></html>"),
+        "jp2 unmeasured and a folder": both(NO_DIMENSIONS, a_folder("jp2")),
+        "jp2 unmeasured by a link": both(NO_DIMENSIONS, a_link("jp2", False)),
+        "ADMID of two": in_mets('ADMID="serviceP$Technical"', 'ADMID="x serviceP$Technical"'),
+        "ADMID unknown": in_mets('ADMID="serviceP$Technical"', 'ADMID="nowhere"'),
+        "ADMID empty": in_mets('ADMID="serviceP$Technical"', 'ADMID=""'),
+        "width with blanks": width(" 5200\n"),
+        "width of blanks": width(" "),
+        "width 0": width("0"),
+        "width 5200.0": width("5200.0"),
+        "width with a comment": width("5200<!-- -->"),
+        # a page's text
+        "ALTO with prefixes": prefixed("ocr", "alto"),
+        "ALTO with an undeclared prefix": in_alto("<Page ", '<Page xlink:href="x" '),
+        "ALTO with a DOCTYPE": in_alto(HEAD, doctype("alto", '[<!ENTITY e "é">]')),
+        "ALTO with an entity": both(
+            in_alto(HEAD, doctype("alto", '[<!ENTITY e "é">]')), in_alto('"The"', '"The&e;"')
+        ),
+        "ALTO with an unknown entity": in_alto("<TextLine", "<x>&nbsp;</x><TextLine"),
+        "ALTO with an unknown entity and a DTD": both(
+            in_alto(HEAD, doctype("alto", 'SYSTEM "nowhere.dtd"')),
+            in_alto("<TextLine", "<x>&nbsp;</x><TextLine"),
+        ),
+        "ALTO with a DTD elsewhere": in_alto(HEAD, doctype("alto", 'SYSTEM "nowhere.dtd"')),
+        "ALTO in UTF-16": encoded("ocr", "UTF-16", "utf-16", "é"),
+        "ALTO with a BOM": encoded("ocr", "UTF-8", "utf-8-sig", "é"),
+        "ALTO in Latin-1": encoded("ocr", "ISO-8859-1", "latin-1", "é"),
+        "ALTO in utf8": encoded("ocr", "utf8", "utf-8", "é"),
+        "ALTO in Shift_JIS": encoded("ocr", "Shift_JIS", "shift_jis", "日"),
+        "ALTO in an unknown encoding": encoded("ocr", "klingon", "utf-8", "é"),
+        "ALTO in Latin-1, but says UTF-8": encoded("ocr", "UTF-8", "latin-1", "é"),
+        "ALTO empty": with_content("xml", b""),
+        "ALTO without a page": with_content("xml", b"<alto/>"),
+        "ALTO is no XML": with_content("xml", b"The gazette."),
+        "ALTO with text behind all": in_alto("</alto>", "</alto>x"),
+        "ALTO with a control character": in_alto('"The"', '"The\x01"'),
+        "ALTO with an empty word": in_alto('"The"', '""'),
+        "ALTO in an unknown language": in_alto('"eng"', '"xyz"'),
+        "ALTO of two pages without sizes": both(
+            in_alto(' HEIGHT="7500" WIDTH="5200">\n<Pr', ">\n<Pr"),
+            in_alto("</Page>", "</Page><Page/>"),
+        ),
+        "ALTO is a folder": a_folder("xml"),
+        "ALTO by a link": a_link("xml", False),
+        "ALTO by a dangling link": a_link("xml", True),
+    }
+)
+
+
+def two_of_one_key(draft: Draft) -> None:
+    """Another issue with the same LCCN, date and edition, in a folder of its own."""
+    folder = draft.mets.parent
+    shutil.copytree(folder, folder.with_name("again"))
+    listed = draft.mets.relative_to(draft.path / "data").as_posix()
+    again = f"<issue>./{Path(listed).parent.with_name('again')}/{draft.mets.name}</issue>"
+    replace(draft.batch_xml, "</batch>", f"{again}</batch>")
+    draft.listed.append(draft.issue)
+
+
+def folder_named(name: str) -> Oddity:
+    """An issue's folder has a character that means something in a URL."""
+
+    def change(draft: Draft) -> None:
+        folder = draft.mets.parent
+        replace(draft.batch_xml, f"/{folder.name}/", f"/{name}/")
+        folder.rename(folder.with_name(name))
+
+    return change
+
+
+def outside(suffix: str, *more: Oddity) -> Oddity:
+    """A page's file lies beside the batch, and the METS file names it by `../`."""
+
+    def change(draft: Draft) -> None:
+        for oddity in more:
+            oddity(draft)
+        away = draft.path.parent / f"outside-{draft.path.name}.{suffix}"
+        name = os.path.relpath(away, draft.mets.parent)
+        replace(draft.mets, f'href="{draft.page:04}.{suffix}"', f'href="{name}"')
+        draft.file(suffix).rename(away)
+
+    return change
+
+
+def pages_issue_note(text: str, kind: str = "noteAboutReproduction") -> Oddity:
+    note = f'<mods:note type="{kind}">{text}</mods:note></mods:mods>'
+    return in_mets("</mods:mods>", note)
+
+
+def section(described: str) -> Oddity:
+    """The pages lie in a section, whose description is as told."""
+    label = '<mods:detail type="section label"><mods:number>{}</mods:number></mods:detail>'
+    description = (
+        '<dmdSec ID="section"><mdWrap MDTYPE="MODS"><xmlData><mods:mods><mods:part>'
+        f"{label.format(described)}</mods:part></mods:mods></xmlData></mdWrap></dmdSec>"
+    )
+    return both(
+        in_mets("<amdSec", f"{description if described else ''}<amdSec"),
+        in_mets(
+            '<div TYPE="np:page" DMDID="pageModsBibP$"',
+            '<div TYPE="np:section" DMDID="section"><div TYPE="np:page" DMDID="pageModsBibP$"',
+        ),
+        in_mets('<fptr FILEID="ocrP$"/></div>', '<fptr FILEID="ocrP$"/></div></div>'),
+    )
+
+
+def two_services(draft: Draft) -> None:
+    """The first of a page's two images is missing, and neither has a size in the METS."""
+    file = '<file ID="firstP$" USE="service"><FLocat LOCTYPE="OTHER" xlink:href="no.jp2"/></file>'
+    both(
+        NO_DIMENSIONS,
+        in_mets("</fileSec>", f"{file}</fileSec>"),
+        in_mets('<fptr FILEID="serviceP$"/>', '<fptr FILEID="firstP$"/><fptr FILEID="serviceP$"/>'),
+    )(draft)
+
+
+def nested(draft: Draft) -> None:
+    replace(draft.mets, "<fileSec>", f"{'<x>' * 300}{'</x>' * 300}<fileSec>")
+
+
+def page_outside(draft: Draft) -> None:
+    """A page's division stands beside the issue's, and not in it."""
+    text = draft.mets.read_text()
+    start = text.index(f'<div TYPE="np:page" DMDID="pageModsBib{draft.page}"')
+    end = text.index("</div>", start) + len("</div>")
+    page = text[start:end]
+    moved = text.replace(page, "").replace("</structMap>", f"{page}</structMap>")
+    draft.mets.write_text(moved)
+
+
+def second_issue(draft: Draft) -> None:
+    """The last page is in a division of another np:issue."""
+    page = f'<div TYPE="np:page" DMDID="pageModsBib{draft.pages}"'
+    opened = f'</div><div TYPE="np:issue" DMDID="issueModsBib">{page}'
+    replace(draft.mets, page, opened)
+
+
+MISSED_ONCE: dict[str, Oddity] = {
+    "two issues of one key": two_of_one_key,
+    "an emoji in an issue's note": pages_issue_note("\U0001f4f0"),
+    "an emoji in OCR": in_alto('"The"', '"The \U0001f4f0"'),
+    "an emoji in a file's name": named("jp2", "\U0001f4f0.jp2", "\U0001f4f0.jp2"),
+    "a volume of 51 characters": in_mets("<mods:number>1<", f"<mods:number>{'1' * 51}<"),
+    "a page number of 51 characters": in_mets(
+        '"page number"><mods:number>P$<', f'"page number"><mods:number>{"1" * 51}<'
+    ),
+    "a page number with its caption, indented": in_mets(
+        '"page number"><mods:number>P$</mods:number>',
+        '"page number"><mods:number>P$</mods:number>\n'
+        + " " * 50
+        + "<mods:caption>p</mods:caption>",
+    ),
+    "a reel number of 51 characters": in_mets(
+        "<mods:extent",
+        f'<mods:identifier type="reel number">{"1" * 51}</mods:identifier><mods:extent',
+    ),
+    "a note's type of 51 characters": pages_issue_note("text", "t" * 51),
+    "a section label of 101 characters": section("s" * 101),
+    "a section that is not described": section(""),
+    "a section": section("Sports"),
+    "ALTO in the language sk": in_alto('"eng"', '"sk"'),
+    "ALTO in the language hr": in_alto('"eng"', '"hr"'),
+    "second np:issue with a page": second_issue,
+    "a page outside np:issue": page_outside,
+    'USE="OCR"': in_mets('ID="ocrP$" USE="ocr"', 'ID="ocrP$" USE="OCR"'),
+    "a page's fptr in a division of its own": in_mets(
+        '<fptr FILEID="ocrP$"/>', '<div><fptr FILEID="ocrP$"/></div>'
+    ),
+    "OCR without href": in_mets(' xlink:href="000P$.xml"', ""),
+    "a jp2 cut to 40 bytes, unmeasured": picture(JP2[:40]),
+    "two services, the first of which is missing": two_services,
+    "# in a folder's name": folder_named("a#b"),
+    "? in a folder's name": folder_named("a?b"),
+    "METS in latin-1": encoded("mets", "latin-1", "latin-1", "é"),
+    "METS in utf_8": encoded("mets", "utf_8", "utf-8", "é"),
+    "METS nested 300 deep": nested,
+    "a comment inside an issue's path": in_batch_xml("./sn99990001", "./<!-- -->sn99990001"),
+    "OCR outside the batch": outside("xml"),
+    "an image outside the batch": outside("jp2"),
+    "an image outside the batch, unmeasured": outside("jp2", NO_DIMENSIONS),
+    "width of 64px": width("64px"),
+    "sequence of 2^31": sequence(str(2**31)),
+}
+
+ODDITIES.update(MISSED_ONCE)
+
+COUNTS = ("issues", "pages", "issues_in_batch_xml", "pages_in_mets", "pages_in_solr")
+
+
+def listed(site: Site, batch: str = ALPHA) -> list:
+    """What list-batches says of it."""
+    [shown] = [each for each in site.call("list-batches")["batches"] if each["name"] == batch]
+    return [shown["state"], *(shown[name] for name in COUNTS)]
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory, template):
+    """A site with something to show: wide characters in a batch's name, a failed job."""
+    with Site(tmp_path_factory.mktemp("shown"), template) as site:
+        site.batch(ALPHA)
+        site.batch("batch_oru_東京日日新聞の長い名前の部分東京日日新聞の長い名前の部分_ver01")
+        failing_load(site)
+        site.start()
+        site.run("load-batch", "batch_oru_broken_ver01")
+        site.run("load-batch", ALPHA)
+        yield site
+
+
+def linked_out(which: str) -> Oddity:
+    """A link leads out of the batch: its folder "data", an issue's, or a METS file."""
+
+    def change(draft: Draft) -> None:
+        path = {"data": draft.path / "data", "issue": draft.mets.parent, "METS": draft.mets}[which]
+        outside = draft.path.parent / f"outside-{draft.path.name}-{path.name}"
+        path.rename(outside)
+        path.symlink_to(outside)
+
+    return change
+
+
+def image_of(kind: str) -> Oddity:
+    """The image, of which the METS has no size, is of another kind than JPEG 2000."""
+    red = b"\xff\0\0"
+    grey_tga = bytes([0, 0, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 2, 0, 8, 0]) + bytes(4)
+    webp = base64.b64decode("UklGRhoAAABXRUJQVlA4TA0AAAAvAAAAEAcQERGIiP4HAA==")
+    return picture({"PPM": b"P6 2 2 255\n" + red * 4, "TGA": grey_tga, "WebP": webp}[kind])
+
+
+def external_entity(draft: Draft) -> None:
+    """The edition is in a file of its own, which libxml2 reads."""
+    draft.mets.with_name("edition.txt").write_text("1")
+    in_mets(HEAD, doctype("mets", '[<!ENTITY e SYSTEM "edition.txt">]'))(draft)
+    edition("&e;")(draft)
+
+
+def with_nul_bytes(draft: Draft) -> None:
+    draft.mets.write_bytes(draft.mets.read_bytes() + bytes(100))
+
+
+CALLED_FAULTY_ONCE: dict[str, Oddity] = {
+    "data is a link out of the batch": linked_out("data"),
+    "an issue's folder is a link out of the batch": linked_out("issue"),
+    "a METS is a link out of the batch": linked_out("METS"),
+    "OCR by file:./x": in_mets('href="000P$.xml"', 'href="file:./000P$.xml"'),
+    "OCR by FILE://": absolute("FILE://"),
+    "a TextBlock of no language and no lines": in_alto(
+        '<TextBlock ID="TB1"', '<TextBlock ID="TB0" language=""/><TextBlock ID="TB1"'
+    ),
+    "a WebP, unmeasured": image_of("WebP"),
+    "a PPM, unmeasured": image_of("PPM"),
+    "a TGA, unmeasured": image_of("TGA"),
+    "METS ending in NUL bytes": with_nul_bytes,
+    "METS in UTF-16 that says UTF-8": encoded("mets", "UTF-8", "utf-16", "é"),
+    "METS with an external entity": external_entity,
+}
+
+ODDITIES.update(CALLED_FAULTY_ONCE)
+
+
+def word(site: Site, batch: str = ALPHA) -> list:
+    """What batch-status says of a batch: its state and its counts."""
+    reply = site.call("batch-status", batch)
+    assert "batch" in reply, reply
+    shown = reply["batch"]
+    return [shown["state"], *(shown[name] for name in COUNTS)]
+
+
+def checked(site: Site, batch: str) -> tuple[int, dict]:
+    """The exit status of batch-check, and its answer."""
+    with Client(site.port) as client:
+        channel = client.channel(f"batch-check {batch}")
+        answer = json.loads(channel.makefile("rb").read())
+        return channel.recv_exit_status(), answer
+
+
+def mended(site: Site, *words: str) -> list[str]:
+    """The log of a job that succeeds, and which is not done by making it a second time."""
+    logs = repaired(site, *words)
+    assert without_session(site.call(*words)) == NOOP
+    return logs
+
+
+def change_index(site: Site, *changes: str) -> None:
+    """Changes the index by ONI's own connection c, and commits."""
+    code = "; ".join(["from core import solr_index as s", "c = s.conn()", *changes, "c.commit()"])
+    assert site.manage("shell", "-c", code).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def odd_site(tmp_path_factory, template):
+    """A site whose agent runs for all tests that check, and then load, one odd batch."""
+    bad_records = {lccn: record for lccn, record, _ in BAD_RECORDS.values()}
+    with MarcSite("sn99990077", **bad_records) as marc:
+        with Site(tmp_path_factory.mktemp("odd"), template) as site:
+            yield site.start(**marc.environment)
+
+
+def marc_with(lccn: str, before: bytes, after: bytes) -> bytes:
+    """A record in which something stands in the place of something else."""
+    record = marc_xml(lccn)
+    assert record.count(before) == 1
+    return record.replace(before, after)
+
+
+BAD_RECORDS: dict[str, tuple[str, bytes, str]] = {  # LCCN, what the site answers, what is said
+    "HTML": ("sn11110001", b"<html><body>sn11110001 is not here</body></html>", "another record"),
+    "no XML": ("sn11110002", b"Not now", "that is no MARC XML: .*"),
+    "of another title": ("sn11110003", marc_xml("sn11119999"), "it answers with another record"),
+    "deleting": (
+        "sn11110004",
+        marc_with("sn11110004", b"00000cas", b"00000das"),
+        "leader/05 is d: ONI would delete the title sn11110004",
+    ),
+    "of something else": (
+        "sn11110005",
+        marc_with("sn11110005", b"00000cas", b"00000cgs"),
+        "leader/06 is g: ONI would ignore the title sn11110005",
+    ),
+    "of an unknown language": (
+        "sn11110006",
+        marc_xml("sn11110006", language="zzz"),
+        "ONI cannot store the title sn11110006: .*zzz.*",
+    ),
+    "without a title": (
+        "sn11110007",
+        re.sub(b'<datafield tag="245".*</datafield>\n', b"", marc_xml("sn11110007")),
+        "ONI cannot store the title sn11110007: .*",
+    ),
+    "of an LCCN without an address": (
+        "85-38490",
+        marc_xml("85-38490"),
+        "ONI would store the title '85-38490', but no batch of it could be loaded: .*",
+    ),
+    "of a year with fill characters": (
+        "sn11110008",
+        marc_with("sn11110008", b"d18501999", b"d18||||||"),
+        "ONI would store the title 'sn11110008', but no batch of it could be loaded: .*",
+    ),
+}
+
+
+def new_draft(site: Site, kind: str) -> Draft:
+    """A batch of this oddity, or of none, on days that are no other batch's."""
+    number = next(FRESH)
+    start = date(1700, 1, 1) + timedelta(days=4 * number)
+    return Draft(site.source, f"batch_oru_kind{number}_ver01", random.Random(kind), start)
+
+
+def compare_with_load(site: Site, draft: Draft) -> dict[str, Any]:
+    """Holds a check's word against what a load leaves, and batch-status' against both.
+
+    Returns the check's answer.
+    """
+    name = draft.path.name
+    status, answer = checked(site, name)
+    faults = answer["faults"]
+    assert status == bool(faults)
+    for fault in faults:
+        assert fault["file"].startswith("data/")
+        assert fault["file"] not in fault["fault"]
+        assert str(draft.path) not in fault["fault"]
+    loaded = site.manage("load_batch", str(draft.path))
+    breaks_off = [fault for fault in faults if "ONI would break off the load" in fault["fault"]]
+    assert bool(breaks_off) == (loaded.returncode != 0), (faults, loaded.stderr)
+    rows, issues, pages = site.held(name)
+    [(indexed,)] = site.query(
+        "SELECT count(*) FROM core_page JOIN core_issue ON core_issue.id = issue_id"
+        " WHERE indexed AND batch_id = ?",
+        name,
+    )
+    whole = loaded.returncode == 0 and [issues, pages, indexed] == draft.whole
+    assert bool(faults) == (not whole), (faults, [issues, pages, indexed], draft.whole)
+    if breaks_off:
+        assert (rows, issues, pages) == NOTHING
+        assert site.solr.documents(name) == []
+        return answer
+    assert word(site, name)[0] == ("complete" if whole else "partial")
+    if whole:
+        assert answer["pages"] == pages
+    return answer
+
+
+def empty_ocr(batch: Path) -> None:
+    change(page_file(batch, "0002.xml"), "<TextLine", "<TextLin")
+
+
+@pytest.fixture
+def oni(site):
+    """How an agent asks this site's Open ONI, without the rest of it."""
+    oni = oni_agent.OpenONI(site.oni, site.environment)
+    yield oni
+    oni.close()
+
+
+def held_question(site: Site, part_of_sql: str) -> Gate:
+    """Makes each question wait whose SQL has this in it, from the next zygote on."""
+    site.prepend_to_manage(HELD_QUERY)
+    (site.oni / "held-query").write_text(part_of_sql)
+    (site.oni / "hold-query").touch()  # what the gate leaves for the next query
+    return site.hold(site.oni / "hold-query")
+
+
+HELD_QUERY = r'''
+import os, sys
+if "shell" in sys.argv:
+    import django.db.backends.signals
+    here = os.getcwd() + "/"
+    def hold(execute, sql, *more):
+        with open(here + "held-query") as held:
+            if sql.startswith("SELECT") and held.read().strip() in sql:
+                open(here + "hold-query").read()
+        return execute(sql, *more)
+    def connected(connection, **_):
+        connection.execute_wrappers.append(hold)
+    django.db.backends.signals.connection_created.connect(connected, weak=False)
+'''
+
+
+# Runs in the agent before it does, and makes it meet what a machine may bring: a switch is a file.
+# --- What a machine may bring, and a terminal -----------------------------------------------------
+
+
+TROUBLES = r'''
+import builtins, functools, io, os, pwd, sys, threading, time
+HERE = os.path.dirname(os.path.abspath(__file__))
+really_stat = os.stat
+
+def is_on(name):
+    try:
+        really_stat(os.path.join(HERE, name))
+        return True
+    except OSError:
+        return False
+
+def on_hung_disk(path):
+    return isinstance(path, (str, bytes, os.PathLike)) and os.fsdecode(path).startswith(
+        os.path.join(os.path.dirname(HERE), "batches"))
+
+# As attributes of a class, where Python 3.9's pathlib has them, partials are no methods.
+
+def hanging(really):
+    def call(path=".", *words, **options):
+        while on_hung_disk(path) and is_on("disk-hangs"):
+            time.sleep(0.05)
+        return really(path, *words, **options)
+    return functools.partial(call)
+
+def telling(name, really):
+    def call(what, *words, **options):
+        done = really(what, *words, **options)
+        path = os.readlink("/proc/self/fd/%d" % what) if isinstance(what, int) else what
+        with open(os.path.join(HERE, "told"), "a") as told:
+            print(name, os.fspath(path), file=told)
+        return done
+    return functools.partial(call)
+
+def without_proc(really):
+    def call(path, *words, **options):
+        if not isinstance(path, int) and os.fspath(path).startswith("/proc") and is_on("no-proc"):
+            raise FileNotFoundError(2, "No such file or directory", path)
+        return really(path, *words, **options)
+    return functools.partial(call)
+
+def starting(really):
+    def start(thread):
+        if is_on("no-threads"):
+            raise RuntimeError("can't start new thread")
+        really(thread)
+    return start
+
+def unknown(number):
+    raise KeyError("getpwuid(): uid not found: %s" % number)
+
+if os.path.basename(sys.argv[0] if hasattr(sys, "argv") else "") != "manage.py":
+    for name in "open", "stat", "lstat", "access", "readlink", "listdir", "scandir":
+        setattr(os, name, hanging(getattr(os, name)))
+    os.fsync = telling("fsync", os.fsync)
+    os.rename = telling("rename", os.rename)
+    threading.Thread.start = starting(threading.Thread.start)
+    builtins.open = without_proc(builtins.open)
+    io.open = without_proc(io.open)
+    os.stat = without_proc(os.stat)
+    if is_on("no-passwd"):
+        pwd.getpwuid = unknown
+'''
+
+
+class Troubled:
+    """A site whose agent meets troubles that a test switches on and off."""
+
+    def __init__(self, site: Site):
+        self.site = site
+        self._folder = site.state.parent / "troubles"
+        self._folder.mkdir()
+        (self._folder / "sitecustomize.py").write_text(TROUBLES)
+        site.environment["PYTHONPATH"] = str(self._folder)
+
+    @contextlib.contextmanager
+    def having(self, trouble: str):
+        """disk-hangs, no-proc, no-threads or no-passwd (the last at a start)."""
+        switch = self._folder / trouble
+        switch.touch()
+        try:
+            yield
+        finally:
+            switch.unlink()
+
+    def told(self) -> list[str]:
+        """What the agent has renamed and put on disk, in order."""
+        return (self._folder / "told").read_text().splitlines()
+
+
+@pytest.fixture
+def troubled(site) -> Troubled:
+    """A site whose agent, yet to start, can be given troubles."""
+    return Troubled(site)
+
+
+ALTERED = """
+import os, sys, time
+sys.path.insert(0, {folder!r})
+import oni_agent as agent
+{code}
+status = agent.main()
+sys.stdout.flush()
+os._exit(status)
+"""
+
+
+def altered(site: Site, code: str, **limits: float) -> Site:
+    """Starts an agent in which some code has put its own functions in place of the agent's."""
+    program = site.state.parent / "altered.py"
+    program.write_text(ALTERED.format(folder=str(AGENT.parent), code=textwrap.dedent(code)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[Site.__module__], "AGENT", program)
+        return hurry(site, **limits)
+
+
+@contextlib.contextmanager
+def without_descriptors(site: Site):
+    """The agent can open no file more."""
+    before = resource.prlimit(site.agent.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(site.agent.pid, resource.RLIMIT_NOFILE, (3, before[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(site.agent.pid, resource.RLIMIT_NOFILE, before)
+
+
+@contextlib.contextmanager
+def store_locked(site: Site):
+    """Nobody can write to jobs.db."""
+    with contextlib.closing(
+        sqlite3.connect(site.state / "jobs.db", isolation_level=None, timeout=60)
+    ) as database:
+        database.execute("BEGIN IMMEDIATE")
+        yield
+
+
+def store_in(folder: Path) -> oni_agent.JobStore:
+    """A store of jobs, in the process of the test."""
+    return oni_agent.JobStore(folder / "state")
+
+
+def queue_on(store: oni_agent.JobStore) -> oni_agent.JobQueue:
+    """A queue that is not started, in the process of the test."""
+    site = types.SimpleNamespace(oni=None)
+    return oni_agent.JobQueue(store, site, lambda job: None, lambda sentence: None)
+
+
+class AnyKind(oni_agent.Kind):
+    """A kind of job with any words, that is never reached yet."""
+
+    def __init__(self, *words):
+        self.words = words
+
+
+@pytest.fixture
+def any_kind(monkeypatch) -> None:
+    """Jobs of the kinds load-batch and load-title need no Open ONI."""
+    monkeypatch.setitem(oni_agent.KINDS, "load-batch", AnyKind)
+    monkeypatch.setitem(oni_agent.KINDS, "load-title", AnyKind)
+
+
+def many_jobs(folder: Path, count: int, **columns: str) -> None:
+    """Writes so many jobs that have ended into a new store; columns are SQL of the number `n`."""
+    store_in(folder)._database.close()
+    gc.collect()  # its lock
+    values = {
+        "words": """'["load-batch", "batch_oru_x' || n || '_ver01"]'""",
+        "queued": str(time.time_ns() - oni_agent.DAY),
+        "status": "'successful'",
+        "started": str(time.time_ns() - oni_agent.DAY),
+        "ended": str(time.time_ns() - oni_agent.DAY),
+        "attempts": "1",
+        **columns,
+    }
+    with contextlib.closing(sqlite3.connect(folder / "state/jobs.db")) as database, database:
+        database.execute(
+            "WITH RECURSIVE numbers(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE"
+            f" n < {count}) INSERT INTO jobs ({', '.join(values)})"
+            f" SELECT {', '.join(values.values())} FROM numbers"
+        )
+
+
+SHOUTING = """
+import sys
+if "load_batch" in sys.argv:
+    print("\\x1b]0;owned\\x07 \\x9b31m \\x08\\r\\u202e", file=sys.stderr)
+    print("[ERROR] \\x1b[2J\\x9b31mgone", file=sys.stderr)
+    sys.exit(1)
+"""
+
+
+def on_terminal(site: Site, line: str, kind: str) -> str:
+    """What a command shows on a terminal of this kind, but for colours."""
+    done = subprocess.run(
+        [*site.ssh_words("-tt"), line],
+        env={**os.environ, "TERM": kind},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        timeout=60,
+    )
+    shown = done.stdout.decode()
+    return re.sub(r"\x1b\[(\d+m|K)", "", shown) if kind != "dumb" else shown
+
+
+class TerminalClient:
+    """OpenSSH's client on a terminal of its own."""
+
+    def __init__(
+        self,
+        site: Site,
+        command: str = "",
+        columns: int = 80,
+        lines: int = 24,
+        words: list[str] | None = None,
+    ):
+        self._master, slave = pty.openpty()
+        self.resize(columns, lines)
+        words = words or [*site.ssh_words("-t"), *([command] if command else [])]
+        self.process = subprocess.Popen(
+            ["setsid", "--ctty", *words],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            env={**os.environ, "TERM": "xterm"},
+        )
+        os.close(slave)
+        self.shown = ""
+
+    def __enter__(self) -> TerminalClient:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._master)
+
+    def resize(self, columns: int, lines: int) -> None:
+        """Makes the terminal another size; the kernel tells ssh."""
+        fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+
+    def type(self, text: str) -> None:
+        os.write(self._master, text.encode())
+
+    def wait_for(self, pattern: str) -> str:
+        """What has been shown since the last call, up to and with this pattern."""
+        while not (match := re.search(pattern, self.shown, re.DOTALL)):
+            data = b""
+            with contextlib.suppress(OSError):  # the other end has closed it
+                data = os.read(self._master, 65536)
+            assert data, self.shown
+            self.shown += data.decode()
+        before = self.shown[: match.end()]
+        self.shown = self.shown[match.end() :]
+        return before
+
+    def ended(self) -> int:
+        """The exit status of ssh."""
+        with contextlib.suppress(OSError):
+            while data := os.read(self._master, 65536):
+                self.shown += data.decode()
+        return self.process.wait(30)
+
+
+def without_colour(text: str) -> str:
+    """What a terminal shows of it."""
+    return re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", text)
+
+
+# --- Promises: the wire contract ------------------------------------------------------------------
 
 @pytest.mark.parametrize(
     "command, answer",
@@ -1642,17 +3156,6 @@ def test_a_missing_batch_and_a_noop_job_are_answered_byte_for_byte(shared):
             said,
         )
         assert client.ask("job-logs -1")["job"]["stdout"] == []
-
-
-def test_no_command_without_a_terminal_is_answered(shared):
-    done = subprocess.run(
-        shared.ssh_words(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        timeout=30,
-    )
-    assert (json.loads(done.stdout)["message"], done.returncode) == ("no command specified", 0)
 
 
 def test_what_is_not_a_command_is_refused(shared):
@@ -1749,7 +3252,6 @@ def test_several_commands_share_a_connection(shared, tmp_path):
 
 # --- Promises: loading and purging ----------------------------------------------------------------
 
-
 def test_a_batch_is_loaded_and_purged_over_ssh(agent):
     agent.batch("batch_oru_alpha_ver01", issues=3, pages=2)
     reply = without_session(agent.ssh("load-batch batch_oru_alpha_ver01"))
@@ -1806,65 +3308,6 @@ def test_a_name_that_is_no_batch_name_is_refused_before_the_disk_is_touched(shar
     assert {key: reply[key] for key in NOOP} == NOOP
 
 
-def refused_missing(batch: Path) -> str:
-    path = next(batch.glob("data/*/print/*/1900010101.xml"))
-    path.unlink()
-    return f"open {path}: no such file or directory"
-
-
-def refused_folder(batch: Path) -> str:
-    path = next(batch.glob("data/*/print/*/1900010101.xml"))
-    path.unlink()
-    path.mkdir()
-    return f"{path} is not a regular file"
-
-
-def refused_fifo(batch: Path) -> str:
-    (batch / "data/batch.xml").unlink()
-    os.mkfifo(batch / "data/batch.xml")
-    return "batch.xml is not a regular file"
-
-
-def refused_xml(batch: Path) -> str:
-    (batch / "data/batch.xml").write_text("<batch>")
-    return "batch.xml: Premature end of data in tag batch line 1"
-
-
-def refused_path(batch: Path) -> str:
-    text = (batch / "data/batch.xml").read_text()
-    (batch / "data/batch.xml").write_text(
-        re.sub(r"\./\S+?\.xml</issue>", "../../../../../etc/passwd</issue>", text)
-    )
-    return "lies outside the batch's folder"
-
-
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        refused_missing,
-        refused_folder,
-        refused_fifo,
-        refused_xml,
-        refused_path,
-    ],
-)
-def test_a_batch_with_broken_files_is_refused_and_says_which(shared, spoil):
-    name = f"batch_oru_{spoil.__name__}_ver01"
-    said = spoil(shared.batch(name))
-    jobs = shared.call("list-jobs")["jobs"]
-    reply = shared.call("load-batch", name)
-    assert reply["message"] == f'"{name}" cannot be loaded'
-    assert said in reply["error"]
-    assert shared.call("list-jobs")["jobs"] == jobs
-
-
-def test_a_batch_with_a_doctype_is_loaded(agent):
-    listing = agent.batch(ALPHA) / "data/batch.xml"
-    change(listing, "\n<batch ", '\n<!DOCTYPE batch [<!ENTITY a "b">]>\n<batch ')
-    repaired(agent, "load-batch", ALPHA)
-    assert agent.held(ALPHA) == (1, 2, 4)
-
-
 def test_manage_py_gets_the_agents_environment_and_not_its_own_variables(site):
     site.prepend_to_manage(
         "import json, os, sys\nif 'load_batch' in sys.argv: print(json.dumps([os.getcwd(), dict("
@@ -1894,132 +3337,6 @@ def test_a_manage_py_that_is_not_executable_is_run_with_envs_python(site):
     assert site.run("load-batch", "batch_oru_alpha_ver01")["status"] == "successful"
 
 
-ODD_OUTPUT = r"""
-import os, sys
-if "load_batch" in sys.argv:
-    os.write(1, b"caf\xe9\n" + b"\xe2\x82\xac" * 20_000 + b"\n\nlast of stdout")
-    os.write(2, b"nul \0 and \x1b[31mred\r\n")
-"""
-
-
-def test_odd_output_is_kept(site):
-    site.prepend_to_manage(ODD_OUTPUT)
-    site.batch("batch_oru_alpha_ver01")
-    site.start()
-    site.run("load-batch", "batch_oru_alpha_ver01")
-    job = site.call("job-logs", "1")["job"]
-    out = [line[33:] for line in job["stdout"]]
-    assert out[0] == "caf\N{REPLACEMENT CHARACTER}"
-    assert out[1:] == ["€" * 20_000, "", "last of stdout"]
-    assert job["stderr"][0][33:] == "nul \0 and \x1b[31mred\r"
-
-
-def test_jobs_run_in_order_one_at_a_time_and_none_is_lost_by_a_kill(site):
-    names = [f"batch_oru_n{number:02}_ver01" for number in range(15)]
-    ids = list(range(1, len(names) + 1))
-    for name in names:
-        site.batch(name, issues=1, pages=1)
-    (site.oni / "at-work").mkdir()  # each manage.py leaves its pid here while it is at work
-    site.prepend_to_manage(
-        "import os, sys\nif 'load_batch' in sys.argv:\n    assert not os.listdir('at-work')\n    "
-        "open(f'at-work/{os.getpid()}', 'w')\n    import atexit\n    "
-        "atexit.register(os.remove, f'at-work/{os.getpid()}')"
-    )
-    gate = site.hold_load(site.source / names[0])
-    site.start()
-    assert [site.job("load-batch", name) for name in names] == ids
-    gate.reached()
-    site.kill()
-    gate.open()
-    site.start()
-    for id in ids:  # each has its time
-        site.ended(id)
-    jobs = site.call("list-jobs")["jobs"]
-    assert [(job["id"], job["status"]) for job in jobs] == [(id, "successful") for id in ids]
-    order = [
-        name
-        for name, in site.query(
-            "SELECT batch_name FROM core_loadbatchevent WHERE message LIKE 'proc%' ORDER BY id"
-        )
-    ]
-    assert order == names
-
-
-def test_a_restart_changes_no_answer_and_reuses_no_id(agent):
-    agent.batch("batch_oru_alpha_ver01")
-    agent.run("load-batch", "batch_oru_alpha_ver01")
-    before = [
-        without_session(agent.call(*words))
-        for words in (["job-status", "1"], ["job-logs", "1"], ["list-jobs"])
-    ]
-    for how in (signal.SIGTERM, signal.SIGKILL):
-        agent.stop(how)
-        agent.start()
-        after = [
-            without_session(agent.call(*words))
-            for words in (["job-status", "1"], ["job-logs", "1"], ["list-jobs"])
-        ]
-        assert after == before
-    assert agent.job("purge-batch", "batch_oru_alpha_ver01") == 2
-
-
-# --- Promises: Open ONI is asked, not guessed -----------------------------------------------------
-
-
-# -- loads and purges that go wrong
-
-REFUSED_FAULTS = {  # what is said at the request, after the batch's folder
-    "METS missing": "reading file: open FOLDER/METS: no such file or directory",
-    "batch.xml missing": "reading file: open FOLDER/data/batch.xml: no such file or directory",
-    "batch.xml cut off": "reading file: FOLDER/data/batch.xml: Premature end of data .*, line .*",
-    "no issues": "FOLDER/data/batch.xml names no issue, so ONI would load nothing",
-    "awardee unknown": (
-        'Open ONI has no awardee "zzz"; to make it: ensure-awardee zzz "NAME"'
-    ),
-}
-IN_ISSUE = "data/sn99990001/print/1900010201/"
-METS_2 = IN_ISSUE + "1900010201.xml"
-OCR_2 = IN_ISSUE + "0002.xml"
-ENDS_LOAD = "ONI would break off the load: "
-ENDS_ISSUE = "ONI would leave this issue out: "
-AT_PAGE_2 = f"page 2: {ENDS_LOAD}"
-NO_SIZE = r"page {0}: ONI would leave it out: No jp2 width for issue: .* Image {0}"
-FOUND_FAULTS = {  # what the agent finds in a batch's files, before it lets ONI load them
-    "METS cut off": [(METS_2, ENDS_LOAD + r"Couldn't find end of Start Tag te line \d+, .*")],
-    "OCR not well-formed": [(OCR_2, ENDS_LOAD + "line 2, column 0: no element found")],
-    "OCR missing": [(OCR_2, ENDS_LOAD + r"<urlopen error \[Errno 2\] No such file .*>")],
-    "OCR word without text": [(OCR_2, ENDS_LOAD + "expected string or bytes-like object.*")],
-    "OCR with two pages": [(OCR_2, ENDS_LOAD + "AssertionError")],
-    "OCR not named": [(METS_2, "ONI would leave out the OCR file ocr2")],
-    "jp2 missing, no dimensions": [
-        (METS_2, AT_PAGE_2 + rf"\[Errno 2\] No such file or directory: '{IN_ISSUE}0002.jp2'")
-    ],
-    "jp2 is no picture, no dimensions": [
-        (METS_2, AT_PAGE_2 + f"cannot identify image file '{IN_ISSUE}0002.jp2'")
-    ],
-    "LCCN unknown": [
-        (
-            METS_2,
-            ENDS_LOAD + "ONI does not have the title sn00000000, nor has"
-            " http://.*/lccn/sn00000000/marc.xml: HTTP Error 404: Not Found",
-        )
-    ],
-    "reel without number": [("data/batch.xml", ENDS_LOAD + "'reelNumber'")],
-    "file not in the METS": [(METS_2, AT_PAGE_2 + "list index out of range")],
-    "page not described": [(METS_2, AT_PAGE_2 + "list index out of range")],
-    "dimensions named, but empty": [(METS_2, NO_SIZE.format(page)) for page in (1, 2)],
-    "width is no number": [
-        (METS_2, "ONI would leave out the rest of the issue, from page 1 on: .* 'wide'.*")
-    ],
-    "edition empty": [(METS_2, ENDS_ISSUE + r"invalid literal for int\(\) with base 10: ''")],
-    "date empty": [(METS_2, ENDS_ISSUE + "time data '' does not match format '%Y-%m-%d'")],
-    "date is no date": [(METS_2, ENDS_ISSUE + "time data 'January 1900' does not match .*")],
-    "page without sequence": [
-        (METS_2, "page 2: ONI would leave it out: could not determine sequence number .* from ''")
-    ],
-}
-
-
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_load_is_failed_and_the_next_one_purges_and_loads_the_whole_batch(agent, how):
     gate = agent.hold_load(agent.batch(ALPHA, issues=3), issue=1, page=2)
@@ -2038,19 +3355,6 @@ def test_a_killed_load_is_failed_and_the_next_one_purges_and_loads_the_whole_bat
     assert f"[INFO] purging batch '{ALPHA}'" in logs
     assert logs.index("[INFO] processed 6 pages") > logs.index(f"[INFO] purging batch '{ALPHA}'")
     assert agent.held(ALPHA) == (1, 3, 6)
-
-
-def test_a_load_killed_in_its_last_issue_is_partial_though_no_issue_is_missing(agent):
-    gate = agent.hold_load(agent.batch(ALPHA), issue=-1, page=2)
-    id = agent.job("load-batch", ALPHA)
-    kill_at(agent, gate, "load_batch")
-    assert (
-        "ONI holds 2 of the 2 issues and 4 of the 4 pages, 3 of 4 with their text, and its last"
-        ' event is "starting load"'
-    ) in agent.ended(id)["error"]
-    assert agent.held(ALPHA) == (1, 2, 4)
-    assert f"[INFO] purging batch '{ALPHA}'" in repaired(agent, "load-batch", ALPHA)
-    assert agent.held(ALPHA) == (1, 2, 4)
 
 
 @pytest.mark.parametrize("again, held", [("purge-batch", (0, 0, 0)), ("load-batch", (1, 3, 6))])
@@ -2156,44 +3460,6 @@ def test_a_page_that_open_oni_skips_is_not_called_loaded(agent):
     assert "said: could not determine sequence number" in job["error"]
 
 
-@pytest.mark.parametrize(
-    "change, complete",
-    [
-        ("DELETE FROM core_loadbatchevent", True),  # loaded long ago, its history pruned
-        (
-            (
-                "UPDATE core_loadbatchevent SET message = 'starting purge' WHERE message LIKE"
-                " 'processed %'"
-            ),
-            False,
-        ),
-        ("UPDATE core_issue SET batch_id = 'another' WHERE id = 1", False),
-    ],
-)
-def test_a_batch_is_loaded_when_row_count_and_last_event_agree(agent, change, complete):
-    agent.batch(ALPHA)
-    agent.run("load-batch", ALPHA)
-    with contextlib.closing(
-        sqlite3.connect(agent.oni / "oni.sqlite3", timeout=60)
-    ) as database, database:
-        database.execute(change)
-    if complete:
-        assert without_session(agent.call("load-batch", ALPHA)) == NOOP
-    else:
-        assert f"[INFO] purging batch '{ALPHA}'" in repaired(agent, "load-batch", ALPHA)
-        assert agent.held(ALPHA) == (1, 2, 4)
-
-
-def test_an_event_without_a_message_is_no_fault(agent):
-    agent.batch(ALPHA)
-    agent.run("load-batch", ALPHA)
-    with contextlib.closing(
-        sqlite3.connect(agent.oni / "oni.sqlite3", timeout=60)
-    ) as database, database:
-        database.execute("UPDATE core_loadbatchevent SET message = NULL")
-    assert agent.call("batch-status", ALPHA)["batch"]["state"] == "partial"
-
-
 @pytest.mark.parametrize("old_copy", [True, False])
 def test_a_leftover_link_to_another_place_is_removed_and_the_right_copy_loaded(
     agent, tmp_path, old_copy
@@ -2256,19 +3522,6 @@ def test_a_real_folder_where_the_link_would_go_is_a_failure_with_a_sentence(agen
     repaired(agent, "load-batch", ALPHA)
 
 
-def test_a_batch_of_an_awardee_that_open_oni_lacks_is_refused_until_it_is_made(agent):
-    name = agent.batch("batch_zzz_x_ver01").name
-    reply = agent.call("load-batch", name)
-    assert (reply["status"], reply["message"]) == ("error", f'"{name}" cannot be loaded')
-    assert reply["error"] == (
-        'Open ONI has no awardee "zzz"; to make it: ensure-awardee zzz "NAME"'
-    )
-    assert agent.call("list-jobs")["jobs"] == []
-    agent.call("ensure-awardee", "zzz", "The Zzz Library")
-    repaired(agent, "load-batch", name)
-    assert agent.held(name) == (1, 2, 4)
-
-
 def test_a_cache_that_cannot_be_written_fails_the_job_but_says_that_the_batch_is_complete(site):
     site.batch(ALPHA)
     site.start(ONI_CACHE_DIR="/proc/sys")  # where not even root can make a file
@@ -2328,46 +3581,6 @@ def test_what_open_oni_cannot_load_is_failed_with_its_first_error_and_what_is_le
     assert agent.held(batch.name) == NOTHING
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_each_fault_is_found_before_a_load_or_does_no_harm(agent, name):
-    fault = FAULTS[name]
-    batch = agent.batch(batch_with(name), issues=3)
-    fault.spoil(batch)
-    harmless = (fault.held, fault.indexed) == ((1, 3, 6), 6)
-    assert (name in REFUSED_FAULTS) + (name in FOUND_FAULTS) == (not harmless)
-    with MarcSite("sn99990077") as marc:
-        agent.restart(**marc.environment)
-        reply = agent.call("load-batch", batch.name)
-        if name in REFUSED_FAULTS:
-            assert reply["message"] == f'"{batch.name}" cannot be loaded'
-            said = REFUSED_FAULTS[name].replace("METS", METS_2).replace("FOLDER", str(batch))
-            assert re.fullmatch(said, reply["error"])
-            assert agent.call("list-jobs")["jobs"] == []
-        else:
-            job = agent.ended(reply["job"]["id"])
-    if harmless:
-        assert (job["status"], agent.held(batch.name)) == ("successful", fault.held)
-        warned = [line for line in agent.logs(job["id"]) if line.startswith("warning: ")]
-        no_picture = f"{IN_ISSUE}0002.jp2: there is no such image"
-        assert warned == [f"warning: {no_picture}"] * (name == "jp2 missing")
-        return
-    assert agent.held(batch.name) == NOTHING
-    assert agent.solr.documents(batch.name) == []
-    assert agent.events(batch.name) == []
-    assert not os.path.lexists(agent.oni / "data/batches" / batch.name)
-    if name in REFUSED_FAULTS:
-        return
-    assert job["status"] == "failed"
-    found = [f"{file}: {said}" for file, said in FOUND_FAULTS[name]]
-    count = f"{len(found)} fault{'s' * (len(found) > 1)}"
-    told = f"{count} in the batch's files: {'; '.join(found)}; ONI was left as it is"
-    assert re.fullmatch(told, job["error"])
-    logs = agent.logs(job["id"])
-    assert len(logs) == len(found)
-    for said, line in zip(found, logs):
-        assert re.fullmatch(f"fault: {said}", line)
-
-
 def test_a_purge_of_what_is_not_there_is_no_job_and_at_its_turn_no_failure(agent):
     name = "batch_oru_broken_ver01"
     failing_load(agent, name)
@@ -2408,44 +3621,6 @@ def test_a_batch_whose_files_are_gone_can_still_be_purged(agent):
     assert agent.held(ALPHA) == (0, 0, 0)
 
 
-# -- the same request twice
-
-
-def test_the_same_request_twice_is_one_job_while_it_waits_and_while_it_runs(agent):
-    gate = agent.hold_load(agent.batch(ALPHA))
-    batch = agent.batch(BETA)
-    assert [agent.job("load-batch", name) for name in (ALPHA, BETA)] == [1, 2]
-    gate.reached()
-    for id, name in (1, ALPHA), (2, BETA):
-        reply = without_session(agent.call("load-batch", name))
-        assert reply == {"status": "success", "message": ALREADY_QUEUED, "job": {"id": id}}
-    gate.open()
-    assert agent.ended(2)["status"] == "successful"
-    gate = agent.hold(batch / "purge-gate")
-    assert agent.job("purge-batch", BETA) == 3
-    gate.reached()
-    assert without_session(agent.call("purge-batch", BETA)) == {
-        "status": "success",
-        "message": ALREADY_QUEUED,
-        "job": {"id": 3},
-    }
-    gate.open()
-    assert agent.ended(3)["status"] == "successful"
-    assert len(agent.call("list-jobs")["jobs"]) == 3
-
-
-def test_the_same_request_ten_times_at_once_is_one_job(agent):
-    gate = agent.hold_load(agent.batch(ALPHA))
-    replies = at_once(*[lambda: agent.call("load-batch", ALPHA)] * 10)
-    assert {reply["job"]["id"] for reply in replies} == {1}
-    assert (
-        sorted(reply["message"] for reply in replies)
-        == ["Job added to queue"] + [ALREADY_QUEUED] * 9
-    )
-    gate.open()
-    assert agent.ended(1)["status"] == "successful"
-
-
 def test_purge_and_load_of_a_loaded_batch_in_one_breath_end_with_it_complete(agent):
     gate = agent.hold(agent.batch(ALPHA) / "purge-gate")
     agent.run("load-batch", ALPHA)
@@ -2458,8 +3633,1494 @@ def test_purge_and_load_of_a_loaded_batch_in_one_breath_end_with_it_complete(age
     assert without_session(agent.call("load-batch", ALPHA)) == NOOP
 
 
-# -- titles
+def test_a_refusal_waits_for_what_its_client_is_about_to_send(patcher):
+    with Client(patcher.port) as client:
+        channels = [
+            client.channel(command)
+            for command in (f"batch-patch {ALPHA} no-name", "batch-patch no-name x")
+        ]
+        for _ in range(3):
+            client.ask("version")
+        for channel in channels:
+            channel.sendall(
+                HELD.encode() + TRAILER
+            )  # whoever cannot send it, such as Go's library, reads no answer
+            assert json.loads(channel.makefile("rb").read())["status"] == "error"
 
+
+def test_a_job_whose_load_has_run_is_not_said_to_have_been_unable_to_start(agent):
+    gate = agent.hold_load(agent.batch(ALPHA))
+    id = agent.job("load-batch", ALPHA)
+    gate.reached()
+    no_shebang(agent.oni / "manage.py")
+    kill_warm_child(agent)
+    gate.open()
+    job = agent.ended(id)
+    assert job["status"] == "failed"
+    assert "what ONI holds of the batch now is not known: " in job["error"]
+
+
+def test_a_job_whose_purge_has_run_is_not_said_to_have_been_unable_to_start(agent):
+    batch = agent.batch(ALPHA)
+    gate = agent.hold_load(batch, issue=1)
+    id = agent.job("load-batch", ALPHA)
+    kill_at(agent, gate, "load_batch")
+    agent.ended(id)
+    gate = agent.hold(batch / "purge-gate")
+    id = agent.job("load-batch", ALPHA)
+    gate.reached()
+    no_shebang(agent.oni / "manage.py")
+    gate.open()
+    job = agent.ended(id)
+    assert job["status"] == "failed"
+    assert f"couldn't run {agent.oni / 'manage.py'}: " in job["error"]
+    assert job["error"].endswith("; ONI holds nothing of the batch")
+    assert agent.held(ALPHA) == (0, 0, 0)
+
+
+def test_an_open_oni_that_answers_late_is_said_to_while_jobs_wait_for_it(site):
+    seconds = round(busy(4))
+    agent = hurry(site, ANSWER_SECONDS=seconds)
+    gate = agent.hold_load(agent.batch(BETA))
+    agent.batch(ALPHA)
+    id = agent.job("load-batch", BETA)
+    gate.reached()
+    asked = {
+        f'"{ALPHA}" cannot be loaded': ("load-batch", ALPHA),
+        f'"{ALPHA}" cannot be purged': ("purge-batch", ALPHA),
+        "Unable to create awardee": ("ensure-awardee", "dlc", "Library of Congress"),
+    }
+    with contextlib.closing(
+        sqlite3.connect(agent.oni / "oni.sqlite3", isolation_level=None)
+    ) as database:
+        database.execute("BEGIN EXCLUSIVE")
+        gate.open()
+        *replies, other = at_once(
+            *[lambda words=words: agent.call(*words) for words in asked.values()],
+            lambda: agent.call("version"),
+        )
+    assert [(reply["message"], reply["error"]) for reply in replies] == [
+        (message, f"Open ONI did not answer within {seconds} s") for message in asked
+    ]
+    assert other["status"] == "success"
+    assert awardees(agent, "dlc") == []
+    assert agent.ended(id)["status"] == "successful"
+    assert (
+        agent.call("ensure-awardee", "dlc", "Library of Congress")["message"] == "Awardee created"
+    )
+    assert agent.run("load-batch", ALPHA)["status"] == "successful"
+
+
+def test_broken_settings_are_named_and_mended_ones_used(site):
+    site.batch(ALPHA)
+    settings = settings_local(site, "raise ValueError('no such password')\n")
+    site.start()
+    for _ in range(2):
+        reply = site.call("load-batch", ALPHA)
+        assert reply["message"] == f'"{ALPHA}" cannot be loaded'
+        assert reply["error"] == "Open ONI cannot be asked: ValueError: no such password"
+    settings.unlink()
+    assert site.run("load-batch", ALPHA)["status"] == "successful"
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_a_database_that_is_down_is_said_and_one_that_is_up_again_asked(agent, warm):
+    agent.batch(ALPHA)
+    gate = agent.hold_load(agent.batch(BETA))
+    if warm:
+        agent.call("ensure-awardee", "oru")
+    with agent.database_down():
+        for words, message in (
+            (("load-batch", ALPHA), f'"{ALPHA}" cannot be loaded'),
+            (("purge-batch", ALPHA), f'"{ALPHA}" cannot be purged'),
+            (("ensure-awardee", "oru"), "Unable to create awardee"),
+        ):
+            reply = agent.call(*words)
+            assert (reply["status"], reply["message"]) == ("error", message)
+            assert (
+                reply["error"]
+                == "Open ONI cannot answer: OperationalError: unable to open database file"
+            )
+    assert agent.call("list-jobs")["jobs"] == []
+    agent.job("load-batch", BETA)
+    waiting = agent.job("load-batch", ALPHA)
+    gate.reached()
+    with agent.database_down():
+        gate.open()
+        job = agent.ended(waiting)
+    assert (job["status"], job["error"]) == (
+        "failed",
+        "Open ONI cannot answer: OperationalError: unable to open database file",
+    )
+    for name in (ALPHA, BETA):
+        repaired(agent, "load-batch", name)
+        assert agent.held(name) == (1, 2, 4)
+
+
+def purge_without_solr(site: Site) -> None:
+    """What ONI leaves of ALPHA that has purged it by itself while Solr was down."""
+    with site.solr.down():
+        assert site.manage("purge_batch", ALPHA).returncode == 1
+    assert site.held(ALPHA) == NOTHING
+
+
+def test_a_purge_without_solr_is_done_only_when_the_index_has_forgotten_the_batch(agent):
+    agent.batch(ALPHA)
+    agent.batch(BETA, start=date(1910, 1, 1))
+    repaired(agent, "load-batch", ALPHA)
+    repaired(agent, "load-batch", BETA)
+    purge_without_solr(agent)
+    assert len(agent.solr.documents(ALPHA)) == 4
+    assert word(agent) == ["absent", 0, 0, 2, 4, 4]
+    assert listed(agent) == word(agent)
+    assert "still has 4 of its pages" in agent.call("batch-status", ALPHA)["message"]
+    mended(agent, "purge-batch", ALPHA)
+    assert agent.solr.documents(ALPHA) == []
+    assert len(agent.solr.documents(BETA)) == 4
+    assert word(agent) == ["absent", 0, 0, 2, 4, 0]
+
+
+def test_what_a_failed_purge_has_left_in_the_index_is_gone_when_the_batch_is_loaded_again(agent):
+    agent.batch(ALPHA, issues=3)
+    repaired(agent, "load-batch", ALPHA)
+    purge_without_solr(agent)
+    shutil.rmtree(agent.source / ALPHA)
+    agent.batch(ALPHA, issues=1)
+    mended(agent, "load-batch", ALPHA)
+    assert len(agent.solr.documents(ALPHA)) == 2
+    assert word(agent) == ["complete", 1, 2, 1, 2, 2]
+
+
+@pytest.mark.parametrize("how", ["down", "failing", "hanging"])
+def test_without_solr_a_request_is_a_job_that_waits_and_does_nothing(site, how):
+    hurry(site, SOLR_SECONDS=1, PATIENT_SECONDS=3)
+    site.batch(ALPHA)
+    repaired(site, "load-batch", ALPHA)
+    before = site.held(ALPHA), site.events(ALPHA), site.solr.documents()
+    with getattr(site.solr, how)():
+        assert word(site)[0] == "unknown"
+        for command in ("load-batch", "purge-batch"):
+            job = site.run(command, ALPHA)
+            assert job["status"] == "failed"
+            assert "Solr cannot be asked (" in job["error"]
+            assert (site.held(ALPHA), site.events(ALPHA)) == before[:2]
+    assert site.solr.documents() == before[2]
+    assert without_session(site.call("load-batch", ALPHA)) == NOOP
+
+
+def test_an_index_emptied_while_solr_is_down_at_a_loads_end_is_no_success(site):
+    hurry(site, SOLR_SECONDS=1, PATIENT_SECONDS=3)
+    end = gate_in_manage(site, "load_batch", at_exit=True)
+    site.batch(ALPHA)
+    id = site.job("load-batch", ALPHA)
+    end.reached()
+    with site.solr.down():
+        site.solr.forget(ALPHA)
+        end.open()
+        job = site.ended(id)
+    assert job["status"] == "failed"
+    assert "Solr cannot be asked" in job["error"]
+    assert word(site) == ["partial", 2, 4, 2, 4, 0]
+    mended(site, "load-batch", ALPHA)
+
+
+LOGGING_TO_A_FILE = """
+LOGGING = {
+    "version": 1,
+    "disable_existing_loggers": True,
+    "handlers": {"file": {"class": "logging.FileHandler", "filename": "log/site.log"}},
+    "root": {"handlers": ["file"], "level": "DEBUG"},
+}
+"""
+
+
+def test_success_is_not_read_from_what_manage_py_prints(site):
+    settings_local(site, LOGGING_TO_A_FILE)
+    site.start()
+    job = site.run("load-title", stdin=marc_xml())
+    assert (job["status"], titles(site)) == ("successful", ["The sample herald."])
+    site.batch(ALPHA)
+    assert site.run("load-batch", ALPHA)["status"] == "successful"
+    assert site.run("purge-batch", ALPHA)["status"] == "successful"
+
+
+@pytest.mark.parametrize("when", ["no agent is there", "another agent is there", "it is watched"])
+def test_a_load_that_skips_a_page_is_failed_whoever_sees_its_end(agent, when):
+    batch = agent.batch(ALPHA, issues=3)
+    gate = agent.hold_load(batch)
+    id = agent.job("load-batch", ALPHA)
+    gate.reached()
+    spoil_sequence(batch)  # in an issue that is yet to be loaded
+    if when == "another agent is there":
+        agent.restart().wait_for("adopted=")
+    if when == "no agent is there":
+        agent.kill()
+    gate.open()
+    if when == "no agent is there":
+        until(lambda: not agent.manage_pids("load_batch"))
+        agent.start()
+    job = agent.ended(id)
+    assert (job["status"], agent.held(ALPHA)) == ("failed", (1, 3, 5))
+    assert agent.call("batch-status", ALPHA)["batch"]["state"] == "partial"
+
+
+def test_a_manage_py_that_starts_slowly_is_waited_for_and_progress_then_shown(agent):
+    gate = agent.hold_load(agent.batch(ALPHA))
+    id = agent.job("load-batch", ALPHA)
+    gate.reached()
+    kill_warm_child(agent)
+    start = gate_in_manage(agent, "shell")
+    assert agent.call("job-status", str(id))["job"]["status"] == "started"
+    start.reached()
+    pid = agent.zygote()
+    for _ in range(4):
+        assert "issues_loaded" not in agent.call("job-status", str(id))["job"]
+    assert agent.manage_pids("shell") == [pid]  # still the first, which has forked nothing yet
+    start.open()
+    until(lambda: "issues_loaded" in agent.call("job-status", str(id))["job"])
+    assert agent.zygote() == pid
+    gate.open()
+    assert agent.ended(id)["status"] == "successful"
+
+
+def test_progress_that_open_oni_tells_too_late_is_shown_the_next_time(site):
+    gate = site.hold_load(site.batch(ALPHA))
+    query = held_question(site, "no query")
+    hurry(site, PROGRESS_SECONDS=0.1)
+    id = site.job("load-batch", ALPHA)
+    gate.reached()
+    (site.oni / "held-query").write_text('FROM "core_issue"')
+    assert "issues_loaded" not in site.call("job-status", str(id))["job"]
+    query.reached()
+    (site.oni / "held-query").write_text("no query")
+    query.open()
+    assert until(lambda: "issues_loaded" in site.call("job-status", str(id))["job"])
+    gate.open()
+    assert site.ended(id)["status"] == "successful"
+
+
+def test_a_page_skipped_while_the_disk_is_full_is_missed(disk, witnessed):
+    site = witnessed.start()
+    batch = site.batch(ALPHA, issues=3)
+    gate = site.hold_load(batch)
+    id = site.job("load-batch", ALPHA)
+    gate.reached()
+    spoil_sequence(batch)
+    disk.fill()
+    gate.open()
+    until(lambda: not site.manage_pids("load_batch"))
+    disk.free()
+    job = site.ended(id)
+    assert (job["status"], site.held(ALPHA)) == ("failed", (1, 3, 5))
+
+
+# --- Promises: batch-check: what Open ONI would do, Open ONI says ---------------------------------
+
+def refused_missing(batch: Path) -> str:
+    path = next(batch.glob("data/*/print/*/1900010101.xml"))
+    path.unlink()
+    return f"open {path}: no such file or directory"
+
+
+def refused_folder(batch: Path) -> str:
+    path = next(batch.glob("data/*/print/*/1900010101.xml"))
+    path.unlink()
+    path.mkdir()
+    return f"{path} is not a regular file"
+
+
+def refused_fifo(batch: Path) -> str:
+    (batch / "data/batch.xml").unlink()
+    os.mkfifo(batch / "data/batch.xml")
+    return "batch.xml is not a regular file"
+
+
+def refused_xml(batch: Path) -> str:
+    (batch / "data/batch.xml").write_text("<batch>")
+    return "batch.xml: Premature end of data in tag batch line 1"
+
+
+def refused_path(batch: Path) -> str:
+    text = (batch / "data/batch.xml").read_text()
+    (batch / "data/batch.xml").write_text(
+        re.sub(r"\./\S+?\.xml</issue>", "../../../../../etc/passwd</issue>", text)
+    )
+    return "lies outside the batch's folder"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        refused_missing,
+        refused_folder,
+        refused_fifo,
+        refused_xml,
+        refused_path,
+    ],
+)
+def test_a_batch_with_broken_files_is_refused_and_says_which(shared, spoil):
+    name = f"batch_oru_{spoil.__name__}_ver01"
+    said = spoil(shared.batch(name))
+    jobs = shared.call("list-jobs")["jobs"]
+    reply = shared.call("load-batch", name)
+    assert reply["message"] == f'"{name}" cannot be loaded'
+    assert said in reply["error"]
+    assert shared.call("list-jobs")["jobs"] == jobs
+
+
+def test_a_batch_with_a_doctype_is_loaded(agent):
+    listing = agent.batch(ALPHA) / "data/batch.xml"
+    change(listing, "\n<batch ", '\n<!DOCTYPE batch [<!ENTITY a "b">]>\n<batch ')
+    repaired(agent, "load-batch", ALPHA)
+    assert agent.held(ALPHA) == (1, 2, 4)
+
+
+def test_a_batch_of_an_awardee_that_open_oni_lacks_is_refused_until_it_is_made(agent):
+    name = agent.batch("batch_zzz_x_ver01").name
+    reply = agent.call("load-batch", name)
+    assert (reply["status"], reply["message"]) == ("error", f'"{name}" cannot be loaded')
+    assert reply["error"] == (
+        'Open ONI has no awardee "zzz"; to make it: ensure-awardee zzz "NAME"'
+    )
+    assert agent.call("list-jobs")["jobs"] == []
+    agent.call("ensure-awardee", "zzz", "The Zzz Library")
+    repaired(agent, "load-batch", name)
+    assert agent.held(name) == (1, 2, 4)
+
+
+REFUSED_FAULTS = {  # what is said at the request, after the batch's folder
+    "METS missing": "reading file: open FOLDER/METS: no such file or directory",
+    "batch.xml missing": "reading file: open FOLDER/data/batch.xml: no such file or directory",
+    "batch.xml cut off": "reading file: FOLDER/data/batch.xml: Premature end of data .*, line .*",
+    "no issues": "FOLDER/data/batch.xml names no issue, so ONI would load nothing",
+    "awardee unknown": (
+        'Open ONI has no awardee "zzz"; to make it: ensure-awardee zzz "NAME"'
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_each_fault_is_found_before_a_load_or_does_no_harm(agent, name):
+    fault = FAULTS[name]
+    batch = agent.batch(batch_with(name), issues=3)
+    fault.spoil(batch)
+    harmless = (fault.held, fault.indexed) == ((1, 3, 6), 6)
+    assert (name in REFUSED_FAULTS) + (name in FOUND_FAULTS) == (not harmless)
+    with MarcSite("sn99990077") as marc:
+        agent.restart(**marc.environment)
+        reply = agent.call("load-batch", batch.name)
+        if name in REFUSED_FAULTS:
+            assert reply["message"] == f'"{batch.name}" cannot be loaded'
+            said = REFUSED_FAULTS[name].replace("METS", METS_2).replace("FOLDER", str(batch))
+            assert re.fullmatch(said, reply["error"])
+            assert agent.call("list-jobs")["jobs"] == []
+        else:
+            job = agent.ended(reply["job"]["id"])
+    if harmless:
+        assert (job["status"], agent.held(batch.name)) == ("successful", fault.held)
+        warned = [line for line in agent.logs(job["id"]) if line.startswith("warning: ")]
+        no_picture = f"{IN_ISSUE}0002.jp2: there is no such image"
+        assert warned == [f"warning: {no_picture}"] * (name == "jp2 missing")
+        return
+    assert agent.held(batch.name) == NOTHING
+    assert agent.solr.documents(batch.name) == []
+    assert agent.events(batch.name) == []
+    assert not os.path.lexists(agent.oni / "data/batches" / batch.name)
+    if name in REFUSED_FAULTS:
+        return
+    assert job["status"] == "failed"
+    found = [f"{file}: {said}" for file, said in FOUND_FAULTS[name]]
+    count = f"{len(found)} fault{'s' * (len(found) > 1)}"
+    told = f"{count} in the batch's files: {'; '.join(found)}; ONI was left as it is"
+    assert re.fullmatch(told, job["error"])
+    logs = agent.logs(job["id"])
+    assert len(logs) == len(found)
+    for said, line in zip(found, logs):
+        assert re.fullmatch(f"fault: {said}", line)
+
+
+def test_names_that_are_no_text_do_no_harm(agent):
+    os.mkdir(os.fsencode(agent.source) + b"/batch_oru_alph\xe9_ver01")
+    os.mkdir(os.fsencode(agent.batch(BETA)) + b"/data/caf\xe9")
+    os.mkfifo(os.fsencode(agent.source / BETA) + b"/data/caf\xe9/fifo")
+    assert "no such file" in agent.call("load-batch", ALPHA)["error"]
+    agent.run("load-batch", BETA)
+    job = agent.run("batch-patch", BETA, ALPHA, stdin=f"RemoveIssue {GAZETTE}/1900010101".encode())
+    assert job["status"] == "failed"
+    assert "cannot be copied" in job["error"]
+
+
+def test_a_new_batch_that_its_check_refuses_never_has_its_name(tmp_path):
+    old = make_batch(tmp_path, ALPHA, 2, 1)
+    patch = oni_agent.Patch(old, {f"{GAZETTE}/1900010101": "the first"})
+    looked_at = []
+
+    def refuse(folder: Path) -> None:
+        looked_at.append((folder / "data/batch.xml").read_bytes())
+        raise oni_agent.Problem("it would not load")
+
+    with pytest.raises(oni_agent.Problem, match="it would not load"):
+        patch.make(tmp_path / BETA, print, check=refuse)
+    assert looked_at == [patch.listing]
+    assert os.listdir(tmp_path) == [ALPHA]
+
+
+ALIKE = sorted(set(ODDITIES) - {"METS with %20 in its name"})  # libxml2 from 2.11 on refuses it
+
+
+def drafts(source: Path, count: int, seed: int, oddities: list[str]) -> list[Draft]:
+    """So many batches, with no oddity to four of them each; days that none shares with another."""
+    made = []
+    for number in range(count):
+        chance = random.Random(f"{seed}/{number}")
+        start = date(1700, 1, 1) + timedelta(days=4 * number)
+        draft = Draft(source, f"batch_oru_odd{seed}x{number}_ver01", chance, start)
+        for oddity in chance.sample(oddities, chance.choice([0, 1, 1, 1, 2, 2, 3, 4])):
+            draft.make_odd(oddity)
+        made.append(draft)
+    return made
+
+
+LOAD_ALL = """
+import json, sys
+from django.core.management import call_command
+from core import solr_index
+from core.models import Issue, Page
+for line in sys.stdin:
+    path = line.rstrip("\\n")
+    status, name = 0, path.split("/")[-1]
+    try:
+        call_command("load_batch", path)
+    except BaseException:
+        status = 1
+    pages = Page.objects.filter(issue__batch_id=name)
+    indexed = pages.filter(indexed=True)
+    places = indexed.values_list("issue__title", "issue__date_issued", "issue__edition", "sequence")
+    print("held", json.dumps({
+        "status": status,
+        "held": [Issue.objects.filter(batch_id=name).count(), pages.count(), indexed.count()],
+        "lost": len(set(places)) - solr_index.conn().search('batch:"%s"' % name, rows=0).hits,
+    }), flush=True)
+"""
+
+
+def open_onis_verdicts(oni: oni_agent.OpenONI, made: list[Draft]) -> list[tuple[bool, bool, str]]:
+    """Whether ONI breaks off each load, whether it is whole, and what ONI then has, in words."""
+    code = f"exec({LOAD_ALL!r})"
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with oni.start("shell", "-c", code, **options) as process:
+        printed = process.communicate("".join(f"{draft.path}\n" for draft in made).encode())[0]
+    lines = re.findall(r"^held (.*)", printed.decode(), re.MULTILINE)
+    assert len(lines) == len(made)
+    verdicts = []
+    for draft, line in zip(made, map(json.loads, lines)):
+        whole = line == {"status": 0, "held": draft.whole, "lost": 0}
+        told = f"{line}, would be whole with {draft.whole}"
+        verdicts.append((line["status"] != 0, whole, told))
+    return verdicts
+
+
+def agents_verdicts(site: oni_agent.Site, made: list[Draft]) -> list[list[dict]]:
+    """The faults that the agent finds in each of these batches."""
+    nothing = lambda *_: None
+    return [site.check(draft.path.name, nothing, nothing).faults for draft in made]
+
+
+def own_site(oni: Path, source: Path, state: Path, environment: dict[str, str]) -> oni_agent.Site:
+    """The part of an agent that looks at ONI and at batches, without the rest of it."""
+    settings = types.SimpleNamespace(batch_source=source, state_directory=state)
+    return oni_agent.Site(settings, oni_agent.OpenONI(oni, environment))
+
+
+def disagreements(site: oni_agent.Site, made: list[Draft]) -> tuple[list[str], list[str]]:
+    """False alarms and misses: where the agent's verdict is not what ONI then does."""
+    found = agents_verdicts(site, made)
+    alarms, misses = [], []
+    for draft, faults, verdict in zip(made, found, open_onis_verdicts(site.oni, made)):
+        broken_off, whole, held = verdict
+        told = f"{draft.path.name} {draft.oddities}: {faults}; ONI: {held}"
+        if faults and whole:
+            alarms.append(told)
+        says_broken_off = any("ONI would break off the load" in each["fault"] for each in faults)
+        if bool(faults) == whole or says_broken_off != broken_off:
+            misses.append(told)
+    return alarms, misses
+
+
+CHECK_BATCHES = int(os.environ.get("CHECK_BATCHES", 40))
+
+CHECK_SEED = int(os.environ.get("CHECK_SEED", 1))
+
+
+@contextlib.contextmanager
+def looking(site: Site):
+    state = site.oni / "state"
+    state.mkdir(exist_ok=True)
+    own = own_site(site.oni, site.source, state, site.environment)
+    try:
+        yield own
+    finally:
+        own.oni.close()
+
+
+def test_the_verdict_on_a_batch_is_what_open_oni_then_does(site):
+    with MarcSite("sn99990077") as marc:
+        site.environment.update(marc.environment)
+        with looking(site) as own:
+            made = drafts(site.source, CHECK_BATCHES, CHECK_SEED, ALIKE)
+            assert disagreements(own, made) == ([], [])
+
+
+def one_of_each(source: Path) -> list[Draft]:
+    """For each oddity, but those with tests of their own, a batch that has it, and no other."""
+    made = []
+    for number, oddity in enumerate(sorted(set(ALIKE) - {*MISSED_ONCE, *CALLED_FAULTY_ONCE})):
+        start = date(1700, 1, 1) + timedelta(days=4 * number)
+        name = f"batch_oru_one{number}_ver01"
+        draft = Draft(source, name, random.Random(oddity), start)
+        if oddity in FAULTS:  # these are made for batches of one size
+            shutil.rmtree(draft.path)
+            draft.issues, draft.pages, draft.listed = 3, 2, [0, 1, 2]
+            make_batch(source, name, 3, 2, start=start)
+        ODDITIES[oddity](draft)
+        draft.oddities.append(oddity)
+        made.append(draft)
+    return made
+
+
+@pytest.mark.parametrize("lane", range(4))
+def test_the_verdict_on_each_oddity_alone_is_what_open_oni_then_does(site, lane):
+    with MarcSite("sn99990077") as marc:
+        site.environment.update(marc.environment)
+        with looking(site) as own:
+            assert disagreements(own, one_of_each(site.source)[lane::4]) == ([], [])
+
+
+def test_a_batch_without_issues_is_refused_and_never_complete(agent):
+    spoil_issues(agent.batch(ALPHA))
+    reply = agent.call("load-batch", ALPHA)
+    assert (reply["status"], reply["message"]) == ("error", f'"{ALPHA}" cannot be loaded')
+    assert "names no issue" in reply["error"]
+    assert agent.manage("load_batch", str(agent.source / ALPHA)).returncode == 0
+    assert word(agent)[0] != "complete"
+    assert listed(agent)[0] == word(agent)[0]
+    assert agent.call("load-batch", ALPHA)["status"] == "error"
+
+
+def test_an_unknown_awardee_is_refused_with_the_command_that_makes_it(agent):
+    name = batch_with("awardee unknown")
+    agent.batch(name)
+    error = agent.call("load-batch", name)["error"]
+    command = re.search(r"ensure-awardee zzz .*", error)[0]
+    assert checked(agent, name)[0] == 1
+    assert agent.ssh(command.replace("NAME", "The library"))["status"] == "success"
+    mended(agent, "load-batch", name)
+
+
+def test_titles_that_open_oni_lacks_are_fetched_before_the_load(site):
+    with MarcSite("sn99990077") as marc:
+        site.start(**marc.environment)
+        site.batch(ALPHA, lccn="sn99990077")
+        assert checked(site, ALPHA)[1]["faults"] == []
+        assert titles(site, "sn99990077") == []
+        logs = mended(site, "load-batch", ALPHA)
+        fetched = logs.index("ONI lacks the title sn99990077, which was fetched")
+        loaded = next(n for n, line in enumerate(logs) if "loading batch at" in line)
+        assert fetched < loaded
+        assert not any("attempting to load marc record" in line for line in logs)
+        assert titles(site, "sn99990077") == ["The fetched sn99990077."]
+
+
+def test_a_title_that_nobody_has_is_a_fault_that_names_its_lccn(site):
+    with MarcSite() as marc:
+        site.start(**marc.environment)
+        site.batch(ALPHA, lccn="sn99990078")
+        status, answer = checked(site, ALPHA)
+        assert status == 1
+        assert "sn99990078" in answer["faults"][0]["fault"]
+        job = site.run("load-batch", ALPHA)
+        assert (job["status"], "sn99990078" in job["error"]) == ("failed", True)
+        assert site.events(ALPHA) == []
+
+
+def test_a_load_with_faults_leaves_a_partial_batch_as_it_is_and_says_all_of_them(agent):
+    batch = agent.batch(ALPHA, issues=3)
+    repaired(agent, "load-batch", ALPHA)
+    with contextlib.closing(sqlite3.connect(agent.oni / "oni.sqlite3")) as database:
+        database.execute("UPDATE core_loadbatchevent SET message = 'starting load'")
+        database.commit()
+    before = agent.held(ALPHA), agent.events(ALPHA), agent.solr.documents()
+    page_file(batch, "0001.xml", 2).write_text("<alto>\n")
+    spoil_sequence(batch)
+    status, answer = checked(agent, ALPHA)
+    assert (status, answer["status"], answer["batch"]["name"]) == (1, "success", ALPHA)
+    assert [fault["file"].split("/")[-1] for fault in answer["faults"]] == [
+        "1900010201.xml",
+        "0001.xml",
+    ]
+    job = agent.run("load-batch", ALPHA)
+    assert (job["status"], job["attempts"]) == ("failed", 1)
+    assert all(fault["fault"] in job["error"] for fault in answer["faults"])
+    logs = agent.logs(job["id"])
+    assert all(any(fault["fault"] in line for line in logs) for fault in answer["faults"])
+    assert not any("loading batch" in line or "purging" in line for line in logs)
+    assert (agent.held(ALPHA), agent.events(ALPHA), agent.solr.documents()) == before
+
+
+def test_what_is_odd_but_loads_is_a_warning_and_no_fault(agent):
+    batch = agent.batch(ALPHA, issues=3)
+    spoil_jp2_missing(batch)
+    page_file(batch, "0001.pdf").unlink()
+    status, answer = checked(agent, ALPHA)
+    assert (status, answer["faults"]) == (0, [])
+    told = [(each["file"].split("/")[-1], each["warning"]) for each in answer["warnings"]]
+    assert sorted(told) == [
+        ("0001.pdf", "there is no such PDF"),
+        ("0002.jp2", "there is no such image"),
+    ]
+    mended(agent, "load-batch", ALPHA)
+
+
+def test_a_check_changes_nothing_in_open_oni(agent):
+    batch = agent.batch(ALPHA, lccn="sn99990079")
+    before = tree(agent.oni, "oni.sqlite3"), agent.query("SELECT count(*) FROM core_title")
+    files = files_of(batch)
+    del agent.solr.requests[:]
+    checked(agent, ALPHA)
+    after = tree(agent.oni, "oni.sqlite3"), agent.query("SELECT count(*) FROM core_title")
+    assert after == before
+    assert files_of(batch) == files
+    assert not any("/update" in path for path in agent.solr.requests)
+
+
+def test_a_batch_that_is_not_there_cannot_be_checked(agent):
+    agent.batch(ALPHA)
+    status, answer = checked(agent, "batch_oru_alpa_ver01")
+    assert (status, answer["status"]) == (0, "error")
+    assert answer["error"].endswith(f'did you mean "{ALPHA}"?')
+
+
+def test_a_batch_whose_folder_is_gone_and_that_open_oni_holds_is_said_to_be_held(agent):
+    batch = agent.batch(ALPHA)
+    agent.run("load-batch", ALPHA)
+    batch.rename(batch.with_name("elsewhere"))
+    status, answer = checked(agent, ALPHA)
+    assert (status, answer["status"]) == (0, "error")
+    assert answer["error"] == f"Open ONI holds it, but its files are not there: {batch} is missing"
+
+
+def test_a_job_whose_check_somebody_has_killed_checks_anew(agent):
+    with MarcSite("sn99990077") as marc:
+        agent.restart(**marc.environment)
+        agent.batch(ALPHA, lccn="sn99990077")
+        marc.may_answer.clear()
+        id = agent.job("load-batch", ALPHA)
+        assert marc.was_asked.wait(60)
+        for pid in agent.manage_pids("shell"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        marc.may_answer.set()
+        assert agent.ended(id)["status"] == "successful"
+
+
+class ImpatientSite(oni_agent.Site):
+    """A site whose check looks at once whether anybody waits for it."""
+
+    def check(self, name, progress, go_on, folder=""):
+        go_on()
+        return oni_agent.Check([{**NOTHING_FOUND, "of": 0}])
+
+
+NOTHING_FOUND = {
+    "issues": 0, "faults": [], "warnings": [], "found": [], "titles": {},
+    "watched": oni_agent.packed({}),
+}  # fmt: skip
+
+
+def test_a_check_never_ends_before_its_client_waits_for_it(tmp_path):
+    settings = types.SimpleNamespace(batch_source=tmp_path, state_directory=tmp_path)
+    site = ImpatientSite(settings, oni_agent.OpenONI(tmp_path, {}))
+    for _ in range(100):
+        assert site.client_check(ALPHA, lambda: None).faults == []
+
+
+@pytest.mark.parametrize("name", ["data/batch.xml", "METS", "OCR"])
+def test_what_is_no_regular_file_is_a_fault_and_is_not_waited_for(agent, name):
+    batch = agent.batch(ALPHA, issues=1)
+    mets = mets_of(batch, 0)
+    path = {"METS": mets, "OCR": mets.with_name("0001.xml")}.get(name, batch / name)
+    path.unlink()
+    os.mkfifo(path)
+    status, answer = checked(agent, ALPHA)
+    what = "this is not a regular file, and ONI might read it for ever"
+    assert status == 1
+    assert answer["faults"] == [{"file": str(path.relative_to(batch)), "fault": what}]
+
+
+def test_a_file_that_takes_all_memory_is_no_fault_and_is_named(agent):
+    batch = agent.batch(ALPHA, issues=1)
+    mets = mets_of(batch, 0)
+    start, end, rest = mets.read_bytes().rpartition(b"</")
+    with mets.open("wb") as file:
+        file.write(start)
+        for _ in range(160):
+            file.write(b"<a/>" * 100_000)
+        file.write(end + rest)
+    status, answer = checked(agent, ALPHA)
+    assert (status, answer["status"]) == (0, "error")
+    assert answer["error"] == f"reading {mets.relative_to(batch)} takes more than 1024 MiB"
+
+
+def test_a_fault_names_its_file_once(agent):
+    batch = agent.batch(ALPHA, issues=1)
+    mets_of(batch, 0).with_name("0001.xml").unlink()
+    said = checked(agent, ALPHA)[1]["faults"][0]["fault"]
+    reason = "<urlopen error [Errno 2] No such file or directory>"
+    assert said == f"ONI would break off the load: {reason}"
+    mets_of(batch, 0).with_name("0001.xml").write_text("<alto>\n</page>")
+    said = checked(agent, ALPHA)[1]["faults"][0]["fault"]
+    assert said == "ONI would break off the load: line 2, column 2: mismatched tag"
+
+
+def test_a_batch_whose_every_file_is_broken_is_still_checked(agent):
+    batch = agent.batch(ALPHA, issues=1)
+    cut_off(mets_of(batch, 0))
+    status, answer = checked(agent, ALPHA)
+    assert (status, len(answer["faults"])) == (1, 1)
+
+
+@pytest.mark.parametrize("name", ["klingon", "Shift_JIS"])
+def test_an_encoding_that_cannot_be_read_is_a_fault_and_no_failure_to_check(agent, name):
+    ocr = page_file(agent.batch(ALPHA), "0001.xml")
+    change(ocr, 'encoding="UTF-8"', f'encoding="{name}"')
+    status, answer = checked(agent, ALPHA)
+    assert (status, [fault["file"].split("/")[-1] for fault in answer["faults"]]) == (
+        1,
+        ["0001.xml"],
+    )
+
+
+AS_LIBXML2_IS = {"METS ending in NUL bytes", "METS with an external entity"}  # faults to later ones
+
+SENTENCES = {  # of the kinds in MISSED_ONCE: the file, and the sentence, of the first fault
+    "an emoji in an issue's note": (
+        "METS",
+        ENDS_LOAD + "Incorrect string value for column 'text': it cannot hold U[+]1F4F0",
+    ),
+    "an emoji in OCR": (
+        "OCR",
+        ENDS_LOAD + "Incorrect string value for column 'text': it cannot hold U[+]1F4F0",
+    ),
+    "an emoji in a file's name": (
+        "METS",
+        f"page \\d: {ENDS_LOAD}Incorrect string value for column 'jp2_filename': it cannot hold .*",
+    ),
+    "a volume of 51 characters": (
+        "METS",
+        ENDS_LOAD + "Data too long for column 'volume': 51 characters, and it holds 50",
+    ),
+    "a page number with its caption, indented": (
+        "METS",
+        rf"page \d: {ENDS_LOAD}Data too long for column 'number': \d\d characters, and it holds 50",
+    ),
+    "a section that is not described": ("METS", rf"page \d: {ENDS_LOAD}list index out of range"),
+    "ALTO in the language sk": ("OCR", ENDS_LOAD + "get.. returned more than one Language.*"),
+    "second np:issue with a page": (
+        "METS",
+        r"ONI would leave out \d of \d pages without a word",
+    ),
+    "a page outside np:issue": ("METS", r"ONI would leave out 1 of \d pages without a word"),
+    'USE="OCR"': ("METS", r"ONI would leave out the OCR file ocr\d"),
+    "a jp2 cut to 40 bytes, unmeasured": ("METS", rf"page \d: {ENDS_LOAD}.*"),
+    "METS in latin-1": ("METS", ENDS_LOAD + ".*encoding.*"),
+    "METS nested 300 deep": ("METS", ENDS_LOAD + "Excessive depth in document: 256.*"),
+    "width of 64px": (
+        "METS",
+        r"ONI would leave out the rest of the issue, from page \d on: .*'64px'.*",
+    ),
+    "sequence of 2^31": (
+        "METS",
+        rf"page \d: {ENDS_LOAD}Out of range value for column 'sequence': 2147483648",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", [*MISSED_ONCE, *CALLED_FAULTY_ONCE])
+def test_what_a_check_says_of_an_oddity_is_what_a_load_then_does(odd_site, kind):
+    draft = new_draft(odd_site, kind)
+    ODDITIES[kind](draft)
+    answer = compare_with_load(odd_site, draft)
+    if kind in CALLED_FAULTY_ONCE and kind not in AS_LIBXML2_IS:
+        assert answer["faults"] == []
+    if kind in SENTENCES:
+        which, said = SENTENCES[kind]
+        [fault] = answer["faults"]
+        name = draft.mets if which == "METS" else draft.file("xml")
+        assert fault["file"] == name.relative_to(draft.path).as_posix()
+        assert re.fullmatch(said, fault["fault"])
+
+
+@pytest.mark.parametrize("kind", ["edition -1", "sequence of eleven digits"])
+def test_what_no_column_takes_ends_the_load_and_leaves_out_nothing(odd_site, kind):
+    draft = new_draft(odd_site, kind)
+    ODDITIES[kind](draft)
+    [fault] = compare_with_load(odd_site, draft)["faults"]
+    assert ENDS_LOAD in fault["fault"]
+
+
+def test_a_batch_whose_name_is_too_long_is_a_fault(odd_site):
+    name = f"batch_oru_{'x' * 251}_ver01"[:245] + "_ver01"
+    assert len(name) == 251
+    draft = Draft(odd_site.source, name, random.Random(1), date(1650, 1, 1))
+    [fault] = compare_with_load(odd_site, draft)["faults"]
+    assert (fault["file"], "Data too long for column" in fault["fault"]) == ("data/batch.xml", True)
+
+
+def test_without_languages_each_batch_with_a_text_is_a_fault(agent):
+    agent.execute("PRAGMA foreign_keys = OFF")
+    agent.execute("DELETE FROM core_language")
+    draft = new_draft(agent, "no language")
+    faults = compare_with_load(agent, draft)["faults"]
+    assert {fault["fault"] for fault in faults} == {
+        ENDS_LOAD + "Language matching query does not exist."
+    }
+
+
+@pytest.mark.parametrize("kind", BAD_RECORDS)
+def test_a_record_that_poisons_a_batch_is_a_fault_with_its_address(odd_site, kind):
+    lccn, _, said = BAD_RECORDS[kind]
+    number = next(FRESH)
+    start = date(1700, 1, 1) + timedelta(days=4 * number)
+    name = f"batch_oru_marc{number}_ver01"
+    draft = Draft(odd_site.source, name, random.Random(kind), start)
+    for issue in range(draft.issues):
+        mets = mets_of(draft.path, issue)
+        mets.write_text(mets.read_text().replace(">sn99990001<", f">{lccn}<"))
+    [fault] = compare_with_load(odd_site, draft)["faults"]
+    url = rf"http://127\.0\.0\.1:\d+/lccn/{lccn}/marc\.xml"
+    if "would store" in said:  # what becomes of the load, ONI's loader says then
+        told = rf".*: the title {lccn}, as {url} has it: (Reverse for|invalid literal for int).*"
+    else:
+        told = rf"{ENDS_LOAD}ONI does not have the title {lccn}, nor has {url}: .*{said}"
+    assert re.fullmatch(told, fault["fault"])
+
+
+@pytest.mark.parametrize("where", ["by a link", "by its path"])
+def test_of_a_file_elsewhere_on_the_host_nothing_is_told(agent, tmp_path, where):
+    secret = tmp_path / "secret"
+    secret.write_text("root:hidden:0")
+    batch = agent.batch(ALPHA, issues=3)
+    if where == "by a link":
+        mets_of(batch).unlink()
+        mets_of(batch).symlink_to(secret)
+        [fault] = checked(agent, ALPHA)[1]["faults"]
+        assert fault["file"] == METS_2
+    else:
+        replace(mets_of(batch), 'href="0002.xml"', f'href="{secret}"')
+        [fault] = checked(agent, ALPHA)[1]["faults"]
+    said = "it lies outside" if where == "by a link" else f"{secret}, which it names, lies outside"
+    page = "" if where == "by a link" else "page 2: "
+    assert fault == {
+        "file": METS_2, "fault": f"{page}{ENDS_LOAD}{said} the batch, and cannot be taken"
+    }
+    job = agent.run("load-batch", ALPHA)
+    assert job["status"] == "failed"
+    assert "hidden" not in json.dumps([job, agent.call("job-logs", str(job["id"]))])
+
+
+def test_an_entity_of_another_file_is_not_shown(agent, tmp_path):
+    (tmp_path / "secret").write_text("hidden")
+    draft = new_draft(agent, "entity")
+    entity = f'[<!ENTITY e SYSTEM "{tmp_path}/secret">]'
+    replace(draft.mets, HEAD, doctype("mets", entity))
+    replace(draft.mets, EDITION, EDITION.replace("1", "&e;"))
+    [fault] = compare_with_load(agent, draft)["faults"]  # of one kind or the other, as libxml2 is
+    assert "hidden" not in fault["fault"]
+
+
+WARNINGS: dict[str, tuple[Callable[[Path], object], str, str]] = {
+    "an image is missing": (spoil_jp2_missing, IN_ISSUE + "0002.jp2", "there is no such image"),
+    "an image is empty": (
+        lambda batch: page_file(batch, "0002.jp2").write_bytes(b""),
+        IN_ISSUE + "0002.jp2",
+        "this image is empty",
+    ),
+    "a PDF is missing": (
+        lambda batch: page_file(batch, "0001.pdf").unlink(),
+        IN_ISSUE + "0001.pdf",
+        "there is no such PDF",
+    ),
+    "an OCR file has no text": (
+        lambda batch: page_file(batch, "0002.xml").write_bytes(
+            re.sub(b"<TextLine.*</TextLine>", b"", ALTO, flags=re.DOTALL)
+        ),
+        OCR_2,
+        "this OCR file has no text",
+    ),
+    "two pages have one sequence": (
+        lambda batch: change(mets_of(batch), "<mods:start>2<", "<mods:start>1<"),
+        METS_2,
+        f"2 pages have the address /lccn/{GAZETTE}/1900-01-02/ed-1/seq-1/: in {METS_2}",
+    ),
+    "two issues have one date": (
+        lambda batch: change(mets_of(batch, 2), ">1900-01-03<", ">1900-01-02<"),
+        METS_2,
+        f"2 pages have the address /lccn/{GAZETTE}/1900-01-02/ed-1/seq-1/: in {METS_2} and in"
+        f" {METS_2.replace('190001020', '190001030')}",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", WARNINGS)
+def test_what_loads_all_the_same_is_a_warning(agent, what):
+    spoil, file, said = WARNINGS[what]
+    spoil(agent.batch(ALPHA, issues=3))
+    status, answer = checked(agent, ALPHA)
+    assert (status, answer["faults"]) == (0, [])
+    assert {"file": file, "warning": said} in answer["warnings"]
+    assert {warning["file"] for warning in answer["warnings"]} == {file}
+    assert f"warning: {file}: {said}" in mended(agent, "load-batch", ALPHA)
+    assert word(agent)[0] == listed(agent)[0] == "complete"
+
+
+def everything(site: Site) -> list[Any]:
+    """The whole database, the index, and all files of ONI and of the batches."""
+    with contextlib.closing(sqlite3.connect(site.oni / "oni.sqlite3")) as database:
+        rows = list(database.iterdump())
+    documents = {id: dict(site.solr._documents[id]) for id in site.solr.documents()}
+    return [rows, documents, tree(site.oni, "oni.sqlite3", "log", "state"), tree(site.source)]
+
+
+def test_a_check_of_a_hundred_batches_writes_nothing(site):
+    with MarcSite("sn99990077") as marc:
+        site.environment.update(marc.environment)
+        made = drafts(site.source, 100, CHECK_SEED + 1000, ALIKE)
+        repaired_by_hand = site.manage("load_batch", str(made[0].path))
+        assert repaired_by_hand.returncode in (0, 1)
+        before = everything(site)
+        del site.solr.requests[:]
+        with looking(site) as own:
+            found = agents_verdicts(site=own, made=made)
+        assert [bool(faults) for faults in found].count(True) > 20
+        after = everything(site)
+    assert after[0] == before[0]
+    assert after[1] == before[1]
+    for now, then in zip(after[2:], before[2:]):
+        assert sorted(set(now.items()) ^ set(then.items())) == []
+    assert not any("/update" in path for path in site.solr.requests)
+
+
+def asked_for_checks(site: Site) -> int:
+    """How many have asked for a check, by the agent's log."""
+    return sum("batch-check" in line for line in site.log)
+
+
+def test_a_check_asked_for_by_two_runs_once(agent):
+    with MarcSite("sn99990077") as marc:
+        agent.restart(**marc.environment)
+        agent.batch(ALPHA, issues=1, lccn="sn99990077")
+        marc.may_answer.clear()
+        with Client(agent.port) as one, Client(agent.port) as other:
+            channels = [client.channel(f"batch-check {ALPHA}") for client in (one, other)]
+            assert marc.was_asked.wait(60)
+            until(lambda: len(agent.call("board")) and asked_for_checks(agent) == 2)
+            marc.may_answer.set()
+            answers = [json.loads(channel.makefile("rb").read()) for channel in channels]
+        for answer in answers:
+            del answer["session"]
+        assert answers[0] == answers[1]
+        assert len(marc.requests) == 1
+
+
+def test_a_check_ends_when_nobody_waits_for_it_any_more(agent):
+    with MarcSite("sn99990077") as marc:
+        agent.restart(**marc.environment)
+        agent.batch(ALPHA, issues=1, lccn="sn99990077")
+        word(agent)
+        before = len(agent.workers())
+        marc.may_answer.clear()
+        with Client(agent.port) as one, Client(agent.port) as other:
+            one.channel(f"batch-check {ALPHA}")
+            other.channel(f"batch-check {ALPHA}")
+            assert marc.was_asked.wait(60)
+            assert len(agent.workers()) > before
+            one.transport.close()
+            assert len(agent.workers()) > before
+        until(lambda: len(agent.workers()) <= before)
+        marc.may_answer.set()
+        assert checked(agent, ALPHA)[0] == 0
+
+
+def test_a_jobs_check_waits_for_no_clients_check(agent):
+    with MarcSite("sn99990077") as marc:
+        agent.restart(**marc.environment)
+        spoil_edition(agent.batch(BETA))  # so its job ends with its check, and writes nothing
+        agent.batch(ALPHA, lccn="sn99990077")
+        word(agent, BETA)
+        before = agent.workers()
+        marc.may_answer.clear()
+        with Client(agent.port) as client:
+            channel = client.channel(f"batch-check {ALPHA}")
+            assert marc.was_asked.wait(60)
+            checking = set(agent.workers()) - set(before)
+            for pid in checking:
+                os.kill(pid, signal.SIGSTOP)
+            marc.may_answer.set()
+            job = agent.run("load-batch", BETA)
+            assert "ONI would leave this issue out" in job["error"]
+            for pid in checking:
+                os.kill(pid, signal.SIGCONT)
+            assert "faults" in json.loads(channel.makefile("rb").read())
+
+
+def many_elements(path: Path) -> None:
+    text = path.read_text()
+    with open(path, "w") as file:
+        file.write(text.replace("</mets>", ""))
+        for _ in range(61):
+            file.write("<x/>" * (1 << 18))
+        file.write("</mets>")
+
+
+def expanding_entities(path: Path) -> None:
+    entities = ['<!ENTITY e0 "0123456789">']
+    entities += [f'<!ENTITY e{n} "{f"&e{n - 1};" * 100}">' for n in range(1, 6)]
+    replace(path, HEAD, doctype("mets", f"[{''.join(entities)}]"))
+    replace(path, EDITION, EDITION.replace("1", "&e5;"))
+
+
+def sparse(path: Path) -> None:
+    os.truncate(path, 2 << 30)
+
+
+HOSTILE = {
+    "METS of 61 MB of elements": ("1900010101.xml", many_elements),
+    "METS with entities that grow a hundredfold": ("1900010101.xml", expanding_entities),
+    "OCR of 2 GB": ("0001.xml", sparse),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_hostile_file_costs_the_agent_nothing_and_gets_a_sentence(agent, what):
+    file, spoil = HOSTILE[what]
+    name = agent.batch(ALPHA, issues=2).name
+    checked(agent, name)
+    spoil(page_file(agent.source / name, file, 0))
+    before = memory(agent)
+    status, answer = checked(agent, name)
+    assert memory(agent) - before < 5
+    if answer["status"] == "success":
+        assert status == 1
+        assert [fault["file"].split("/")[-1] for fault in answer["faults"]] == [file]
+        assert answer["faults"][0]["fault"].startswith("ONI would ")
+    else:
+        assert answer["error"] == "reading it takes more than 1024 MiB"
+    assert agent.call("version")["status"] == "success"
+
+
+# --- Promises: batch-status and list-batches: three sets, one word --------------------------------
+
+def test_a_load_killed_in_its_last_issue_is_partial_though_no_issue_is_missing(agent):
+    gate = agent.hold_load(agent.batch(ALPHA), issue=-1, page=2)
+    id = agent.job("load-batch", ALPHA)
+    kill_at(agent, gate, "load_batch")
+    assert (
+        "ONI holds 2 of the 2 issues and 4 of the 4 pages, 3 of 4 with their text, and its last"
+        ' event is "starting load"'
+    ) in agent.ended(id)["error"]
+    assert agent.held(ALPHA) == (1, 2, 4)
+    assert f"[INFO] purging batch '{ALPHA}'" in repaired(agent, "load-batch", ALPHA)
+    assert agent.held(ALPHA) == (1, 2, 4)
+
+
+@pytest.mark.parametrize(
+    "change, complete",
+    [
+        ("DELETE FROM core_loadbatchevent", True),  # loaded long ago, its history pruned
+        (
+            (
+                "UPDATE core_loadbatchevent SET message = 'starting purge' WHERE message LIKE"
+                " 'processed %'"
+            ),
+            False,
+        ),
+        ("UPDATE core_issue SET batch_id = 'another' WHERE id = 1", False),
+    ],
+)
+def test_a_batch_is_loaded_when_row_count_and_last_event_agree(agent, change, complete):
+    agent.batch(ALPHA)
+    agent.run("load-batch", ALPHA)
+    with contextlib.closing(
+        sqlite3.connect(agent.oni / "oni.sqlite3", timeout=60)
+    ) as database, database:
+        database.execute(change)
+    if complete:
+        assert without_session(agent.call("load-batch", ALPHA)) == NOOP
+    else:
+        assert f"[INFO] purging batch '{ALPHA}'" in repaired(agent, "load-batch", ALPHA)
+        assert agent.held(ALPHA) == (1, 2, 4)
+
+
+def test_an_event_without_a_message_is_no_fault(agent):
+    agent.batch(ALPHA)
+    agent.run("load-batch", ALPHA)
+    with contextlib.closing(
+        sqlite3.connect(agent.oni / "oni.sqlite3", timeout=60)
+    ) as database, database:
+        database.execute("UPDATE core_loadbatchevent SET message = NULL")
+    assert agent.call("batch-status", ALPHA)["batch"]["state"] == "partial"
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[1, 2", '{"files of batch_oru_alpha_ver01": 3}', '["1.0.0", {"a": 3}]', "[1]"]
+)
+def test_counts_that_another_release_has_kept_are_counted_anew(site, content):
+    site.batch(ALPHA)
+    site.state.mkdir(exist_ok=True)
+    (site.state / "counts.json").write_text(content)
+    site.start()
+    repaired(site, "load-batch", ALPHA)
+    assert site.call("batch-status", ALPHA)["batch"]["state"] == "complete"
+    until(lambda: listed(site)[0] == "complete")
+
+
+def test_batches_are_listed_as_they_are_on_disk_and_in_oni(agent):
+    agent.batch("batch_oru_absent_ver01", issues=3)
+    agent.batch("batch_oru_part_ver01", issues=3)
+    agent.batch("batch_oru_whole_ver01", issues=3, pages=2)
+    agent.run("load-batch", "batch_oru_whole_ver01")
+    agent.batch("batch_oru_gone_ver01", issues=3, pages=2, start=date(1910, 1, 1))
+    agent.run("load-batch", "batch_oru_gone_ver01")
+    shutil.rmtree(agent.source / "batch_oru_gone_ver01")
+    gate = agent.hold_load(agent.source / "batch_oru_part_ver01", issue=1)
+    agent.job("load-batch", "batch_oru_part_ver01")
+    gate.reached()
+    (agent.source / "not a batch").mkdir()
+    listed = {each["name"]: each for each in agent.ssh("list-batches")["batches"]}
+    assert list(listed) == [
+        f"batch_oru_{name}_ver01" for name in ("absent", "gone", "part", "whole")
+    ]
+    shown = [
+        (each["on_disk"], each["state"], each["issues"], each["pages"], bool(each["loaded"]))
+        for each in listed.values()
+    ]
+    assert shown == [
+        (True, "absent", 0, 0, False),
+        (False, "unknown", 3, 6, True),
+        (True, "partial", 2, 3, True),
+        (True, "complete", 3, 6, True),
+    ]
+    for name, entry in listed.items():
+        reply = agent.ssh(f"batch-status {name}")
+        assert reply["batch"]["state"] == entry["state"]
+        assert reply["batch"]["issues"] == entry["issues"]
+        assert [job["words"] for job in reply["jobs"]] == [["load-batch", name]] * (
+            entry["state"] != "absent"
+        )
+    events = agent.ssh("batch-status batch_oru_whole_ver01")["events"]
+    assert [message for _, message in events] == ["starting load", "processed 6 pages"]
+    gate.open()
+    agent.ended(3)
+    assert agent.ssh("batch-status batch_oru_part_ver01")["batch"]["state"] == "complete"
+
+
+def test_an_oni_that_cannot_answer_is_an_error_and_not_an_empty_list(agent):
+    agent.batch("batch_oru_alpha_ver01")
+    with agent.database_down():
+        for command, message in (
+            ("list-batches", "The batches cannot be listed"),
+            ("batch-status batch_oru_alpha_ver01", '"batch_oru_alpha_ver01" cannot be looked up'),
+        ):
+            reply = agent.ssh(command)
+            assert (reply["status"], reply["message"]) == ("error", message)
+            assert "OperationalError" in reply["error"]
+    assert agent.ssh("list-batches")["status"] == "success"
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("load-batch batch_oru_alpha_ver01", '"batch_oru_alpha_ver01" cannot be loaded'),
+        ("list-batches", "The batches cannot be listed"),
+        ("batch-status batch_oru_alpha_ver01", '"batch_oru_alpha_ver01" cannot be looked up'),
+    ],
+)
+def test_a_batch_source_that_went_away_is_named(agent, command, message):
+    agent.source.rmdir()
+    reply = agent.ssh(command)
+    assert (reply["status"], reply["message"]) == ("error", message)
+    assert str(agent.source) in reply["error"]
+
+
+@pytest.mark.parametrize(
+    "command, meant",
+    [
+        ("load-bacth batch_oru_alpha_ver01", "load-batch"),
+        ("jobstatus 1", "job-status"),
+        ("jog-logs 1", "job-logs"),
+        ("load-batch batch_oru_suggest_ver02", "batch_oru_suggest_ver01"),
+        ("batch-status batch_oru_sugest_ver01", "batch_oru_suggest_ver01"),
+    ],
+)
+def test_a_name_that_is_nearly_right_is_suggested(shared, command, meant):
+    if not (shared.source / "batch_oru_suggest_ver01").exists():
+        shared.batch("batch_oru_suggest_ver01")
+    reply = shared.ssh(command)
+    assert reply["status"] == "error"
+    assert reply["error"].endswith(f'; did you mean "{meant}"?')
+    assert "did you mean" not in shared.ssh("xyzzy")["error"]
+
+
+def test_every_answer_about_a_batch_has_the_same_keys_and_says_the_same(agent):
+    agent.batch(ALPHA)
+    assert word(agent) == listed(agent) == ["absent", 0, 0, 2, 4, 0]
+    repaired(agent, "load-batch", ALPHA)
+    assert word(agent) == ["complete", 2, 4, 2, 4, 4]
+    assert listed(agent) == word(agent)
+    shown = agent.call("batch-status", ALPHA)["batch"]
+    [in_list] = agent.call("list-batches")["batches"]
+    assert shown == in_list
+
+
+def test_what_list_batches_has_no_time_to_count_is_null_and_there_a_later_time(site):
+    for number in range(20):
+        site.batch(f"batch_oru_many{number}_ver01", issues=20)
+    hurry(site, LIST_SECONDS=0.001)
+    first = site.call("list-batches")["batches"]
+    assert len(first) == 20
+    assert None in [batch["pages_in_mets"] for batch in first]
+    assert {batch["state"] for batch in first} == {"absent"}
+    counted = lambda: [batch["pages_in_mets"] for batch in site.call("list-batches")["batches"]]
+    until(lambda: counted() == [40] * 20)
+    site.restart()
+    assert counted() == [40] * 20  # it is remembered
+
+
+@pytest.mark.parametrize("how", ["down", "failing", "hanging"])
+def test_without_solr_the_rest_is_told_within_the_deadline(site, how):
+    hurry(site, SOLR_SECONDS=1)
+    site.batch(ALPHA)
+    repaired(site, "load-batch", ALPHA)
+    with getattr(site.solr, how)():
+        assert word(site) == ["unknown", 2, 4, 2, 4, None]
+        assert "Solr cannot be asked" in site.call("batch-status", ALPHA)["message"]
+        assert listed(site) == word(site)
+    assert word(site) == ["complete", 2, 4, 2, 4, 4]
+
+
+def test_a_batch_that_is_not_in_batch_source_is_counted_where_it_was_loaded_from(agent, tmp_path):
+    batch = agent.batch(ALPHA)
+    other = tmp_path / "elsewhere" / ALPHA
+    other.parent.mkdir()
+    batch.rename(other)
+    assert agent.manage("load_batch", str(other)).returncode == 0
+    assert word(agent) == ["complete", 2, 4, 2, 4, 4]
+
+
+def loads_begun(site: Site) -> int:
+    return sum(event == "starting load" for event in site.events(ALPHA))
+
+
+def test_an_index_that_was_emptied_gets_the_missing_pages_and_nothing_is_loaded_again(agent):
+    agent.batch(ALPHA)
+    agent.batch(BETA, start=date(1910, 1, 1))
+    repaired(agent, "load-batch", ALPHA)
+    repaired(agent, "load-batch", BETA)
+    documents = agent.solr.documents()
+    rows = agent.query("SELECT id FROM core_page ORDER BY id")
+    agent.solr.forget(ALPHA)
+    assert listed(agent) == word(agent) == ["partial", 2, 4, 2, 4, 0]
+    del agent.solr.requests[:]
+    logs = mended(agent, "load-batch", ALPHA)
+    updates = [path for path in agent.solr.requests if path.startswith("/solr/openoni/update")]
+    assert len(updates) == 5  # four documents, and a commit
+    assert sum(line.startswith("indexing /lccn/") for line in logs) == 4
+    assert agent.solr.documents() == documents
+    assert agent.query("SELECT id FROM core_page ORDER BY id") == rows
+    assert loads_begun(agent) == 1
+    assert word(agent) == listed(agent) == ["complete", 2, 4, 2, 4, 4]
+
+
+def test_only_the_pages_that_the_index_lacks_are_indexed_again(agent):
+    agent.batch(ALPHA)
+    repaired(agent, "load-batch", ALPHA)
+    lost, *kept = agent.solr.documents(ALPHA)
+    change_index(agent, f"c.delete(id='{lost}')")
+    assert agent.solr.documents(ALPHA) == kept
+    assert "Solr lacks 1 of 4 pages" in agent.call("batch-status", ALPHA)["message"]
+    logs = mended(agent, "load-batch", ALPHA)
+    assert [line for line in logs if line.startswith("indexing")] == [f"indexing {lost}"]
+    assert agent.solr.documents(ALPHA) == [lost, *kept]
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_documents_of_a_batch_that_are_no_page_of_it_do_not_stand_for_its_pages(agent, lost):
+    """What a load has left that failed with Solr: it shows after the next load's commit."""
+    agent.batch(ALPHA)
+    repaired(agent, "load-batch", ALPHA)
+    documents = agent.solr.documents(ALPHA)
+    strays = [f"/lccn/{GAZETTE}/1872-01-0{day}/ed-1/seq-1/" for day in (1, 2)]
+    like_a_page = {**page_document(ALPHA, 1), "lccn": GAZETTE}
+    change_index(
+        agent,
+        *(f"c.add([{ {**like_a_page, 'id': id} }])" for id in strays),
+        *(f"c.delete(id='{id}')" for id in documents[:lost]),
+    )
+    assert word(agent) == ["partial", 2, 4, 2, 4, 6 - lost]
+    assert listed(agent)[0] != "complete"
+    assert (
+        "under its name that are none of its pages (2)" in agent.call("batch-status", ALPHA)[
+            "message"
+        ]
+    )
+    logs = mended(agent, "load-batch", ALPHA)
+    assert [line for line in logs if line.startswith("deleting")] == [
+        f"deleting {id}" for id in strays
+    ]
+    assert agent.solr.documents(ALPHA) == documents
+    assert loads_begun(agent) == 1
+
+
+def test_pages_that_another_batch_has_taken_over_in_the_index_make_a_batch_partial(agent):
+    agent.batch(ALPHA)
+    agent.batch(BETA)  # the same issues
+    repaired(agent, "load-batch", ALPHA)
+    warnings = [
+        f"{ALPHA} holds {GAZETTE} 1900-01-0{day} edition 1, too" for day in (1, 2)
+    ]
+    status, answer = checked(agent, BETA)
+    assert (status, answer["faults"]) == (0, [])
+    assert sorted(each["warning"] for each in answer["warnings"]) == warnings
+    repaired(agent, "load-batch", BETA)
+    assert agent.solr.documents(ALPHA) == []
+    assert listed(agent) == word(agent) == ["partial", 2, 4, 2, 4, 0]
+    said = (
+        "4 pages are found under another batch, which has the same pages"
+        f" ({BETA}): purge the one that should not have them"
+    )
+    assert said in agent.call("batch-status", ALPHA)["message"]
+    job = agent.run("load-batch", ALPHA)
+    assert job["status"] == "failed"
+    assert said in job["error"]
+    assert word(agent, BETA)[0] == "complete"
+    assert loads_begun(agent) == 1  # loading it again would only move the fault
+    repaired(agent, "purge-batch", BETA)
+    assert word(agent) == ["partial", 2, 4, 2, 4, 0]  # ONI has deleted the documents of both
+    mended(agent, "load-batch", ALPHA)
+    assert len(agent.solr.documents(ALPHA)) == 4
+
+
+def test_the_batch_file_that_open_oni_reads_is_the_one_that_counts(agent):
+    batch = agent.batch(ALPHA, issues=3, validated=True)
+    listing = batch / "data/batch.xml"
+    listing.write_text(re.sub("<issue .*</issue>\n", "", listing.read_text(), count=1))
+    assert checked(agent, ALPHA)[0] == 0
+    mended(agent, "load-batch", ALPHA)
+    assert word(agent) == ["complete", 3, 6, 3, 6, 6]
+
+
+def swap_documents(site: Site) -> None:
+    """The index is one of an older day: as many documents, of other pages."""
+    first = site.solr.documents(ALPHA)[0]
+    other = {**page_document(ALPHA, 1), "lccn": GAZETTE, "id": first.replace("1900", "1899")}
+    change_index(site, f"c.delete(id={first!r})", f"c.add([{other!r}])")
+
+
+def deliver_again(site: Site) -> None:
+    """The batch comes again under its name, with other dates."""
+    shutil.rmtree(site.source / ALPHA)
+    site.batch(ALPHA, start=date(1910, 1, 1))
+
+
+def add_page(site: Site) -> None:
+    """A METS has a page more, and batch.xml is as it was."""
+    mets = mets_of(site.source / ALPHA, 0)
+    mets.write_text(mets_xml(3))
+    for suffix, content in PAGE_FILES.items():
+        mets.with_name(f"0003.{suffix}").write_bytes(content)
+
+
+def change_edition(site: Site) -> None:
+    """A METS has another edition, and is as long as it was."""
+    replace(mets_of(site.source / ALPHA, 0), EDITION, EDITION.replace("1", "2"))
+
+
+@pytest.mark.parametrize("how", [swap_documents, deliver_again, add_page, change_edition])
+def test_list_batches_never_says_what_batch_status_would_contradict(agent, how):
+    agent.batch(ALPHA)
+    agent.batch(BETA, start=date(1920, 1, 1))
+    for name in (ALPHA, BETA):
+        repaired(agent, "load-batch", name)
+        assert listed(agent, name)[0] == word(agent, name)[0] == "complete"
+    how(agent)
+    assert listed(agent)[0] in ("partial", "unknown")
+    assert word(agent)[0] == "partial"
+    until(lambda: listed(agent) == word(agent))
+    agent.restart()
+    assert listed(agent) == word(agent)
+    assert listed(agent, BETA)[0] == "complete"
+    mended(agent, "load-batch", ALPHA)
+    assert listed(agent) == word(agent)
+    assert word(agent)[0] == "complete"
+
+
+def test_a_title_that_solr_does_not_have_in_the_end_is_failed(site):
+    hurry(site, SOLR_SECONDS=1, PATIENT_SECONDS=3)
+    gate = gate_in_manage(site, "load_titles", at_exit=True)
+    id = site.job("load-title", stdin=marc_xml())
+    gate.reached()
+    with site.solr.down():
+        gate.open()
+        job = site.ended(id)
+    assert job["status"] == "failed"
+    assert titles(site)
+    assert site.ended(site.call("job-retry", str(id))["job"]["id"])["status"] == "successful"
+
+
+def test_the_newest_event_is_the_last_one_recorded_whatever_the_clock_says(site):
+    """At the end of summer time, or when a clock was put right, an older one has a later time."""
+    settings_local(site, "USE_TZ = False\n")  # as Open ONI 1.1's
+    site.start()
+    batch = site.batch(ALPHA)
+    assert site.run("load-batch", ALPHA)["status"] == "successful"
+    assert site.run("purge-batch", ALPHA)["status"] == "successful"
+    with contextlib.closing(sqlite3.connect(site.oni / "oni.sqlite3", timeout=60)) as database:
+        database.execute("UPDATE core_loadbatchevent SET created = '2199-01-01 00:00:00'")
+        database.execute("DELETE FROM core_loadbatchevent WHERE message NOT LIKE 'processed%'")
+        database.commit()
+    gate = site.hold_load(batch, issue=1, page=2)
+    id = site.job("load-batch", ALPHA)
+    kill_at(site, gate, "load_batch")
+    assert site.ended(id)["status"] == "failed"
+    reply = site.call("batch-status", ALPHA)
+    assert (reply["batch"]["state"], reply["events"][-1][1]) == ("partial", "starting load")
+    [listed] = site.call("list-batches")["batches"]
+    assert listed["state"] == "partial"
+    assert site.run("load-batch", ALPHA)["status"] == "successful"
+
+
+@pytest.mark.parametrize("table", ["core_batch", "core_issue", "core_page", "core_loadbatchevent"])
+def test_batches_are_listed_though_a_load_begins_meanwhile(site, table):
+    site.prepend_to_manage(HELD_QUERY)
+    (site.oni / "held-query").write_text("nothing")
+    (site.oni / "hold-query").touch()  # what the gate leaves for the next query
+    site.batch(BETA)
+    site.start().run("load-batch", BETA)
+    gate = site.hold(site.oni / "hold-query")
+    (site.oni / "held-query").write_text(f'FROM "{table}"')
+    with Client(site.port) as client:
+        channel = client.channel("list-batches")
+        gate.reached()
+        half_load(site, site.batch(ALPHA))
+        gate.open()
+        reply = json.loads(channel.makefile("rb").read())
+    assert reply["status"] == "success", reply
+    states = {batch["name"]: batch["state"] for batch in reply["batches"]}
+    assert states[BETA] == "complete"
+    assert states.get(ALPHA, "absent") in ("absent", "partial", "unknown")
+
+
+# --- Promises: titles and awardees ----------------------------------------------------------------
 
 @pytest.mark.parametrize("encoding", ["UTF-8", "ISO-8859-1", "windows-1252", "UTF-16"])
 @pytest.mark.parametrize("wrapped, end", [(False, TRAILER), (True, b"")])
@@ -2582,9 +5243,6 @@ def test_a_title_load_that_cannot_be_checked_is_failed_and_its_file_kept(site):
     assert str(site.state / "inputs" / str(id)) in job["error"]
 
 
-# -- awardees
-
-
 def test_an_awardee_is_made_once_and_answered_as_recorded(shared):
     def ask(*words: str) -> dict:
         return without_session(shared.call("ensure-awardee", *words))
@@ -2655,38 +5313,164 @@ def test_an_awardee_asked_for_by_many_at_once_is_made_once(shared):
     assert awardees(shared, "many") == ["Many at once"]
 
 
-# -- batch-patch
+def test_an_interrupted_title_is_loaded_again(witnessed):
+    site = witnessed.start()
+    gate = site.hold(site.oni / "hold-load_titles")
+    id = site.job("load-title", stdin=marc_xml())
+    gate.reached()
+    site.kill()
+    for pid in site.manage_pids("load_titles"):
+        os.kill(pid, signal.SIGKILL)
+    gate.open()
+    half = site.state / "inputs/unready-half"
+    half.write_text("<rec")  # of a request that the kill has cut off
+    assert site.start().ended(id)["status"] == "successful"
+    assert not half.exists()
+    assert site.query("SELECT name FROM core_title WHERE lccn = 'sn99990009'") == [
+        ("The sample herald.",)
+    ]
 
 
-@pytest.fixture(scope="module")
-def patcher(shared) -> Site:
-    """The shared site, with ALPHA loaded: an issue each of 1900-01-01, -02, -03 and one more."""
-    batch = shared.batch(ALPHA, issues=3)
-    reel = batch / "data" / GAZETTE / "print"
-    shutil.copytree(
-        reel / "1900010101", reel / "19000101011"
-    )  # the first issue's name is the beginning of its own
-    (reel / "19000101011/1900010101.xml").write_text(mets_xml(2, edition=11))
-    for number, suffix in enumerate(("TIF", "tiff", "TIFF"), 1):
-        (reel / f"1900010301/{number:04}.{suffix}").write_bytes(PAGE_FILES["tif"])
-    (reel / "1900010301/page_1.xml").write_text("no METS file's twin, and so it stays")
-    text = (batch / "data/batch.xml").read_text()
-    text = text.replace(
-        'awardYear="2020">',
-        'awardYear="2020" xmlns:x="urn:x"\n x:by=\'&#233;&lt;é\'>\n'
-        '<!-- <issue>no issue</issue> -->',
+def test_a_failed_title_is_retried_with_its_payload(site):
+    gate = gate_in_manage(site, "load_titles")
+    id = site.start().job("load-title", stdin=marc_xml(name="The retried herald."))
+    kill_at(site, gate, "load_titles")
+    assert site.ended(id)["status"] == "failed"
+    assert titles(site) == []
+    assert site.ssh("job-retry 1")["job"]["id"] == 2
+    assert site.ended(2)["status"] == "successful"
+    assert titles(site) == ["The retried herald."]
+
+
+def test_of_many_titles_at_once_none_is_refused(agent):
+    with futures.ThreadPoolExecutor(100) as pool:
+        records = [marc_xml(f"sn9999{number:04}") for number in range(100)]
+        replies = list(pool.map(lambda record: agent.call("load-title", stdin=record), records))
+    assert {reply["status"] for reply in replies} == {"success"}
+    for reply in replies:
+        agent.call("job-cancel", str(reply["job"]["id"]))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in BAD_RECORDS if kind != "of another title"])
+def test_such_a_record_is_refused_by_load_title_in_the_same_words(odd_site, kind):
+    lccn, record, said = BAD_RECORDS[kind]
+    new = f"{lccn[:-1]}9"  # ONI may have stored the other one, in the test above
+    record, said = record.replace(lccn.encode(), new.encode()), said.replace(lccn, new)
+    if said == "another record":
+        said = "there is no MARC record in it"
+    if kind == "no XML":
+        said = "syntax error: line 1|not well-formed.*line 1"
+    before = odd_site.query("SELECT lccn, name FROM core_title")
+    jobs = odd_site.call("list-jobs")["jobs"]
+    reply = odd_site.call("load-title", stdin=record)
+    assert (reply["status"], reply["message"]) == ("error", "Invalid data")
+    assert re.fullmatch(said, reply["error"])
+    assert odd_site.call("list-jobs")["jobs"] == jobs
+    assert odd_site.query("SELECT lccn, name FROM core_title") == before
+
+
+def test_a_record_that_only_repeats_what_open_oni_has_is_not_refused(agent, tmp_path):
+    """Though no batch of such a title could be loaded."""
+    record = tmp_path / "record.xml"
+    record.write_bytes(marc_xml("85-38490"))
+    agent.manage("load_titles", str(record))
+    assert titles(agent, "85-38490")
+    reply = agent.call("load-title", stdin=marc_xml("85-38490"))
+    assert reply["status"] == "success"
+    draft = new_draft(agent, "85-38490")
+    for issue in range(draft.issues):
+        mets = mets_of(draft.path, issue)
+        mets.write_text(mets.read_text().replace(">sn99990001<", ">85-38490<"))
+    faults = compare_with_load(agent, draft)["faults"]
+    assert all("Reverse for 'openoni_issue_pages'" in fault["fault"] for fault in faults)
+
+
+def test_a_redirect_to_another_host_is_not_followed(agent):
+    with MarcSite("sn99990077", "sn99990079") as marc, MarcSite("sn99990077") as other:
+        elsewhere = (other.urlformat % "sn99990077").replace("127.0.0.1", "localhost")
+        marc.redirects["sn99990077"] = elsewhere
+        marc.redirects["sn99990078"] = marc.urlformat % "sn99990079"
+        agent.restart(**marc.environment)
+        agent.batch(ALPHA, lccn="sn99990077")
+        [fault, *_] = checked(agent, ALPHA)[1]["faults"]
+        assert "it points to another host, http://localhost:" in fault["fault"]
+        assert other.requests == []
+        agent.batch(BETA, lccn="sn99990078")  # on the same host, and of another title
+        [fault, *_] = checked(agent, BETA)[1]["faults"]
+        assert "it answers with another record" in fault["fault"]
+
+
+def test_an_lccn_is_one_part_of_the_address_that_is_asked_for(agent):
+    with MarcSite() as marc:
+        agent.restart(**marc.environment)
+        draft = new_draft(agent, "address")
+        replace(mets_of(draft.path, 0), ">sn99990001<", ">../../x?y#z<")
+        assert checked(agent, draft.path.name)[0] == 1
+        assert marc.requests == ["/lccn/..%2F..%2Fx%3Fy%23z/marc.xml"]
+
+
+def title_documents(site: Site, lccn: str = "sn99990009") -> list[str]:
+    return [id for id in site.solr.documents() if id == f"/lccn/{lccn}/"]
+
+
+def test_a_title_is_stored_when_open_oni_has_its_row_and_solr_its_document(agent):
+    job = agent.run("load-title", stdin=marc_xml())
+    assert job["status"] == "successful"
+    assert len(title_documents(agent)) == 1
+    [stored] = agent.query("SELECT version FROM core_title WHERE lccn = 'sn99990009'")
+    assert stored[0].startswith("2022-01-02 03:04:05")
+    change_index(agent, "c.delete(id='/lccn/sn99990009/')")
+    assert title_documents(agent) == []
+    job = agent.run("load-title", stdin=marc_xml())  # of the same version: ONI changes nothing
+    assert job["status"] == "successful"
+    assert len(title_documents(agent)) == 1
+    assert "indexing title sn99990009" in agent.logs(job["id"])
+
+
+ELEMENTS = {  # XML of up to 32 MiB, made of very many very small things
+    "beside each other": (b"<r>", b"<a/>", b"</r>"),
+    "below each other": (b"<r>", b"<a>", b""),
+    "below each other, in elements of a few": (b"<r>", b"<a><b/><b/><b/><b/></a>", b"</r>"),
+    "in one record": (b"<record>", b"<datafield/>", b"</record>"),
+    "in fields of one record": (
+        b"<record>",
+        b"<datafield>" + b"<s/>" * 5000 + b"</datafield>",
+        b"</record>",
+    ),
+    "in many records": (b"<r>", b"<record><datafield><s/></datafield></record>", b"</r>"),
+    "text of one element": (b"<record><datafield>", b"text", b"</datafield></record>"),
+    "names of their own": (b"<r>", b"", b"</r>"),
+    "comments": (b"<r>", b"<!---->", b"</r>"),
+}
+
+
+@pytest.mark.parametrize("shape", ELEMENTS)
+def test_a_title_of_very_many_things_takes_little_memory(agent, shape):
+    before, thing, after = ELEMENTS[shape]
+    room = oni_agent.MAX_PAYLOAD - len(before + after)
+    things = (
+        thing * (room // len(thing))
+        if thing
+        else b"".join(b"<a%d/>" % number for number in range(10**6, 10**6 + room // 11))
     )
-    text = text.replace(
-        "</batch>",
-        NDNP_ISSUE.format(lccn=GAZETTE, day="1900-01-01", folder="19000101011")
-        .replace('"01"', '"011"')
-        .replace("19000101011.xml", "1900010101.xml")
-        + "<?x y?>\n</batch>",
-    )
-    (batch / "data/batch.xml").write_bytes(text.replace("\n", "\r\n").encode())
-    shared.run("load-batch", ALPHA)
-    return shared
+    reply = agent.call("load-title", stdin=before + things + after)
+    assert (reply["status"], reply["message"]) == ("error", "Invalid data")
+    assert memory(agent, "VmHWM") < 100
 
+
+@pytest.mark.parametrize("kind", ["attributes", "a name", "a value"])
+def test_a_title_with_a_start_tag_without_end_takes_little_memory(agent, kind):
+    count = oni_agent.MAX_PAYLOAD - 100
+    if kind == "attributes":
+        inside = b" ".join(b"a%d=''" % number for number in range(count // 12))
+    else:
+        inside = b"a" * count + b"=''" if kind == "a name" else b"a='" + b"a" * count + b"'"
+    reply = agent.call("load-title", stdin=b"<r " + inside + b"/>")
+    assert (reply["status"], reply["message"]) == ("error", "Invalid data")
+    assert memory(agent, "VmHWM") < 100
+
+
+# --- Promises: batch-patch ------------------------------------------------------------------------
 
 def canonical(xml: bytes) -> str:
     """What two XML files have in common that say the same: comments count, indentation does not."""
@@ -2744,9 +5528,6 @@ def test_a_patched_batch_can_be_loaded_completely(patcher):
     repaired(patcher, "load-batch", new)
     assert patcher.held(new) == (1, 3, 6)
     assert patcher.held(ALPHA) == (1, 4, 8)
-
-
-HELD = f"RemoveIssue {GAZETTE}/1900010101\n"
 
 
 @pytest.mark.parametrize(
@@ -2872,43 +5653,206 @@ def test_a_patch_that_would_not_be_whole_is_not_made(agent):
     assert [path.name for path in agent.source.iterdir()] == [ALPHA]
 
 
-def test_names_that_are_no_text_do_no_harm(agent):
-    os.mkdir(os.fsencode(agent.source) + b"/batch_oru_alph\xe9_ver01")
-    os.mkdir(os.fsencode(agent.batch(BETA)) + b"/data/caf\xe9")
-    os.mkfifo(os.fsencode(agent.source / BETA) + b"/data/caf\xe9/fifo")
-    assert "no such file" in agent.call("load-batch", ALPHA)["error"]
-    agent.run("load-batch", BETA)
-    job = agent.run("batch-patch", BETA, ALPHA, stdin=f"RemoveIssue {GAZETTE}/1900010101".encode())
-    assert job["status"] == "failed"
-    assert "cannot be copied" in job["error"]
+def test_a_cancelled_patch_leaves_no_unready_folder(agent):
+    old = agent.batch("batch_oru_alpha_ver01")
+    agent.run("load-batch", old.name)
+    (old / "data/many").mkdir()
+    for number in range(15_000):
+        os.link(old / "data/batch.xml", old / f"data/many/{number}")
+    with Client(agent.port) as client:
+        words = "batch-patch batch_oru_alpha_ver01 batch_oru_alpha_ver02"
+        client.ask(words, b"RemoveIssue sn99990001/1900010101\n")
+        until((agent.source / "WIP-UNREADY-batch_oru_alpha_ver02").exists)
+        assert client.ask("job-cancel 2")["status"] == "success"
+    job = agent.ended(2)
+    assert (job["status"], job["error"]) == ("failed", "cancelled")
+    assert os.listdir(agent.source) == [old.name]
 
 
-def test_a_refusal_waits_for_what_its_client_is_about_to_send(patcher):
-    with Client(patcher.port) as client:
-        channels = [
-            client.channel(command)
-            for command in (f"batch-patch {ALPHA} no-name", "batch-patch no-name x")
+def test_a_copy_that_fails_for_a_moment_is_tried_again(site):
+    batch = site.batch(ALPHA)
+    assert site.manage("load_batch", str(batch)).returncode == 0
+    away = batch.with_name("away")
+    altered(
+        site,
+        """
+        really, failures = agent.shutil.copy2, {}
+        def copy2(source, target):
+            failures[target] = failures.get(target, 0) + 1
+            if target.endswith(".jp2") and failures[target] < 3:
+                raise OSError(agent.errno.ESTALE, 'Stale file handle')
+            really(source, target)
+        agent.shutil.copy2 = copy2
+        """,
+    )
+    job = site.run("batch-patch", ALPHA, BETA, stdin=HELD.encode())
+    assert job["status"] == "successful"
+    said = [line for line in site.logs(job["id"]) if "cannot be copied" in line]
+    assert len(said) == 2 * len(list((site.source / BETA).rglob("*.jp2"))) > 0
+    assert said[0].endswith("Stale file handle; trying again")
+    assert not away.exists()
+
+
+def test_issues_are_removed_without_open_oni(tmp_path):
+    old = make_batch(tmp_path, ALPHA, 3, 1)
+    before = files_of(old)
+    words = ["--remove-issues", str(old), str(tmp_path / "new")]
+    status, out, said = run_agent(*words, f"{GAZETTE}/1900-01-01_01", f"{GAZETTE}/1900010301")
+    assert (status, said) == (0, "")
+    assert out.splitlines()[-1] == f"{tmp_path}/new is whole"
+    listing = ElementTree.parse(tmp_path / "new/data/batch.xml")
+    [left] = [node.text for node in listing.iter("{http://www.loc.gov/ndnp}issue")]
+    assert Path(left).parent.name == "1900010201" == mets_of(tmp_path / "new", 0).parent.name
+    assert files_of(old) == before
+    assert run_agent(*words, f"{GAZETTE}/1900010101", f"{GAZETTE}/1900010301")[0] == 0  # again
+
+
+@pytest.mark.parametrize(
+    "words, status, said",
+    [
+        ([ALPHA, "new"], 2, "--remove-issues needs FOLDER NEWFOLDER LCCN/YYYYMMDDEE"),
+        ([ALPHA, "new", "sn1/1900010101"], 1, "'sn1/1900010101' names no issue of"),
+        ([ALPHA, f"{ALPHA}/new", f"{GAZETTE}/1900010101"], 1, "name a folder outside of it"),
+        (["nowhere", "new", f"{GAZETTE}/1900010101"], 1, "no such file"),
+    ],
+)
+def test_a_removal_that_cannot_be_is_told_in_a_sentence(tmp_path, words, status, said):
+    make_batch(tmp_path, ALPHA, 2, 1)
+    folders = [str(tmp_path / each) for each in words[:2]]
+    found, _, sentence = run_agent("--remove-issues", *folders, *words[2:])
+    assert found == status
+    assert said in sentence
+    assert os.listdir(tmp_path) == [ALPHA]
+
+
+def test_a_patch_key_that_names_two_issues_is_refused(agent):
+    """By folder it is the one, by edition the other."""
+    batch = agent.batch(ALPHA)
+    reel = mets_of(batch, 0).parent.parent
+    (reel / "1900010201").rename(reel / "1900010102")
+    (reel / "1900010102/1900010201.xml").write_text(mets_xml(2, edition=2))
+    (reel / "1900010102/1900010201.xml").rename(reel / "1900010102/1900010102.xml")
+    listing = batch / "data/batch.xml"
+    text = (
+        listing.read_text().replace("1900010201", "1900010102").replace("1900-01-02", "1900-01-01")
+    )
+    first, _ = re.findall("<issue .*</issue>", text)
+    text = text.replace(first, first.replace('"01"', '"02"'))  # the folders' names say otherwise
+    listing.write_text(text)
+    agent.run("load-batch", ALPHA)
+    before = files_of(batch)
+    new = "batch_oru_alpha_ver02"
+    for key in "1900010101", "1900010102":
+        reply = agent.call(
+            "batch-patch", ALPHA, new, stdin=f"RemoveIssue {GAZETTE}/{key}\n".encode()
+        )
+        assert (reply["status"], reply.get("job")) == ("error", None), reply
+        assert key in reply["error"]
+    assert not (agent.source / new).exists()
+    assert files_of(batch) == before
+
+
+def test_a_patched_batch_is_on_disk_when_its_job_has_ended(troubled):
+    site = troubled.site.start()
+    site.batch(ALPHA)
+    site.run("load-batch", ALPHA)
+    new = "batch_oru_alpha_ver02"
+    line = f"RemoveIssue {GAZETTE}/1900010101\n".encode()
+    assert site.run("batch-patch", ALPHA, new, stdin=line)["status"] == "successful"
+    told = troubled.told()
+    unready = f"{site.source}/WIP-UNREADY-{new}"
+    renamed = told.index(f"rename {unready}")
+    assert f"fsync {site.source}" in told[renamed:]
+    made = [site.source / new, *(site.source / new).rglob("*")]
+    assert len(made) > 10
+    synced = {f"fsync {unready}{str(path)[len(str(site.source / new)):]}" for path in made}
+    assert synced <= set(told[:renamed])
+
+
+# --- Promises: the queue, restarts, and what is on disk -------------------------------------------
+
+def test_jobs_run_in_order_one_at_a_time_and_none_is_lost_by_a_kill(site):
+    names = [f"batch_oru_n{number:02}_ver01" for number in range(15)]
+    ids = list(range(1, len(names) + 1))
+    for name in names:
+        site.batch(name, issues=1, pages=1)
+    (site.oni / "at-work").mkdir()  # each manage.py leaves its pid here while it is at work
+    site.prepend_to_manage(
+        "import os, sys\nif 'load_batch' in sys.argv:\n    assert not os.listdir('at-work')\n    "
+        "open(f'at-work/{os.getpid()}', 'w')\n    import atexit\n    "
+        "atexit.register(os.remove, f'at-work/{os.getpid()}')"
+    )
+    gate = site.hold_load(site.source / names[0])
+    site.start()
+    assert [site.job("load-batch", name) for name in names] == ids
+    gate.reached()
+    site.kill()
+    gate.open()
+    site.start()
+    for id in ids:  # each has its time
+        site.ended(id)
+    jobs = site.call("list-jobs")["jobs"]
+    assert [(job["id"], job["status"]) for job in jobs] == [(id, "successful") for id in ids]
+    order = [
+        name
+        for name, in site.query(
+            "SELECT batch_name FROM core_loadbatchevent WHERE message LIKE 'proc%' ORDER BY id"
+        )
+    ]
+    assert order == names
+
+
+def test_a_restart_changes_no_answer_and_reuses_no_id(agent):
+    agent.batch("batch_oru_alpha_ver01")
+    agent.run("load-batch", "batch_oru_alpha_ver01")
+    before = [
+        without_session(agent.call(*words))
+        for words in (["job-status", "1"], ["job-logs", "1"], ["list-jobs"])
+    ]
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        agent.stop(how)
+        agent.start()
+        after = [
+            without_session(agent.call(*words))
+            for words in (["job-status", "1"], ["job-logs", "1"], ["list-jobs"])
         ]
-        for _ in range(3):
-            client.ask("version")
-        for channel in channels:
-            channel.sendall(
-                HELD.encode() + TRAILER
-            )  # whoever cannot send it, such as Go's library, reads no answer
-            assert json.loads(channel.makefile("rb").read())["status"] == "error"
+        assert after == before
+    assert agent.job("purge-batch", "batch_oru_alpha_ver01") == 2
 
 
-# -- an Open ONI that is in trouble itself
+def test_the_same_request_twice_is_one_job_while_it_waits_and_while_it_runs(agent):
+    gate = agent.hold_load(agent.batch(ALPHA))
+    batch = agent.batch(BETA)
+    assert [agent.job("load-batch", name) for name in (ALPHA, BETA)] == [1, 2]
+    gate.reached()
+    for id, name in (1, ALPHA), (2, BETA):
+        reply = without_session(agent.call("load-batch", name))
+        assert reply == {"status": "success", "message": ALREADY_QUEUED, "job": {"id": id}}
+    gate.open()
+    assert agent.ended(2)["status"] == "successful"
+    gate = agent.hold(batch / "purge-gate")
+    assert agent.job("purge-batch", BETA) == 3
+    gate.reached()
+    assert without_session(agent.call("purge-batch", BETA)) == {
+        "status": "success",
+        "message": ALREADY_QUEUED,
+        "job": {"id": 3},
+    }
+    gate.open()
+    assert agent.ended(3)["status"] == "successful"
+    assert len(agent.call("list-jobs")["jobs"]) == 3
 
-NO_SHEBANG = "print('not to be run')\n"
 
-
-def no_shebang(manage: Path) -> None:
-    rewrite(manage, NO_SHEBANG)
-
-
-def removed(manage: Path) -> None:
-    manage.unlink()
+def test_the_same_request_ten_times_at_once_is_one_job(agent):
+    gate = agent.hold_load(agent.batch(ALPHA))
+    replies = at_once(*[lambda: agent.call("load-batch", ALPHA)] * 10)
+    assert {reply["job"]["id"] for reply in replies} == {1}
+    assert (
+        sorted(reply["message"] for reply in replies)
+        == ["Job added to queue"] + [ALREADY_QUEUED] * 9
+    )
+    gate.open()
+    assert agent.ended(1)["status"] == "successful"
 
 
 @pytest.mark.parametrize("warm", [True, False])
@@ -2941,101 +5885,6 @@ def test_no_kind_of_job_could_start_when_manage_py_cannot_be_run(agent, spoil, w
     assert str(agent.state / "inputs" / str(ids[-1])) in jobs[-1]["job"]["error"]
 
 
-def test_a_job_whose_load_has_run_is_not_said_to_have_been_unable_to_start(agent):
-    gate = agent.hold_load(agent.batch(ALPHA))
-    id = agent.job("load-batch", ALPHA)
-    gate.reached()
-    no_shebang(agent.oni / "manage.py")
-    kill_warm_child(agent)
-    gate.open()
-    job = agent.ended(id)
-    assert job["status"] == "failed"
-    assert "what ONI holds of the batch now is not known: " in job["error"]
-
-
-def test_a_job_whose_purge_has_run_is_not_said_to_have_been_unable_to_start(agent):
-    batch = agent.batch(ALPHA)
-    gate = agent.hold_load(batch, issue=1)
-    id = agent.job("load-batch", ALPHA)
-    kill_at(agent, gate, "load_batch")
-    agent.ended(id)
-    gate = agent.hold(batch / "purge-gate")
-    id = agent.job("load-batch", ALPHA)
-    gate.reached()
-    no_shebang(agent.oni / "manage.py")
-    gate.open()
-    job = agent.ended(id)
-    assert job["status"] == "failed"
-    assert f"couldn't run {agent.oni / 'manage.py'}: " in job["error"]
-    assert job["error"].endswith("; ONI holds nothing of the batch")
-    assert agent.held(ALPHA) == (0, 0, 0)
-
-
-def test_an_open_oni_that_answers_late_is_said_to_while_jobs_wait_for_it(site):
-    seconds = round(busy(4))
-    agent = hurry(site, ANSWER_SECONDS=seconds)
-    gate = agent.hold_load(agent.batch(BETA))
-    agent.batch(ALPHA)
-    id = agent.job("load-batch", BETA)
-    gate.reached()
-    asked = {
-        f'"{ALPHA}" cannot be loaded': ("load-batch", ALPHA),
-        f'"{ALPHA}" cannot be purged': ("purge-batch", ALPHA),
-        "Unable to create awardee": ("ensure-awardee", "dlc", "Library of Congress"),
-    }
-    with contextlib.closing(
-        sqlite3.connect(agent.oni / "oni.sqlite3", isolation_level=None)
-    ) as database:
-        database.execute("BEGIN EXCLUSIVE")
-        gate.open()
-        *replies, other = at_once(
-            *[lambda words=words: agent.call(*words) for words in asked.values()],
-            lambda: agent.call("version"),
-        )
-    assert [(reply["message"], reply["error"]) for reply in replies] == [
-        (message, f"Open ONI did not answer within {seconds} s") for message in asked
-    ]
-    assert other["status"] == "success"
-    assert awardees(agent, "dlc") == []
-    assert agent.ended(id)["status"] == "successful"
-    assert (
-        agent.call("ensure-awardee", "dlc", "Library of Congress")["message"] == "Awardee created"
-    )
-    assert agent.run("load-batch", ALPHA)["status"] == "successful"
-
-
-def test_broken_settings_are_named_and_mended_ones_used(site):
-    site.batch(ALPHA)
-    settings = settings_local(site, "raise ValueError('no such password')\n")
-    site.start()
-    for _ in range(2):
-        reply = site.call("load-batch", ALPHA)
-        assert reply["message"] == f'"{ALPHA}" cannot be loaded'
-        assert reply["error"] == "Open ONI cannot be asked: ValueError: no such password"
-    settings.unlink()
-    assert site.run("load-batch", ALPHA)["status"] == "successful"
-
-
-@pytest.mark.parametrize(
-    "code",
-    [
-        "print('noise')",
-        "print('noise', end='', flush=True)",
-        "import os; os.write(1, b'\\xff{\"answer\": 1}' * 100_000)",
-        (
-            "from django.db.backends.signals import connection_created\n"
-            "connection_created.connect(lambda **_: print('noise', end=''), weak=False)"
-        ),
-    ],
-)
-def test_noise_on_stdout_does_no_harm(site, code):
-    site.batch(ALPHA)
-    settings_local(site, code + "\n")
-    assert site.start().run("load-batch", ALPHA)["status"] == "successful"
-    for _ in range(2):
-        assert without_session(site.call("load-batch", ALPHA)) == NOOP
-
-
 def test_the_child_that_answers_may_be_killed_between_two_questions(agent):
     for _ in range(3):
         assert agent.call("ensure-awardee", "oru")["message"] == "Awardee already exists"
@@ -3044,45 +5893,12 @@ def test_the_child_that_answers_may_be_killed_between_two_questions(agent):
     assert agent.zygote()  # one, that is
 
 
-@pytest.mark.parametrize("warm", [True, False])
-def test_a_database_that_is_down_is_said_and_one_that_is_up_again_asked(agent, warm):
-    agent.batch(ALPHA)
-    gate = agent.hold_load(agent.batch(BETA))
-    if warm:
-        agent.call("ensure-awardee", "oru")
-    with agent.database_down():
-        for words, message in (
-            (("load-batch", ALPHA), f'"{ALPHA}" cannot be loaded'),
-            (("purge-batch", ALPHA), f'"{ALPHA}" cannot be purged'),
-            (("ensure-awardee", "oru"), "Unable to create awardee"),
-        ):
-            reply = agent.call(*words)
-            assert (reply["status"], reply["message"]) == ("error", message)
-            assert (
-                reply["error"]
-                == "Open ONI cannot answer: OperationalError: unable to open database file"
-            )
-    assert agent.call("list-jobs")["jobs"] == []
-    agent.job("load-batch", BETA)
-    waiting = agent.job("load-batch", ALPHA)
-    gate.reached()
-    with agent.database_down():
-        gate.open()
-        job = agent.ended(waiting)
-    assert (job["status"], job["error"]) == (
-        "failed",
-        "Open ONI cannot answer: OperationalError: unable to open database file",
-    )
-    for name in (ALPHA, BETA):
-        repaired(agent, "load-batch", name)
-        assert agent.held(name) == (1, 2, 4)
-
-
-# --- Promises: nothing is lost --------------------------------------------------------------------
-
 KILLS = int(os.environ.get("CRASH_KILLS", 30))
+
 SEED = int(os.environ.get("CRASH_SEED", random.randrange(10**6)))
+
 LANES = -(-KILLS // 5)  # tests that the kills are spread over
+
 MOMENTS = (
     ("agent", "before the spawn"),
     ("both", "just after the spawn"),
@@ -3099,113 +5915,6 @@ MOMENTS = (
     ("manage.py", "just after the spawn"),
     ("agent", "in a patch's copying"),
 )
-WITNESS = r'''
-import contextlib, fcntl, os, sys
-def hold(name):
-    """Waits at a gate of the test's, if there is one."""
-    with contextlib.suppress(FileNotFoundError), open(os.path.join(here, "hold-" + name)) as gate:
-        gate.read()
-here = os.getcwd()
-command = "".join(sys.argv[1:2])
-if command == "check":
-    sys.exit()  # saves the tests its half second at every start
-if command in ("load_batch", "purge_batch", "load_titles"):
-    at_work = open("at-work", "a")
-    try:
-        fcntl.flock(at_work, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        open("two-at-once", "a").write(f"{sys.argv}\n")
-if command == "shell":  # what is asked of Open ONI is asked of its database
-    import django.db.backends.signals
-    def at_question(execute, sql, *more):
-        if sql.startswith("SELECT"):
-            hold("question")
-        return execute(sql, *more)
-    def connected(connection, **_):
-        connection.execute_wrappers.append(at_question)
-    django.db.backends.signals.connection_created.connect(connected, weak=False)
-hold(command)
-'''
-
-
-@pytest.fixture
-def witnessed(site) -> Site:
-    """A site whose manage.py tells when two are at work at once.
-
-    It can be held at its start and at a question.
-    """
-    site.prepend_to_manage(WITNESS)
-    yield site
-    assert not (site.oni / "two-at-once").exists(), (site.oni / "two-at-once").read_text()
-
-
-def half_load(site: Site, batch: Path) -> None:
-    """What a load leaves that is killed in its first issue."""
-    (site.oni / "data/batches" / batch.name).symlink_to(batch)
-    with contextlib.closing(
-        sqlite3.connect(site.oni / "oni.sqlite3", timeout=60)
-    ) as database, database:
-        database.execute(
-            "INSERT INTO core_batch (name, created, validated_batch_file, awardee_id)"
-            " VALUES (?, '2026-01-01 00:00:00', '', 'oru')",
-            [batch.name],
-        )
-        database.execute(
-            "INSERT INTO core_issue"
-            " (batch_id, title_id, date_issued, number, edition, edition_label, created)"
-            " VALUES (?, 'sn99990001', '1900-01-01', '', 1, '', '2026-01-01 00:00:00')",
-            [batch.name],
-        )
-        database.execute(
-            "INSERT INTO core_loadbatchevent (batch_name, created, message)"
-            " VALUES (?, '2026-01-01 00:00:00', 'starting load')",
-            [batch.name],
-        )
-
-
-def has_begun(site: Site, batch: str) -> bool:
-    """Whether a load of this batch is at work, as the agent has it on disk."""
-    with contextlib.closing(sqlite3.connect(site.state / "jobs.db", timeout=60)) as database:
-        words = json.dumps(["load-batch", batch])
-        begun = "SELECT count(*) FROM jobs WHERE words = ? AND status = 'started'"
-        return database.execute(begun, [words]).fetchone()[0] > 0
-
-
-def load_until(
-    moment: str, site: Site, batch: Path, draw: random.Random
-) -> tuple[int, Gate | None]:
-    """Has a batch loaded and follows that to a moment: the job's id, and the gate that holds it."""
-    question = site.oni / "hold-question"
-    if moment == "before the spawn":
-        gate = site.hold(question)
-        with Client(site.port) as client:
-            channel = client.channel(f"load-batch {batch.name}")
-            gate.reached()
-            while not has_begun(site, batch.name):  # the acceptance's questions come first
-                question.unlink()
-                asked, gate = gate, site.hold(question)
-                os.close(asked._writer)
-                gate.reached()
-            return json.loads(channel.makefile("rb").read())["job"]["id"], gate
-    if moment == "before the record":
-        last_page = site.hold_load(batch, issue=1, page=3)
-        id = site.job("load-batch", batch.name)
-        last_page.reached()
-        gate = site.hold(question)
-        last_page.open()
-        return id, gate.reached()
-    if moment == "just after the spawn":
-        gate = site.hold(site.oni / "hold-load_batch")
-    elif moment == "in mid-output":
-        gate = site.hold_load(batch, issue=draw.randrange(2), page=draw.randint(1, 3))
-    elif moment == "in a repair's purge":
-        half_load(site, batch)
-        gate = site.hold(batch / "purge-gate")
-    else:
-        id = site.job("load-batch", batch.name)
-        time.sleep(draw.uniform(0, 0.6))
-        return id, None
-    return site.job("load-batch", batch.name), gate.reached()
 
 
 def kill(site: Site, victim: str) -> None:
@@ -3217,44 +5926,6 @@ def kill(site: Site, victim: str) -> None:
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
         until(lambda: not set(pids).intersection(site.manage_pids()))
-
-
-def printed(site: Site, since: set[Path] = frozenset()) -> list[str]:
-    """The lines of Open ONI's own log files, but for those files in `since`, as stderr has them."""
-    files = {
-        path
-        for command in ("load", "purge")
-        for path in (site.oni / "log").glob(f"{command}_batch_*.log")
-    }
-    return [
-        re.sub(r"^\[[^]]* (\w+) [\w.]+\] ", r"[\1] ", line)
-        for path in sorted(files - since, key=lambda path: path.stat().st_mtime_ns)
-        for line in path.read_text().splitlines()
-    ]
-
-
-def on_stderr(site: Site, id: int) -> list[str]:
-    """The lines of manage.py's stderr in a job's log; their stamps must increase."""
-    stderr = site.call("job-logs", str(id))["job"]["stderr"]
-    stamps = [line[:32] for line in stderr]
-    assert stamps == sorted(set(stamps))
-    assert all(re.fullmatch(rf"\[{STAMP}\]", stamp) for stamp in stamps)
-    return [line[33:] for line in stderr]
-
-
-@pytest.mark.parametrize("lane", range(LANES))
-def test_a_job_outlives_kills_at_every_moment_of_its_life(witnessed, lane):
-    print(f"CRASH_KILLS={KILLS} CRASH_SEED={SEED}")
-    draw = random.Random(f"{SEED} {lane}")
-    witnessed.start()
-    for number in range(lane, KILLS, LANES):
-        victim, moment = MOMENTS[number % len(MOMENTS)]
-        print(f"kill {number}: {victim}, {moment}")
-        crash = crash_patch if moment == "in a patch's copying" else crash_load
-        crash(witnessed, victim, moment, f"batch_oru_k{number}_ver01", draw)
-    jobs = witnessed.call("list-jobs")["jobs"]
-    assert [job["id"] for job in jobs] == list(range(1, len(jobs) + 1))
-    assert {job["status"] for job in jobs} <= {"successful", "failed"}
 
 
 def crash_load(site: Site, victim: str, moment: str, name: str, draw: random.Random) -> None:
@@ -3308,52 +5979,19 @@ def crash_patch(site: Site, victim: str, moment: str, name: str, draw: random.Ra
     assert not list(site.source.glob("WIP*"))
 
 
-def test_the_next_agent_adopts_a_load_and_its_log_goes_on(witnessed):
-    site = witnessed.start()
-    batch = site.batch("batch_oru_alpha_ver01", issues=3, pages=2)
-    gates = [site.hold_load(batch, issue) for issue in range(3)]
-    id = site.job("load-batch", batch.name)
-    lengths = [0]
-    for gate in gates:
-        gate.reached()
-        site.restart()
-        assert "job=1" in site.wait_for("adopted")
-        until(lambda: len(site.logs(id)) > lengths[-1])  # it had no more to say before the gate
-        lengths.append(len(site.logs(id)))
-        assert site.call("job-status", str(id))["job"]["status"] == "started"
-        gate.open()
-    job = site.ended(id)
-    assert (job["id"], job["status"]) == (id, "successful")
-    assert on_stderr(site, id) == printed(site)
-    assert not any("interrupted" in line for line in site.logs(id))
-
-
-def test_what_was_printed_while_no_agent_was_there_is_in_the_log_however_long_it_is(site):
-    site.prepend_to_manage(
-        "import sys\nif 'load_batch' in sys.argv:\n"
-        "    print(*(f'before {n:040}' for n in range(9000)), sep='\\n', flush=True)\n"
-        "    open('gate-in-manage').read()\n"
-        "    print(*(f'after {n}' for n in range(100)), sep='\\n', end=' the end', flush=True)"
-    )
-    gate = site.hold(site.oni / "gate-in-manage")
-    site.batch(ALPHA)
-    site.start()
-    id = site.job("load-batch", ALPHA)
-    gate.reached()
-    until(lambda: len(site.logs(id)) == 9000)
-    site.kill()
-    gate.open()
-    until(lambda: not site.manage_pids("load_batch"))
-    site.start()
-    assert site.ended(id)["status"] == "successful"
-    printed = [line[33:] for line in site.call("job-logs", str(id))["job"]["stdout"]]
-    assert [line for line in printed if line.startswith("before")] == [
-        f"before {n:040}" for n in range(9000)
-    ]
-    assert [line for line in printed if line.startswith("after")] == [
-        *(f"after {n}" for n in range(99)),
-        "after 99 the end",
-    ]
+@pytest.mark.parametrize("lane", range(LANES))
+def test_a_job_outlives_kills_at_every_moment_of_its_life(witnessed, lane):
+    print(f"CRASH_KILLS={KILLS} CRASH_SEED={SEED}")
+    draw = random.Random(f"{SEED} {lane}")
+    witnessed.start()
+    for number in range(lane, KILLS, LANES):
+        victim, moment = MOMENTS[number % len(MOMENTS)]
+        print(f"kill {number}: {victim}, {moment}")
+        crash = crash_patch if moment == "in a patch's copying" else crash_load
+        crash(witnessed, victim, moment, f"batch_oru_k{number}_ver01", draw)
+    jobs = witnessed.call("list-jobs")["jobs"]
+    assert [job["id"] for job in jobs] == list(range(1, len(jobs) + 1))
+    assert {job["status"] for job in jobs} <= {"successful", "failed"}
 
 
 def test_sigterm_stops_the_agent_and_leaves_the_load_at_work(witnessed):
@@ -3433,78 +6071,11 @@ def test_no_attempt_is_counted_that_a_stop_of_the_agent_has_cut_short(site):
     assert not (site.state / "stopped").exists()
 
 
-def test_an_interrupted_title_is_loaded_again(witnessed):
-    site = witnessed.start()
-    gate = site.hold(site.oni / "hold-load_titles")
-    id = site.job("load-title", stdin=marc_xml())
-    gate.reached()
-    site.kill()
-    for pid in site.manage_pids("load_titles"):
-        os.kill(pid, signal.SIGKILL)
-    gate.open()
-    half = site.state / "inputs/unready-half"
-    half.write_text("<rec")  # of a request that the kill has cut off
-    assert site.start().ended(id)["status"] == "successful"
-    assert not half.exists()
-    assert site.query("SELECT name FROM core_title WHERE lccn = 'sn99990009'") == [
-        ("The sample herald.",)
-    ]
-
-
 def test_a_second_agent_on_a_state_folder_is_refused(agent):
     said = failed_start(agent)
     assert "another ONI Agent" in said
     assert str(agent.state) in said
     assert agent.call("version")["status"] == "success"
-
-
-class SmallDisk:
-    """The state folder on a file system of its own, which can be full.
-
-    That is a tmpfs or, where nobody may mount one, a limit on the size of the agent's files.
-    """
-
-    def __init__(self, site: Site):
-        self.site = site
-        self.filler = site.state / "filler"
-        site.state.mkdir()
-        words = f"mount -t tmpfs -o size=4m tmpfs {shlex.quote(str(site.state))}"
-        self.mounted = (
-            subprocess.run(["sh", "-c", words], stderr=subprocess.DEVNULL).returncode == 0
-        )
-
-    def fill(self) -> None:
-        """Leaves no byte."""
-        if not self.mounted:
-            return resource.prlimit(
-                self.site.agent.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY)
-            )
-        with open(self.filler, "ab", buffering=0) as file, contextlib.suppress(OSError):
-            while True:
-                file.write(bytes(4096))
-
-    def free(self) -> None:
-        """Takes that back."""
-        if self.mounted:
-            self.filler.unlink()
-        else:
-            resource.prlimit(
-                self.site.agent.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2
-            )
-
-    def unmount(self) -> None:
-        """Leaves the machine as it was."""
-        if self.mounted:
-            subprocess.run(["umount", "-l", str(self.site.state)], check=True)
-
-
-@pytest.fixture
-def disk(witnessed):
-    """A small disk under the site's state folder."""
-    disk = SmallDisk(witnessed)
-    yield disk
-    witnessed.clean_up()
-    disk.unmount()
 
 
 def test_a_full_disk_refuses_jobs_and_keeps_none(disk, witnessed):
@@ -3522,66 +6093,6 @@ def test_a_full_disk_refuses_jobs_and_keeps_none(disk, witnessed):
     before = without_session(site.call("list-jobs"))
     assert len(before["jobs"]) == 1
     assert without_session(site.restart().call("list-jobs")) == before
-
-
-@pytest.mark.parametrize("room_for_the_log", [False, True])
-def test_a_disk_that_fills_up_stops_no_load_and_the_log_says_so(disk, witnessed, room_for_the_log):
-    site = witnessed.start()
-    batch = site.batch("batch_oru_alpha_ver01", issues=2, pages=40)
-    gate = site.hold_load(batch)
-    id = site.job("load-batch", batch.name)
-    gate.reached()
-    if room_for_the_log and disk.mounted:  # so that only manage.py meets the full disk
-        subprocess.run(["fallocate", "-n", "-l", "1M", str(site.state / "logs/1.log")], check=True)
-    disk.fill()
-    gate.open()
-    until(lambda: not site.manage_pids("load_batch"))
-    assert site.held(batch.name) == (1, 2, 80)
-    assert (
-        site.call("job-status", str(id))["job"]["status"] == "started"
-    )  # its end cannot be recorded yet
-    assert site.call("job-logs", str(id))["status"] == "success"
-    disk.free()
-    assert site.ended(id)["status"] == "successful"
-    assert any("may be missing" in line for line in site.logs(id))
-    assert set(on_stderr(site, id)) & set(printed(site))
-    assert site.restart().ended(id)["status"] == "successful"
-
-
-def test_an_agent_that_cannot_keep_logs_does_not_start(site):
-    site.state.mkdir()
-    (site.state / "logs").write_text("in the way")
-    assert f"File exists: '{site.state / 'logs'}'" in failed_start(site)
-
-
-def past_jobs(site: Site, *rows: tuple) -> None:
-    """Writes jobs into the store of an agent that rests.
-
-    Each is its words, its status, and the days since it was queued and ended.
-    """
-    site.start().kill()
-    now = time.time_ns()
-    day = 86400 * 10**9
-    with contextlib.closing(sqlite3.connect(site.state / "jobs.db")) as database, database:
-        database.executemany(
-            "INSERT INTO jobs (words, queued, status, started, ended, error, attempts) VALUES (?,"
-            " ?, ?, ?, ?, '', 1)",
-            [
-                (
-                    json.dumps(words),
-                    now - queued * day,
-                    status,
-                    now - queued * day,
-                    None if ended is None else now - ended * day,
-                )
-                for words, status, queued, ended in rows
-            ],
-        )
-        (site.state / "logs").mkdir(exist_ok=True)
-        for (id,) in database.execute("SELECT id FROM jobs WHERE ended IS NOT NULL").fetchall():
-            (site.state / "logs" / f"{id}.log").write_bytes(
-                b"[2026-01-01T00:00:00.000000000Z] E a line\n"
-            )
 
 
 def test_no_id_is_given_twice_though_the_database_was_moved_away(site):
@@ -3607,19 +6118,6 @@ def test_an_ended_job_of_a_kind_that_is_not_known_holds_nobody_up(site):
     assert site.call("list-jobs")["jobs"][0]["words"] == ["embargo-batch", ALPHA]
     repaired(site, "load-batch", ALPHA)
     assert site.call("job-retry", "1")["status"] == "error"
-
-
-@pytest.mark.parametrize(
-    "content", ["", "[1, 2", '{"files of batch_oru_alpha_ver01": 3}', '["1.0.0", {"a": 3}]', "[1]"]
-)
-def test_counts_that_another_release_has_kept_are_counted_anew(site, content):
-    site.batch(ALPHA)
-    site.state.mkdir(exist_ok=True)
-    (site.state / "counts.json").write_text(content)
-    site.start()
-    repaired(site, "load-batch", ALPHA)
-    assert site.call("batch-status", ALPHA)["batch"]["state"] == "complete"
-    until(lambda: listed(site)[0] == "complete")
 
 
 def change_store(site: Site, *statements: str) -> None:
@@ -3715,99 +6213,12 @@ def test_a_store_that_cannot_be_read_is_told_in_a_sentence(witnessed):
     assert "Traceback" not in said
 
 
-def test_an_agent_whose_stderr_is_closed_serves(witnessed):
-    site = witnessed
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    environment = {**site.environment, "BA_BIND": f"127.0.0.1:{port}"}
-    words = [sys.executable, str(AGENT)]
-    shell = ["sh", "-c", 'exec "$0" "$@" 2>&-', *words]
-    with subprocess.Popen(shell, env=environment) as process:
-        try:
-            assert until(lambda: answers_at(port))
-        finally:
-            process.terminate()
-        assert process.wait(30) == 0
-
-
-def answers_at(port: int) -> bool:
-    """Whether an agent answers at a port."""
-    with contextlib.suppress(OSError, EOFError, paramiko.SSHException), Client(port) as client:
-        return client.ask("version")["status"] == "success"
-    return False
-
-
-def remove_log(site: Site, id: int) -> None:
-    """Deletes all files of a job's log."""
-    for suffix in ("log", "out", "err"):
-        (site.state / f"logs/{id}.{suffix}").unlink()
-
-
 def test_batch_status_shows_the_newest_ten_jobs_of_a_batch(site):
     site.batch(ALPHA)
     past_jobs(site, *[(["load-batch", ALPHA], "failed", 1, 1)] * 12)
     site.start()
     jobs = site.call("batch-status", ALPHA)["jobs"]
     assert [job["id"] for job in jobs] == list(range(3, 13))
-
-
-def test_a_log_deleted_by_hand_is_an_empty_log(witnessed):
-    site = witnessed.start()
-    batch = site.batch("batch_oru_alpha_ver01")
-    assert site.run("load-batch", batch.name)["status"] == "successful"
-    remove_log(site, 1)
-    job = site.call("job-logs", "1")["job"]
-    assert (job["status"], job["stdout"], job["stderr"]) == ("successful", [], [])
-    gate = site.hold(site.oni / "hold-purge_batch")
-    assert site.job("purge-batch", batch.name) == 2
-    gate.reached()
-    remove_log(site, 2)  # while the job is at work
-    job = site.call("job-logs", "2")["job"]
-    assert (job["status"], job["stdout"], job["stderr"]) == ("started", [], [])
-    gate.open()
-    assert site.ended(2)["status"] == "successful"
-    assert site.call("job-logs", "2")["status"] == "success"
-
-
-def test_a_load_is_adopted_though_its_log_has_been_deleted(witnessed):
-    site = witnessed.start()
-    batch = site.batch("batch_oru_alpha_ver01")
-    gate = site.hold_load(batch, issue=1)
-    site.job("load-batch", batch.name)
-    gate.reached()
-    site.kill()
-    remove_log(site, 1)
-    site.start()
-    site.wait_for("adopted")
-    site.call(
-        "purge-batch", "batch_oru_beta_ver01"
-    )  # asks Open ONI, and so comes after whatever the job has asked
-    assert site.call("job-status", "1")["job"]["status"] == "started"
-    gate.open()
-    assert site.ended(1)["status"] == "successful"
-    assert site.query("SELECT message FROM core_loadbatchevent ORDER BY id") == [
-        ("starting load",),
-        ("processed 4 pages",),
-    ]  # and not purged and loaded once more
-
-
-def test_a_clock_set_back_does_not_disturb_the_order_of_a_log(witnessed):
-    site = witnessed.start()
-    batch = site.batch("batch_oru_alpha_ver01")
-    gate = site.hold_load(batch)
-    site.job("load-batch", batch.name)
-    gate.reached()
-    until(lambda: any("Saving page" in line for line in site.logs(1)))
-    site.kill()
-    path = site.state / "logs/1.log"
-    before, newest = path.read_text().rstrip("\n").rsplit("\n", 1)
-    path.write_text(f"{before}\n[2099-12-31T23:59:58.000000000Z]{newest[32:]}\n")
-    gate.open()
-    assert site.start().ended(1)["status"] == "successful"
-    assert on_stderr(site, 1) == printed(site)
-    job = site.call("job-logs", "1")["job"]
-    assert job["stderr"] == sorted(job["stderr"])
-    assert "[2099-12-31T23:59:58" < job["stderr"][-1] < "[2100-01-01T00:01"
 
 
 def test_finished_jobs_are_forgotten_after_90_days_but_for_the_newest_100(witnessed):
@@ -3833,196 +6244,6 @@ def test_finished_jobs_are_forgotten_after_90_days_but_for_the_newest_100(witnes
     assert site.restart().job("load-batch", "batch_oru_alpha_ver01") == 153
 
 
-def test_a_log_that_cannot_be_removed_stops_no_job(witnessed):
-    site = witnessed
-    site.batch("batch_oru_alpha_ver01")
-    past_jobs(site, *[(["load-batch", "batch_oru_old_ver01"], "successful", 200, 91)] * 120)
-    (site.state / "logs/1.log").unlink()
-    (site.state / "logs/1.log/by-hand").mkdir(parents=True)
-    assert site.start().run("load-batch", "batch_oru_alpha_ver01")["status"] == "successful"
-
-
-def test_what_the_agent_says_in_a_log_is_one_line(witnessed):
-    site = witnessed.start()
-    batch = site.batch("batch_oru_alpha_ver01")
-    half_load(site, batch)
-    with contextlib.closing(
-        sqlite3.connect(site.oni / "oni.sqlite3", timeout=60)
-    ) as database, database:
-        database.execute(
-            "UPDATE core_loadbatchevent SET message = 'unable to load batch: a fault\n' || ?",
-            ["E" * 60],
-        )
-    assert site.run("load-batch", batch.name)["status"] == "successful"
-    assert on_stderr(site, 1) == printed(site)
-    assert all(
-        re.match(rf"\[{STAMP}\] ", line) for line in site.call("job-logs", "1")["job"]["stdout"]
-    )
-
-
-def test_what_a_command_leaves_unfinished_is_a_line_of_its_own(site):
-    site.prepend_to_manage(
-        "import atexit, os, sys\n"
-        "atexit.register(os.write, 1, f'the end of {sys.argv[1]}'.encode())"
-    )
-    batch = site.batch(ALPHA)
-    site.start()
-    half_load(site, batch)
-    assert site.run("load-batch", ALPHA)["status"] == "successful"
-    ends = [line for line in site.logs(1) if "the end of" in line]
-    assert ends == ["the end of purge_batch", "the end of load_batch"]
-
-
-def test_a_log_that_release_1_1_has_written_is_shown_as_it_was(site):
-    past_jobs(site, (["load-batch", ALPHA], "failed", 1, 1))
-    stamps = [f"[2026-01-01T00:00:{second:02}.000000000Z]" for second in range(5)]
-    kinds = ["A a note", "$ 0 0 manage.py load_batch", "= 0 14", "= 9 14", "A the end"]
-    lines = [f"{stamp} {line}\n" for stamp, line in zip(stamps, kinds)]
-    (site.state / "logs/1.log").write_text("".join(lines))
-    (site.state / "logs/1.out").write_text("= 1 2 é\nunfinished")
-    (site.state / "logs/1.err").write_text("first\nsecond\n\n")
-    job = site.start().call("job-logs", "1")["job"]
-    assert [line[33:] for line in job["stdout"]] == ["a note", "= 1 2 é", "the end", "unfinished"]
-    assert [line[33:] for line in job["stderr"]] == ["first", "second", ""]
-    assert [job["stdout"][number][:21] for number in (0, 1, 2)] == [
-        stamp[:21] for stamp in (stamps[0], stamps[3], stamps[4])
-    ]
-
-
-PRINTED = strategies.text(alphabet="ab\n", max_size=60)
-
-
-@settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(
-    strategies.lists(strategies.one_of(strategies.tuples(PRINTED, PRINTED), strategies.just(()))),
-    strategies.integers(0, 40),
-)
-def test_each_line_of_a_log_has_one_stamp_whichever_lines_are_asked_for(monkeypatch, steps, count):
-    """And stamps increase, and nothing is lost, in parts of lines that are very long."""
-    monkeypatch.setattr(oni_agent, "BLOCK", 16)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "1.log")
-        for suffix in (".out", ".err"):
-            path.with_suffix(suffix).touch()
-        follower = oni_agent.LogReader(path)
-        followed = write_log(path, steps, follower)
-        reader = oni_agent.LogReader(path, is_over=True)
-        lines = all_lines(reader.lines())
-        stamps = [line[:32] for line in lines]
-        assert stamps == sorted(set(stamps))
-        assert followed == lines
-        for kinds, suffix in ((("O",), ".out"), (("E",), ".err")):
-            text = path.with_suffix(suffix).read_text()
-            assert "".join(line[33:] for line in all_lines(reader.lines(*kinds))) == text.replace(
-                "\n", ""
-            )
-        reader.skip_to_last(count)
-        assert all_lines(reader.lines()) == lines[max(0, len(lines) - count) :]
-        some = all_lines(reader.lines("O", "A")) + all_lines(reader.lines("E"))
-        assert sorted(some) == lines[max(0, len(lines) - count) :]
-
-
-def write_log(path: Path, steps: list[tuple], follower: oni_agent.LogReader) -> list[str]:
-    """Writes a log, of notes where a step is empty; the lines that a follower has seen meanwhile.
-
-    The log does not know of the last step.
-    """
-    followed = []
-    writer = oni_agent.LogWriter(path)
-    for number, step in enumerate(steps):
-        for text, suffix in zip(step, (".out", ".err")):
-            with open(path.with_suffix(suffix), "a") as file:
-                file.write(text)
-        if number < len(steps) - 1:
-            writer.look(is_end=True) if step else writer.note("a note")
-            followed += all_lines(follower.new_lines(False))
-    writer.close()
-    return followed + all_lines(follower.new_lines(True))
-
-
-def all_lines(some: Iterator[list[str]]) -> list[str]:
-    """The lines of a log, in one list."""
-    return [line for lines in some for line in lines]
-
-
-def test_a_log_has_few_entries_however_steadily_manage_py_prints(site):
-    site.prepend_to_manage(
-        "import sys, time\nif 'load_batch' in sys.argv:\n"
-        "    for n in range(200): print(n, flush=True); time.sleep(0.005)"
-    )
-    site.batch(ALPHA)
-    site.start()
-    job = site.run("load-batch", ALPHA)
-    entries = re.findall("(?m)^.{32} = ", (site.state / "logs/1.log").read_text())
-    assert 1 < len(entries) <= 4 * job["seconds"] + 3
-
-
-@pytest.mark.parametrize("name", ["1.log", "1.out", "1.err"])
-def test_a_log_that_cannot_be_read_is_an_error_and_no_success_with_lines_missing(site, name):
-    past_jobs(site, (["load-batch", ALPHA], "failed", 1, 1))
-    (site.state / "logs" / name).unlink(missing_ok=True)
-    (site.state / "logs" / name).mkdir()
-    site.start()
-    for words in ("job-logs", "1"), ("job-logs", "1", "5"), ("job-follow", "1"):
-        reply = site.call(*words)
-        assert (reply["status"], "job" in reply) == ("error", False)
-        assert name in reply["error"]
-
-
-def test_job_logs_without_a_descriptor_to_be_had_is_an_error(agent):
-    agent.batch(ALPHA)
-    id = agent.job("load-batch", ALPHA)
-    agent.ended(id)
-    with Client(agent.port) as client:
-        client.ask("version")
-        with without_descriptors(agent):
-            reply = client.ask(f"job-logs {id}")
-        assert (reply["status"], "Too many open files" in reply["error"]) == ("error", True)
-        assert client.ask(f"job-logs {id}")["job"]["stderr"]
-
-
-def test_an_error_is_short_though_what_manage_py_said_is_not_and_the_log_has_it_whole(site):
-    site.prepend_to_manage(
-        "import sys\nif 'load_batch' in sys.argv: sys.exit('[ERROR] ' + 'x' * 150_000)"
-    )
-    site.batch(ALPHA)
-    job = site.start().run("load-batch", ALPHA)
-    assert "exit status 1: xxx" in job["error"] and "x […" in job["error"]
-    assert len(job["error"].encode()) <= 2048
-    assert "".join(on_stderr(site, 1)) == "[ERROR] " + "x" * 150_000
-
-
-MANY_ERRORS = """
-import sys
-if "load_batch" in sys.argv:
-    for n in range(30):
-        sys.stderr.write("[INFO] a page\\n" * 70_000)
-        sys.stderr.write("[ERROR] the %dth error\\n" % n if n else "")
-    sys.exit(1)
-"""
-
-
-def test_the_reason_of_a_failure_costs_little_memory_however_much_was_printed(site):
-    site.prepend_to_manage(MANY_ERRORS)
-    site.batch(ALPHA)
-    site.start()
-    site.wait_for("Open ONI in .* word coordinates")  # what it needs to start it has in memory
-    before = memory(site, "VmHWM")
-    job = site.run("load-batch", ALPHA)
-    assert job["error"].startswith("exit status 1: the 29th error")
-    assert memory(site, "VmHWM") < before + 10
-
-
-# How a manage.py lets go of all that it has inherited, and what it may leave behind.
-CLOSES_ALL = """
-import os, sys
-if "load_batch" in sys.argv:
-    for number in range(3):
-        os.dup2(os.open(os.devnull, os.O_RDWR), number)
-    os.closerange(3, 1000)
-"""
 LEAVES_A_DAEMON = """
 import os, sys
 if "load_batch" in sys.argv and os.fork() == 0:
@@ -4030,36 +6251,6 @@ if "load_batch" in sys.argv and os.fork() == 0:
     open("daemon-gate").read()
     os._exit(0)
 """
-
-
-@pytest.mark.parametrize("adopted", [False, True])
-def test_a_manage_py_that_closes_its_descriptors_can_be_cancelled(witnessed, adopted):
-    site = witnessed
-    site.prepend_to_manage(CLOSES_ALL)
-    gate = site.hold_load(site.batch(ALPHA, issues=3), issue=1)
-    site.start().job("load-batch", ALPHA)
-    gate.reached()
-    if adopted:
-        site.restart().wait_for("adopted")
-    assert site.call("job-cancel", "1")["message"] == "Job is being cancelled"
-    assert site.ended(1)["error"] == "cancelled; ONI holds nothing of the batch"
-    assert site.manage_pids("load_batch") == []
-    assert any("SIGTERM" in line for line in site.logs(1))
-
-
-def test_a_manage_py_that_closes_its_descriptors_is_adopted_and_never_run_twice(witnessed):
-    site = witnessed
-    site.prepend_to_manage(CLOSES_ALL)
-    gate = site.hold_load(site.batch(ALPHA, issues=3), issue=1)
-    id = site.start().job("load-batch", ALPHA)
-    gate.reached()
-    for _ in range(2):
-        site.restart().wait_for("adopted")
-    gate.open()
-    job = site.ended(id)
-    assert (job["status"], job["attempts"]) == ("successful", 1)
-    loads = site.query("SELECT count(*) FROM core_loadbatchevent WHERE message = 'starting load'")
-    assert loads == [(1,)]
 
 
 @pytest.mark.parametrize("adopted", [False, True])
@@ -4130,20 +6321,6 @@ def test_a_manage_py_is_adopted_though_the_agent_was_killed_before_it_wrote_of_i
     assert (job["status"], job["attempts"]) == ("successful", 1)
 
 
-@pytest.mark.parametrize("adopted", [False, True])
-def test_a_load_can_be_cancelled_where_there_is_no_proc(troubled, adopted):
-    site = troubled.site
-    gate = site.hold_load(site.batch(ALPHA, issues=3), issue=1)
-    with troubled.having("no-proc"):
-        site.start().job("load-batch", ALPHA)
-        gate.reached()
-        if adopted:
-            site.restart().wait_for("adopted")
-        assert site.call("job-cancel", "1")["message"] == "Job is being cancelled"
-        assert site.ended(1)["error"] == "cancelled; ONI holds nothing of the batch"
-    assert site.manage_pids("load_batch") == []
-
-
 QUICK_LOAD = r'''
 if command == "load_batch":  # what matters here is the queue, and this takes no time
     import json, re, sqlite3, urllib.request
@@ -4204,9 +6381,6 @@ def test_a_hundred_jobs_survive_ten_kills_in_order(witnessed):
             assert [line[33:] for line in stderr] == [name]
 
 
-# --- Promises: what an administrator wants at 2 a.m. ----------------------------------------------
-
-
 def test_job_wait_answers_when_the_job_has_ended_and_its_exit_status_tells_success(agent):
     gate = agent.hold_load(agent.batch("batch_oru_alpha_ver01"))
     failing_load(agent)
@@ -4238,9 +6412,6 @@ def test_job_wait_answers_when_the_job_has_ended_and_its_exit_status_tells_succe
     assert json.loads(ssh_run(agent, "job-wait 77").stdout)["message"] == "Job not found"
 
 
-BOTH_STREAMS = "import os, sys\nif 'load_batch' in sys.argv:\n    os.write(1, b'said on stdout\\n')"
-
-
 def test_job_wait_is_woken_by_the_end_of_its_job(site):
     gate = site.hold_load(site.batch(ALPHA))
     hurry(site, WATCH_SECONDS=3600)  # no look at who waits comes in time
@@ -4252,45 +6423,822 @@ def test_job_wait_is_woken_by_the_end_of_its_job(site):
         assert json.loads(waiting.makefile("rb").read())["job"]["status"] == "successful"
 
 
-@pytest.mark.parametrize("options, newline", [((), b"\n"), (("-tt",), b"\r\n")])
-def test_job_follow_shows_lines_as_they_come_until_the_job_ends(site, options, newline):
-    site.prepend_to_manage(BOTH_STREAMS)
-    gate = site.hold_load(site.batch("batch_oru_alpha_ver01", issues=2), issue=1)
+def test_a_manage_py_that_ignores_sigterm_is_killed_and_its_batch_purged(site):
+    site.prepend_to_manage(
+        "import sys, signal\nif 'load_batch' in sys.argv: "
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+    )
+    gate = site.hold_load(site.batch("batch_oru_alpha_ver01"))
     site.start()
     site.job("load-batch", "batch_oru_alpha_ver01")
     gate.reached()
-    following = ssh_begin(site, "job-follow 1", *options)
-    so_far = []
-    while len([line for line in so_far if "Saving page" in line]) < 3:
-        so_far.append(following.stdout.readline().decode())
-    assert following.poll() is None
-    assert site.call("job-status", "1")["job"]["status"] == "started"
+    site.call("job-cancel", "1")
+    assert site.ended(1)["error"] == "cancelled; ONI holds nothing of the batch"
+    signals = [line.split()[1] for line in site.logs(1) if line.startswith("cancelled: SIG")]
+    assert signals == ["SIGTERM", "SIGKILL"]
+    assert site.held("batch_oru_alpha_ver01") == (0, 0, 0)
+
+
+def test_a_job_that_could_not_start_is_retried_and_one_that_waits_is_not(agent):
+    manage = agent.oni / "manage.py"
+    text = (agent.oni / "manage.py").read_text()
+    agent.batch("batch_oru_alpha_ver01")
+    agent.call("batch-status", "batch_oru_alpha_ver01")  # the child that answers is there
+    rewrite(manage, text.replace("#!/usr/bin/env python3", "#!/nowhere/python3"))
+    assert agent.run("load-batch", "batch_oru_alpha_ver01")["status"] == "couldn't start"
+    assert [job["id"] for job in agent.ssh('list-jobs "couldn\'t start"')["jobs"]] == [1]
+    rewrite(manage, text)
+    gate = agent.hold_load(agent.source / "batch_oru_alpha_ver01")
+    failing_load(agent)
+    assert agent.ssh("job-retry 1")["job"]["id"] == 2
+    agent.job("load-batch", "batch_oru_broken_ver01")
+    gate.reached()
+    assert [agent.ssh(f"job-retry {id}")["error"].split(":")[0] for id in (2, 3)] == [
+        "Started",
+        "Pending",
+    ]
+    again = agent.ssh("job-retry 1")
+    assert (again["message"], again["job"]["id"]) == ("Job already in queue", 2)
     gate.open()
-    rest = following.stdout.read()
-    assert following.wait(60) == 0
-    whole = "".join(so_far).encode() + rest
-    assert whole.endswith(newline)
-    assert whole.count(newline) == whole.count(b"\n")
-    job = site.call("job-logs", "1")["job"]
-    lines = re.sub(r"\x1b\[\d*m", "", whole.decode()).splitlines()
-    told = sorted(job["stdout"] + job["stderr"])
-    assert all(re.match(rf"\[{STAMP}\] ", line) for line in told)
-    if options:  # a person gets the host's time, without the parts of a second
-        told = [oni_agent.log_line(line) for line in told]
-    assert lines == told
-    assert any(line.endswith("said on stdout") for line in lines)
-    assert lines[-1].endswith("processed 4 pages")
+    assert agent.ended(2)["status"] == "successful"
 
 
-def test_following_a_job_that_has_ended_shows_all_of_it_and_how_it_ended(agent):
+def test_list_jobs_filters_by_status_and_tells_all_of_each_job(agent):
+    gate = agent.hold_load(agent.batch("batch_oru_gamma_ver01"))
+    agent.batch("batch_oru_alpha_ver01")
+    failing_load(agent)
+    for name in ("alpha", "broken", "gamma"):
+        agent.job("load-batch", f"batch_oru_{name}_ver01")
+    agent.job("purge-batch", "batch_oru_alpha_ver01")
+    gate.reached()
+    assert [job["id"] for job in agent.ssh("list-jobs")["jobs"]] == [1, 2, 3, 4]
+    for status, id in (("successful", 1), ("failed", 2), ("started", 3), ("pending", 4)):
+        (job,) = agent.ssh(f"list-jobs {status}")["jobs"]
+        assert job["id"] == id
+        assert job["words"][0] in ("load-batch", "purge-batch")
+        assert job["attempts"] == (0 if status == "pending" else 1)
+        assert ("error" in job, "started" in job, "ended" in job) == (id == 2, id != 4, id < 3)
+        assert all(
+            re.fullmatch(STAMP, job[key]) for key in ("queued", "started", "ended") if key in job
+        )
+        assert job.get("seconds", 0) >= 0
+    assert agent.ssh("list-jobs finished")["message"] == '"finished" is not a job status'
+    gate.open()
+
+
+def test_job_status_tells_the_place_in_the_queue_and_how_far_a_load_is(agent):
+    gate = agent.hold_load(agent.batch("batch_oru_alpha_ver01", issues=5), issue=2)
+    for name in ("batch_oru_beta_ver01", "batch_oru_gamma_ver01"):
+        agent.batch(name)
+    for name in ("alpha", "beta", "gamma"):
+        agent.job("load-batch", f"batch_oru_{name}_ver01")
+    gate.reached()
+    assert [agent.ssh(f"job-status {id}")["job"]["place"] for id in (2, 3)] == [
+        2,
+        3,
+    ]  # the one at work is the first
+    job = until(lambda: (job := agent.ssh("job-status 1")["job"]).get("issues_loaded") and job)
+    assert (job["issues_loaded"], job["issues"]) == (3, 5)
+    assert job["seconds"] > 0
+    assert "ended" not in job
+    gate.open()
+    job = agent.ended(1)
+    assert job["started"] < job["ended"]
+    assert "issues_loaded" not in job
+    assert "place" not in job
+
+
+def test_a_program_is_told_of_each_job_that_has_ended(site, tmp_path):
+    told = tmp_path / "told"
+    gate = Gate(tmp_path / "gate")
+    failing_load(site)
+    site.batch("batch_oru_alpha_ver01")
+    site.start(
+        ON_FINISH=program(
+            tmp_path / "finish",
+            f"env > {told}.$ONI_JOB_ID.new && mv {told}.$ONI_JOB_ID.new "
+            f"{told}.$ONI_JOB_ID\ncat {gate.path}\nexit 3",
+        )
+    )
+    jobs = [
+        site.run("load-batch", f"batch_oru_{name}_ver01") for name in ("broken", "alpha")
+    ]  # though the first hangs
+    for job, error in zip(jobs, (jobs[0]["error"], "")):
+        until(Path(f"{told}.{job['id']}").exists)
+        about = dict(
+            line.split("=", 1)
+            for line in Path(f"{told}.{job['id']}").read_text().splitlines()
+            if "=" in line
+        )
+        shown = {name: value for name, value in about.items() if name.startswith("ONI_JOB_")}
+        assert shown == {
+            "ONI_JOB_ID": str(job["id"]),
+            "ONI_JOB_COMMAND": " ".join(job["words"]),
+            "ONI_JOB_STATUS": job["status"],
+            "ONI_JOB_ERROR": error,
+            "ONI_JOB_LOG": str(site.state / f"logs/{job['id']}.log"),
+        }
+    gate.open()
+    site.wait_for("ON_FINISH failed: .*exit status 3")
+    assert site.call("version")["status"] == "success"
+    assert site.stop() == 0
+
+
+def test_a_program_that_cannot_run_or_hangs_harms_nothing(site, tmp_path):
+    hanging = Path(program(tmp_path / "finish", f"echo > {tmp_path}/begun; exec sleep 600"))
+    for name in ("alpha", "beta"):
+        site.batch(f"batch_oru_{name}_ver01")
+    site.start(ON_FINISH=str(hanging))
+    assert site.run("load-batch", "batch_oru_alpha_ver01")["status"] == "successful"
+    until((tmp_path / "begun").exists)
+    hanging.unlink()
+    assert site.run("load-batch", "batch_oru_beta_ver01")["status"] == "successful"
+    site.wait_for("job=2 ON_FINISH failed: exit status 127")
+    assert site.stop() == 0
+    for entry in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if f"ONI_JOB_LOG={site.state}".encode() in entry.read_bytes():
+                os.kill(int(entry.parent.name), signal.SIGKILL)
+
+
+def test_an_error_however_long_keeps_no_program_from_being_told(site, tmp_path):
+    site.prepend_to_manage(
+        "import sys\nif 'load_batch' in sys.argv: sys.exit('[ERROR] ' + 'é' * 3_000_000)"
+    )
+    told = tmp_path / "told"
+    finish = program(
+        tmp_path / "finish", f'printf %s "$ONI_JOB_ERROR" > {told}.new\nmv {told}.new {told}'
+    )
+    site.batch(ALPHA)
+    job = site.start(ON_FINISH=str(finish)).run("load-batch", ALPHA)
+    assert "ééé" in job["error"]
+    until(told.exists)
+    assert told.read_text() == job["error"]
+
+
+def test_a_job_waits_for_a_solr_that_comes_back(site):
+    site.batch(ALPHA)
+    site.start()
+    with site.solr.down():
+        id = site.job("load-batch", ALPHA)
+        until(lambda: site.call("job-status", str(id))["job"]["status"] == "started")
+    assert site.ended(id)["status"] == "successful"
+    assert word(site)[0] == "complete"
+
+
+@pytest.mark.parametrize("first", ["agent", "manage.py"])
+def test_a_sigterm_to_agent_and_manage_py_at_once_ends_no_job(agent, first):
+    """As of systemctl kill, or of a container that stops."""
+    gate = agent.hold_load(agent.batch(ALPHA))
+    id = agent.job("load-batch", ALPHA)
+    gate.reached()
+    [manage] = agent.manage_pids("load_batch")
+    with Client(agent.port) as client:
+        channel = client.channel(f"job-wait {id}")
+        for pid in sorted(
+            (agent.agent.pid, manage), key=lambda pid: (pid == manage) == (first == "agent")
+        ):
+            os.kill(pid, signal.SIGTERM)
+        assert channel.makefile("rb").read() == b""  # nothing was said of an end
+    assert agent.agent.wait(30) == 0
+    gate.open()
+    job = agent.start().ended(id)
+    assert (job["status"], job["attempts"]) == ("successful", 2)
+    assert agent.held(ALPHA) == (1, 2, 4)
+
+
+def test_what_a_stopping_agent_accepts_is_answered(witnessed):
+    site = witnessed
+    names = [f"batch_oru_n{number}_ver01" for number in range(60)]
+    for name in names:
+        site.batch(name, issues=1, pages=1)
+    question = site.hold(site.oni / "hold-question")
+    hurry(site, STOP_SECONDS=0.2)
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(Client(site.port)) for _ in range(6)]
+        channels = [clients[n % 6].channel(f"load-batch {name}") for n, name in enumerate(names)]
+        question.reached()
+        site.agent.send_signal(signal.SIGTERM)
+        site.wait_for("stopping on SIGTERM")
+        question.open()
+        answers = [channel.makefile("rb").read() for channel in channels]
+    assert site.agent.wait(30) == 0
+    replies = [json.loads(answer) for answer in answers if answer]
+    answered = {reply["job"]["id"] for reply in replies if reply["status"] == "success"}
+    site.prepend_to_manage("import sys; sys.exit(0)")  # whatever becomes of them
+    assert {job["id"] for job in site.start().call("list-jobs")["jobs"]} == answered
+
+
+def test_a_third_attempt_that_ended_well_while_no_agent_was_there_is_a_success(witnessed):
+    site = witnessed.start()
+    batch = site.batch(ALPHA)
+    for victim in "both", "both", "agent":
+        gate = site.hold_load(batch)
+        if not site.call("list-jobs")["jobs"]:
+            assert site.job("load-batch", ALPHA) == 1
+        gate.reached()
+        kill(site, victim)
+        gate.open()
+        until(lambda: not site.manage_pids("load_batch"))
+        if victim == "both":
+            gate = site.hold_load(batch)
+            site.start()
+    job = site.start().ended(1)
+    assert (job["status"], job.get("error")) == ("successful", None)
+    assert job["attempts"] == 3
+
+
+GAMMA = "batch_oru_gamma_ver01"
+
+
+def test_a_job_forgotten_while_it_is_in_the_queue_stops_no_other(site):
+    hurry(site, KEEP_DAYS=0.00001, KEEP_JOBS=0, SWEEP_SECONDS=0, WATCH_SECONDS=0.1)
+    gate = site.hold_load(site.batch(ALPHA))
+    site.batch(BETA)
+    site.batch(GAMMA)
+    first = site.job("load-batch", ALPHA)
+    gate.reached()
+    second = site.job("load-batch", BETA)
+    assert site.call("job-cancel", str(second))["message"] == "Job cancelled"
+    third = site.job("load-batch", GAMMA)
+    until(lambda: site.call("job-status", str(second))["message"] == "Job not found")
+    gate.open()
+    site.wait_for(f"job={first} .*status=")
+    site.wait_for(f"job={third} .*status='successful'")
+    assert site.held(BETA) == (0, 0, 0)
+
+
+def test_files_that_cannot_be_counted_in_time_are_no_reason_to_purge_a_whole_batch(site):
+    gate = held_question(site, 'FROM "core_title"')  # which is asked when files are counted
+    site.manage("load_batch", str(site.batch(ALPHA)))
+    held = site.held(ALPHA)
+    hurry(site, ANSWER_SECONDS=3, PATIENT_SECONDS=3, CHECK_SECONDS=3)
+    job = site.run("load-batch", ALPHA)
+    assert job["status"] == "failed"
+    assert job["error"] == (
+        "ONI holds 2 issues and 4 pages, and what it should hold is not known: its files are still"
+        " being counted; ask again"
+    )
+    assert site.held(ALPHA) == held == (1, 2, 4)
+    assert site.events(ALPHA) == ["starting load", "processed 4 pages"]
+    assert site.logs(job["id"]) == []
+    gate.remove()
+    until(lambda: word(site)[0] == "complete")
+    assert without_session(site.call("load-batch", ALPHA)) == NOOP
+
+
+@pytest.mark.parametrize("cancelled", [0, 1])
+def test_a_fault_of_the_agent_is_the_end_of_one_job_and_stops_no_other(site, cancelled):
+    """Here it does not know the kind of a job that an agent of another release has begun."""
+    past_jobs(site, (["embargo-batch", ALPHA], "started", 2, None))
+    change_store(site, f"UPDATE jobs SET cancelled = {cancelled}")
+    site.batch(BETA)
+    site.start()
+    assert site.run("load-batch", BETA)["status"] == "successful"
+    job = site.call("job-status", "1")["job"]
+    assert job["status"] == "failed"
+    assert job["error"] == "a fault of the agent, see its log: KeyError('embargo-batch')"
+
+
+def test_an_agent_whose_worker_cannot_go_on_ends_and_says_why(site):
+    altered(site, "agent.JobStore.expired = lambda store, now: {}['a fault']")
+    assert site.agent.wait(30) != 0
+    site.wait_for("KeyError: 'a fault'")
+
+
+def test_the_agent_may_open_as_many_files_as_it_is_allowed_to(site):
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, before[1]))
+    try:
+        site.start()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    soft, hard = resource.prlimit(site.agent.pid, resource.RLIMIT_NOFILE)
+    assert soft == min(hard, 65536)
+
+
+def test_a_job_that_succeeded_stays_so_though_no_thread_can_be_had(troubled, tmp_path):
+    site = troubled.site
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\necho $ONI_JOB_ID $ONI_JOB_STATUS >> " + str(tmp_path / "told"))
+    program.chmod(0o755)
+    gate = site.hold_load(site.batch(ALPHA))
+    site.batch(BETA)
+    site.start(ON_FINISH=str(program))
+    first = site.job("load-batch", ALPHA)
+    gate.reached()
+    with troubled.having("no-threads"):
+        gate.open()
+        site.wait_for(f"job={first} .*status='successful'")
+    assert site.run("load-batch", BETA)["status"] == "successful"
+    assert site.call("job-status", str(first))["job"]["status"] == "successful"
+    assert len([line for line in site.logs(first) if "loading batch at" in line]) == 1
+
+
+# A life of some jobs, once for each number: so many of the calls that strace counts are dummies
+# that its `when` hits another call of the life each time. It says what was answered.
+LIFE = r'''
+import contextlib, os, sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import oni_agent
+top, family, count = Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+
+def dummy():
+    with contextlib.suppress(OSError):
+        {
+            "fsync": lambda: os.fsync(999), "fdatasync": lambda: os.fdatasync(999),
+            "pwrite64": lambda: os.pwrite(999, b"", 0), "mkdir": lambda: os.mkdir("/"),
+            "rename": lambda: os.rename("/no/such", "/no/such"),
+            "unlink": lambda: os.unlink("/no/such"), "rmdir": lambda: os.rmdir("/no/such"),
+        }[family]()
+
+def say(*words):
+    os.write(told, (" ".join(map(str, words)) + "\n").encode())
+
+def asked(action, *words):
+    """Asked as a client or the worker asks: refused, or done; what is refused is tried again."""
+    for attempt in range(2):
+        try:
+            say("begun", *words)
+            result = action()
+            say("done", *words, *([result.id] if result else []))
+            return result
+        except OSError as error:
+            say("refused", *words, repr(error))
+
+def life(folder):
+    say("opening")
+    store = oni_agent.JobStore(folder)
+    say("open")
+    with store.new_input() as given:
+        given.write(b"<record/>")
+        def add_title():
+            oni_agent.sync(given.name)
+            return store.add(["load-title"], Path(given.name))
+        title = asked(add_title, "add-title")
+    def add(name):
+        return asked(lambda: store.add(["load-batch", name]), "add", name)
+    for name in "abc":
+        add(name)
+    job = add("d")
+    if job:
+        asked(lambda: store.begin(job, 5, 1), "begin", job.id)
+        asked(lambda: store.cancel(job), "cancel", job.id)
+        end = oni_agent.End(oni_agent.FAILED, "cancelled", 7)
+        asked(lambda: store.end(job, end), "end", job.id)
+    last = add("e")
+    if title:
+        def forget():
+            store.remove_files(title.id)
+            store.forget([title.id])
+        asked(forget, "forget", title.id)
+    say("lived")
+
+for number in range(1, count + 1):
+    child = os.fork()
+    if not child:
+        try:
+            told = os.open(top / f"{number}.told", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            for _ in range(100 - number):
+                dummy()
+            life(top / str(number))
+        except oni_agent.Problem as problem:
+            say("not-started", problem)
+            os._exit(1)
+        except OSError as error:
+            say("no-input", error)  # the request was refused before it was one
+            os._exit(1)
+        finally:
+            os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    (top / f"{number}.status").write_text(str(os.WEXITSTATUS(status)))
+'''
+
+
+def held_after(folder: Path) -> tuple[dict[int, oni_agent.Job], int]:
+    """The jobs that the next agent finds, by id, and the next id that it gives."""
+    store = oni_agent.JobStore(folder)
+    jobs = {job.id: job for job in store.select(1000)}
+    return jobs, store.add(["load-batch", "next"]).id
+
+
+def ids_told(told: list[str]) -> list[int]:
+    """The ids that clients have been told."""
+    return [int(line.split()[-1]) for line in told if line.startswith("done add")]
+
+
+def hold_to_what_was_told(told: list[str], jobs: dict[int, oni_agent.Job], folder: Path) -> None:
+    """Whatever was answered is so, and what was refused is not; one change may be either."""
+    last = {}  # of each request: how it went the last time
+    for line in told:
+        how, *words = line.split()
+        if how in ("begun", "done", "refused"):
+            last[tuple(words[: 1 if words[0] == "add-title" else 2])] = how
+    ids = ids_told(told)
+    assert len(ids) == len(set(ids))
+    named = {job.words[-1]: job for job in jobs.values()}
+    names = [job.words[-1] for job in jobs.values()]
+    assert len(names) == len(set(names)), "a request that was refused once was done twice"
+    forgotten = {words[1] for words, how in last.items() if words[0] == "forget"}
+    for words, how in last.items():
+        name = words[-1] if words[0] == "add" else "load-title"
+        if words[0].startswith("add") and how == "refused":
+            assert name not in named
+        if words[0].startswith("add") and how == "done" and not (forgotten and "t" in name):
+            assert name in named
+        if words[0] == "end" and how != "begun":
+            assert jobs[int(words[1])].finished == (how == "done")
+        if words[0] == "cancel" and how != "begun":
+            assert jobs[int(words[1])].cancelled == (how == "done")
+        if words[0] == "forget" and how == "done":
+            assert int(words[1]) not in jobs
+    for job in jobs.values():
+        if job.words == ["load-title"] and not forgotten:
+            assert (folder / f"inputs/{job.id}/input.xml").read_bytes() == b"<record/>"
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
+@pytest.mark.parametrize("error", ["EIO", "ENOSPC"])
+@pytest.mark.parametrize(
+    "family, count",
+    [  # and more than there are such calls in a life
+        ("fsync", 5),
+        ("fdatasync", 22),
+        ("pwrite64", 60),
+        ("mkdir", 6),
+        ("rename", 3),
+        ("unlink", 7),
+        ("rmdir", 3),
+    ],
+)
+def test_what_is_answered_happens_whichever_call_to_the_disk_fails(tmp_path, family, count, error):
+    script = tmp_path / "life.py"
+    script.write_text(LIFE)
+    # On some machines a call goes by another name.
+    names = {"rename": "?rename,?renameat,?renameat2", "unlink": "?unlink,?unlinkat"}
+    inject = f"inject={names.get(family, '?' + family)}:error={error}:when=100"
+    subprocess.run(
+        ["strace", "-f", "--seccomp-bpf", "-o", str(tmp_path / "trace"), "-e", inject]
+        + [sys.executable, "-B", str(script), str(AGENT.parent), str(tmp_path), family, str(count)],
+        check=True,
+        stderr=subprocess.DEVNULL,
+    )
+    assert 0 < (tmp_path / "trace").read_text().count("(INJECTED)") < count
+    for number in range(1, count + 1):
+        told = (tmp_path / f"{number}.told").read_text().splitlines()
+        status = int((tmp_path / f"{number}.status").read_text())
+        assert status == 0 if told[-1] == "lived" else status in (1, oni_agent.EXIT_AGAIN), told
+        jobs, next_id = held_after(tmp_path / str(number))
+        assert next_id > max([*jobs, *ids_told(told)], default=0)
+        hold_to_what_was_told(told, jobs, tmp_path / str(number))
+
+
+@contextlib.contextmanager
+def failing_call(site: Site, call: str, error: str):
+    """The running agent's next calls of one kind fail, one in each of its threads."""
+    inject = f"inject={call}:error={error}:when=1"
+    words = ["strace", "-f", "-e", inject, "-p", str(site.agent.pid)]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as strace:
+        if b"attached" not in strace.stderr.readline():
+            pytest.skip("strace may not be attached here")
+        threading.Thread(target=strace.stderr.read, daemon=True).start()
+        try:
+            yield
+        finally:
+            strace.terminate()
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
+def test_a_request_whose_commit_may_have_failed_is_never_answered_as_refused(witnessed):
+    site = witnessed.start()
+    site.manage("load_batch", str(site.batch(ALPHA)))
+    with failing_call(site, "fdatasync", "EIO"), Client(site.port) as client:
+        with contextlib.suppress(EOFError, paramiko.SSHException):
+            assert client.channel(f"purge-batch {ALPHA}").makefile("rb").read() == b""
+        assert site.agent.wait(30) == oni_agent.EXIT_AGAIN
+    site.wait_for("not known whether the last change is on the disk; the agent ends")
+    jobs = site.start().call("list-jobs")["jobs"]  # as the next agent tells it, so it happens
+    ended = [site.ended(job["id"])["status"] for job in jobs]
+    assert (ended, site.held(ALPHA)) in ((["successful"], (0, 0, 0)), ([], (1, 2, 4)))
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
+def test_an_end_whose_commit_may_have_failed_is_what_the_next_agent_finds(witnessed):
+    site = witnessed.start()
+    gate = site.hold_load(site.batch(ALPHA))
+    id = site.job("load-batch", ALPHA)
+    gate.reached()
+    with failing_call(site, "fdatasync", "EIO"):
+        gate.open()
+        assert site.agent.wait(30) == oni_agent.EXIT_AGAIN
+    job = site.start().ended(id)
+    assert (job["status"], job["attempts"], site.held(ALPHA)) == ("successful", 1, (1, 2, 4))
+
+
+@pytest.mark.parametrize("part", ["jobs.db", "run.lock", "agent.lock", "logs", "inputs", ""])
+@pytest.mark.parametrize("how", ["a request comes", "nothing comes"])
+def test_an_agent_whose_state_is_removed_ends_and_manage_py_goes_on(witnessed, part, how):
+    site = witnessed.start()
+    gate = site.hold_load(site.batch(ALPHA))
+    site.batch(BETA)
+    site.job("load-batch", ALPHA)
+    gate.reached()
+    (site.state / part).rename(site.state.parent / "removed")
+    if how == "a request comes":
+        with contextlib.suppress(EOFError, paramiko.SSHException, OSError):
+            with Client(site.port) as client:
+                answer = client.channel(f"load-batch {BETA}").makefile("rb").read()
+                assert b"success" not in answer
+    assert site.agent.wait(30) == oni_agent.EXIT_HOPELESS
+    site.wait_for(re.escape(str(site.state / part)) + "/? was removed or replaced")
+    assert site.manage_pids("load_batch")
+    if part == "logs":  # manage.py's log has been made anew
+        shutil.rmtree(site.state / part, ignore_errors=True)
+    (site.state.parent / "removed").rename(site.state / part)
+    gate.open()
+    assert site.start().ended(1)["status"] == "successful"
+    assert [job["id"] for job in site.call("list-jobs")["jobs"]] == [1]
+
+
+def test_an_agent_forgets_nothing_by_a_clock_that_its_jobs_contradict(monkeypatch):
+    """The wall clock is twelve years ahead, and then right; a day is one of the steady clock."""
+    day = oni_agent.DAY
+    wall = [1000 * day]
+    steady = [0]
+    clock = oni_agent.Clock(1000 * day, lambda: wall[0], lambda: steady[0])
+    assert clock.believed() == 1000 * day
+    wall[0] += 12 * 365 * day
+    assert clock.believed() is None
+    steady[0] += day // 2
+    assert clock.believed() is None
+    wall[0] = 1001 * day  # it was set right
+    assert clock.believed() == 1001 * day
+    wall[0] += 200 * day
+    assert clock.believed() is None
+    steady[0] += day
+    assert clock.believed() == wall[0]  # the agent had slept, say
+    wall[0] -= 300 * day
+    assert clock.believed() == wall[0]
+    wall[0] += 300 * day
+    assert clock.believed() == wall[0]
+
+
+@pytest.mark.parametrize("days", [40, 200])
+def test_after_a_long_rest_nothing_is_forgotten_on_the_first_day(tmp_path, any_kind, days):
+    now = time.time_ns()
+    moment = f"{now - (60 + days) * oni_agent.DAY} + n"
+    many_jobs(tmp_path, 300, queued=moment, started=moment, ended=moment)
+    store = store_in(tmp_path)
+    if days == 40:
+        store.add(["load-batch", "x"])
+    queue = queue_on(store)
+    queue._forget_old()
+    assert len(queue.jobs()) == (101 if days == 40 else 300)
+
+
+def test_jobs_of_a_wrong_clock_are_listed_and_forgotten_by_their_ids(tmp_path):
+    day = oni_agent.DAY
+    now = time.time_ns()
+    many_jobs(tmp_path, 400)
+    store = store_in(tmp_path)
+    with store._database as database:
+        for first, moment in ((1, now - 100 * day), (201, now - day)):
+            columns = "queued = ?, started = ?, ended = ?"
+            database.execute(f"UPDATE jobs SET {columns} WHERE id >= ?", [moment] * 3 + [first])
+        database.execute("UPDATE jobs SET ended = ? WHERE id = 50", [now + 4000 * day])
+        database.execute("UPDATE jobs SET ended = 5, queued = 4 WHERE id IN (250, 398)")
+        database.execute("UPDATE jobs SET ended = ? WHERE id = 397", [now + 4000 * day])
+    assert store.expired(now) == [id for id in range(1, 201) if id != 50]
+    ended = queue_on(store).ended()
+    assert [job.id for job in ended] == list(range(400, 400 - oni_agent.MOST_ENDED, -1))
+
+
+def test_no_answer_waits_for_who_changes_a_job(tmp_path, any_kind):
+    many_jobs(tmp_path, oni_agent.JOBS_IN_MEMORY + 5)
+    queue = queue_on(store_in(tmp_path))
+    job = queue.get(queue.add(["load-batch", "x"])[0])
+    with futures.ThreadPoolExecutor(1) as pool, queue._turn:
+        asked = [
+            pool.submit(queue.jobs),
+            pool.submit(queue.jobs, ["failed"], "x", 3),
+            pool.submit(queue.get, 1),
+            pool.submit(queue.unfinished),
+            pool.submit(queue.at_work),
+            pool.submit(queue.place, job),
+            pool.submit(queue.ended),
+        ]
+        assert not futures.wait(asked, 30).not_done
+
+
+def test_thousands_of_jobs_are_forgotten_in_a_few_transactions_and_their_files_before(
+    tmp_path, any_kind
+):
+    old = f"{time.time_ns() - 91 * oni_agent.DAY} + n"
+    many_jobs(tmp_path, 3000, queued=old, started=old, ended=old)
+    store = store_in(tmp_path)
+    newest = store.add(["load-batch", "x"])
+    kept = list(range(2901, 3001))
+    for id in range(1, 3001):
+        store.log(oni_agent.Job(id, [], 0)).touch()
+    left = []  # of the logs, when the database is told to forget
+    statements = []
+
+    def see(statement: str) -> None:
+        statements.append(statement)
+        if statement.startswith("BEGIN"):
+            left.append(len(os.listdir(tmp_path / "state/logs")))
+
+    store._database.set_trace_callback(see)
+    queue = queue_on(store)
+    queue._forget_old()
+    assert [job.id for job in queue.jobs()] == [*kept, newest.id]
+    assert statements.count("COMMIT") <= 3
+    assert left == [2000, 1000, 100]
+
+
+def test_requests_that_come_at_once_get_ids_in_order_and_a_batch_one_job(tmp_path, any_kind):
+    queue = queue_on(store_in(tmp_path))
+    names = [f"batch{number % 20}" for number in range(100)]
+    with futures.ThreadPoolExecutor(20) as pool:
+        ids = list(pool.map(lambda name: queue.add(["load-batch", name])[0], names))
+    assert len(set(ids)) == 20
+    assert {(id, name) for id, name in zip(ids, names)} == {
+        (job.id, job.words[1]) for job in queue.jobs()
+    }
+    assert [queue._waiting.get().id for _ in range(20)] == list(range(1, 21))
+
+
+def test_who_waits_for_a_job_is_told_once_of_its_end(tmp_path, any_kind):
+    queue = queue_on(store_in(tmp_path))
+    job = queue.get(queue.add(["load-batch", "x"])[0])
+    told = []
+    queue.when_ended(job, lambda job: told.append("kept"))
+    queue.when_ended(job, lambda job: told.append("withdrawn"))()
+    assert told == []
+    queue.cancel(job)
+    queue.when_ended(job, lambda job: told.append("late"))()
+    assert told == ["kept", "late"]
+    assert queue._callbacks == {}
+
+
+def test_jobs_of_the_release_before_are_all_kept(tmp_path):
+    """Its jobs.db has a column more."""
+    state = tmp_path / "state"
+    state.mkdir()
+    with contextlib.closing(sqlite3.connect(state / "jobs.db")) as database:
+        database.executescript(
+            "PRAGMA journal_mode = WAL; CREATE TABLE jobs (id INTEGER PRIMARY KEY AUTOINCREMENT,"
+            " words TEXT NOT NULL, payload BLOB, queued INTEGER NOT NULL, status TEXT NOT NULL,"
+            " started INTEGER, ended INTEGER, error TEXT NOT NULL DEFAULT '', attempts INTEGER NOT"
+            " NULL DEFAULT 0, cancelled INTEGER NOT NULL DEFAULT 0);"
+            " PRAGMA application_id = 0x4F4E4941; PRAGMA user_version = 1;"
+            """INSERT INTO jobs VALUES (7, '["load-batch", "x"]', NULL, 1, 'failed', 2, 3, 'why',"""
+            """ 1, 0), (9, '["load-batch", "y"]', NULL, 4, 'started', 5, NULL, '', 2, 1)"""
+        )
+    store = store_in(tmp_path)
+    assert store.select(100) == [
+        oni_agent.Job(7, ["load-batch", "x"], 1, 2, oni_agent.End("failed", "why", 3), 1),
+        oni_agent.Job(9, ["load-batch", "y"], 4, 5, None, 2, True),
+    ]
+    assert store.add(["load-batch", "z"]).id == 10
+
+
+def test_an_input_is_kept_without_hard_links_and_a_retry_has_its_own(
+    tmp_path, any_kind, monkeypatch
+):
+    monkeypatch.delattr(os, "link")
+    store = store_in(tmp_path)
+    queue = queue_on(store)
+    with store.new_input() as given:
+        given.write(b"<record/>")
+        first = queue.get(queue.add(["load-title"], Path(given.name))[0])
+    with store.new_input() as given:
+        shutil.copyfile(store.input(first), given.name)
+        second = queue.get(queue.add(["load-title"], Path(given.name))[0])
+    store.remove_files(first.id)
+    assert store.input(second).read_bytes() == b"<record/>"
+    assert os.listdir(store.folder / "inputs") == [str(second.id)]
+
+
+def test_an_agent_that_stops_without_a_job_says_nothing_of_manage_py(site):
+    site.start()
+    assert site.stop() == 0
+    assert site.wait_for("stopping on SIGTERM").endswith("stopping on SIGTERM\n")
+
+
+def test_an_adopted_job_shows_its_attempts(agent):
+    gate = agent.hold_load(agent.batch(ALPHA))
+    id = agent.job("load-batch", ALPHA)
+    gate.reached()
+    agent.stop()
+    agent.start().wait_for("adopted=")
+    assert agent.call("job-status", str(id))["job"]["attempts"] == 1
+    gate.open()
+    assert agent.ended(id)["attempts"] == 1
+
+
+def test_job_wait_on_a_terminal_shows_the_bar_and_then_the_end(agent):
+    gate = agent.hold_load(agent.batch(ALPHA, issues=4), issue=2)
+    agent.job("load-batch", ALPHA)
+    gate.reached()
+    with TerminalClient(agent, "job-wait 1") as client:
+        client.wait_for(r"\[#+\.+\] [23] of 4 issues")
+        gate.open()
+        client.wait_for("Success: this job is complete.")
+        assert client.ended() == 0
+
+
+def test_job_wait_on_a_terminal_ends_with_1_where_the_job_failed(agent):
     failing_load(agent)
     agent.run("load-batch", "batch_oru_broken_ver01")
-    done = ssh_run(agent, "job-follow 1")
+    done = ssh_run(agent, "job-wait 1", "-tt")
     assert done.returncode == 1
-    assert b"[ERROR] unable to load batch" in done.stdout
-    assert done.stderr == b""
-    done = ssh_run(agent, "job-follow 77")
-    assert (json.loads(done.stdout)["message"], done.returncode) == ("Job not found", 0)
+    assert b"unable to load batch: it is too late" in done.stdout
+
+
+def test_job_wait_waits_for_several_jobs(agent):
+    gate = agent.hold_load(agent.batch(ALPHA))
+    failing_load(agent)
+    assert agent.job("load-batch", "batch_oru_broken_ver01") == 1
+    assert agent.job("load-batch", ALPHA) == 2
+    gate.reached()
+    waiting = ssh_begin(agent, "job-wait 2 1 -1")
+    on_terminal = ssh_begin(agent, "job-wait 2 -1", "-tt")
+    assert agent.call("job-status", "1")["job"]["status"] == "failed"
+    assert waiting.poll() is None
+    gate.open()
+    reply = without_session(json.loads(waiting.stdout.read()))
+    assert waiting.wait(60) == 1
+    assert (reply["status"], reply["message"]) == (
+        "success",
+        "Failed: 1 of these 3 jobs did not succeed.",
+    )
+    assert [(job["id"], job["status"]) for job in reply["jobs"]] == [
+        (2, "successful"),
+        (1, "failed"),
+        (-1, "successful"),
+    ]
+    assert b"Success: these 2 jobs are complete.\r\n" in on_terminal.stdout.read()
+    assert on_terminal.wait(60) == 0
+    assert agent.ssh("job-wait 2 77")["message"] == "Job not found"
+    assert agent.ssh("job-wait 2 x")["message"] == '"x" is not a valid job id'
+
+
+# --- Promises: cancelling and retrying ------------------------------------------------------------
+
+# How a manage.py lets go of all that it has inherited, and what it may leave behind.
+CLOSES_ALL = """
+import os, sys
+if "load_batch" in sys.argv:
+    for number in range(3):
+        os.dup2(os.open(os.devnull, os.O_RDWR), number)
+    os.closerange(3, 1000)
+"""
+
+
+@pytest.mark.parametrize("adopted", [False, True])
+def test_a_manage_py_that_closes_its_descriptors_can_be_cancelled(witnessed, adopted):
+    site = witnessed
+    site.prepend_to_manage(CLOSES_ALL)
+    gate = site.hold_load(site.batch(ALPHA, issues=3), issue=1)
+    site.start().job("load-batch", ALPHA)
+    gate.reached()
+    if adopted:
+        site.restart().wait_for("adopted")
+    assert site.call("job-cancel", "1")["message"] == "Job is being cancelled"
+    assert site.ended(1)["error"] == "cancelled; ONI holds nothing of the batch"
+    assert site.manage_pids("load_batch") == []
+    assert any("SIGTERM" in line for line in site.logs(1))
+
+
+def test_a_manage_py_that_closes_its_descriptors_is_adopted_and_never_run_twice(witnessed):
+    site = witnessed
+    site.prepend_to_manage(CLOSES_ALL)
+    gate = site.hold_load(site.batch(ALPHA, issues=3), issue=1)
+    id = site.start().job("load-batch", ALPHA)
+    gate.reached()
+    for _ in range(2):
+        site.restart().wait_for("adopted")
+    gate.open()
+    job = site.ended(id)
+    assert (job["status"], job["attempts"]) == ("successful", 1)
+    loads = site.query("SELECT count(*) FROM core_loadbatchevent WHERE message = 'starting load'")
+    assert loads == [(1,)]
+
+
+@pytest.mark.parametrize("adopted", [False, True])
+def test_a_load_can_be_cancelled_where_there_is_no_proc(troubled, adopted):
+    site = troubled.site
+    gate = site.hold_load(site.batch(ALPHA, issues=3), issue=1)
+    with troubled.having("no-proc"):
+        site.start().job("load-batch", ALPHA)
+        gate.reached()
+        if adopted:
+            site.restart().wait_for("adopted")
+        assert site.call("job-cancel", "1")["message"] == "Job is being cancelled"
+        assert site.ended(1)["error"] == "cancelled; ONI holds nothing of the batch"
+    assert site.manage_pids("load_batch") == []
 
 
 def test_who_follows_and_goes_away_cancels_nothing_and_leaves_nothing(agent):
@@ -4306,28 +7254,6 @@ def test_who_follows_and_goes_away_cancels_nothing_and_leaves_nothing(agent):
             each.send_signal(how)
             each.communicate(timeout=30)
     assert has_no_more_than(agent, before)
-    assert agent.call("job-status", "1")["job"]["status"] == "started"
-    gate.open()
-    assert agent.ended(1)["status"] == "successful"
-
-
-def test_ctrl_c_in_a_terminal_ends_the_following_and_not_the_job(agent):
-    gate = agent.hold_load(agent.batch("batch_oru_alpha_ver01"))
-    agent.job("load-batch", "batch_oru_alpha_ver01")
-    gate.reached()
-    ours, theirs = os.openpty()
-    following = subprocess.Popen(
-        [*agent.ssh_words("-t"), "job-follow 1"],
-        stdin=theirs,
-        stdout=subprocess.PIPE,
-        start_new_session=True,
-    )
-    following.stdout.readline()
-    os.write(ours, b"\x03")
-    agent.wait_for("session=.*job-follow.*client went away", 20)
-    following.communicate(timeout=30)
-    os.close(ours)
-    os.close(theirs)
     assert agent.call("job-status", "1")["job"]["status"] == "started"
     gate.open()
     assert agent.ended(1)["status"] == "successful"
@@ -4412,22 +7338,6 @@ def test_a_cancelled_load_leaves_the_batch_absent(agent, adopted):
     assert agent.ssh("batch-status batch_oru_alpha_ver01")["batch"]["state"] == "absent"
 
 
-def test_a_manage_py_that_ignores_sigterm_is_killed_and_its_batch_purged(site):
-    site.prepend_to_manage(
-        "import sys, signal\nif 'load_batch' in sys.argv: "
-        "signal.signal(signal.SIGTERM, signal.SIG_IGN)"
-    )
-    gate = site.hold_load(site.batch("batch_oru_alpha_ver01"))
-    site.start()
-    site.job("load-batch", "batch_oru_alpha_ver01")
-    gate.reached()
-    site.call("job-cancel", "1")
-    assert site.ended(1)["error"] == "cancelled; ONI holds nothing of the batch"
-    signals = [line.split()[1] for line in site.logs(1) if line.startswith("cancelled: SIG")]
-    assert signals == ["SIGTERM", "SIGKILL"]
-    assert site.held("batch_oru_alpha_ver01") == (0, 0, 0)
-
-
 def test_a_cancelled_purge_says_what_is_left(agent):
     batch = agent.batch("batch_oru_alpha_ver01", issues=3)
     agent.run("load-batch", batch.name)
@@ -4489,22 +7399,6 @@ def test_a_request_while_its_like_is_being_cancelled_is_a_job_of_its_own(agent):
     assert agent.ended(id)["error"].startswith("cancelled")
     assert agent.ended(again["job"]["id"])["status"] == "successful"
     assert agent.held(ALPHA) == (1, 2, 4)
-
-
-def test_a_cancelled_patch_leaves_no_unready_folder(agent):
-    old = agent.batch("batch_oru_alpha_ver01")
-    agent.run("load-batch", old.name)
-    (old / "data/many").mkdir()
-    for number in range(15_000):
-        os.link(old / "data/batch.xml", old / f"data/many/{number}")
-    with Client(agent.port) as client:
-        words = "batch-patch batch_oru_alpha_ver01 batch_oru_alpha_ver02"
-        client.ask(words, b"RemoveIssue sn99990001/1900010101\n")
-        until((agent.source / "WIP-UNREADY-batch_oru_alpha_ver02").exists)
-        assert client.ask("job-cancel 2")["status"] == "success"
-    job = agent.ended(2)
-    assert (job["status"], job["error"]) == ("failed", "cancelled")
-    assert os.listdir(agent.source) == [old.name]
 
 
 def test_a_cancel_survives_a_killed_agent(agent):
@@ -4576,39 +7470,520 @@ def test_a_failed_load_is_retried_as_a_new_job(agent):
     assert len(agent.ssh("list-jobs")["jobs"]) == 2
 
 
-def test_a_failed_title_is_retried_with_its_payload(site):
-    gate = gate_in_manage(site, "load_titles")
-    id = site.start().job("load-title", stdin=marc_xml(name="The retried herald."))
-    kill_at(site, gate, "load_titles")
-    assert site.ended(id)["status"] == "failed"
-    assert titles(site) == []
-    assert site.ssh("job-retry 1")["job"]["id"] == 2
-    assert site.ended(2)["status"] == "successful"
-    assert titles(site) == ["The retried herald."]
+def test_a_cancel_that_is_answered_as_one_is_never_followed_by_success(witnessed):
+    site = witnessed.start()
+    batch = site.batch(ALPHA)
+    last_page = site.hold_load(batch, issue=1, page=2)
+    id = site.job("load-batch", ALPHA)
+    last_page.reached()
+    question = site.hold(site.oni / "hold-question")
+    last_page.open()
+    question.reached()
+    with Client(site.port) as client:
+        with store_locked(site):
+            question.open()
+            site.wait_for("trying again every second")  # the job's end cannot be recorded
+            channel = client.channel(f"job-cancel {id}")
+            client.ask("version")  # by now the cancel is at work, too
+        answer = json.loads(channel.makefile("rb").read())
+    job = site.ended(id)
+    if answer["status"] == "success":
+        assert job["status"] == "failed"
+        assert job["error"].startswith("cancelled")
+        assert site.held(ALPHA) == (0, 0, 0)
+    else:
+        assert job["status"] == "successful"
 
 
-def test_a_job_that_could_not_start_is_retried_and_one_that_waits_is_not(agent):
-    manage = agent.oni / "manage.py"
-    text = (agent.oni / "manage.py").read_text()
-    agent.batch("batch_oru_alpha_ver01")
-    agent.call("batch-status", "batch_oru_alpha_ver01")  # the child that answers is there
-    rewrite(manage, text.replace("#!/usr/bin/env python3", "#!/nowhere/python3"))
-    assert agent.run("load-batch", "batch_oru_alpha_ver01")["status"] == "couldn't start"
-    assert [job["id"] for job in agent.ssh('list-jobs "couldn\'t start"')["jobs"]] == [1]
-    rewrite(manage, text)
-    gate = agent.hold_load(agent.source / "batch_oru_alpha_ver01")
-    failing_load(agent)
-    assert agent.ssh("job-retry 1")["job"]["id"] == 2
-    agent.job("load-batch", "batch_oru_broken_ver01")
+def test_a_cancel_that_is_answered_is_carried_out_though_manage_py_was_killed_before(agent):
+    gate = agent.hold_load(agent.batch(ALPHA), issue=1)
+    id = agent.job("load-batch", ALPHA)
     gate.reached()
-    assert [agent.ssh(f"job-retry {id}")["error"].split(":")[0] for id in (2, 3)] == [
-        "Started",
-        "Pending",
-    ]
-    again = agent.ssh("job-retry 1")
-    assert (again["message"], again["job"]["id"]) == ("Job already in queue", 2)
+    for pid in agent.manage_pids("load_batch"):
+        os.kill(pid, signal.SIGKILL)
+    assert agent.call("job-cancel", str(id))["message"] == "Job is being cancelled"
     gate.open()
-    assert agent.ended(2)["status"] == "successful"
+    assert agent.ended(id)["error"] == "cancelled; ONI holds nothing of the batch"
+    assert agent.held(ALPHA) == (0, 0, 0)
+
+
+def test_a_job_cancelled_before_its_turn_ended_before_the_one_at_work(tmp_path, any_kind):
+    queue = queue_on(store_in(tmp_path))
+    first, second = (queue.get(queue.add(["load-batch", name])[0]) for name in "ab")
+    queue.cancel(second)
+    queue.cancel(first)
+    assert [job.id for job in queue.ended()] == [first.id, second.id]
+
+
+def test_a_job_that_waits_for_descriptors_can_be_cancelled(tmp_path, any_kind, monkeypatch):
+    def out_of_descriptors(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(oni_agent, "Runner", out_of_descriptors)
+    queue = queue_on(store_in(tmp_path))
+    id, _ = queue.add(["load-batch", "x"])
+    job = queue.get(id)
+    has_ended = threading.Thread(target=queue._perform, args=[job], daemon=True)
+    has_ended.start()
+    assert queue.cancel(job)
+    has_ended.join(30)
+    assert not has_ended.is_alive()
+    assert job.error == "cancelled before it started"
+
+
+# --- Promises: logs -------------------------------------------------------------------------------
+
+ODD_OUTPUT = r"""
+import os, sys
+if "load_batch" in sys.argv:
+    os.write(1, b"caf\xe9\n" + b"\xe2\x82\xac" * 20_000 + b"\n\nlast of stdout")
+    os.write(2, b"nul \0 and \x1b[31mred\r\n")
+"""
+
+
+def test_odd_output_is_kept(site):
+    site.prepend_to_manage(ODD_OUTPUT)
+    site.batch("batch_oru_alpha_ver01")
+    site.start()
+    site.run("load-batch", "batch_oru_alpha_ver01")
+    job = site.call("job-logs", "1")["job"]
+    out = [line[33:] for line in job["stdout"]]
+    assert out[0] == "caf\N{REPLACEMENT CHARACTER}"
+    assert out[1:] == ["€" * 20_000, "", "last of stdout"]
+    assert job["stderr"][0][33:] == "nul \0 and \x1b[31mred\r"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "print('noise')",
+        "print('noise', end='', flush=True)",
+        "import os; os.write(1, b'\\xff{\"answer\": 1}' * 100_000)",
+        (
+            "from django.db.backends.signals import connection_created\n"
+            "connection_created.connect(lambda **_: print('noise', end=''), weak=False)"
+        ),
+    ],
+)
+def test_noise_on_stdout_does_no_harm(site, code):
+    site.batch(ALPHA)
+    settings_local(site, code + "\n")
+    assert site.start().run("load-batch", ALPHA)["status"] == "successful"
+    for _ in range(2):
+        assert without_session(site.call("load-batch", ALPHA)) == NOOP
+
+
+def test_the_next_agent_adopts_a_load_and_its_log_goes_on(witnessed):
+    site = witnessed.start()
+    batch = site.batch("batch_oru_alpha_ver01", issues=3, pages=2)
+    gates = [site.hold_load(batch, issue) for issue in range(3)]
+    id = site.job("load-batch", batch.name)
+    lengths = [0]
+    for gate in gates:
+        gate.reached()
+        site.restart()
+        assert "job=1" in site.wait_for("adopted")
+        until(lambda: len(site.logs(id)) > lengths[-1])  # it had no more to say before the gate
+        lengths.append(len(site.logs(id)))
+        assert site.call("job-status", str(id))["job"]["status"] == "started"
+        gate.open()
+    job = site.ended(id)
+    assert (job["id"], job["status"]) == (id, "successful")
+    assert on_stderr(site, id) == printed(site)
+    assert not any("interrupted" in line for line in site.logs(id))
+
+
+def test_what_was_printed_while_no_agent_was_there_is_in_the_log_however_long_it_is(site):
+    site.prepend_to_manage(
+        "import sys\nif 'load_batch' in sys.argv:\n"
+        "    print(*(f'before {n:040}' for n in range(9000)), sep='\\n', flush=True)\n"
+        "    open('gate-in-manage').read()\n"
+        "    print(*(f'after {n}' for n in range(100)), sep='\\n', end=' the end', flush=True)"
+    )
+    gate = site.hold(site.oni / "gate-in-manage")
+    site.batch(ALPHA)
+    site.start()
+    id = site.job("load-batch", ALPHA)
+    gate.reached()
+    until(lambda: len(site.logs(id)) == 9000)
+    site.kill()
+    gate.open()
+    until(lambda: not site.manage_pids("load_batch"))
+    site.start()
+    assert site.ended(id)["status"] == "successful"
+    printed = [line[33:] for line in site.call("job-logs", str(id))["job"]["stdout"]]
+    assert [line for line in printed if line.startswith("before")] == [
+        f"before {n:040}" for n in range(9000)
+    ]
+    assert [line for line in printed if line.startswith("after")] == [
+        *(f"after {n}" for n in range(99)),
+        "after 99 the end",
+    ]
+
+
+@pytest.mark.parametrize("room_for_the_log", [False, True])
+def test_a_disk_that_fills_up_stops_no_load_and_the_log_says_so(disk, witnessed, room_for_the_log):
+    site = witnessed.start()
+    batch = site.batch("batch_oru_alpha_ver01", issues=2, pages=40)
+    gate = site.hold_load(batch)
+    id = site.job("load-batch", batch.name)
+    gate.reached()
+    if room_for_the_log and disk.mounted:  # so that only manage.py meets the full disk
+        subprocess.run(["fallocate", "-n", "-l", "1M", str(site.state / "logs/1.log")], check=True)
+    disk.fill()
+    gate.open()
+    until(lambda: not site.manage_pids("load_batch"))
+    assert site.held(batch.name) == (1, 2, 80)
+    assert (
+        site.call("job-status", str(id))["job"]["status"] == "started"
+    )  # its end cannot be recorded yet
+    assert site.call("job-logs", str(id))["status"] == "success"
+    disk.free()
+    assert site.ended(id)["status"] == "successful"
+    assert any("may be missing" in line for line in site.logs(id))
+    assert set(on_stderr(site, id)) & set(printed(site))
+    assert site.restart().ended(id)["status"] == "successful"
+
+
+def test_an_agent_that_cannot_keep_logs_does_not_start(site):
+    site.state.mkdir()
+    (site.state / "logs").write_text("in the way")
+    assert f"File exists: '{site.state / 'logs'}'" in failed_start(site)
+
+
+def answers_at(port: int) -> bool:
+    """Whether an agent answers at a port."""
+    with contextlib.suppress(OSError, EOFError, paramiko.SSHException), Client(port) as client:
+        return client.ask("version")["status"] == "success"
+    return False
+
+
+def test_an_agent_whose_stderr_is_closed_serves(witnessed):
+    site = witnessed
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environment = {**site.environment, "BA_BIND": f"127.0.0.1:{port}"}
+    words = [sys.executable, str(AGENT)]
+    shell = ["sh", "-c", 'exec "$0" "$@" 2>&-', *words]
+    with subprocess.Popen(shell, env=environment) as process:
+        try:
+            assert until(lambda: answers_at(port))
+        finally:
+            process.terminate()
+        assert process.wait(30) == 0
+
+
+def remove_log(site: Site, id: int) -> None:
+    """Deletes all files of a job's log."""
+    for suffix in ("log", "out", "err"):
+        (site.state / f"logs/{id}.{suffix}").unlink()
+
+
+def test_a_log_deleted_by_hand_is_an_empty_log(witnessed):
+    site = witnessed.start()
+    batch = site.batch("batch_oru_alpha_ver01")
+    assert site.run("load-batch", batch.name)["status"] == "successful"
+    remove_log(site, 1)
+    job = site.call("job-logs", "1")["job"]
+    assert (job["status"], job["stdout"], job["stderr"]) == ("successful", [], [])
+    gate = site.hold(site.oni / "hold-purge_batch")
+    assert site.job("purge-batch", batch.name) == 2
+    gate.reached()
+    remove_log(site, 2)  # while the job is at work
+    job = site.call("job-logs", "2")["job"]
+    assert (job["status"], job["stdout"], job["stderr"]) == ("started", [], [])
+    gate.open()
+    assert site.ended(2)["status"] == "successful"
+    assert site.call("job-logs", "2")["status"] == "success"
+
+
+def test_a_load_is_adopted_though_its_log_has_been_deleted(witnessed):
+    site = witnessed.start()
+    batch = site.batch("batch_oru_alpha_ver01")
+    gate = site.hold_load(batch, issue=1)
+    site.job("load-batch", batch.name)
+    gate.reached()
+    site.kill()
+    remove_log(site, 1)
+    site.start()
+    site.wait_for("adopted")
+    site.call(
+        "purge-batch", "batch_oru_beta_ver01"
+    )  # asks Open ONI, and so comes after whatever the job has asked
+    assert site.call("job-status", "1")["job"]["status"] == "started"
+    gate.open()
+    assert site.ended(1)["status"] == "successful"
+    assert site.query("SELECT message FROM core_loadbatchevent ORDER BY id") == [
+        ("starting load",),
+        ("processed 4 pages",),
+    ]  # and not purged and loaded once more
+
+
+def test_a_clock_set_back_does_not_disturb_the_order_of_a_log(witnessed):
+    site = witnessed.start()
+    batch = site.batch("batch_oru_alpha_ver01")
+    gate = site.hold_load(batch)
+    site.job("load-batch", batch.name)
+    gate.reached()
+    until(lambda: any("Saving page" in line for line in site.logs(1)))
+    site.kill()
+    path = site.state / "logs/1.log"
+    before, newest = path.read_text().rstrip("\n").rsplit("\n", 1)
+    path.write_text(f"{before}\n[2099-12-31T23:59:58.000000000Z]{newest[32:]}\n")
+    gate.open()
+    assert site.start().ended(1)["status"] == "successful"
+    assert on_stderr(site, 1) == printed(site)
+    job = site.call("job-logs", "1")["job"]
+    assert job["stderr"] == sorted(job["stderr"])
+    assert "[2099-12-31T23:59:58" < job["stderr"][-1] < "[2100-01-01T00:01"
+
+
+def test_a_log_that_cannot_be_removed_stops_no_job(witnessed):
+    site = witnessed
+    site.batch("batch_oru_alpha_ver01")
+    past_jobs(site, *[(["load-batch", "batch_oru_old_ver01"], "successful", 200, 91)] * 120)
+    (site.state / "logs/1.log").unlink()
+    (site.state / "logs/1.log/by-hand").mkdir(parents=True)
+    assert site.start().run("load-batch", "batch_oru_alpha_ver01")["status"] == "successful"
+
+
+def test_what_the_agent_says_in_a_log_is_one_line(witnessed):
+    site = witnessed.start()
+    batch = site.batch("batch_oru_alpha_ver01")
+    half_load(site, batch)
+    with contextlib.closing(
+        sqlite3.connect(site.oni / "oni.sqlite3", timeout=60)
+    ) as database, database:
+        database.execute(
+            "UPDATE core_loadbatchevent SET message = 'unable to load batch: a fault\n' || ?",
+            ["E" * 60],
+        )
+    assert site.run("load-batch", batch.name)["status"] == "successful"
+    assert on_stderr(site, 1) == printed(site)
+    assert all(
+        re.match(rf"\[{STAMP}\] ", line) for line in site.call("job-logs", "1")["job"]["stdout"]
+    )
+
+
+def test_what_a_command_leaves_unfinished_is_a_line_of_its_own(site):
+    site.prepend_to_manage(
+        "import atexit, os, sys\n"
+        "atexit.register(os.write, 1, f'the end of {sys.argv[1]}'.encode())"
+    )
+    batch = site.batch(ALPHA)
+    site.start()
+    half_load(site, batch)
+    assert site.run("load-batch", ALPHA)["status"] == "successful"
+    ends = [line for line in site.logs(1) if "the end of" in line]
+    assert ends == ["the end of purge_batch", "the end of load_batch"]
+
+
+def test_a_log_that_release_1_1_has_written_is_shown_as_it_was(site):
+    past_jobs(site, (["load-batch", ALPHA], "failed", 1, 1))
+    stamps = [f"[2026-01-01T00:00:{second:02}.000000000Z]" for second in range(5)]
+    kinds = ["A a note", "$ 0 0 manage.py load_batch", "= 0 14", "= 9 14", "A the end"]
+    lines = [f"{stamp} {line}\n" for stamp, line in zip(stamps, kinds)]
+    (site.state / "logs/1.log").write_text("".join(lines))
+    (site.state / "logs/1.out").write_text("= 1 2 é\nunfinished")
+    (site.state / "logs/1.err").write_text("first\nsecond\n\n")
+    job = site.start().call("job-logs", "1")["job"]
+    assert [line[33:] for line in job["stdout"]] == ["a note", "= 1 2 é", "the end", "unfinished"]
+    assert [line[33:] for line in job["stderr"]] == ["first", "second", ""]
+    assert [job["stdout"][number][:21] for number in (0, 1, 2)] == [
+        stamp[:21] for stamp in (stamps[0], stamps[3], stamps[4])
+    ]
+
+
+PRINTED = strategies.text(alphabet="ab\n", max_size=60)
+
+
+def write_log(path: Path, steps: list[tuple], follower: oni_agent.LogReader) -> list[str]:
+    """Writes a log, of notes where a step is empty; the lines that a follower has seen meanwhile.
+
+    The log does not know of the last step.
+    """
+    followed = []
+    writer = oni_agent.LogWriter(path)
+    for number, step in enumerate(steps):
+        for text, suffix in zip(step, (".out", ".err")):
+            with open(path.with_suffix(suffix), "a") as file:
+                file.write(text)
+        if number < len(steps) - 1:
+            writer.look(is_end=True) if step else writer.note("a note")
+            followed += all_lines(follower.new_lines(False))
+    writer.close()
+    return followed + all_lines(follower.new_lines(True))
+
+
+def all_lines(some: Iterator[list[str]]) -> list[str]:
+    """The lines of a log, in one list."""
+    return [line for lines in some for line in lines]
+
+
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    strategies.lists(strategies.one_of(strategies.tuples(PRINTED, PRINTED), strategies.just(()))),
+    strategies.integers(0, 40),
+)
+def test_each_line_of_a_log_has_one_stamp_whichever_lines_are_asked_for(monkeypatch, steps, count):
+    """And stamps increase, and nothing is lost, in parts of lines that are very long."""
+    monkeypatch.setattr(oni_agent, "BLOCK", 16)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "1.log")
+        for suffix in (".out", ".err"):
+            path.with_suffix(suffix).touch()
+        follower = oni_agent.LogReader(path)
+        followed = write_log(path, steps, follower)
+        reader = oni_agent.LogReader(path, is_over=True)
+        lines = all_lines(reader.lines())
+        stamps = [line[:32] for line in lines]
+        assert stamps == sorted(set(stamps))
+        assert followed == lines
+        for kinds, suffix in ((("O",), ".out"), (("E",), ".err")):
+            text = path.with_suffix(suffix).read_text()
+            assert "".join(line[33:] for line in all_lines(reader.lines(*kinds))) == text.replace(
+                "\n", ""
+            )
+        reader.skip_to_last(count)
+        assert all_lines(reader.lines()) == lines[max(0, len(lines) - count) :]
+        some = all_lines(reader.lines("O", "A")) + all_lines(reader.lines("E"))
+        assert sorted(some) == lines[max(0, len(lines) - count) :]
+
+
+def test_a_log_has_few_entries_however_steadily_manage_py_prints(site):
+    site.prepend_to_manage(
+        "import sys, time\nif 'load_batch' in sys.argv:\n"
+        "    for n in range(200): print(n, flush=True); time.sleep(0.005)"
+    )
+    site.batch(ALPHA)
+    site.start()
+    job = site.run("load-batch", ALPHA)
+    entries = re.findall("(?m)^.{32} = ", (site.state / "logs/1.log").read_text())
+    assert 1 < len(entries) <= 4 * job["seconds"] + 3
+
+
+@pytest.mark.parametrize("name", ["1.log", "1.out", "1.err"])
+def test_a_log_that_cannot_be_read_is_an_error_and_no_success_with_lines_missing(site, name):
+    past_jobs(site, (["load-batch", ALPHA], "failed", 1, 1))
+    (site.state / "logs" / name).unlink(missing_ok=True)
+    (site.state / "logs" / name).mkdir()
+    site.start()
+    for words in ("job-logs", "1"), ("job-logs", "1", "5"), ("job-follow", "1"):
+        reply = site.call(*words)
+        assert (reply["status"], "job" in reply) == ("error", False)
+        assert name in reply["error"]
+
+
+def test_job_logs_without_a_descriptor_to_be_had_is_an_error(agent):
+    agent.batch(ALPHA)
+    id = agent.job("load-batch", ALPHA)
+    agent.ended(id)
+    with Client(agent.port) as client:
+        client.ask("version")
+        with without_descriptors(agent):
+            reply = client.ask(f"job-logs {id}")
+        assert (reply["status"], "Too many open files" in reply["error"]) == ("error", True)
+        assert client.ask(f"job-logs {id}")["job"]["stderr"]
+
+
+def test_an_error_is_short_though_what_manage_py_said_is_not_and_the_log_has_it_whole(site):
+    site.prepend_to_manage(
+        "import sys\nif 'load_batch' in sys.argv: sys.exit('[ERROR] ' + 'x' * 150_000)"
+    )
+    site.batch(ALPHA)
+    job = site.start().run("load-batch", ALPHA)
+    assert "exit status 1: xxx" in job["error"] and "x […" in job["error"]
+    assert len(job["error"].encode()) <= 2048
+    assert "".join(on_stderr(site, 1)) == "[ERROR] " + "x" * 150_000
+
+
+MANY_ERRORS = """
+import sys
+if "load_batch" in sys.argv:
+    for n in range(30):
+        sys.stderr.write("[INFO] a page\\n" * 70_000)
+        sys.stderr.write("[ERROR] the %dth error\\n" % n if n else "")
+    sys.exit(1)
+"""
+
+
+def test_the_reason_of_a_failure_costs_little_memory_however_much_was_printed(site):
+    site.prepend_to_manage(MANY_ERRORS)
+    site.batch(ALPHA)
+    site.start()
+    site.wait_for("Open ONI in .* word coordinates")  # what it needs to start it has in memory
+    before = memory(site, "VmHWM")
+    job = site.run("load-batch", ALPHA)
+    assert job["error"].startswith("exit status 1: the 29th error")
+    assert memory(site, "VmHWM") < before + 10
+
+
+BOTH_STREAMS = "import os, sys\nif 'load_batch' in sys.argv:\n    os.write(1, b'said on stdout\\n')"
+
+
+@pytest.mark.parametrize("options, newline", [((), b"\n"), (("-tt",), b"\r\n")])
+def test_job_follow_shows_lines_as_they_come_until_the_job_ends(site, options, newline):
+    site.prepend_to_manage(BOTH_STREAMS)
+    gate = site.hold_load(site.batch("batch_oru_alpha_ver01", issues=2), issue=1)
+    site.start()
+    site.job("load-batch", "batch_oru_alpha_ver01")
+    gate.reached()
+    following = ssh_begin(site, "job-follow 1", *options)
+    so_far = []
+    while len([line for line in so_far if "Saving page" in line]) < 3:
+        so_far.append(following.stdout.readline().decode())
+    assert following.poll() is None
+    assert site.call("job-status", "1")["job"]["status"] == "started"
+    gate.open()
+    rest = following.stdout.read()
+    assert following.wait(60) == 0
+    whole = "".join(so_far).encode() + rest
+    assert whole.endswith(newline)
+    assert whole.count(newline) == whole.count(b"\n")
+    job = site.call("job-logs", "1")["job"]
+    lines = re.sub(r"\x1b\[\d*m", "", whole.decode()).splitlines()
+    told = sorted(job["stdout"] + job["stderr"])
+    assert all(re.match(rf"\[{STAMP}\] ", line) for line in told)
+    if options:  # a person gets the host's time, without the parts of a second
+        told = [oni_agent.log_line(line) for line in told]
+    assert lines == told
+    assert any(line.endswith("said on stdout") for line in lines)
+    assert lines[-1].endswith("processed 4 pages")
+
+
+def test_following_a_job_that_has_ended_shows_all_of_it_and_how_it_ended(agent):
+    failing_load(agent)
+    agent.run("load-batch", "batch_oru_broken_ver01")
+    done = ssh_run(agent, "job-follow 1")
+    assert done.returncode == 1
+    assert b"[ERROR] unable to load batch" in done.stdout
+    assert done.stderr == b""
+    done = ssh_run(agent, "job-follow 77")
+    assert (json.loads(done.stdout)["message"], done.returncode) == ("Job not found", 0)
+
+
+def test_ctrl_c_in_a_terminal_ends_the_following_and_not_the_job(agent):
+    gate = agent.hold_load(agent.batch("batch_oru_alpha_ver01"))
+    agent.job("load-batch", "batch_oru_alpha_ver01")
+    gate.reached()
+    ours, theirs = os.openpty()
+    following = subprocess.Popen(
+        [*agent.ssh_words("-t"), "job-follow 1"],
+        stdin=theirs,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    following.stdout.readline()
+    os.write(ours, b"\x03")
+    agent.wait_for("session=.*job-follow.*client went away", 20)
+    following.communicate(timeout=30)
+    os.close(ours)
+    os.close(theirs)
+    assert agent.call("job-status", "1")["job"]["status"] == "started"
+    gate.open()
+    assert agent.ended(1)["status"] == "successful"
 
 
 def test_the_last_lines_of_a_log_can_be_had_alone(site):
@@ -4624,136 +7999,145 @@ def test_the_last_lines_of_a_log_can_be_had_alone(site):
         assert site.ssh(f"job-logs 1 {count}")["message"] == f'"{count}" is not a number of lines'
 
 
-def test_list_jobs_filters_by_status_and_tells_all_of_each_job(agent):
-    gate = agent.hold_load(agent.batch("batch_oru_gamma_ver01"))
-    agent.batch("batch_oru_alpha_ver01")
-    failing_load(agent)
-    for name in ("alpha", "broken", "gamma"):
-        agent.job("load-batch", f"batch_oru_{name}_ver01")
-    agent.job("purge-batch", "batch_oru_alpha_ver01")
+def test_job_follow_without_a_terminal_passes_no_control_characters(site):
+    nasty = "\x1b[31m\x9b31m\u202e\x07tab\there é"
+    site.prepend_to_manage(
+        f"import sys\nif 'load_batch' in sys.argv:\n    print({nasty!r}); sys.exit(1)"
+    )
+    site.batch(ALPHA)
+    id = site.start(PYTHONIOENCODING="utf-8").run("load-batch", ALPHA)["id"]
+    with Client(site.port) as client:
+        printed = client.channel(f"job-follow {id}").makefile("rb").read().decode()
+    assert r"\x1b[31m\x9b31m\u202e\x07tab" + "\there é\n" in printed
+
+
+MILLION_LINES = """\
+import sys
+if "load_batch" in sys.argv:
+    for n in range(0, 1_000_000, 1000):
+        print(*("%06d %040d" % (m, m) for m in range(n, n + 1000)), sep="\\n")
+"""
+
+
+@pytest.mark.parametrize("lines", ["", " 3000000", " 900000"])
+def test_a_log_of_a_million_lines_is_shown_in_little_memory(site, lines):
+    site.prepend_to_manage(MILLION_LINES)
+    site.batch(ALPHA)
+    site.start().run("load-batch", ALPHA)
+    with Client(site.port) as client:
+        channel = client.channel(f"job-logs 1{lines}")
+        size = sum(map(len, iter(lambda: channel.recv(1 << 20), b"")))
+        assert channel.recv_exit_status() == 0
+    assert size > 900_000 * 80
+    assert memory(site, "VmHWM") < 100
+
+
+@pytest.mark.parametrize("obstacle", ["a folder", "nobody may read it"])
+def test_a_job_whose_log_cannot_be_opened_fails_alone(witnessed, obstacle):
+    site = witnessed.start()
+    site.batch(BETA)
+    gate = site.hold_load(site.batch(ALPHA))
+    first = site.job("load-batch", ALPHA)
     gate.reached()
-    assert [job["id"] for job in agent.ssh("list-jobs")["jobs"]] == [1, 2, 3, 4]
-    for status, id in (("successful", 1), ("failed", 2), ("started", 3), ("pending", 4)):
-        (job,) = agent.ssh(f"list-jobs {status}")["jobs"]
-        assert job["id"] == id
-        assert job["words"][0] in ("load-batch", "purge-batch")
-        assert job["attempts"] == (0 if status == "pending" else 1)
-        assert ("error" in job, "started" in job, "ended" in job) == (id == 2, id != 4, id < 3)
-        assert all(
-            re.fullmatch(STAMP, job[key]) for key in ("queued", "started", "ended") if key in job
-        )
-        assert job.get("seconds", 0) >= 0
-    assert agent.ssh("list-jobs finished")["message"] == '"finished" is not a job status'
+    second = site.job("purge-batch", ALPHA)
+    third = site.job("load-batch", BETA)
+    path = site.state / f"logs/{second}.log"
+    path.mkdir() if obstacle == "a folder" else path.symlink_to("/proc/sys/kernel/no-such/x")
     gate.open()
+    assert site.ended(third)["status"] == "successful"
+    job = site.ended(second)
+    assert job["status"] == "failed" and str(path) in job["error"]
+    assert site.ended(first)["status"] == site.ended(third)["status"] == "successful"
 
 
-def test_job_status_tells_the_place_in_the_queue_and_how_far_a_load_is(agent):
-    gate = agent.hold_load(agent.batch("batch_oru_alpha_ver01", issues=5), issue=2)
-    for name in ("batch_oru_beta_ver01", "batch_oru_gamma_ver01"):
-        agent.batch(name)
-    for name in ("alpha", "beta", "gamma"):
-        agent.job("load-batch", f"batch_oru_{name}_ver01")
+def test_an_error_of_megabytes_is_cut_with_a_sign(tmp_path, any_kind):
+    queue = queue_on(store_in(tmp_path))
+    job = queue.get(queue.add(["load-batch", "x"])[0])
+    queue._record(job, oni_agent.Outcome("failed", "\u20ac" * 1_000_000))
+    assert len(job.error.encode()) <= oni_agent.MAX_ERROR + 100
+    assert job.error.startswith("\u20ac" * 500) and job.error.endswith("\u20ac" * 100)
+    assert "bytes are left out here" in job.error
+
+
+def test_an_error_of_one_very_long_word_is_cut_with_a_sign_and_whole_in_the_log(site):
+    word = "x" * 30_000
+    site.batch(ALPHA)
+    site.prepend_to_manage(
+        f"import sys\nif sys.argv[1] == 'load_batch': sys.exit('[ERROR] {word} it was')"
+    )
+    site.start()
+    job = site.run("load-batch", ALPHA)
+    assert len(job["error"].encode()) < 2048
+    assert re.search(r"xxx \[…\d+ bytes are left out here…\] xxx", job["error"])
+    assert "exit status 1: xxx" in job["error"]
+    assert "xxx it was" in job["error"]
+    assert any(word in line for line in site.logs(1))
+    site.wait_for("error='exit status 1: xxx")
+    (listed,) = site.call("list-jobs")["jobs"]
+    assert listed["error"] == job["error"]
+    with TerminalClient(site, "job-status 1") as client:
+        client.ended()
+    shown = re.sub(r"\s", "", without_colour(client.shown))
+    assert re.sub(r"\s", "", job["error"]) in shown
+
+
+def test_job_follow_begins_with_the_last_lines_that_are_asked_for(agent):
+    gate = agent.hold_load(agent.batch(ALPHA, issues=3), issue=2)
+    agent.job("load-batch", ALPHA)
     gate.reached()
-    assert [agent.ssh(f"job-status {id}")["job"]["place"] for id in (2, 3)] == [
-        2,
-        3,
-    ]  # the one at work is the first
-    job = until(lambda: (job := agent.ssh("job-status 1")["job"]).get("issues_loaded") and job)
-    assert (job["issues_loaded"], job["issues"]) == (3, 5)
-    assert job["seconds"] > 0
-    assert "ended" not in job
+    so_far = agent.logs(1)
+    following = ssh_begin(agent, "job-follow 1 2")
+    first = following.stdout.readline().decode().rstrip("\n")
     gate.open()
-    job = agent.ended(1)
-    assert job["started"] < job["ended"]
-    assert "issues_loaded" not in job
-    assert "place" not in job
+    rest = following.stdout.read().decode().splitlines()
+    assert following.wait(60) == 0
+    whole = agent.logs(1)
+    told = [re.sub(rf"^\[{STAMP}\] ", "", line) for line in (first, *rest)]
+    assert told == whole[len(so_far) - 2 :]
+    assert agent.ssh("job-follow 1 x")["message"] == '"x" is not a number of lines'
+    last = ssh_run(agent, "job-follow 1 1").stdout.decode()
+    assert re.fullmatch(rf"\[{STAMP}\] .*processed \d+ pages\n", last)
 
 
-def test_batches_are_listed_as_they_are_on_disk_and_in_oni(agent):
-    agent.batch("batch_oru_absent_ver01", issues=3)
-    agent.batch("batch_oru_part_ver01", issues=3)
-    agent.batch("batch_oru_whole_ver01", issues=3, pages=2)
-    agent.run("load-batch", "batch_oru_whole_ver01")
-    agent.batch("batch_oru_gone_ver01", issues=3, pages=2, start=date(1910, 1, 1))
-    agent.run("load-batch", "batch_oru_gone_ver01")
-    shutil.rmtree(agent.source / "batch_oru_gone_ver01")
-    gate = agent.hold_load(agent.source / "batch_oru_part_ver01", issue=1)
-    agent.job("load-batch", "batch_oru_part_ver01")
-    gate.reached()
-    (agent.source / "not a batch").mkdir()
-    listed = {each["name"]: each for each in agent.ssh("list-batches")["batches"]}
-    assert list(listed) == [
-        f"batch_oru_{name}_ver01" for name in ("absent", "gone", "part", "whole")
-    ]
-    shown = [
-        (each["on_disk"], each["state"], each["issues"], each["pages"], bool(each["loaded"]))
-        for each in listed.values()
-    ]
-    assert shown == [
-        (True, "absent", 0, 0, False),
-        (False, "unknown", 3, 6, True),
-        (True, "partial", 2, 3, True),
-        (True, "complete", 3, 6, True),
-    ]
-    for name, entry in listed.items():
-        reply = agent.ssh(f"batch-status {name}")
-        assert reply["batch"]["state"] == entry["state"]
-        assert reply["batch"]["issues"] == entry["issues"]
-        assert [job["words"] for job in reply["jobs"]] == [["load-batch", name]] * (
-            entry["state"] != "absent"
-        )
-    events = agent.ssh("batch-status batch_oru_whole_ver01")["events"]
-    assert [message for _, message in events] == ["starting load", "processed 6 pages"]
-    gate.open()
-    agent.ended(3)
-    assert agent.ssh("batch-status batch_oru_part_ver01")["batch"]["state"] == "complete"
-
-
-def test_an_oni_that_cannot_answer_is_an_error_and_not_an_empty_list(agent):
-    agent.batch("batch_oru_alpha_ver01")
-    with agent.database_down():
-        for command, message in (
-            ("list-batches", "The batches cannot be listed"),
-            ("batch-status batch_oru_alpha_ver01", '"batch_oru_alpha_ver01" cannot be looked up'),
-        ):
-            reply = agent.ssh(command)
-            assert (reply["status"], reply["message"]) == ("error", message)
-            assert "OperationalError" in reply["error"]
-    assert agent.ssh("list-batches")["status"] == "success"
+def test_what_a_program_follows_does_nothing_to_a_terminal(site):
+    site.prepend_to_manage(SHOUTING)
+    site.batch(ALPHA)
+    site.start(PYTHONIOENCODING="utf-8")
+    site.run("load-batch", ALPHA)
+    said = ssh_run(site, "job-follow 1").stdout
+    assert b"\\x1b]0;owned\\x07 \\x9b31m" in said
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", said.decode())
 
 
 @pytest.mark.parametrize(
-    "command, message",
+    "line, shown",
     [
-        ("load-batch batch_oru_alpha_ver01", '"batch_oru_alpha_ver01" cannot be loaded'),
-        ("list-batches", "The batches cannot be listed"),
-        ("batch-status batch_oru_alpha_ver01", '"batch_oru_alpha_ver01" cannot be looked up'),
+        ("a\tb", "a    b"),
+        ("é東", "é東"),
+        ("\x1b[2J", "\\x1b[2J"),
+        ("\x9b\u202e\U000e0001", "\\x9b\\u202e\\U000e0001"),
+        ("[2020-01-02T03:04:05] no stamp", "[2020-01-02T03:04:05] no stamp"),
     ],
 )
-def test_a_batch_source_that_went_away_is_named(agent, command, message):
-    agent.source.rmdir()
-    reply = agent.ssh(command)
-    assert (reply["status"], reply["message"]) == ("error", message)
-    assert str(agent.source) in reply["error"]
+def test_a_line_of_a_log_is_plain_text_for_a_person(line, shown):
+    assert oni_agent.log_line(line) == shown
 
 
-@pytest.mark.parametrize(
-    "command, meant",
-    [
-        ("load-bacth batch_oru_alpha_ver01", "load-batch"),
-        ("jobstatus 1", "job-status"),
-        ("jog-logs 1", "job-logs"),
-        ("load-batch batch_oru_suggest_ver02", "batch_oru_suggest_ver01"),
-        ("batch-status batch_oru_sugest_ver01", "batch_oru_suggest_ver01"),
-    ],
-)
-def test_a_name_that_is_nearly_right_is_suggested(shared, command, meant):
-    if not (shared.source / "batch_oru_suggest_ver01").exists():
-        shared.batch("batch_oru_suggest_ver01")
-    reply = shared.ssh(command)
-    assert reply["status"] == "error"
-    assert reply["error"].endswith(f'; did you mean "{meant}"?')
-    assert "did you mean" not in shared.ssh("xyzzy")["error"]
+def test_a_line_of_a_log_keeps_its_tabs_for_a_program():
+    assert oni_agent.harmless("a\té\x1b\x9b\u202e") == "a\té\\x1b\\x9b\\u202e"
+
+
+# --- Promises: a person at a terminal -------------------------------------------------------------
+
+def test_no_command_without_a_terminal_is_answered(shared):
+    done = subprocess.run(
+        shared.ssh_words(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        timeout=30,
+    )
+    assert (json.loads(done.stdout)["message"], done.returncode) == ("no command specified", 0)
 
 
 @pytest.mark.parametrize("command", ["help", "job-wait -1", "list-jobs", "job-logs -1", "board"])
@@ -4764,928 +8148,544 @@ def test_json_is_one_line_without_a_terminal(shared, command):
     assert json.loads(plain.stdout)["status"] == "success"
 
 
-def program(path: Path, text: str) -> str:
-    """A script that can be executed."""
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(0o755)
-    return str(path)
-
-
-def test_a_program_is_told_of_each_job_that_has_ended(site, tmp_path):
-    told = tmp_path / "told"
-    gate = Gate(tmp_path / "gate")
-    failing_load(site)
-    site.batch("batch_oru_alpha_ver01")
-    site.start(
-        ON_FINISH=program(
-            tmp_path / "finish",
-            f"env > {told}.$ONI_JOB_ID.new && mv {told}.$ONI_JOB_ID.new "
-            f"{told}.$ONI_JOB_ID\ncat {gate.path}\nexit 3",
-        )
-    )
-    jobs = [
-        site.run("load-batch", f"batch_oru_{name}_ver01") for name in ("broken", "alpha")
-    ]  # though the first hangs
-    for job, error in zip(jobs, (jobs[0]["error"], "")):
-        until(Path(f"{told}.{job['id']}").exists)
-        about = dict(
-            line.split("=", 1)
-            for line in Path(f"{told}.{job['id']}").read_text().splitlines()
-            if "=" in line
-        )
-        shown = {name: value for name, value in about.items() if name.startswith("ONI_JOB_")}
-        assert shown == {
-            "ONI_JOB_ID": str(job["id"]),
-            "ONI_JOB_COMMAND": " ".join(job["words"]),
-            "ONI_JOB_STATUS": job["status"],
-            "ONI_JOB_ERROR": error,
-            "ONI_JOB_LOG": str(site.state / f"logs/{job['id']}.log"),
-        }
-    gate.open()
-    site.wait_for("ON_FINISH failed: .*exit status 3")
-    assert site.call("version")["status"] == "success"
-    assert site.stop() == 0
-
-
-def test_a_program_that_cannot_run_or_hangs_harms_nothing(site, tmp_path):
-    hanging = Path(program(tmp_path / "finish", f"echo > {tmp_path}/begun; exec sleep 600"))
-    for name in ("alpha", "beta"):
-        site.batch(f"batch_oru_{name}_ver01")
-    site.start(ON_FINISH=str(hanging))
-    assert site.run("load-batch", "batch_oru_alpha_ver01")["status"] == "successful"
-    until((tmp_path / "begun").exists)
-    hanging.unlink()
-    assert site.run("load-batch", "batch_oru_beta_ver01")["status"] == "successful"
-    site.wait_for("job=2 ON_FINISH failed: exit status 127")
-    assert site.stop() == 0
-    for entry in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):
-            if f"ONI_JOB_LOG={site.state}".encode() in entry.read_bytes():
-                os.kill(int(entry.parent.name), signal.SIGKILL)
-
-
-# --- Promises: --check ----------------------------------------------------------------------------
-
-
-def check(site: Site, **environment: str) -> tuple:
-    """The lines of --check that are marked good and bad."""
-    done = subprocess.run(
-        [sys.executable, str(AGENT), "--check"],
-        env={**site.environment, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        timeout=90,
-    )
-    lines = done.stdout.decode().splitlines()
-    good, bad = ([line[2:] for line in lines if line[0] == mark] for mark in "✓✗")
-    assert (
-        len(good) + len(bad) == len(lines)
-        and done.stderr == b""
-        and done.returncode == int(bool(bad))
-    ), done
-    return good, bad
-
-
-def test_check_says_that_all_is_well_and_changes_nothing(site, tmp_path):
-    site.batch("batch_oru_alpha_ver01")
-    before = tree(tmp_path)
-    good, bad = check(site)
-    assert bad == []
-    assert len(good) >= 7
-    assert "object at 0x" not in "".join(good)
-    names = {"settings", "state folder", "host key", "address", "batch source", "database", "Solr"}
-    assert names < {line.partition(": ")[0] for line in good}
-    assert all(re.fullmatch("settings|[^:]+: .+", line) for line in good)  # each with a finding
-    assert tree(tmp_path) == before
-    assert site.manage_pids() == []
-
-
-def test_check_leaves_a_state_folder_as_it_is_and_unlocked(site, tmp_path):
-    site.batch("batch_oru_alpha_ver01")
-    site.start().run("load-batch", "batch_oru_alpha_ver01")
-    site.stop()
-    before = tree(tmp_path)
-    assert check(site)[1] == []
-    after = tree(tmp_path)
-    changed = {name for name in after if after[name] != before.get(name)}
-    assert changed <= {"state/jobs.db"}  # which may have taken in its WAL
-    assert set(after) == set(before)
-    assert site.start().call("job-status", "1")["job"]["status"] == "successful"
-
-
-@contextlib.contextmanager
-def fault_port(site):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        site.environment["BA_BIND"] = f"127.0.0.1:{taken.getsockname()[1]}"
-        yield
-
-
-@contextlib.contextmanager
-def fault_second_agent(site):
-    site.start()
-    yield
-
-
-@contextlib.contextmanager
-def fault_storage(site):
-    """A folder in which not even root can make a file."""
-    (site.oni / "data/batches").rmdir()
-    (site.oni / "data/batches").symlink_to("/proc/sys")
-    yield
-
-
-def setting(name: str, value: str):
-    """A fault that is one variable; {} stands for the site's folder."""
-
-    @contextlib.contextmanager
-    def fault(site):
-        site.environment[name] = value.format(site.oni.parent)
-        yield
-
-    return fault
-
-
-def file(name: str, text: str):
-    """A fault that is the text of one file, in place of whatever was there."""
-
-    @contextlib.contextmanager
-    def fault(site):
-        path = site.oni.parent / name
-        path.parent.mkdir(exist_ok=True)
-        if path.is_dir():
-            path.rename(f"{path}.away")
-        path.write_text(text)
-        yield
-
-    return fault
-
-
-CHECK_FAULTS = {
-    "no manage.py": (
-        setting("ONI_LOCATION", "{}/batches"),
-        ["ONI_LOCATION is .* holds no manage.py"],
-    ),
-    "no batch source": (setting("BATCH_SOURCE", "{}/nowhere"), ["BATCH_SOURCE is .*not a folder"]),
-    "port in use": (fault_port, ["address: .*in use"]),
-    "agent at work": (fault_second_agent, ["state folder: another ONI Agent is at work"]),
-    "foreign host key": (
-        file("state/host_key", "my only thesis"),
-        ["HOST_KEY_FILE is .*holds no ed25519"],
-    ),
-    "host key cannot be made": (setting("HOST_KEY_FILE", "/proc/host_key"), ["[Kk]ey.*/proc"]),
-    "damaged jobs.db": (
-        file("state/jobs.db", "not SQLite" * 1000),
-        ["state folder: .*jobs.db.*not a database"],
-    ),
-    "manage.py cannot run": (
-        file("oni/manage.py", "#!/nowhere/python3\n"),
-        ["manage.py check: couldn't run", "database: couldn't run"],
-    ),
-    "broken settings": (
-        file("oni/onisite/settings_local.py", "import nowhere"),
-        ["manage.py check: .*No module named 'nowhere'", "database: .*No module named 'nowhere'"],
-    ),
-    "database down": (Site.database_down, ["database: .*OperationalError"]),
-    "log/ not writable": (file("oni/log", "a file"), ["ONI's log/: .*[Nn]ot a directory"]),
-    "storage not writable": (fault_storage, ["ONI's batch storage: "]),
-    "storage missing": (
-        setting("ONI_STORAGE_PATH", "/nowhere"),
-        ["ONI's batch storage: .*No such file"],
-    ),
-    "log level": (setting("LOG_LEVEL", "loud"), ["LOG_LEVEL is 'loud'"]),
-    "allow from": (setting("ALLOW_FROM", "10.0.0.0/8, everyone"), ["ALLOW_FROM is .*'everyone'"]),
-    "address to bind": (setting("BA_BIND", "2222"), ["BA_BIND is '2222'"]),
-    "authorized keys": (setting("AUTHORIZED_KEYS", "{}/nowhere"), ["AUTHORIZED_KEYS is .*read"]),
-    "on finish": (setting("ON_FINISH", "{}/oni/onisite/settings.py"), ["ON_FINISH is .*executed"]),
-    "state folder": (setting("STATE_DIRECTORY", "/proc/oni-agent"), ["state folder: .*/proc"]),
-}
-
-
-@pytest.mark.parametrize("fault", CHECK_FAULTS)
-def test_check_finds_each_fault_and_nothing_else(site, fault):
-    prepare, expected = CHECK_FAULTS[fault]
-    with prepare(site):
-        bad = check(site)[1]
-    assert len(bad) == len(expected) and all(map(re.search, expected, bad)), bad
-
-
-def test_check_finds_all_that_is_wrong_at_once(site):
-    site.environment.update(LOG_LEVEL="loud", BATCH_SOURCE="/nowhere", BA_BIND="x")
-    bad = "\n".join(check(site)[1])
-    assert all(name in bad for name in ("LOG_LEVEL", "BATCH_SOURCE", "BA_BIND"))
-
-
 def test_check_works_on_a_terminal_without_unicode(site):
     status, said, _ = run_agent("--check", **{**site.environment, "PYTHONIOENCODING": "ascii"})
     assert status == 0
     assert said.startswith("? settings\n")
 
 
-# --- Promises: --site -----------------------------------------------------------------------------
+def test_a_command_that_reads_a_file_says_so_on_a_terminal_and_does_not_hang(shared):
+    done = ssh_run(shared, "load-title", "-tt")
+    assert b"leave out -t" in done.stdout
 
 
-def begin_acceptance(site: Site, **environment: str) -> subprocess.Popen:
-    """The acceptance test on a stand-in, with a temporary folder that can be looked at."""
-    scratch = site.state.parent / "scratch"
-    scratch.mkdir()
-    return subprocess.Popen(
-        [sys.executable, __file__, "--site", str(site.oni)],
-        env={**site.environment, "TMPDIR": str(scratch), "PYTHONUTF8": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
+@pytest.mark.parametrize("kind", ["xterm-256color", "dumb"])
+def test_what_manage_py_prints_does_nothing_to_a_terminal(site, kind):
+    site.prepend_to_manage(SHOUTING)
+    site.batch(ALPHA)
+    site.start(PYTHONIOENCODING="utf-8")
+    assert "\x1b[2J" in site.run("load-batch", ALPHA)["error"]  # a program gets it as it is
+    for line in (
+        "job-logs 1",
+        "job-logs 1 2",
+        "job-follow 1",
+        "job-wait 1",
+        "job-status 1",
+        "list-jobs",
+        f"batch-status {ALPHA}",
+        "job-status '\x1b[2J'",
+        "'\x1b[2J\u009b31m'",
+    ):
+        shown = on_terminal(site, line, kind)
+        assert not re.search(r"[\x00-\x09\x0b\x0c\x0e-\x1f\x7f-\x9f\u202e]", shown), (line, shown)
+        assert "\r\n" in shown
+    assert "\\x1b" in on_terminal(site, "job-logs 1", kind)
+
+
+def frame(client: TerminalClient) -> list[str]:
+    """The lines of the board that is drawn next, from the first to the last of the terminal."""
+    client.wait_for(r"\x1b\[H")
+    lines = without_colour(client.wait_for(r"\x1b\[J")).split("\r\n")[:-1]
+    last = int(re.search(r"\[(\d+)H$", client.wait_for(r"\x1b\[\d+H"))[1])
+    assert len(lines) < last
+    lines += [""] * (last - 1 - len(lines))
+    return [*lines, client.wait_for("q leaves; jobs go on")]
+
+
+def test_ssh_alone_shows_the_board_in_the_terminals_size_until_q(agent):
+    gate = agent.hold_load(agent.batch(ALPHA, issues=4), issue=2)
+    agent.batch(BETA, start=date(1920, 1, 1))
+    failing_load(agent)
+    agent.run("load-batch", "batch_oru_broken_ver01")
+    agent.job("load-batch", ALPHA)
+    agent.job("load-batch", BETA)
+    gate.reached()
+    with TerminalClient(agent) as client:
+        until(
+            lambda: any(
+                "2 of 4 issues" in line or "3 of 4 issues" in line for line in frame(client)
+            )
+        )
+        lines = frame(client)
+        assert len(lines) == 24
+        assert all(len(line) <= 80 for line in lines)
+        text = "\n".join(lines)
+        assert f"load-batch {ALPHA}" in text
+        assert "Waiting: 1" in text
+        assert re.search(rf"pending +load-batch {BETA}", text)
+        assert re.search(r"failed \d+ s +load-batch batch_oru_broken_ver01", text)
+        assert "unable to load batch: it is too late" in text
+        client.resize(50, 12)
+        until(lambda: len(frame(client)) == 12)
+        assert all(len(line) <= 50 for line in frame(client))
+        client.type("q")
+        assert client.ended() == 0
+        assert client.shown.endswith("\x1b[?25h\x1b[?1049l") or "\x1b[?1049l" in client.shown
+    gate.open()
+    assert agent.ended(3)["status"] == "successful"
+
+
+@pytest.mark.parametrize("key", ["\x03", "\x04"])
+def test_ctrl_c_and_ctrl_d_leave_the_board(shared, key):
+    with TerminalClient(shared) as client:
+        client.wait_for("Ended")
+        client.type(key)
+        assert client.ended() == 0
+
+
+def test_many_who_look_at_the_board_ask_open_oni_no_more_than_one(site):
+    hurry(site, PROGRESS_SECONDS=3600)
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(TerminalClient(site)) for _ in range(5)]
+        for client in clients:
+            until(lambda client=client: re.search(r"0\s+batches", "\n".join(frame(client))))
+        site.wait_for("Open ONI in .* word coordinates")  # its look at Open ONI is over
+        asked = site.solr.requests[:]
+        for client in clients:
+            frame(client)
+        assert site.solr.requests == asked
+
+
+def test_control_characters_are_shown_and_never_sent_to_a_terminal(site):
+    site.prepend_to_manage(
+        "import os, sys\n"
+        "if sys.argv[1:2] == ['load_batch']:\n"
+        "    sys.stderr.write('[ERROR] bold\\x1b[1m\\x07 and \\x9b31m\\n')\n"
+        "    os._exit(1)"
     )
+    site.batch(ALPHA)
+    site.start()
+    site.run("load-batch", ALPHA)
+    for command in ("job-follow 1", "job-logs 1", "job-status 1", "list-jobs", "job-wait 1"):
+        shown = without_colour(ssh_run(site, command, "-tt").stdout.decode())
+        assert "bold\\x1b[1m\\x07 and \\x9b31m" in " ".join(shown.split()), command
+        assert set(shown) & set("\x1b\x07\x9b") == set()
+    assert "\x1b" in site.call("job-status", "1")["job"]["error"]  # a program gets what there is
 
 
-def all_of_oni(site: Site) -> tuple:
-    """Every row of Open ONI's database, the documents of its index, its files less its logs."""
-    tables = site.query("SELECT tbl_name FROM sqlite_master WHERE tbl_name GLOB 'core_*'")
-    rows = {name: sorted(map(str, site.query(f"SELECT * FROM {name}"))) for name, in tables}
-    return rows, site.solr.documents(), set(tree(site.oni, "log/", "cache/", "oni.sqlite3"))
+@pytest.mark.parametrize(
+    "command",
+    [
+        "list-batches",
+        f"batch-status {ALPHA}",
+        "help",
+        "list-jobs",
+        "job-status 1",
+        f"batch-check {ALPHA}",
+        "version",
+        "nonsense",
+    ],
+)
+@pytest.mark.parametrize("columns", [40, 80, 132])
+def test_nothing_is_wider_than_the_terminal(shown, command, columns):
+    with TerminalClient(shown, command, columns) as client:
+        client.ended()
+    for line in without_colour(client.shown).replace("\r", "").split("\n"):
+        assert len(line) <= columns
 
 
-def test_the_acceptance_test_passes_on_the_stand_in_and_leaves_it_as_it_was(site):
-    batch = site.batch(ALPHA)
-    assert site.manage("load_batch", str(batch)).returncode == 0
-    before = all_of_oni(site)
-    acceptance = begin_acceptance(site)
-    out, err = acceptance.communicate(timeout=busy(170))
-    assert (acceptance.returncode, err) == (0, ""), out
-    lines = out.splitlines()
-    assert len(lines) == len((*STEPS_BEFORE, *STEPS_NEEDED, *STEPS)) + 1
-    assert all(line.startswith("✓") for line in lines)
-    assert all_of_oni(site) == before
-    assert os.listdir(site.state.parent / "scratch") == []
+def test_no_name_and_no_error_is_cut_on_a_narrow_terminal(shown):
+    for command in "list-jobs", "list-batches", "job-status 1":
+        with TerminalClient(shown, command, 40) as client:
+            client.ended()
+        lines = without_colour(client.shown).splitlines()
+        assert not any("…" in line for line in lines if not line.startswith("state "))
+        joined = re.sub(r"\s", "", without_colour(client.shown))
+        name = "broken" if "job" in command else "東京日日新聞の長い名前の部分" * 2
+        assert f"batch_oru_{name}_ver01" in joined
 
 
-TAKEN = {
-    "awardee": "Awardee.objects.create(org_code=CODE, name='Somebody')",
-    "title": "title = Title.objects.first(); title.lccn = LCCN; title.save()",
-    "batch": "Batch.objects.create(name=f'batch_{CODE}_theirs_ver01')",
+def test_a_screen_has_one_time_zone_the_hosts_with_its_name(site):
+    site.batch(ALPHA)
+    site.start(TZ="XST-05:30")
+    site.run("load-batch", ALPHA)
+    for command in ("job-logs 1", "job-follow 1", "job-status 1", f"batch-status {ALPHA}"):
+        shown = without_colour(ssh_run(site, command, "-tt").stdout.decode())
+        zones = re.findall(r"(?m)(?: ago, |^\[)[\d: -]+ (\w+)", shown)
+        assert set(zones) == {"XST"}, shown
+    in_utc = site.call("job-status", "1")["job"]["ended"]
+    here = datetime.fromisoformat(in_utc[:19]) + timedelta(hours=5, minutes=30)
+    assert f"{here:%H:%M} XST" in ssh_run(site, "job-status 1", "-tt").stdout.decode()
+
+
+@pytest.mark.parametrize("command", ["", "board", "list-jobs", "job-wait 1", "job-logs 1", "help"])
+def test_a_dumb_terminal_gets_no_escape_at_all(shown, command):
+    done = subprocess.run(
+        [*shown.ssh_words("-tt"), *([command] if command else [])],
+        env={**os.environ, "TERM": "dumb"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        timeout=60,
+    )
+    assert done.stdout
+    assert b"\x1b" not in done.stdout
+
+
+NEW_COMMAND = '''
+from oni_agent import Answer, Request, command
+@command(
+    usage="disk",
+    help="Says how full the disk is.",
+    misuse='"disk" takes no arguments',
+)
+def cmd_disk(request: Request) -> Answer:
+    return Answer({"free_bytes": 12345, "largest": ["logs/7.err", "logs/\\x1b3.err"]})
+'''
+
+
+def test_all_that_a_new_command_answers_is_shown_to_a_person(site):
+    altered(site, NEW_COMMAND)
+    assert site.call("disk")["free_bytes"] == 12345
+    assert site.call("disk", "full")["message"] == '"disk" takes no arguments'
+    said = ssh_run(site, "disk", "-tt").stdout.decode()
+    assert said.split("\r\n") == [
+        "free_bytes: 12345",
+        "Largest: 2",
+        "largest: logs/7.err",
+        "largest: logs/\\x1b3.err",
+        "",
+    ]
+    assert "Says how full the disk is." in ssh_run(site, "help disk", "-tt").stdout.decode()
+
+
+def test_help_tells_of_one_command_with_an_exchange(shared):
+    reply = shared.call("help", "load-batch")["commands"]
+    assert [each["usage"] for each in reply] == ["load-batch BATCH"]
+    assert "$ ssh oni load-batch batch_oru_small_ver01\n" in reply[0]["example"]
+    said = ssh_run(shared, "help load-batch", "-tt").stdout
+    assert re.search(rb"^load-batch BATCH\s+Loads a batch", said)
+    assert b"\r\n$ ssh oni load-batch batch_oru_small_ver01\r\nJob added to queue\r\n" in said
+    assert "did you mean" in shared.call("help", "laod-batch")["error"]
+
+
+def test_help_says_what_can_go_wrong_and_what_to_do(shared):
+    troubles = shared.call("help", "problems")["troubles"]
+    assert all(set(each) == {"seen", "advice"} for each in troubles)
+    said = ssh_run(shared, "help problems", "-tt").stdout.decode()
+    assert "\r\nSolr lacks 12 of 400 pages\r\n       The index was emptied or restored" in said
+    assert "`help problems`" in ssh_run(shared, "help", "-tt").stdout.decode()
+
+
+# What has to happen before the exchange of a command in its help.
+BEFORE_EXCHANGES = {
+    "batch-patch": ["load-batch batch_oru_small_ver01", "job-wait 4"],
+    "list-jobs": ["load-batch batch_oru_hole_ver01", "job-wait 5", "job-wait 6"],
+    "job-cancel": ["load-batch batch_oru_slow_ver01", "load-batch batch_oru_faults_ver01"],
 }
 
 
-@pytest.mark.parametrize("name", TAKEN)
-def test_the_acceptance_test_does_not_begin_where_its_names_are_taken(site, name):
-    names = f"CODE, LCCN = {STAGING_CODE!r}, {STAGING_LCCN!r}"
-    code = f"from core.models import *; {names}; {TAKEN[name]}"
-    made = site.manage("shell", "-c", code)
-    assert made.returncode == 0, made.stderr
-    before = all_of_oni(site)
-    acceptance = begin_acceptance(site)
-    out, _ = acceptance.communicate(timeout=90)
-    assert acceptance.returncode == 1
-    assert re.search(rf"(?m)^✗ .*\n +it has {name} ", out)
-    assert all_of_oni(site) == before
-
-
-def test_the_acceptance_test_does_not_begin_where_the_agent_could_not_work(site):
-    with site.solr.down():
-        acceptance = begin_acceptance(site)
-        out, _ = acceptance.communicate(timeout=90)
-    assert acceptance.returncode == 1
-    assert re.match(r"✗ .*\n.*Solr", out)
-    assert out.count("\n") == 2
-
-
-def test_a_step_that_comes_out_otherwise_is_told_and_the_others_are_taken_all_the_same(site):
-    before = all_of_oni(site)
-    site.prepend_to_manage("import sys\nif 'purge_batch' in sys.argv: sys.exit(3)")
-    acceptance = begin_acceptance(site)
-    out, err = acceptance.communicate(timeout=busy(170))
-    assert (acceptance.returncode, err) == (1, "")
-    assert re.search(rf"✗ .* {step_purge.__doc__}\n +purge-batch .*exit status 3", out)
-    assert re.search(rf"✓ .* {step_no_op.__doc__}\n", out)
-    assert re.search(rf"✓ .* {step_tidy.__doc__}\n", out)
-    assert all_of_oni(site)[:2] == before[:2]
-
-
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_acceptance_test_leaves_nothing(site, how):
-    before = all_of_oni(site)
-    acceptance = begin_acceptance(site, ONI_PAGE_SECONDS="0.1")
-    killed = f"batch_{STAGING_CODE}_killed_ver01"
-    until(lambda: site.held(killed)[2] > 2)
-    acceptance.send_signal(how)
-    out, err = acceptance.communicate(timeout=90)
-    assert (acceptance.returncode, err) == (1, "")
-    assert re.search(rf"\n✗ interrupted.*\n✓ .* {step_tidy.__doc__}\n$", out)
-    assert all_of_oni(site) == before
-    assert site.manage_pids() == []
-    assert os.listdir(site.state.parent / "scratch") == []
-
-
-def test_the_acceptance_test_needs_no_more_than_paramiko():
-    missing = "pytest", "hypothesis", "lxml", "django", "pysolr"
-    code = f"import sys; sys.modules.update(dict.fromkeys({missing})); import test_oni_agent"
-    done = subprocess.run([sys.executable, "-c", code], cwd=str(AGENT.parent), timeout=60)
-    assert done.returncode == 0
-
-
-# --- Promises: systemd ----------------------------------------------------------------------------
-
-
-def test_systemd_is_told_what_the_agent_does(site, tmp_path):
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified:
-        notified.bind(str(tmp_path / "notify"))
-        notified.settimeout(60)
-        gate = site.hold_load(site.batch("batch_oru_alpha_ver01"))
-        for name in ("beta", "gamma"):
-            site.batch(f"batch_oru_{name}_ver01")
-
-        def told(pattern: str) -> None:
-            while not re.search(pattern, notified.recv(4096).decode(), re.MULTILINE):
-                pass
-
-        site.start(NOTIFY_SOCKET=str(tmp_path / "notify"))
-        told("^READY=1$")
-        with Client(site.port):  # ready means listening
-            site.job("load-batch", "batch_oru_alpha_ver01")
-        told(r"^STATUS=.*load-batch batch_oru_alpha_ver01.*job 1.*waiting: 0")
-        gate.reached()
-        site.job("load-batch", "batch_oru_beta_ver01")
-        told(r"^STATUS=.*alpha.*waiting: 1")
-        site.job("load-batch", "batch_oru_gamma_ver01")
-        told(r"^STATUS=.*alpha.*waiting: 2")
-        site.call("job-cancel", "2")
-        notice = notified.recv(4096).decode()
-        assert "alpha" in notice
-        assert "waiting: 1" in notice  # the cancelled one was not the one at work
-        gate.open()
-        told(r"^STATUS=.*gamma.*waiting: 0")
-        told(r"^STATUS=.*nothing.*waiting: 0")
-        assert site.stop() == 0
-        told("^STOPPING=1$")
-
-
-UNDER_JOURNAL = """
-import os, sys
-stderr = os.fstat(2)
-os.environ["JOURNAL_STREAM"] = f"{stderr.st_dev}:{stderr.st_ino}"
-os.execv(sys.executable, [sys.executable, AGENT, *sys.argv[1:]])
-"""
-
-
-@pytest.fixture
-def under_journal(site, monkeypatch):
-    """Agents are begun as systemd begins them whose stderr is the journal."""
-    wrapper = site.oni.parent / "under_journal.py"
-    wrapper.write_text(f"AGENT = {str(AGENT)!r}\n{UNDER_JOURNAL}")
-    monkeypatch.setattr(sys.modules[Site.__module__], "AGENT", wrapper)
-
-
-def test_log_lines_carry_priorities_under_the_journal(site, under_journal):
-    failing_load(site)
-    site.start().run("load-batch", "batch_oru_broken_ver01")
-    site.wait_for("<6>session=.*load-batch")
-    assert all(re.match("<[3-7]>", line) for line in site.log)
-    assert site.wait_for("job=1 .*status='failed'").startswith("<4>")
-
-
-def test_what_keeps_an_agent_from_starting_is_an_error_under_the_journal(site, under_journal):
-    status, _, said = run_agent(**{**site.environment, "BATCH_SOURCE": "", "LOG_LEVEL": "loud"})
-    assert status == 2
-    assert [line[:14] for line in said.splitlines()] == ["<3>oni_agent: "] * 2
-
-
-def test_a_journal_that_stderr_is_not_gets_no_priorities(site):
-    site.start(JOURNAL_STREAM="8:1")  # as that of the service which a shell was started from
-    assert site.call("version")["status"] == "success"
-    assert all(re.match(r"\d{4}-\d\d-\d\d ", line) for line in site.log)
-
-
-def test_the_unit_is_sound_and_closed(tmp_path):
-    unit = tmp_path / "oni-agent.service"
-    text = (AGENT.parent / "oni-agent.service").read_text()
-    unit.write_text(re.sub(r"(?m)^ExecStart=.*$", f"ExecStart={sys.executable} {AGENT}", text))
-    verified = subprocess.run(
-        ["systemd-analyze", "verify", "--man=no", str(unit)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=60,
-    )
-    assert (verified.stdout, verified.returncode) == (b"", 0)
-    secured = subprocess.run(
-        [
-            "systemd-analyze",
-            "security",
-            "--no-pager",
-            "--offline=true",
-            "--threshold=15",
-            str(unit),
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=60,
-    )
-    assert (
-        secured.returncode == 0
-    ), secured.stdout.decode()  # 1.5 of 10; what runs ONI and listens cannot be much lower
-    for line in (
-        "StartLimitIntervalSec=0",
-        "Type=notify",
-        "KillMode=process",
-        "NoNewPrivileges=yes",
-        "StateDirectory=oni-agent",
-    ):
-        assert f"\n{line}\n" in text
-    assert not re.search(r"(?m)^PrivateTmp=(yes|true|on|1)", text)  # ONI's cache is in /var/tmp
-
-
-@pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
-def test_what_the_units_filter_refuses_keeps_no_load_from_going_well(site):
-    refused = "setpriority,sched_setscheduler,sched_setaffinity,ioprio_set"  # of @resources
-    options = ["-f", "-qq", "-e", f"trace={refused}", "-e", f"inject={refused}:error=EPERM"]
-    site.prefix = ["strace", *options, "-o", str(site.state.parent / "refused")]
-    site.start()
-    job = site.run("load-batch", site.batch("batch_oru_alpha_ver01").name)
-    assert job["status"] == "successful", job
-    assert "(INJECTED)" in (site.state.parent / "refused").read_text()
-
-
-# --- Promises: how an agent starts, and as whom ---------------------------------------------------
-
-SITE_USER = pwd.getpwnam("www-data")
-NOBODYS = 54321  # a user without an entry in passwd
-
-
-def reachable(*paths: Path, then: str = "") -> list[str]:
-    """The words before a command that let any user reach these paths, whatever lies above them.
-
-    In a mount namespace of its own each folder that is closed to others gives way to one that holds
-    nothing but those paths. `then` are commands for a shell there.
-    """
-    lines = ["set -e", "keep=$(mktemp -d)"]
-    closed: dict[Path, list[Path]] = {}
-    for path in paths:
-        for above in reversed(path.parents):
-            if not above.stat().st_mode & stat.S_IXOTH:
-                closed.setdefault(above, []).append(path)
-                break
-    for number, (above, inside) in enumerate(closed.items()):
-        lines += [
-            f"mkdir $keep/{number}",
-            f"mount --rbind {shlex.quote(str(above))} $keep/{number}",
-            f"mount -t tmpfs -o mode=755 tmpfs {shlex.quote(str(above))}",
-        ]
-        for path in inside:
-            there, kept = shlex.quote(str(path)), shlex.quote(str(path.relative_to(above)))
-            lines += [f"mkdir -p {there}", f"mount --rbind $keep/{number}/{kept} {there}"]
-    return ["unshare", "-m", "sh", "-c", "\n".join([*lines, then, 'exec "$@"']), "sh"]
-
-
-def give(path: Path, uid: int) -> None:
-    """Makes a folder, with all in it, somebody's."""
-    for folder, folders, files in os.walk(path):
-        for name in (".", *folders, *files):
-            os.chown(os.path.join(folder, name), uid, uid, follow_symlinks=False)
-
-
-def needed(site: Site) -> list[Path]:
-    """The folders that an agent, and its manage.py, read."""
-    packages = [Path(each) for each in sys.path if each.endswith("-packages")]
-    python = [Path(sys.base_prefix), Path(sys.prefix)]
-    return [site.oni.parent, AGENT.parent, *python, *packages]
-
-
-@pytest.fixture
-def owned(site) -> Site:
-    """A site that is a user's own but for its programs, as a real one is; the agent is root's."""
-    site.prefix = reachable(*needed(site))
-    site.oni.parent.chmod(0o755)
-    site.environment.update(HOME="/root", USER="root")
-    for folder in (site.oni / "data", site.oni / "log", site.oni / "cache", site.source):
-        give(folder, SITE_USER.pw_uid)
-    os.chown(site.oni, -1, SITE_USER.pw_gid)
-    site.oni.chmod(0o775)  # where SQLite has its journal
-    os.chown(site.oni / "oni.sqlite3", SITE_USER.pw_uid, SITE_USER.pw_gid)
-    return site
-
-
-def as_user(site: Site, uid: int) -> list[str]:
-    """The words before a command that is to run as a user, in no group but its own."""
-    groups = "--clear-groups" if uid == NOBODYS else "--init-groups"
-    return [*site.prefix, "setpriv", f"--reuid={uid}", f"--regid={uid}", groups]
-
-
-def owners(*folders: Path) -> set[int]:
-    """Who owns what is in these folders."""
-    return {path.lstat().st_uid for folder in folders for path in (folder, *folder.rglob("*"))}
-
-
-def test_the_file_compiles_on_python_3_6():
-    ast.parse(AGENT.read_text(), feature_version=(3, 6))
-
-
-AS_OLD = "import runpy, sys; sys.version_info = (3, 7, 9); runpy.run_path(sys.argv[1])"
-OLD_PYTHONS = [[sys.executable, "-c", AS_OLD]] + [  # this one, which says that it is old
-    [python]
-    for python in (
-        *map(str, sorted(Path("/root/.pyenv/versions").glob("3.[67].*/bin/python3"))),
-        *filter(None, map(shutil.which, ("python3.6", "python3.7"))),
-    )
-    if not subprocess.run([python, "--version"], stdout=subprocess.DEVNULL, stderr=-1).returncode
-]
-
-
-@pytest.mark.parametrize("python", OLD_PYTHONS)
-def test_an_older_python_is_told_which_is_needed(python):
-    done = subprocess.run([*python, str(AGENT)], stderr=subprocess.PIPE, text=True, timeout=60)
-    assert done.returncode == 2
-    assert re.fullmatch(
-        r"oni_agent: Python 3\.8 or newer is needed, and \S+ is Python 3\.[67]; .*\.\n",
-        done.stderr,
-    )
-
-
-@pytest.mark.parametrize(
-    "name, meant",
-    [
-        ("ALLOW_FORM", "ALLOW_FROM"),
-        ("ALLOW_FROM_", "ALLOW_FROM"),
-        ("ALLOWED_FROM", "ALLOW_FROM"),
-        ("allow_from", "ALLOW_FROM"),
-        ("export BA_BIND", "BA_BIND"),
-        ("BA_PORT", "BA_BIND"),
-        ("BATCH_SOURCES", "BATCH_SOURCE"),
-        ("HOST_KEY", "HOST_KEY_FILE"),
-        ("HOSTKEY_FILE", "HOST_KEY_FILE"),
-        ("ON_FINISHED", "ON_FINISH"),
-        ("AUTHORISED_KEYS", "AUTHORIZED_KEYS"),
-        ("AUTHORIZED_KEYS_FILE", "AUTHORIZED_KEYS"),
-        ("LOGLEVEL", "LOG_LEVEL"),
-        ("STATE_DIRECTROY", "STATE_DIRECTORY"),
-        ("DB_CONECTION", "DB_CONNECTION"),
-    ],
-)
-def test_a_misspelt_setting_is_refused_with_what_was_meant(site, name, meant):
-    site.environment[name] = ""
-    del site.environment["LOG_LEVEL"]
-    status, _, said = run_agent(**site.environment)
-    assert status == 2
-    assert re.fullmatch(
-        rf"oni_agent: '{name}' is not a setting \(did you mean {meant}\?\).*\.\n", said
-    )
-    [bad] = check(site)[1]
-    assert f"did you mean {meant}?" in bad
-
-
-def test_variables_that_are_not_the_agents_are_left_alone():
-    others = """HOST HOSTNAME HOSTTYPE LOGNAME BATCH ONLINE ONI_DB_HOST ONI_LOG_LEVEL LANG LC_ALL
-        CACHE_DIRECTORY LOGS_DIRECTORY RUNTIME_DIRECTORY CONFIGURATION_DIRECTORY
-        CREDENTIALS_DIRECTORY JOURNAL_STREAM INVOCATION_ID SYSTEMD_EXEC_PID DB_HOST TERM PATH"""
-    assert list(oni_agent.misspelt([*others.split(), *oni_agent.OWN_VARIABLES])) == []
-
-
-def test_started_as_root_the_agent_becomes_the_user_that_the_site_runs_as(owned):
-    key = key_made_by_ssh_keygen(owned.oni.parent / "key")  # 0600, and root's
-    seen = owned.oni / "log/seen"
-    settings_local(
-        owned,
-        "import json, os\n"
-        f"with open({str(seen)!r}, 'w') as seen:\n"
-        "    json.dump([os.getresuid(), os.getresgid(), os.getgroups(), os.environ['HOME'],"
-        " os.environ['USER']], seen)\n",
-    )
-    owned.start(HOST_KEY_FILE=str(key))
-    owned.wait_for("started as root; goes on as www-data")
-    batch = owned.batch(ALPHA)
-    assert owned.run("load-batch", ALPHA)["status"] == "successful"
-    assert owned.held(batch.name) == (1, 2, 4)
-    places = [owned.state, *(owned.oni / name for name in ("log", "data", "cache"))]
-    assert owners(*places) == {SITE_USER.pw_uid}
-    assert len(list((owned.oni / "cache").iterdir())) == 1
-    uid, gid = SITE_USER.pw_uid, SITE_USER.pw_gid
-    assert json.loads(seen.read_text()) == [
-        [uid] * 3,
-        [gid] * 3,
-        os.getgrouplist("www-data", gid),
-        SITE_USER.pw_dir,
-        "www-data",
-    ]
-    # A root's state folder of an earlier agent is handed over, with its jobs.
-    owned.stop()
-    give(owned.state, 0)
-    assert owned.start().call("job-status", "1")["job"]["status"] == "successful"
-    assert owners(owned.state) == {uid}
-    assert key.stat().st_uid == 0
-
-
-def test_the_sites_user_is_whom_the_cache_belongs_to_where_there_are_no_coordinates(owned):
-    (owned.oni / "data/word_coordinates").rmdir()
-    for folder in (owned.oni / "data", owned.oni / "log"):
-        give(folder, 0)
-        folder.chmod(0o777)
-    owned.start().wait_for("started as root; goes on as www-data")
-
-
-def test_the_agent_stays_root_where_the_site_is_roots(site):
-    assert "started as root" not in "".join(site.start().log)
-    said = {look["name"]: look["found"] for look in site.call("check")["looks"]}
-    assert said["user and sandbox"].startswith(f"{oni_agent.user_name(os.geteuid())} ")
-
-
-def test_a_folder_of_roots_that_holds_other_things_is_not_handed_over(owned):
-    owned.state.mkdir()
-    (owned.state / "thesis").write_text("")
-    done = subprocess.run(
-        [*owned.prefix, sys.executable, str(AGENT)],
-        env=owned.environment,
-        stderr=subprocess.PIPE,
-        text=True,
-        timeout=60,
-    )
-    assert done.stderr.splitlines()[-1] == (
-        f"oni_agent: STATE_DIRECTORY is {owned.state}, which holds other things than an agent's:"
-        " name a folder of the agent's own."
-    )
-    assert done.returncode == oni_agent.EXIT_HOPELESS
-    assert owners(owned.state) == {0}
-
-
-def test_check_looks_as_the_sites_user(owned):
-    keys = owned.oni.parent / "keys"
-    keys.touch()
-    owned.environment["AUTHORIZED_KEYS"] = str(keys)
-    done = subprocess.run(
-        [*owned.prefix, sys.executable, str(AGENT), "--check"],
-        env={**owned.environment, "PYTHONUTF8": "1"},
-        stdout=subprocess.PIPE,
-        encoding="utf-8",
-        timeout=90,
-    )
-    assert done.returncode == 0, done.stdout
-    assert "\n✓ user and sandbox: www-data " in done.stdout
-
-
-@pytest.mark.parametrize("home", ["", "/", "/nonexistent"])
-def test_a_user_without_a_home_is_told_to_name_a_state_folder(owned, home):
-    del owned.environment["STATE_DIRECTORY"]
-    owned.environment["HOME"] = home
-    if not home:
-        del owned.environment["HOME"]
-    prefix = as_user(owned, NOBODYS)
-    done = subprocess.run(
-        [*prefix, sys.executable, str(AGENT)],
-        env=owned.environment,
-        stderr=subprocess.PIPE,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 2
-    assert re.search(
-        rf"STATE_DIRECTORY is .*; {NOBODYS} (has no home|cannot write to /): set STATE_DIRECTORY to"
-        rf" a folder .* install -d -m 700 -o {NOBODYS} /var/lib/oni-agent\.\n$",
-        done.stderr,
-    )
-
-
-def test_a_user_without_a_passwd_entry_loads_where_the_site_is_its_own(owned):
-    owned.state.mkdir()
-    for folder in (owned.state, owned.source, *map(owned.oni.joinpath, ("data", "log", "cache"))):
-        give(folder, NOBODYS)
-    os.chown(owned.oni / "oni.sqlite3", NOBODYS, NOBODYS)
-    os.chown(owned.oni, NOBODYS, -1)
-    del owned.environment["HOME"]
-    owned.prefix = as_user(owned, NOBODYS)
-    owned.batch(ALPHA)
-    assert owned.start().run("load-batch", ALPHA)["status"] == "successful"
-    assert owned.ssh("check")["message"] == "All is well"
-
-
-def ended_at_once(site: Site, uid: int) -> tuple[int, str]:
-    """The exit status of a user's agent that cannot start, and its last sentence."""
-    done = subprocess.run(
-        [*as_user(site, uid), sys.executable, str(AGENT)],
-        env=site.environment,
-        stderr=subprocess.PIPE,
-        text=True,
-        timeout=60,
-    )
-    return done.returncode, done.stderr
-
-
-@pytest.mark.parametrize("what", ["port", "key", "folder"])
-def test_what_can_never_work_is_not_tried_again(owned, what):
-    key = key_made_by_ssh_keygen(owned.oni.parent / "key")
-    owned.state.mkdir()
-    give(owned.state, SITE_USER.pw_uid)
-    chown = f"root can make it the agent's: chown {SITE_USER.pw_name} {key}"
-    broken = {
-        "port": ("BA_BIND", "127.0.0.1:22", "Permission denied"),
-        "key": ("HOST_KEY_FILE", str(key), f"permission denied; {chown}"),
-        "folder": ("STATE_DIRECTORY", "/sys/oni-agent", "www-data cannot write to /sys"),
-    }
-    name, owned.environment[name], said = broken[what]
-    status, sentence = ended_at_once(owned, SITE_USER.pw_uid)
-    assert (status, said in sentence) == (2, True), sentence
-
-
-def test_a_full_disk_is_tried_again(disk, witnessed):
-    witnessed.state.chmod(0o700)
-    disk.fill()
-    status, _, said = run_agent(**witnessed.environment)
-    assert (status, str(witnessed.state) in said) == (1, True), said
-
-
-def test_as_pid_1_the_agent_buries_orphans_and_ends_as_it_is_told(site):
-    site.prefix = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
-    gate = site.hold_load(site.batch(ALPHA))
-    site.start()
-    id = site.job("load-batch", ALPHA)
+def counted_issues(site: Site) -> list:
+    """How many issues the files of each batch name, by list-batches; None: yet to be counted."""
+    return [batch["issues_in_batch_xml"] for batch in site.call("list-batches")["batches"]]
+
+
+def test_the_exchanges_in_help_happen_as_they_are_shown(tmp_path, template):
+    (tmp_path / "instructions.txt").write_text("RemoveIssue sn99990001/1900010101\n")
+    site = demo_site(tmp_path, template).start()
+
+    def plain(text: str) -> str:
+        text = re.sub(r"\d+ (s|min|h|days) ago, [\d: -]+ \w+", "TIME", text)
+        text = re.sub(r"(?m)^\[[\d: -]+ \w+\]", "[TIME]", text)
+        text = re.sub(r"\b(successful|failed) \d+ s", r"\1 TIME", text)
+        text = re.sub(r'("session":\{"id":)\d+', r"\1 N", text)
+        return re.sub(r"\s+", " ", text)
+
+    try:
+        until(lambda: None not in counted_issues(site))
+        for name, command in oni_agent.COMMANDS.items():
+            if name in ("help", "board", "check"):  # theirs are no exchanges
+                continue
+            for line in BEFORE_EXCHANGES.get(name, []):
+                shell(site, tmp_path, f"ssh oni {line}")
+            exchanges = re.findall(r"\$ (.*)\n((?:(?!\$ ).*\n?)*)", command.example)
+            assert exchanges, name
+            for line, printed in exchanges:
+                assert (line, plain(shell(site, tmp_path, line)).strip()) == (
+                    line,
+                    plain(printed).strip(),
+                )
+    finally:
+        site.clean_up()
+
+
+def test_a_job_that_never_started_is_not_said_to_have_taken_any_time(agent):
+    gate = agent.hold_load(agent.batch(ALPHA))
+    agent.batch(BETA, start=date(1920, 1, 1))
+    agent.job("load-batch", ALPHA)
+    agent.job("load-batch", BETA)
     gate.reached()
-    [init] = Path(f"/proc/{site.agent.pid}/task/{site.agent.pid}/children").read_text().split()
-    os.kill(int(init), signal.SIGTERM)
-    assert site.agent.wait(30) == 0
-    site.wait_for(rf"job={id} its manage.py goes on, .*in a container, .*begins the job anew")
+    agent.call("job-cancel", "2")
+    said = ssh_run(agent, "job-status 2", "-tt").stdout
+    assert b"load-batch " + BETA.encode() in said
+    assert re.search(rb"failed +load-batch", said)
     gate.open()
-    site.prefix = []
-    assert site.start().ended(id)["status"] == "successful"
+    agent.ended(1)
+    said = ssh_run(agent, "job-status 1", "-tt").stdout
+    assert re.search(rb"successful \d+ s +load-batch", said)
 
 
-def test_a_read_only_root_is_enough(owned):
-    owned.state.mkdir()
-    writable = [owned.state, owned.source, *map(owned.oni.joinpath, ("data", "log", "cache"))]
-    binds = "".join(f"mount --bind {each} {each}\n" for each in (owned.oni, *writable))
-    closed = "for each in $(findmnt -rno TARGET | sort -u); do mount -o remount,ro,bind $each; done"
-    opened = "".join(f"mount -o remount,rw,bind {each}\n" for each in (owned.oni, *writable))
-    owned.prefix = reachable(*needed(owned), then=f"{binds}{{ {closed}; }} 2>&- ||:\n{opened}")
-    owned.batch(ALPHA)
-    assert owned.start().run("load-batch", ALPHA)["status"] == "successful"
-    probe = subprocess.run([*owned.prefix, "touch", "/usr/probe"], stderr=subprocess.PIPE)
-    assert b"Read-only file system" in probe.stderr
+def oni_alias(site: Site, folder: Path) -> list[str]:
+    """ssh with the README's alias `oni` for a site, as a list of words that lacks the alias."""
+    config = folder / "ssh_config"
+    alias = readme_block("Host oni").replace("Port 2222", f"Port {site.port}")
+    config.write_text(f"{alias}StrictHostKeyChecking no\nUserKnownHostsFile /dev/null\n")
+    return ["ssh", "-F", str(config)]
 
 
-# -- what becomes of a load when the agent stops
+def test_the_alias_gives_text_to_a_person_json_to_a_program_and_takes_a_file(agent, tmp_path):
+    agent.batch(ALPHA)
+    agent.run("load-batch", ALPHA)
+    (tmp_path / "herald.xml").write_bytes(marc_xml(wrapped=True))
+    ssh = oni_alias(agent, tmp_path)
+    with TerminalClient(agent, words=[*ssh, "oni", "job-wait 1"]) as client:
+        assert client.ended() == 0
+    assert "Success: this job is complete.\r\n" in client.shown
+    with TerminalClient(agent, words=[*ssh, "-T", "oni", "job-wait 1"]) as client:
+        assert client.ended() == 0
+    assert json.loads(client.shown)["job"]["status"] == "successful"
+    # OpenSSH asks for no terminal where its own input is none, unless it is told to "force" that.
+    for line in ("{} oni load-title < herald.xml", "cat herald.xml | {} oni load-title"):
+        typed = f"cd {tmp_path}; {line.format(shlex.join(ssh))}"
+        with TerminalClient(agent, words=["sh", "-c", typed]) as client:
+            assert client.ended() == 0
+        assert json.loads(client.shown)["message"] == "Job added to queue"
 
 
-def test_an_agent_that_stops_says_nothing_of_a_manage_py_that_is_not_there(agent):
-    agent.stop()
-    agent.wait_for(r"stopping on SIGTERM\n$")
-    assert "goes on" not in "".join(agent.log)
+def test_several_batches_are_refused_and_told_how_a_shell_gives_them(shared):
+    reply = without_session(shared.ssh("load-batch batch_oru_a_ver01 'b c'"))
+    assert reply["message"] == '"load-batch" requires exactly one batch name'
+    assert reply["error"] == (
+        "usage: load-batch BATCH; for several:"
+        " for each in batch_oru_a_ver01 'b c'; do ssh oni load-batch $each; done"
+    )
+    assert "do ssh" not in shared.ssh("load-batch")["error"]
 
 
-def test_an_agent_that_stops_says_what_becomes_of_its_load(site):
-    gate = site.hold_load(site.batch(ALPHA))
-    site.start()
+@pytest.mark.parametrize("command", ["job-status", "job-cancel", "job-retry", "job-logs"])
+def test_too_many_words_are_not_called_too_few(shared, command):
+    assert shared.ssh(command)["message"] == "You must supply a job ID"
+    reply = shared.ssh(f"{command} 1 2 3")
+    assert reply["message"].startswith(f'"{command}" takes ')
+    assert reply["error"].startswith(f"usage: {command} ID")
+
+
+def test_a_batch_may_be_named_as_a_shell_completes_its_folder(agent):
+    agent.batch(ALPHA)
+    assert agent.call("batch-check", f"{ALPHA}/")["batch"] == {"name": ALPHA}
+    job = agent.run("load-batch", f"{ALPHA}/")
+    assert (job["words"], job["status"]) == (["load-batch", ALPHA], "successful")
+    assert agent.call("batch-status", f"{ALPHA}/")["batch"]["state"] == "complete"
+    line = f"RemoveIssue {GAZETTE}/1900010101\n".encode()
+    job = agent.run("batch-patch", f"{ALPHA}/", f"{ALPHA[:-2]}02/", stdin=line)
+    assert (job["words"][1:], job["status"]) == ([ALPHA, f"{ALPHA[:-2]}02"], "successful")
+    assert [job["id"] for job in agent.call("list-jobs", f"{ALPHA}/")["jobs"]] == [1, 2]
+    assert agent.run("purge-batch", f"{ALPHA}/")["status"] == "successful"
+    assert agent.held(ALPHA) == (0, 0, 0)
+
+
+def test_list_jobs_takes_a_batch_several_statuses_and_a_number(agent):
+    failing_load(agent)
+    for name in (ALPHA, BETA):
+        agent.batch(name, start=date(1900 if name == ALPHA else 1910, 1, 1))
+        agent.run("load-batch", name)
+    agent.run("load-batch", "batch_oru_broken_ver01")
+    agent.run("purge-batch", ALPHA)
+
+    def listed(*words: str) -> list[int]:
+        return [job["id"] for job in agent.call("list-jobs", *words)["jobs"]]
+
+    assert listed() == [1, 2, 3, 4]
+    assert listed(ALPHA) == [1, 4]
+    assert listed("failed", "pending") == [3]
+    assert listed("successful", "failed", "2") == [3, 4]
+    assert listed("1", ALPHA, "successful") == [4]
+    assert listed(BETA, "failed") == []
+    reply = agent.call("list-jobs", ALPHA, "1")
+    assert reply["hint"] == "These are the newest 1 jobs; a larger number shows more."
+    for wrong in ("0", "-1", "finished", ""):
+        reply = agent.call("list-jobs", wrong)
+        assert reply["message"] == f'"{wrong}" is not a job status'
+        assert "pending, started, couldn't start" in reply["error"]
+
+
+def test_a_person_is_shown_the_newest_jobs_and_a_program_all(site):
+    hurry(site, NEWEST_JOBS=2)
+    site.batch(ALPHA)
+    for command in ("load-batch", "purge-batch", "load-batch"):
+        site.run(command, ALPHA)
+    shown = ssh_run(site, "list-jobs", "-tt").stdout.decode()
+    assert "Jobs: 2\r\n" in shown
+    assert "These are the newest 2 jobs" in shown
+    assert "\r\n   1  " not in without_colour(shown)
+    assert without_colour(ssh_run(site, "list-jobs 3", "-tt").stdout.decode()).count("batch_") == 3
+    reply = site.call("list-jobs")
+    assert len(reply["jobs"]) == 3
+    assert "hint" not in reply
+
+
+def test_job_status_says_the_seconds_that_are_left(site):
+    hurry(site, PROGRESS_SECONDS=0)
+    gate = site.hold_load(site.batch(ALPHA, issues=4), issue=2)
     site.job("load-batch", ALPHA)
     gate.reached()
-    site.stop()
-    site.wait_for("job=1 its manage.py goes on, and the next agent adopts it; where .*, too")
+    job = {}
+
+    def some_pages_are_loaded() -> bool:
+        job.update(site.call("job-status", "1")["job"])
+        return bool(job.get("pages_loaded"))
+
+    until(some_pages_are_loaded)
+    left = job["seconds"] * (job["pages"] - job["pages_loaded"]) / job["pages_loaded"]
+    assert job["seconds_left"] == int(left)
     gate.open()
-    assert site.start().ended(1)["attempts"] == 1
+    assert "seconds_left" not in site.ended(1)
 
 
-# -- check, from inside
+def test_json_escapes_what_does_something_to_a_terminal(site):
+    name = "del\x7f csi\x9b bidi\u202e\u2066 line\u2028 é 東 \x1b"
+    site.start()
+    with Client(site.port) as client:
+        said = client.raw(f"ensure-awardee {shlex.quote(name)}")
+    assert b"\\u007f" in said
+    assert b"\\u009b" in said
+    assert b"\\u202e\\u2066 line\\u2028 \xc3\xa9" in said
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066]", said.decode())
+    assert json.loads(said)["org_code"] == name
 
 
-def test_check_from_inside_says_how_all_is(agent):
-    agent.run("load-batch", agent.batch(ALPHA).name)
-    reply = without_session(agent.ssh("check"))
-    assert (reply["status"], reply["message"]) == ("success", "All is well")
-    found = {look["name"]: look["found"] for look in reply["looks"]}
-    assert {look["well"] for look in reply["looks"]} == {True}
-    assert found["Solr"] == f"{len(agent.solr.documents())} pages"
-    assert found["database"] == "1 batches"
-    counts = [
-        agent.query(f"SELECT count(*) FROM core_{table}")[0][0]
-        for table in ("language", "country", "awardee")
-    ]
-    assert found["look-up tables"] == "{} languages, {} countries, {} awardees".format(*counts)
-    assert re.match(rf"1, load-batch {ALPHA}: successful at \d{{4}}-", found["last job"])
-    assert found["who may connect"] == "whoever is on this host"
-    assert {f"ONI's {name}" for name in ("log/", "batch storage", "word coordinates")} < set(found)
-
-
-def test_check_from_inside_ends_with_1_where_something_is_not_well(agent):
-    with agent.solr.down():
-        done = ssh_run(agent, "check")
-        said = on_terminal(agent, "check", "")
-        assert re.search(r"(?m)^✗ Solr: .*", said)
-        assert re.search(r"(?m)^✓ database: 0 batches", said)
-        assert "Looks" not in said and "{" not in said
-        until(lambda: "Solr is down" in agent.call("board")["oni"].get("problem", ""))
-    reply = json.loads(done.stdout)
-    assert (done.returncode, reply["status"]) == (1, "success")
-    assert reply["message"] == "not well: Solr"
-
-
-def looks(site: Site) -> tuple[str, list[str]]:
-    """The message of `check`, and what was found that is not well."""
-    reply = json.loads(ssh_run(site, "check").stdout)
-    return reply["message"], [look["found"] for look in reply["looks"] if not look["well"]]
-
-
-def test_an_empty_look_up_table_is_not_well(agent):
-    with contextlib.closing(sqlite3.connect(agent.oni / "oni.sqlite3")) as database:
-        database.execute("PRAGMA foreign_keys = OFF")
-        database.execute("DELETE FROM core_language")
-        database.commit()
-    [bad] = looks(agent)[1]
-    assert bad.startswith("there are no languages, and loads will fail; load Open ONI's own")
-
-
-@pytest.mark.parametrize("bind", [":0", "0.0.0.0:0", "[::]:0"])
-def test_an_agent_that_is_open_to_everybody_is_not_well(site, bind):
-    site.environment["BA_BIND"] = bind
-    [bad] = check(site)[1]
-    assert bad.startswith("who may connect: whoever reaches port 0 of this host may load and purge")
-    assert check(site, ALLOW_FROM="127.0.0.1")[1] == []
-    site.start().wait_for("anyone who reaches .* may load and purge: set ALLOW_FROM")
-    assert looks(site)[0] == "not well: who may connect"
-
-
-# -- batch-patch's own code
-
-
-def test_a_copy_that_fails_for_a_moment_is_tried_again(site):
-    batch = site.batch(ALPHA)
-    assert site.manage("load_batch", str(batch)).returncode == 0
-    away = batch.with_name("away")
-    altered(
-        site,
-        """
-        really, failures = agent.shutil.copy2, {}
-        def copy2(source, target):
-            failures[target] = failures.get(target, 0) + 1
-            if target.endswith(".jp2") and failures[target] < 3:
-                raise OSError(agent.errno.ESTALE, 'Stale file handle')
-            really(source, target)
-        agent.shutil.copy2 = copy2
-        """,
+def test_a_person_is_not_told_that_a_job_started_which_never_did(agent):
+    gate = agent.hold_load(agent.batch(ALPHA))
+    agent.batch(BETA, start=date(1920, 1, 1))
+    agent.job("load-batch", ALPHA)
+    agent.job("load-batch", BETA)
+    gate.reached()
+    assert b"Job cancelled\r\n" in ssh_run(agent, "job-cancel 2", "-tt").stdout
+    said = ssh_run(agent, "job-status 2", "-tt").stdout
+    assert b"Failed: this job never started.\r\n" in said
+    assert b"cancelled before it started\r\n" in said
+    assert agent.call("job-status", "2")["message"] == (
+        "Failed: this job started but returned a non-zero exit code."  # NCA's words
     )
-    job = site.run("batch-patch", ALPHA, BETA, stdin=HELD.encode())
-    assert job["status"] == "successful"
-    said = [line for line in site.logs(job["id"]) if "cannot be copied" in line]
-    assert len(said) == 2 * len(list((site.source / BETA).rglob("*.jp2"))) > 0
-    assert said[0].endswith("Stale file handle; trying again")
-    assert not away.exists()
+    assert agent.call("job-cancel", "2")["error"] == "Failed: this job never started."
+    gate.open()
 
 
-def test_a_new_batch_that_its_check_refuses_never_has_its_name(tmp_path):
-    old = make_batch(tmp_path, ALPHA, 2, 1)
-    patch = oni_agent.Patch(old, {f"{GAZETTE}/1900010101": "the first"})
-    looked_at = []
-
-    def refuse(folder: Path) -> None:
-        looked_at.append((folder / "data/batch.xml").read_bytes())
-        raise oni_agent.Problem("it would not load")
-
-    with pytest.raises(oni_agent.Problem, match="it would not load"):
-        patch.make(tmp_path / BETA, print, check=refuse)
-    assert looked_at == [patch.listing]
-    assert os.listdir(tmp_path) == [ALPHA]
+def test_the_board_says_what_to_type_where_it_is_empty_and_what_its_keys_are(shared):
+    with TerminalClient(shared) as client:
+        until(lambda: "ssh oni load-batch BATCH    load one" in frame(client))
+        client.type("?")
+        keys = "q, Ctrl-C, Ctrl-D  leave the board; jobs go on"
+        until(lambda: frame(client)[0] == keys)
+        client.type("?")
+        until(lambda: keys not in frame(client))
+        client.type("q")
+        assert client.ended() == 0
 
 
-def test_issues_are_removed_without_open_oni(tmp_path):
-    old = make_batch(tmp_path, ALPHA, 3, 1)
-    before = files_of(old)
-    words = ["--remove-issues", str(old), str(tmp_path / "new")]
-    status, out, said = run_agent(*words, f"{GAZETTE}/1900-01-01_01", f"{GAZETTE}/1900010301")
-    assert (status, said) == (0, "")
-    assert out.splitlines()[-1] == f"{tmp_path}/new is whole"
-    listing = ElementTree.parse(tmp_path / "new/data/batch.xml")
-    [left] = [node.text for node in listing.iter("{http://www.loc.gov/ndnp}issue")]
-    assert Path(left).parent.name == "1900010201" == mets_of(tmp_path / "new", 0).parent.name
-    assert files_of(old) == before
-    assert run_agent(*words, f"{GAZETTE}/1900010101", f"{GAZETTE}/1900010301")[0] == 0  # again
+JOB = {
+    "id": 7,
+    "status": "failed",
+    "words": ["load-batch", ALPHA],
+    "seconds": 130.5,
+    "queued": "2020-01-02T03:04:05.123456789Z",
+    "started": "2020-01-02T03:04:05.123456789Z",
+    "ended": "2020-01-02T03:06:15.123456789Z",
+}
 
 
 @pytest.mark.parametrize(
-    "words, status, said",
+    "job, width, lines",
     [
-        ([ALPHA, "new"], 2, "--remove-issues needs FOLDER NEWFOLDER LCCN/YYYYMMDDEE"),
-        ([ALPHA, "new", "sn1/1900010101"], 1, "'sn1/1900010101' names no issue of"),
-        ([ALPHA, f"{ALPHA}/new", f"{GAZETTE}/1900010101"], 1, "name a folder outside of it"),
-        (["nowhere", "new", f"{GAZETTE}/1900010101"], 1, "no such file"),
+        ({"error": "it broke"}, 120, ["ROW  it broke"]),
+        ({"error": "it broke at " + "x" * 40}, 120, ["ROW", "       it broke at " + "x" * 40]),
+        ({"error": ""}, 120, ["ROW"]),
+        ({"place": 2}, 130, ["ROW  It is number 2 in the queue."]),
+        (
+            {"checked": 5, "to_check": 20},
+            80,
+            ["ROW", "       [#####...............] 5 of 20 issues checked"],
+        ),
+        (
+            {"checked": 1, "to_check": 1},
+            80,
+            ["ROW", "       [####################] 1 of 1 issue checked"],
+        ),
+        (
+            {"pages": 40, "pages_loaded": 10, "issues": 4, "issues_loaded": 1, "seconds_left": 300},
+            80,
+            [
+                "ROW",
+                "       [#####...............] 1 of 4 issues, 0.1 pages a second, 5 min left",
+            ],
+        ),
+        (
+            {"pages": 40, "pages_loaded": 0, "issues": 1, "issues_loaded": 0},
+            80,
+            ["ROW", "       [....................] 0 of 1 issue"],
+        ),
     ],
 )
-def test_a_removal_that_cannot_be_is_told_in_a_sentence(tmp_path, words, status, said):
-    make_batch(tmp_path, ALPHA, 2, 1)
-    folders = [str(tmp_path / each) for each in words[:2]]
-    found, _, sentence = run_agent("--remove-issues", *folders, *words[2:])
-    assert found == status
-    assert said in sentence
-    assert os.listdir(tmp_path) == [ALPHA]
+def test_a_job_is_shown_on_a_row_and_what_is_said_of_it_beside_or_below_in_whole(job, width, lines):
+    row = oni_agent.job_row({**JOB, **job})
+    when = datetime(2020, 1, 2, 3, 6, tzinfo=timezone.utc).astimezone()
+    words = f"load-batch {ALPHA}"
+    text = f"   7  failed 2 min       {words:<31}  days ago, {when:%F %H:%M %Z}"
+    shown = [re.sub(r"\d+ days ago", "days ago", line) for line in oni_agent.laid_out(row, width)]
+    if width == 80:  # the row itself, which holds a whole date, takes two lines there
+        shown[:2] = [re.sub(r"\s+", " ", " ".join(shown[:2]))]
+        text = re.sub(r"\s+", " ", " " + text.strip())
+    assert shown == [line.replace("ROW", text) for line in lines]
 
 
-def test_an_error_however_long_keeps_no_program_from_being_told(site, tmp_path):
-    site.prepend_to_manage(
-        "import sys\nif 'load_batch' in sys.argv: sys.exit('[ERROR] ' + 'é' * 3_000_000)"
-    )
-    told = tmp_path / "told"
-    finish = program(
-        tmp_path / "finish", f'printf %s "$ONI_JOB_ERROR" > {told}.new\nmv {told}.new {told}'
-    )
-    site.batch(ALPHA)
-    job = site.start(ON_FINISH=str(finish)).run("load-batch", ALPHA)
-    assert "ééé" in job["error"]
-    until(told.exists)
-    assert told.read_text() == job["error"]
+@pytest.mark.parametrize(
+    "keys, lines",
+    [
+        ({"status": "success", "message": "No-op", "job": {"id": -1}}, ["No-op"]),
+        (
+            {"status": "error", "message": "it cannot", "error": "so it is", "job": {"id": 3}},
+            ["error: it cannot", "       so it is"],
+        ),
+        ({"status": "error", "message": "it cannot"}, ["error: it cannot"]),
+        ({"oni": {"location": "/oni", "batches": 1}}, ["Open ONI in /oni: 1 batch"]),
+        ({"oni": {"location": "/oni", "batches": 2}}, ["Open ONI in /oni: 2 batches"]),
+        (
+            {"oni": {"location": "/oni", "problem": "the database is down"}},
+            ["Open ONI in /oni: ? batches  the database is down"],
+        ),
+        (
+            {"free_bytes": 5, "largest": ["a", "b\x1b"]},
+            ["free_bytes: 5", "Largest: 2", "largest: a", "largest: b\\x1b"],
+        ),
+        (
+            {"faults": [{"file": "a", "fault": "b"}], "warnings": []},
+            ["Faults: 1", "fault: a: b", "Warnings: 0"],
+        ),
+    ],
+)
+def test_an_answer_is_shown_key_by_key(keys, lines):
+    assert oni_agent.answer_lines(keys, 80) == lines
+
+
+def test_a_text_that_is_too_long_is_cut_in_the_middle_with_a_sign():
+    assert oni_agent.shortened("é" * 1000) == "é" * 1000
+    cut = oni_agent.shortened(f"first {'é' * 5000} last")
+    assert cut.startswith("first é")
+    assert cut.endswith("é last")
+    assert "[…8011 bytes are left out here…]" in cut
+    assert len(cut.encode()) < 2048
+    assert len(oni_agent.shortened("\udcff" * 9000).encode("utf-8", "replace")) < 2048
+
+
+@given(strategies.text(), strategies.integers(1, 200))
+@settings(max_examples=300, deadline=None)
+def test_any_text_is_wrapped_to_the_width(text, width):
+    lines = oni_agent.wrapped(text, max(width, 10))
+    assert all(len(line) <= max(width, 10) for line in lines)
+    shown = "".join(lines).replace(" ", "")
+    assert shown == oni_agent.plain(text).replace(" ", "")  # a path is broken, not cut
 
 
 # --- Promises: who may connect --------------------------------------------------------------------
-
 
 def banner(port: int, host: str = "127.0.0.1") -> bytes:
     """What an agent says first to whoever connects; nothing to those it cuts off."""
@@ -5732,11 +8732,6 @@ def make_key(folder: Path, name: str, *options: str) -> Path:
         check=True,
     )
     return folder / name
-
-
-def public(key: Path) -> str:
-    """A key's line for an authorized_keys file."""
-    return key.with_name(key.name + ".pub").read_text()
 
 
 def with_key(site: Site, key: Path, command: str = "version") -> int:
@@ -5904,15 +8899,737 @@ def test_an_agent_open_to_anyone_warns_once(site, bind, control, warnings):
     )
 
 
-# --- Promises: settings, start and stop -----------------------------------------------------------
+@pytest.mark.parametrize(
+    "said, why",
+    [
+        (b"GET / HTTP/1.1\r\n\r\n", "its first line is no version of SSH"),
+        (b"SSH-2.0-" + b"x" * 300, "its first line is no version of SSH"),
+        (b"SSH-2.0-x\r\n" + bytes(100), "[^']+"),
+    ],
+)
+def test_a_client_that_is_no_client_of_ssh_is_gone_at_once_with_a_line_in_the_log(agent, said, why):
+    for _ in range(3):
+        with silent(agent.port, said) as connection, contextlib.suppress(ConnectionResetError):
+            while connection.recv(1000):
+                pass
+    pattern = rf"connection from=127.0.0.1 refused='{why}'"
+    agent.wait_for(pattern)
+    assert len([line for line in agent.log if re.search(pattern, line)]) == 1  # a minute
 
 
-def key_made_by_ssh_keygen(path: Path, *options: str) -> Path:
-    """A private key file in the old PEM form, where its kind has one."""
-    subprocess.run(
-        ["ssh-keygen", "-q", "-m", "PEM", "-N", "", "-f", str(path), *options], check=True
+def test_a_client_with_no_algorithm_in_common_leaves_a_line_in_the_log(agent):
+    with pytest.raises((paramiko.SSHException, EOFError)):
+        Client(agent.port, disabled_algorithms={"kex": list(paramiko.Transport._preferred_kex[:3])})
+    agent.wait_for("connection from=127.0.0.1 refused='.*no acceptable kex algorithm")
+
+
+FIPS_HOST = """
+try:
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+except ImportError:  # in Open ONI's own Python
+    pass
+else:
+    def refuse(*_):
+        raise UnsupportedAlgorithm("this host is in FIPS mode")
+    X25519PrivateKey.generate = Ed25519PrivateKey.generate = refuse
+"""
+
+
+def test_a_host_without_curve25519_offers_nists_curves_and_makes_an_ecdsa_key(site, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(FIPS_HOST)
+    site.start(PYTHONPATH=str(tmp_path))
+    with Client(site.port) as client:
+        assert client.transport.get_remote_server_key().get_name() == "ecdsa-sha2-nistp256"
+        assert client.ask("version")["status"] == "success"
+    assert site.ssh("version")["status"] == "success"
+
+
+def test_only_where_curves_are_missing_nists_are_offered():
+    assert not set(oni_agent.algorithms_to_offer().kex) & set(oni_agent.NIST_CURVES)
+
+
+def test_a_host_key_that_came_to_be_there_meanwhile_is_kept(tmp_path):
+    made = oni_agent.make_host_key(tmp_path / "key")
+    content = (tmp_path / "key").read_bytes()
+    again = oni_agent.make_host_key(tmp_path / "key")
+    assert again.get_base64() == made.get_base64()
+    assert (tmp_path / "key").read_bytes() == content
+    assert (tmp_path / "key").stat().st_mode & 0o777 == 0o600
+    assert {path.name for path in tmp_path.iterdir()} == {"key", "key.pub"}
+
+
+@pytest.mark.parametrize("kind", ["ed25519", "rsa", "ecdsa"])
+def test_an_auditor_finds_nothing_but_the_classical_fall_back(site, kind):
+    site.start(HOST_KEY_FILE=str(key_made_by_ssh_keygen(site.oni.parent / "key", "-t", kind)))
+    done = subprocess.run(
+        [sys.executable, "-m", "ssh_audit", "-j", "-p", str(site.port), "127.0.0.1"],
+        stdout=subprocess.PIPE,
+        timeout=60,
     )
-    return path
+    report = json.loads(done.stdout)
+    assert not report["cves"]
+    assert "curve25519-sha256@libssh.org" in {each["algorithm"] for each in report["kex"]}
+    found = {
+        (kind, each["algorithm"], level, text)
+        for kind in ("kex", "key", "enc", "mac")
+        for each in report[kind]
+        for level in ("fail", "warn")
+        for text in each["notes"].get(level, ())
+    }
+    allowed = {
+        ("kex", name, "warn", "does not provide protection against post-quantum attacks")
+        for name in ("curve25519-sha256", "curve25519-sha256@libssh.org")
+    }
+    if kind == "ecdsa":  # the administrator's own choice of a key
+        found = {each for each in found if each[0] != "key"}
+    assert found <= allowed
+
+
+NASTY = [
+    "version",
+    "help",
+    "load-batch",
+    "purge-batch",
+    "load-title",
+    "batch-patch",
+    "ensure-awardee",
+    "list-jobs",
+    "job-status",
+    "job-logs",
+    "batch_oru_alpha_ver01",
+    "../batch_oru_alpha_ver01",
+    "batch_oru_broken_ver01",
+    "oru",
+    "-1",
+    "1",
+    "0",
+    "9" * 19,
+    "*",
+    "$(touch /tmp/x)",
+    "`id`",
+    ";",
+    "--help",
+    "-c",
+    "é",
+    "\u200b",
+    "\0",
+    "\n",
+    "\r",
+    "\t",
+    "'",
+    '"',
+    "\\",
+    "\x1b[31m",
+    "\N{RIGHT-TO-LEFT OVERRIDE}",
+    "x" * 5000,
+]
+
+WORDS = strategies.one_of(strategies.sampled_from(NASTY), strategies.text(max_size=30))
+
+LINES = strategies.one_of(
+    strategies.binary(max_size=300),
+    strategies.lists(WORDS, max_size=5).map(
+        lambda words: " ".join(words).encode("utf-8", "surrogatepass")
+    ),
+    strategies.lists(WORDS, max_size=5).map(
+        lambda words: " ".join(map(go_quoted, words)).encode("utf-8", "replace")
+    ),
+    strategies.lists(WORDS, max_size=5).map(
+        lambda words: " ".join(map(shlex.quote, words)).encode("utf-8", "replace")
+    ),
+    strategies.tuples(
+        strategies.sampled_from(
+            [
+                "load-title",
+                "batch-patch batch_oru_alpha_ver01 batch_oru_new_ver02",
+                "ensure-awardee oru",
+                '"job-status" "1"',
+            ]
+        ),
+        strategies.integers(0, 60),
+        strategies.binary(max_size=3),
+    ).map(lambda it: it[0].encode()[: it[1]] + it[2] + it[0].encode()[it[1] :]),
+)
+
+PAYLOADS = strategies.one_of(
+    strategies.binary(max_size=2000),
+    strategies.tuples(
+        strategies.integers(0, 900), strategies.binary(max_size=20), strategies.integers(0, 900)
+    ).map(lambda it: marc_xml()[: it[0]] + it[1] + marc_xml()[it[2] :]),
+    strategies.sampled_from(
+        [
+            b"",
+            b"\n\nEND\n",
+            b"RemoveIssue sn99990001/19000101\n",
+            b"RemoveIssue x/../../y\n",
+            b"<!DOCTYPE a [<!ENTITY b 'c'>]><a>&b;</a>",
+            b"<" * 100_000,
+            bytes(200_000),
+        ]
+    ),
+)
+
+RELENTLESS = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
+
+
+def test_whatever_is_asked_gets_one_answer_and_nothing_happens_that_was_not_asked_for(site):
+    site.batch("batch_oru_alpha_ver01")
+    spoil_batch_xml(site.batch("batch_oru_broken_ver01"))
+    site.start()
+    site.call(
+        "purge-batch", "batch_oru_alpha_ver01"
+    )  # from here on Open ONI's own files stay as they are, too
+    site.prepend_to_manage(
+        "import sys\nif 'shell' not in sys.argv: sys.exit(1)"
+    )  # no job does what it could
+    site.wait_for("Open ONI in .* word coordinates")
+    files = tree(
+        site.oni.parent, "state", "oni/oni.sqlite3"
+    )  # load-title and ensure-awardee may write that
+    jobs = []
+    awardees = {"oru"}
+    client = Client(site.port)
+
+    @settings(max_examples=1000, **RELENTLESS)
+    @given(LINES, PAYLOADS)
+    def every_request_is_answered(line: bytes, payload: bytes) -> None:
+        channel = client.channel(line)
+        with contextlib.suppress(OSError):  # answered already
+            channel.sendall(payload)
+        channel.shutdown_write()
+        said = channel.makefile("rb").read()
+        assert channel.recv_exit_status() == 0
+        assert said.count(b"\n") == 1
+        assert channel.recv_stderr(1) == b""
+        reply = json.loads(said)
+        assert reply["status"] in ("success", "error")
+        assert reply["session"]["id"] > 0
+        assert "fault of the agent" not in reply.get("message", "")
+        if reply.get("message") == "Job added to queue":
+            jobs.append(reply["job"]["id"])
+        if reply.get("message") == "Awardee created":
+            awardees.add(oni_agent.split_words(line)[1])
+        channel.close()
+
+    with client:
+        every_request_is_answered()
+        assert [job["id"] for job in client.ask("list-jobs")["jobs"]] == jobs
+    assert {code for code, in site.query("SELECT org_code FROM core_awardee")} == awardees
+    assert tree(site.oni.parent, "state", "oni/oni.sqlite3") == files
+
+
+def test_whatever_bytes_come_the_agent_lives_and_keeps_nothing_of_them(agent):
+    recorded = recorded_bytes(agent.port)
+    before = resources(agent)
+    lengths = strategies.integers(0, len(recorded))
+
+    @settings(max_examples=300, **RELENTLESS)
+    @given(lengths, strategies.binary(max_size=200), lengths)
+    def connect_and_say(cut: int, noise: bytes, resume: int) -> None:
+        with contextlib.suppress(ConnectionError), silent(agent.port) as connection:
+            connection.sendall(recorded[:cut] + noise + recorded[resume:])
+
+    connect_and_say()
+    assert has_no_more_than(agent, before)
+    assert agent.call("list-jobs")["jobs"] == []
+
+
+# --- Promises: settings, check, start and stop ----------------------------------------------------
+
+def test_check_says_that_all_is_well_and_changes_nothing(site, tmp_path):
+    site.batch("batch_oru_alpha_ver01")
+    before = tree(tmp_path)
+    good, bad = check(site)
+    assert bad == []
+    assert len(good) >= 7
+    assert "object at 0x" not in "".join(good)
+    names = {"settings", "state folder", "host key", "address", "batch source", "database", "Solr"}
+    assert names < {line.partition(": ")[0] for line in good}
+    assert all(re.fullmatch("settings|[^:]+: .+", line) for line in good)  # each with a finding
+    assert tree(tmp_path) == before
+    assert site.manage_pids() == []
+
+
+def test_check_leaves_a_state_folder_as_it_is_and_unlocked(site, tmp_path):
+    site.batch("batch_oru_alpha_ver01")
+    site.start().run("load-batch", "batch_oru_alpha_ver01")
+    site.stop()
+    before = tree(tmp_path)
+    assert check(site)[1] == []
+    after = tree(tmp_path)
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert changed <= {"state/jobs.db"}  # which may have taken in its WAL
+    assert set(after) == set(before)
+    assert site.start().call("job-status", "1")["job"]["status"] == "successful"
+
+
+@contextlib.contextmanager
+def fault_port(site):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        site.environment["BA_BIND"] = f"127.0.0.1:{taken.getsockname()[1]}"
+        yield
+
+
+@contextlib.contextmanager
+def fault_second_agent(site):
+    site.start()
+    yield
+
+
+@contextlib.contextmanager
+def fault_storage(site):
+    """A folder in which not even root can make a file."""
+    (site.oni / "data/batches").rmdir()
+    (site.oni / "data/batches").symlink_to("/proc/sys")
+    yield
+
+
+def setting(name: str, value: str):
+    """A fault that is one variable; {} stands for the site's folder."""
+
+    @contextlib.contextmanager
+    def fault(site):
+        site.environment[name] = value.format(site.oni.parent)
+        yield
+
+    return fault
+
+
+CHECK_FAULTS = {
+    "no manage.py": (
+        setting("ONI_LOCATION", "{}/batches"),
+        ["ONI_LOCATION is .* holds no manage.py"],
+    ),
+    "no batch source": (setting("BATCH_SOURCE", "{}/nowhere"), ["BATCH_SOURCE is .*not a folder"]),
+    "port in use": (fault_port, ["address: .*in use"]),
+    "agent at work": (fault_second_agent, ["state folder: another ONI Agent is at work"]),
+    "foreign host key": (
+        file("state/host_key", "my only thesis"),
+        ["HOST_KEY_FILE is .*holds no ed25519"],
+    ),
+    "host key cannot be made": (setting("HOST_KEY_FILE", "/proc/host_key"), ["[Kk]ey.*/proc"]),
+    "damaged jobs.db": (
+        file("state/jobs.db", "not SQLite" * 1000),
+        ["state folder: .*jobs.db.*not a database"],
+    ),
+    "manage.py cannot run": (
+        file("oni/manage.py", "#!/nowhere/python3\n"),
+        ["manage.py check: couldn't run", "database: couldn't run"],
+    ),
+    "broken settings": (
+        file("oni/onisite/settings_local.py", "import nowhere"),
+        ["manage.py check: .*No module named 'nowhere'", "database: .*No module named 'nowhere'"],
+    ),
+    "database down": (Site.database_down, ["database: .*OperationalError"]),
+    "log/ not writable": (file("oni/log", "a file"), ["ONI's log/: .*[Nn]ot a directory"]),
+    "storage not writable": (fault_storage, ["ONI's batch storage: "]),
+    "storage missing": (
+        setting("ONI_STORAGE_PATH", "/nowhere"),
+        ["ONI's batch storage: .*No such file"],
+    ),
+    "log level": (setting("LOG_LEVEL", "loud"), ["LOG_LEVEL is 'loud'"]),
+    "allow from": (setting("ALLOW_FROM", "10.0.0.0/8, everyone"), ["ALLOW_FROM is .*'everyone'"]),
+    "address to bind": (setting("BA_BIND", "2222"), ["BA_BIND is '2222'"]),
+    "authorized keys": (setting("AUTHORIZED_KEYS", "{}/nowhere"), ["AUTHORIZED_KEYS is .*read"]),
+    "on finish": (setting("ON_FINISH", "{}/oni/onisite/settings.py"), ["ON_FINISH is .*executed"]),
+    "state folder": (setting("STATE_DIRECTORY", "/proc/oni-agent"), ["state folder: .*/proc"]),
+}
+
+
+@pytest.mark.parametrize("fault", CHECK_FAULTS)
+def test_check_finds_each_fault_and_nothing_else(site, fault):
+    prepare, expected = CHECK_FAULTS[fault]
+    with prepare(site):
+        bad = check(site)[1]
+    assert len(bad) == len(expected) and all(map(re.search, expected, bad)), bad
+
+
+def test_check_finds_all_that_is_wrong_at_once(site):
+    site.environment.update(LOG_LEVEL="loud", BATCH_SOURCE="/nowhere", BA_BIND="x")
+    bad = "\n".join(check(site)[1])
+    assert all(name in bad for name in ("LOG_LEVEL", "BATCH_SOURCE", "BA_BIND"))
+
+
+def test_the_file_compiles_on_python_3_6():
+    ast.parse(AGENT.read_text(), feature_version=(3, 6))
+
+
+AS_OLD = "import runpy, sys; sys.version_info = (3, 7, 9); runpy.run_path(sys.argv[1])"
+
+OLD_PYTHONS = [[sys.executable, "-c", AS_OLD]] + [  # this one, which says that it is old
+    [python]
+    for python in (
+        *map(str, sorted(Path("/root/.pyenv/versions").glob("3.[67].*/bin/python3"))),
+        *filter(None, map(shutil.which, ("python3.6", "python3.7"))),
+    )
+    if not subprocess.run([python, "--version"], stdout=subprocess.DEVNULL, stderr=-1).returncode
+]
+
+
+@pytest.mark.parametrize("python", OLD_PYTHONS)
+def test_an_older_python_is_told_which_is_needed(python):
+    done = subprocess.run([*python, str(AGENT)], stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 2
+    assert re.fullmatch(
+        r"oni_agent: Python 3\.8 or newer is needed, and \S+ is Python 3\.[67]; .*\.\n",
+        done.stderr,
+    )
+
+
+@pytest.mark.parametrize(
+    "name, meant",
+    [
+        ("ALLOW_FORM", "ALLOW_FROM"),
+        ("ALLOW_FROM_", "ALLOW_FROM"),
+        ("ALLOWED_FROM", "ALLOW_FROM"),
+        ("allow_from", "ALLOW_FROM"),
+        ("export BA_BIND", "BA_BIND"),
+        ("BA_PORT", "BA_BIND"),
+        ("BATCH_SOURCES", "BATCH_SOURCE"),
+        ("HOST_KEY", "HOST_KEY_FILE"),
+        ("HOSTKEY_FILE", "HOST_KEY_FILE"),
+        ("ON_FINISHED", "ON_FINISH"),
+        ("AUTHORISED_KEYS", "AUTHORIZED_KEYS"),
+        ("AUTHORIZED_KEYS_FILE", "AUTHORIZED_KEYS"),
+        ("LOGLEVEL", "LOG_LEVEL"),
+        ("STATE_DIRECTROY", "STATE_DIRECTORY"),
+        ("DB_CONECTION", "DB_CONNECTION"),
+    ],
+)
+def test_a_misspelt_setting_is_refused_with_what_was_meant(site, name, meant):
+    site.environment[name] = ""
+    del site.environment["LOG_LEVEL"]
+    status, _, said = run_agent(**site.environment)
+    assert status == 2
+    assert re.fullmatch(
+        rf"oni_agent: '{name}' is not a setting \(did you mean {meant}\?\).*\.\n", said
+    )
+    [bad] = check(site)[1]
+    assert f"did you mean {meant}?" in bad
+
+
+def test_variables_that_are_not_the_agents_are_left_alone():
+    others = """HOST HOSTNAME HOSTTYPE LOGNAME BATCH ONLINE ONI_DB_HOST ONI_LOG_LEVEL LANG LC_ALL
+        CACHE_DIRECTORY LOGS_DIRECTORY RUNTIME_DIRECTORY CONFIGURATION_DIRECTORY
+        CREDENTIALS_DIRECTORY JOURNAL_STREAM INVOCATION_ID SYSTEMD_EXEC_PID DB_HOST TERM PATH"""
+    assert list(oni_agent.misspelt([*others.split(), *oni_agent.OWN_VARIABLES])) == []
+
+
+SITE_USER = pwd.getpwnam("www-data")
+
+
+def reachable(*paths: Path, then: str = "") -> list[str]:
+    """The words before a command that let any user reach these paths, whatever lies above them.
+
+    In a mount namespace of its own each folder that is closed to others gives way to one that holds
+    nothing but those paths. `then` are commands for a shell there.
+    """
+    lines = ["set -e", "keep=$(mktemp -d)"]
+    closed: dict[Path, list[Path]] = {}
+    for path in paths:
+        for above in reversed(path.parents):
+            if not above.stat().st_mode & stat.S_IXOTH:
+                closed.setdefault(above, []).append(path)
+                break
+    for number, (above, inside) in enumerate(closed.items()):
+        lines += [
+            f"mkdir $keep/{number}",
+            f"mount --rbind {shlex.quote(str(above))} $keep/{number}",
+            f"mount -t tmpfs -o mode=755 tmpfs {shlex.quote(str(above))}",
+        ]
+        for path in inside:
+            there, kept = shlex.quote(str(path)), shlex.quote(str(path.relative_to(above)))
+            lines += [f"mkdir -p {there}", f"mount --rbind $keep/{number}/{kept} {there}"]
+    return ["unshare", "-m", "sh", "-c", "\n".join([*lines, then, 'exec "$@"']), "sh"]
+
+
+def give(path: Path, uid: int) -> None:
+    """Makes a folder, with all in it, somebody's."""
+    for folder, folders, files in os.walk(path):
+        for name in (".", *folders, *files):
+            os.chown(os.path.join(folder, name), uid, uid, follow_symlinks=False)
+
+
+@pytest.fixture
+def owned(site) -> Site:
+    """A site that is a user's own but for its programs, as a real one is; the agent is root's."""
+    site.prefix = reachable(*needed(site))
+    site.oni.parent.chmod(0o755)
+    site.environment.update(HOME="/root", USER="root")
+    for folder in (site.oni / "data", site.oni / "log", site.oni / "cache", site.source):
+        give(folder, SITE_USER.pw_uid)
+    os.chown(site.oni, -1, SITE_USER.pw_gid)
+    site.oni.chmod(0o775)  # where SQLite has its journal
+    os.chown(site.oni / "oni.sqlite3", SITE_USER.pw_uid, SITE_USER.pw_gid)
+    return site
+
+
+def owners(*folders: Path) -> set[int]:
+    """Who owns what is in these folders."""
+    return {path.lstat().st_uid for folder in folders for path in (folder, *folder.rglob("*"))}
+
+
+def test_started_as_root_the_agent_becomes_the_user_that_the_site_runs_as(owned):
+    key = key_made_by_ssh_keygen(owned.oni.parent / "key")  # 0600, and root's
+    seen = owned.oni / "log/seen"
+    settings_local(
+        owned,
+        "import json, os\n"
+        f"with open({str(seen)!r}, 'w') as seen:\n"
+        "    json.dump([os.getresuid(), os.getresgid(), os.getgroups(), os.environ['HOME'],"
+        " os.environ['USER']], seen)\n",
+    )
+    owned.start(HOST_KEY_FILE=str(key))
+    owned.wait_for("started as root; goes on as www-data")
+    batch = owned.batch(ALPHA)
+    assert owned.run("load-batch", ALPHA)["status"] == "successful"
+    assert owned.held(batch.name) == (1, 2, 4)
+    places = [owned.state, *(owned.oni / name for name in ("log", "data", "cache"))]
+    assert owners(*places) == {SITE_USER.pw_uid}
+    assert len(list((owned.oni / "cache").iterdir())) == 1
+    uid, gid = SITE_USER.pw_uid, SITE_USER.pw_gid
+    assert json.loads(seen.read_text()) == [
+        [uid] * 3,
+        [gid] * 3,
+        os.getgrouplist("www-data", gid),
+        SITE_USER.pw_dir,
+        "www-data",
+    ]
+    # A root's state folder of an earlier agent is handed over, with its jobs.
+    owned.stop()
+    give(owned.state, 0)
+    assert owned.start().call("job-status", "1")["job"]["status"] == "successful"
+    assert owners(owned.state) == {uid}
+    assert key.stat().st_uid == 0
+
+
+def test_the_sites_user_is_whom_the_cache_belongs_to_where_there_are_no_coordinates(owned):
+    (owned.oni / "data/word_coordinates").rmdir()
+    for folder in (owned.oni / "data", owned.oni / "log"):
+        give(folder, 0)
+        folder.chmod(0o777)
+    owned.start().wait_for("started as root; goes on as www-data")
+
+
+def looks(site: Site) -> tuple[str, list[str]]:
+    """The message of `check`, and what was found that is not well."""
+    reply = json.loads(ssh_run(site, "check").stdout)
+    return reply["message"], [look["found"] for look in reply["looks"] if not look["well"]]
+
+
+def test_the_agent_stays_root_where_the_site_is_roots(site):
+    assert "started as root" not in "".join(site.start().log)
+    said = {look["name"]: look["found"] for look in site.call("check")["looks"]}
+    assert said["user and sandbox"].startswith(f"{oni_agent.user_name(os.geteuid())} ")
+
+
+def test_a_folder_of_roots_that_holds_other_things_is_not_handed_over(owned):
+    owned.state.mkdir()
+    (owned.state / "thesis").write_text("")
+    done = subprocess.run(
+        [*owned.prefix, sys.executable, str(AGENT)],
+        env=owned.environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
+    assert done.stderr.splitlines()[-1] == (
+        f"oni_agent: STATE_DIRECTORY is {owned.state}, which holds other things than an agent's:"
+        " name a folder of the agent's own."
+    )
+    assert done.returncode == oni_agent.EXIT_HOPELESS
+    assert owners(owned.state) == {0}
+
+
+def test_check_looks_as_the_sites_user(owned):
+    keys = owned.oni.parent / "keys"
+    keys.touch()
+    owned.environment["AUTHORIZED_KEYS"] = str(keys)
+    done = subprocess.run(
+        [*owned.prefix, sys.executable, str(AGENT), "--check"],
+        env={**owned.environment, "PYTHONUTF8": "1"},
+        stdout=subprocess.PIPE,
+        encoding="utf-8",
+        timeout=90,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "\n✓ user and sandbox: www-data " in done.stdout
+
+
+NOBODYS = 54321  # a user without an entry in passwd
+
+
+def as_user(site: Site, uid: int) -> list[str]:
+    """The words before a command that is to run as a user, in no group but its own."""
+    groups = "--clear-groups" if uid == NOBODYS else "--init-groups"
+    return [*site.prefix, "setpriv", f"--reuid={uid}", f"--regid={uid}", groups]
+
+
+@pytest.mark.parametrize("home", ["", "/", "/nonexistent"])
+def test_a_user_without_a_home_is_told_to_name_a_state_folder(owned, home):
+    del owned.environment["STATE_DIRECTORY"]
+    owned.environment["HOME"] = home
+    if not home:
+        del owned.environment["HOME"]
+    prefix = as_user(owned, NOBODYS)
+    done = subprocess.run(
+        [*prefix, sys.executable, str(AGENT)],
+        env=owned.environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert re.search(
+        rf"STATE_DIRECTORY is .*; {NOBODYS} (has no home|cannot write to /): set STATE_DIRECTORY to"
+        rf" a folder .* install -d -m 700 -o {NOBODYS} /var/lib/oni-agent\.\n$",
+        done.stderr,
+    )
+
+
+def test_a_user_without_a_passwd_entry_loads_where_the_site_is_its_own(owned):
+    owned.state.mkdir()
+    for folder in (owned.state, owned.source, *map(owned.oni.joinpath, ("data", "log", "cache"))):
+        give(folder, NOBODYS)
+    os.chown(owned.oni / "oni.sqlite3", NOBODYS, NOBODYS)
+    os.chown(owned.oni, NOBODYS, -1)
+    del owned.environment["HOME"]
+    owned.prefix = as_user(owned, NOBODYS)
+    owned.batch(ALPHA)
+    assert owned.start().run("load-batch", ALPHA)["status"] == "successful"
+    assert owned.ssh("check")["message"] == "All is well"
+
+
+def ended_at_once(site: Site, uid: int) -> tuple[int, str]:
+    """The exit status of a user's agent that cannot start, and its last sentence."""
+    done = subprocess.run(
+        [*as_user(site, uid), sys.executable, str(AGENT)],
+        env=site.environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("what", ["port", "key", "folder"])
+def test_what_can_never_work_is_not_tried_again(owned, what):
+    key = key_made_by_ssh_keygen(owned.oni.parent / "key")
+    owned.state.mkdir()
+    give(owned.state, SITE_USER.pw_uid)
+    chown = f"root can make it the agent's: chown {SITE_USER.pw_name} {key}"
+    broken = {
+        "port": ("BA_BIND", "127.0.0.1:22", "Permission denied"),
+        "key": ("HOST_KEY_FILE", str(key), f"permission denied; {chown}"),
+        "folder": ("STATE_DIRECTORY", "/sys/oni-agent", "www-data cannot write to /sys"),
+    }
+    name, owned.environment[name], said = broken[what]
+    status, sentence = ended_at_once(owned, SITE_USER.pw_uid)
+    assert (status, said in sentence) == (2, True), sentence
+
+
+def test_a_full_disk_is_tried_again(disk, witnessed):
+    witnessed.state.chmod(0o700)
+    disk.fill()
+    status, _, said = run_agent(**witnessed.environment)
+    assert (status, str(witnessed.state) in said) == (1, True), said
+
+
+def test_as_pid_1_the_agent_buries_orphans_and_ends_as_it_is_told(site):
+    site.prefix = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+    gate = site.hold_load(site.batch(ALPHA))
+    site.start()
+    id = site.job("load-batch", ALPHA)
+    gate.reached()
+    [init] = Path(f"/proc/{site.agent.pid}/task/{site.agent.pid}/children").read_text().split()
+    os.kill(int(init), signal.SIGTERM)
+    assert site.agent.wait(30) == 0
+    site.wait_for(rf"job={id} its manage.py goes on, .*in a container, .*begins the job anew")
+    gate.open()
+    site.prefix = []
+    assert site.start().ended(id)["status"] == "successful"
+
+
+def test_a_read_only_root_is_enough(owned):
+    owned.state.mkdir()
+    writable = [owned.state, owned.source, *map(owned.oni.joinpath, ("data", "log", "cache"))]
+    binds = "".join(f"mount --bind {each} {each}\n" for each in (owned.oni, *writable))
+    closed = "for each in $(findmnt -rno TARGET | sort -u); do mount -o remount,ro,bind $each; done"
+    opened = "".join(f"mount -o remount,rw,bind {each}\n" for each in (owned.oni, *writable))
+    owned.prefix = reachable(*needed(owned), then=f"{binds}{{ {closed}; }} 2>&- ||:\n{opened}")
+    owned.batch(ALPHA)
+    assert owned.start().run("load-batch", ALPHA)["status"] == "successful"
+    probe = subprocess.run([*owned.prefix, "touch", "/usr/probe"], stderr=subprocess.PIPE)
+    assert b"Read-only file system" in probe.stderr
+
+
+def test_an_agent_that_stops_says_nothing_of_a_manage_py_that_is_not_there(agent):
+    agent.stop()
+    agent.wait_for(r"stopping on SIGTERM\n$")
+    assert "goes on" not in "".join(agent.log)
+
+
+def test_an_agent_that_stops_says_what_becomes_of_its_load(site):
+    gate = site.hold_load(site.batch(ALPHA))
+    site.start()
+    site.job("load-batch", ALPHA)
+    gate.reached()
+    site.stop()
+    site.wait_for("job=1 its manage.py goes on, and the next agent adopts it; where .*, too")
+    gate.open()
+    assert site.start().ended(1)["attempts"] == 1
+
+
+def test_check_from_inside_says_how_all_is(agent):
+    agent.run("load-batch", agent.batch(ALPHA).name)
+    reply = without_session(agent.ssh("check"))
+    assert (reply["status"], reply["message"]) == ("success", "All is well")
+    found = {look["name"]: look["found"] for look in reply["looks"]}
+    assert {look["well"] for look in reply["looks"]} == {True}
+    assert found["Solr"] == f"{len(agent.solr.documents())} pages"
+    assert found["database"] == "1 batches"
+    counts = [
+        agent.query(f"SELECT count(*) FROM core_{table}")[0][0]
+        for table in ("language", "country", "awardee")
+    ]
+    assert found["look-up tables"] == "{} languages, {} countries, {} awardees".format(*counts)
+    assert re.match(rf"1, load-batch {ALPHA}: successful at \d{{4}}-", found["last job"])
+    assert found["who may connect"] == "whoever is on this host"
+    assert {f"ONI's {name}" for name in ("log/", "batch storage", "word coordinates")} < set(found)
+
+
+def test_check_from_inside_ends_with_1_where_something_is_not_well(agent):
+    with agent.solr.down():
+        done = ssh_run(agent, "check")
+        said = on_terminal(agent, "check", "")
+        assert re.search(r"(?m)^✗ Solr: .*", said)
+        assert re.search(r"(?m)^✓ database: 0 batches", said)
+        assert "Looks" not in said and "{" not in said
+        until(lambda: "Solr is down" in agent.call("board")["oni"].get("problem", ""))
+    reply = json.loads(done.stdout)
+    assert (done.returncode, reply["status"]) == (1, "success")
+    assert reply["message"] == "not well: Solr"
+
+
+def test_an_empty_look_up_table_is_not_well(agent):
+    with contextlib.closing(sqlite3.connect(agent.oni / "oni.sqlite3")) as database:
+        database.execute("PRAGMA foreign_keys = OFF")
+        database.execute("DELETE FROM core_language")
+        database.commit()
+    [bad] = looks(agent)[1]
+    assert bad.startswith("there are no languages, and loads will fail; load Open ONI's own")
+
+
+@pytest.mark.parametrize("bind", [":0", "0.0.0.0:0", "[::]:0"])
+def test_an_agent_that_is_open_to_everybody_is_not_well(site, bind):
+    site.environment["BA_BIND"] = bind
+    [bad] = check(site)[1]
+    assert bad.startswith("who may connect: whoever reaches port 0 of this host may load and purge")
+    assert check(site, ALLOW_FROM="127.0.0.1")[1] == []
+    site.start().wait_for("anyone who reaches .* may load and purge: set ALLOW_FROM")
+    assert looks(site)[0] == "not well: who may connect"
 
 
 def test_an_agent_without_settings_names_everything_that_is_missing(tmp_path):
@@ -6141,7 +9858,127 @@ def test_a_second_signal_stops_the_agent_at_once(site, second):
         assert site.stop(second) == -second  # systemd takes such an end for a clean one
 
 
-# --- Promises: long answers, slow clients and clients that vanish ---------------------------------
+# --- Promises: systemd ----------------------------------------------------------------------------
+
+def test_systemd_is_told_what_the_agent_does(site, tmp_path):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified:
+        notified.bind(str(tmp_path / "notify"))
+        notified.settimeout(60)
+        gate = site.hold_load(site.batch("batch_oru_alpha_ver01"))
+        for name in ("beta", "gamma"):
+            site.batch(f"batch_oru_{name}_ver01")
+
+        def told(pattern: str) -> None:
+            while not re.search(pattern, notified.recv(4096).decode(), re.MULTILINE):
+                pass
+
+        site.start(NOTIFY_SOCKET=str(tmp_path / "notify"))
+        told("^READY=1$")
+        with Client(site.port):  # ready means listening
+            site.job("load-batch", "batch_oru_alpha_ver01")
+        told(r"^STATUS=.*load-batch batch_oru_alpha_ver01.*job 1.*waiting: 0")
+        gate.reached()
+        site.job("load-batch", "batch_oru_beta_ver01")
+        told(r"^STATUS=.*alpha.*waiting: 1")
+        site.job("load-batch", "batch_oru_gamma_ver01")
+        told(r"^STATUS=.*alpha.*waiting: 2")
+        site.call("job-cancel", "2")
+        notice = notified.recv(4096).decode()
+        assert "alpha" in notice
+        assert "waiting: 1" in notice  # the cancelled one was not the one at work
+        gate.open()
+        told(r"^STATUS=.*gamma.*waiting: 0")
+        told(r"^STATUS=.*nothing.*waiting: 0")
+        assert site.stop() == 0
+        told("^STOPPING=1$")
+
+
+UNDER_JOURNAL = """
+import os, sys
+stderr = os.fstat(2)
+os.environ["JOURNAL_STREAM"] = f"{stderr.st_dev}:{stderr.st_ino}"
+os.execv(sys.executable, [sys.executable, AGENT, *sys.argv[1:]])
+"""
+
+
+@pytest.fixture
+def under_journal(site, monkeypatch):
+    """Agents are begun as systemd begins them whose stderr is the journal."""
+    wrapper = site.oni.parent / "under_journal.py"
+    wrapper.write_text(f"AGENT = {str(AGENT)!r}\n{UNDER_JOURNAL}")
+    monkeypatch.setattr(sys.modules[Site.__module__], "AGENT", wrapper)
+
+
+def test_log_lines_carry_priorities_under_the_journal(site, under_journal):
+    failing_load(site)
+    site.start().run("load-batch", "batch_oru_broken_ver01")
+    site.wait_for("<6>session=.*load-batch")
+    assert all(re.match("<[3-7]>", line) for line in site.log)
+    assert site.wait_for("job=1 .*status='failed'").startswith("<4>")
+
+
+def test_what_keeps_an_agent_from_starting_is_an_error_under_the_journal(site, under_journal):
+    status, _, said = run_agent(**{**site.environment, "BATCH_SOURCE": "", "LOG_LEVEL": "loud"})
+    assert status == 2
+    assert [line[:14] for line in said.splitlines()] == ["<3>oni_agent: "] * 2
+
+
+def test_a_journal_that_stderr_is_not_gets_no_priorities(site):
+    site.start(JOURNAL_STREAM="8:1")  # as that of the service which a shell was started from
+    assert site.call("version")["status"] == "success"
+    assert all(re.match(r"\d{4}-\d\d-\d\d ", line) for line in site.log)
+
+
+def test_the_unit_is_sound_and_closed(tmp_path):
+    unit = tmp_path / "oni-agent.service"
+    text = (AGENT.parent / "oni-agent.service").read_text()
+    unit.write_text(re.sub(r"(?m)^ExecStart=.*$", f"ExecStart={sys.executable} {AGENT}", text))
+    verified = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", str(unit)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=60,
+    )
+    assert (verified.stdout, verified.returncode) == (b"", 0)
+    secured = subprocess.run(
+        [
+            "systemd-analyze",
+            "security",
+            "--no-pager",
+            "--offline=true",
+            "--threshold=15",
+            str(unit),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=60,
+    )
+    assert (
+        secured.returncode == 0
+    ), secured.stdout.decode()  # 1.5 of 10; what runs ONI and listens cannot be much lower
+    for line in (
+        "StartLimitIntervalSec=0",
+        "Type=notify",
+        "KillMode=process",
+        "NoNewPrivileges=yes",
+        "StateDirectory=oni-agent",
+    ):
+        assert f"\n{line}\n" in text
+    assert not re.search(r"(?m)^PrivateTmp=(yes|true|on|1)", text)  # ONI's cache is in /var/tmp
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
+def test_what_the_units_filter_refuses_keeps_no_load_from_going_well(site):
+    refused = "setpriority,sched_setscheduler,sched_setaffinity,ioprio_set"  # of @resources
+    options = ["-f", "-qq", "-e", f"trace={refused}", "-e", f"inject={refused}:error=EPERM"]
+    site.prefix = ["strace", *options, "-o", str(site.state.parent / "refused")]
+    site.start()
+    job = site.run("load-batch", site.batch("batch_oru_alpha_ver01").name)
+    assert job["status"] == "successful", job
+    assert "(INJECTED)" in (site.state.parent / "refused").read_text()
+
+
+# --- Promises: load and limits --------------------------------------------------------------------
 
 TWENTY_MEGABYTES = """\
 import sys
@@ -6319,9 +10156,6 @@ def test_input_that_does_not_end_is_answered_when_its_time_is_up(site, command):
     assert site.call("list-jobs")["jobs"] == []
 
 
-# --- Promises: clients that ask nothing, or too much ----------------------------------------------
-
-
 def test_clients_that_never_close_are_all_answered_and_all_reaped(site):
     hurry(site, IDLE_SECONDS=3)
     before = resources(site)
@@ -6341,38 +10175,6 @@ def test_clients_that_leave_in_the_handshake_leave_nothing(agent):
         with silent(agent.port, b"SSH-2.0-short\r\n") as connection:
             assert connection.recv(1000)
     assert has_no_more_than(agent, before)
-
-
-def silent(port: int, said: bytes = b"") -> socket.socket:
-    """A connection on which no more than this has been said."""
-    connection = socket.create_connection(("127.0.0.1", port))
-    connection.sendall(said)
-    return connection
-
-
-class Recorder(socket.socket):
-    """A client's socket that keeps what was sent."""
-
-    sent = b""
-
-    def send(self, data: bytes, flags: int = 0) -> int:
-        count = super().send(data, flags)
-        self.sent += data[:count]
-        return count
-
-
-def recorded_bytes(port: int) -> bytes:
-    """What a client sends to ask for the version."""
-    connection = Recorder()
-    connection.connect(("127.0.0.1", port))
-    transport = paramiko.Transport(connection)
-    transport.start_client(timeout=30)
-    transport.auth_none("nobody")
-    channel = transport.open_session(timeout=30)
-    channel.exec_command("version")
-    assert channel.makefile("rb").read()
-    transport.close()
-    return connection.sent
 
 
 def test_clients_that_stop_halfway_are_gone_when_their_time_is_up(site):
@@ -6475,6 +10277,13 @@ def test_requests_whose_channels_are_closed_still_count_as_at_work(site):
     assert site.call("version")["status"] == "success"
 
 
+def is_answered(site: Site) -> bool:
+    """Whether a client is let in and answered."""
+    with contextlib.suppress(paramiko.SSHException):
+        return site.call("version")["status"] == "success"
+    return False
+
+
 def test_channels_that_were_opened_before_do_not_let_in_too_many_commands(site):
     hurry(site, MAX_SESSIONS=6, STALLED_SECONDS=60)  # of which one address may have three
     with Client(site.port) as client:
@@ -6532,30 +10341,6 @@ def test_what_is_sent_past_the_window_is_not_kept(agent, kind, command):
     assert memory(agent, "VmHWM") < before + 10
 
 
-@pytest.mark.parametrize(
-    "said, why",
-    [
-        (b"GET / HTTP/1.1\r\n\r\n", "its first line is no version of SSH"),
-        (b"SSH-2.0-" + b"x" * 300, "its first line is no version of SSH"),
-        (b"SSH-2.0-x\r\n" + bytes(100), "[^']+"),
-    ],
-)
-def test_a_client_that_is_no_client_of_ssh_is_gone_at_once_with_a_line_in_the_log(agent, said, why):
-    for _ in range(3):
-        with silent(agent.port, said) as connection, contextlib.suppress(ConnectionResetError):
-            while connection.recv(1000):
-                pass
-    pattern = rf"connection from=127.0.0.1 refused='{why}'"
-    agent.wait_for(pattern)
-    assert len([line for line in agent.log if re.search(pattern, line)]) == 1  # a minute
-
-
-def test_a_client_with_no_algorithm_in_common_leaves_a_line_in_the_log(agent):
-    with pytest.raises((paramiko.SSHException, EOFError)):
-        Client(agent.port, disabled_algorithms={"kex": list(paramiko.Transport._preferred_kex[:3])})
-    agent.wait_for("connection from=127.0.0.1 refused='.*no acceptable kex algorithm")
-
-
 def test_no_address_holds_more_than_half_of_what_the_others_leave():
     share = oni_agent.Share(16)
     one, two, three = map(oni_agent.ipaddress.ip_address, ("127.0.0.1", "127.0.0.2", "::1"))
@@ -6583,55 +10368,6 @@ def test_warnings_about_clients_are_bounded_in_number_and_in_memory(caplog):
         warnings.tell(host, "it came again")
     assert len(caplog.records) == 3000
     assert len(warnings._told) == oni_agent.MAX_WARNINGS
-
-
-FIPS_HOST = """
-try:
-    from cryptography.exceptions import UnsupportedAlgorithm
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-except ImportError:  # in Open ONI's own Python
-    pass
-else:
-    def refuse(*_):
-        raise UnsupportedAlgorithm("this host is in FIPS mode")
-    X25519PrivateKey.generate = Ed25519PrivateKey.generate = refuse
-"""
-
-
-def test_a_host_without_curve25519_offers_nists_curves_and_makes_an_ecdsa_key(site, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(FIPS_HOST)
-    site.start(PYTHONPATH=str(tmp_path))
-    with Client(site.port) as client:
-        assert client.transport.get_remote_server_key().get_name() == "ecdsa-sha2-nistp256"
-        assert client.ask("version")["status"] == "success"
-    assert site.ssh("version")["status"] == "success"
-
-
-def test_only_where_curves_are_missing_nists_are_offered():
-    assert not set(oni_agent.algorithms_to_offer().kex) & set(oni_agent.NIST_CURVES)
-
-
-def test_a_host_key_that_came_to_be_there_meanwhile_is_kept(tmp_path):
-    made = oni_agent.make_host_key(tmp_path / "key")
-    content = (tmp_path / "key").read_bytes()
-    again = oni_agent.make_host_key(tmp_path / "key")
-    assert again.get_base64() == made.get_base64()
-    assert (tmp_path / "key").read_bytes() == content
-    assert (tmp_path / "key").stat().st_mode & 0o777 == 0o600
-    assert {path.name for path in tmp_path.iterdir()} == {"key", "key.pub"}
-
-
-def test_job_follow_without_a_terminal_passes_no_control_characters(site):
-    nasty = "\x1b[31m\x9b31m\u202e\x07tab\there é"
-    site.prepend_to_manage(
-        f"import sys\nif 'load_batch' in sys.argv:\n    print({nasty!r}); sys.exit(1)"
-    )
-    site.batch(ALPHA)
-    id = site.start(PYTHONIOENCODING="utf-8").run("load-batch", ALPHA)["id"]
-    with Client(site.port) as client:
-        printed = client.channel(f"job-follow {id}").makefile("rb").read().decode()
-    assert r"\x1b[31m\x9b31m\u202e\x07tab" + "\there é\n" in printed
 
 
 @pytest.mark.parametrize("length", [0x40000004, 0xFFFFFFFC])
@@ -6679,182 +10415,410 @@ def test_few_packets_with_a_very_long_command_line_are_held_at_once(agent):
     assert until(is_told)
 
 
-# --- Promises: an auditor, and chance -------------------------------------------------------------
+def test_a_question_that_hangs_holds_up_nobody_else(site):
+    gate = held_question(site, 'ORDER BY "core_awardee"."org_code" ASC LIMIT 1')
+    site.batch(ALPHA)
+    hurry(site, ANSWER_SECONDS=60)
+    with Client(site.port) as client:
+        channel = client.channel("ensure-awardee dlc Library")
+        gate.reached()
+        for command in (["batch-status", ALPHA], ["list-batches"], ["purge-batch", ALPHA]):
+            assert site.call(*command)["status"] == "success"
+        assert site.call("load-title", stdin=marc_xml())["status"] == "success"
+        gate.open()
+        reply = json.loads(channel.makefile("rb").read())
+        assert reply["message"] == "Awardee created", reply
 
 
-@pytest.mark.parametrize("kind", ["ed25519", "rsa", "ecdsa"])
-def test_an_auditor_finds_nothing_but_the_classical_fall_back(site, kind):
-    site.start(HOST_KEY_FILE=str(key_made_by_ssh_keygen(site.oni.parent / "key", "-t", kind)))
-    done = subprocess.run(
-        [sys.executable, "-m", "ssh_audit", "-j", "-p", str(site.port), "127.0.0.1"],
-        stdout=subprocess.PIPE,
-        timeout=60,
-    )
-    report = json.loads(done.stdout)
-    assert not report["cves"]
-    assert "curve25519-sha256@libssh.org" in {each["algorithm"] for each in report["kex"]}
-    found = {
-        (kind, each["algorithm"], level, text)
-        for kind in ("kex", "key", "enc", "mac")
-        for each in report[kind]
-        for level in ("fail", "warn")
-        for text in each["notes"].get(level, ())
-    }
-    allowed = {
-        ("kex", name, "warn", "does not provide protection against post-quantum attacks")
-        for name in ("curve25519-sha256", "curve25519-sha256@libssh.org")
-    }
-    if kind == "ecdsa":  # the administrator's own choice of a key
-        found = {each for each in found if each[0] != "key"}
-    assert found <= allowed
+def test_a_question_is_given_up_at_its_deadline_and_its_worker_is_no_more(site, oni):
+    gate = held_question(site, 'FROM "core_batch"')
+    with pytest.raises(oni_agent.Passing, match="did not answer within"):
+        oni.insist("answer_names", within=2)
+    until(lambda: site.workers() == [])
+    first = site.zygote()
+    assert oni.ask("answer_awardee", "oru", "")["new"] is False
+    assert site.zygote() == first
+    gate.remove()
+    assert oni.ask("answer_names") == []
 
 
-NASTY = [
-    "version",
-    "help",
-    "load-batch",
-    "purge-batch",
-    "load-title",
-    "batch-patch",
-    "ensure-awardee",
-    "list-jobs",
-    "job-status",
-    "job-logs",
-    "batch_oru_alpha_ver01",
-    "../batch_oru_alpha_ver01",
-    "batch_oru_broken_ver01",
-    "oru",
-    "-1",
-    "1",
-    "0",
-    "9" * 19,
-    "*",
-    "$(touch /tmp/x)",
-    "`id`",
-    ";",
-    "--help",
-    "-c",
-    "é",
-    "\u200b",
-    "\0",
-    "\n",
-    "\r",
-    "\t",
-    "'",
-    '"',
-    "\\",
-    "\x1b[31m",
-    "\N{RIGHT-TO-LEFT OVERRIDE}",
-    "x" * 5000,
-]
-WORDS = strategies.one_of(strategies.sampled_from(NASTY), strategies.text(max_size=30))
-LINES = strategies.one_of(
-    strategies.binary(max_size=300),
-    strategies.lists(WORDS, max_size=5).map(
-        lambda words: " ".join(words).encode("utf-8", "surrogatepass")
-    ),
-    strategies.lists(WORDS, max_size=5).map(
-        lambda words: " ".join(map(go_quoted, words)).encode("utf-8", "replace")
-    ),
-    strategies.lists(WORDS, max_size=5).map(
-        lambda words: " ".join(map(shlex.quote, words)).encode("utf-8", "replace")
-    ),
-    strategies.tuples(
-        strategies.sampled_from(
-            [
-                "load-title",
-                "batch-patch batch_oru_alpha_ver01 batch_oru_new_ver02",
-                "ensure-awardee oru",
-                '"job-status" "1"',
-            ]
-        ),
-        strategies.integers(0, 60),
-        strategies.binary(max_size=3),
-    ).map(lambda it: it[0].encode()[: it[1]] + it[2] + it[0].encode()[it[1] :]),
-)
-PAYLOADS = strategies.one_of(
-    strategies.binary(max_size=2000),
-    strategies.tuples(
-        strategies.integers(0, 900), strategies.binary(max_size=20), strategies.integers(0, 900)
-    ).map(lambda it: marc_xml()[: it[0]] + it[1] + marc_xml()[it[2] :]),
-    strategies.sampled_from(
-        [
-            b"",
-            b"\n\nEND\n",
-            b"RemoveIssue sn99990001/19000101\n",
-            b"RemoveIssue x/../../y\n",
-            b"<!DOCTYPE a [<!ENTITY b 'c'>]><a>&b;</a>",
-            b"<" * 100_000,
-            bytes(200_000),
-        ]
-    ),
-)
-RELENTLESS = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@pytest.mark.parametrize("victim", ["worker", "zygote", "both"])
+def test_a_killed_worker_or_zygote_is_replaced(site, oni, victim):
+    assert oni.ask("answer_names") == []
+    [worker] = site.workers()
+    first = site.zygote()
+    if victim != "zygote":
+        os.kill(worker, signal.SIGKILL)
+    if victim != "worker":
+        os.kill(first, signal.SIGKILL)
+        until(lambda: first not in site.manage_pids())
+    assert oni.ask("answer_names") == []
+    assert (site.zygote() == first) == (victim == "worker")
 
 
-def test_whatever_is_asked_gets_one_answer_and_nothing_happens_that_was_not_asked_for(site):
-    site.batch("batch_oru_alpha_ver01")
-    spoil_batch_xml(site.batch("batch_oru_broken_ver01"))
+def test_a_worker_killed_in_its_question_is_a_problem_that_may_pass(site, oni):
+    gate = held_question(site, 'FROM "core_batch"')
+    with futures.ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(oni.ask, "answer_names")
+        gate.reached()
+        [worker] = site.workers()
+        (site.oni / "held-query").write_text("no more")
+        os.kill(worker, signal.SIGKILL)
+        assert asked.result(60) == []  # it was asked once more
+    gate.remove()
+
+
+def test_at_most_eight_questions_are_asked_at_once(site, oni):
+    gate = held_question(site, 'FROM "core_batch"')
+    with futures.ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(oni.ask, "answer_names", within=60) for _ in range(8)]
+        until(lambda: len(site.workers()) == 8)
+        with pytest.raises(oni_agent.Passing, match="within 0.5 s: too many ask it"):
+            oni.ask("answer_awardee", "oru", "", within=0.5)
+        assert len(site.workers()) == 8
+        # A job waits for no client.
+        assert oni.insist("answer_awardee", "oru", "")["new"] is False
+        (site.oni / "held-query").write_text("no more")
+        gate.open()
+        assert [future.result(60) for future in asked] == [[]] * 8
+    until(lambda: len(site.workers()) <= oni_agent.KEPT_WORKERS)
+
+
+CUT_CONNECTIONS = """
+import os, sqlite3, time
+from django.db.backends.sqlite3 import base
+opened = {}
+def is_cut(connection):
+    try:
+        return opened.get(id(connection), 0) < os.path.getmtime("connections-cut")
+    except OSError:
+        return False
+connect, execute = base.DatabaseWrapper.get_new_connection, base.SQLiteCursorWrapper.execute
+def get_new_connection(self, *words):
+    connection = connect(self, *words)
+    opened[id(connection)] = time.time()
+    return connection
+def checked_execute(self, *words):
+    if is_cut(self.connection):
+        raise sqlite3.OperationalError(2006, "Server has gone away")
+    return execute(self, *words)
+base.DatabaseWrapper.get_new_connection = get_new_connection
+base.DatabaseWrapper.is_usable = lambda self: not is_cut(self.connection)
+base.SQLiteCursorWrapper.execute = checked_execute
+"""
+
+
+def test_a_question_whose_connection_was_cut_is_asked_again_on_a_new_one(site):
+    settings_local(site, CUT_CONNECTIONS)
+    site.batch(ALPHA)
     site.start()
-    site.call(
-        "purge-batch", "batch_oru_alpha_ver01"
-    )  # from here on Open ONI's own files stay as they are, too
-    site.prepend_to_manage(
-        "import sys\nif 'shell' not in sys.argv: sys.exit(1)"
-    )  # no job does what it could
-    site.wait_for("Open ONI in .* word coordinates")
-    files = tree(
-        site.oni.parent, "state", "oni/oni.sqlite3"
-    )  # load-title and ensure-awardee may write that
-    jobs = []
-    awardees = {"oru"}
-    client = Client(site.port)
-
-    @settings(max_examples=1000, **RELENTLESS)
-    @given(LINES, PAYLOADS)
-    def every_request_is_answered(line: bytes, payload: bytes) -> None:
-        channel = client.channel(line)
-        with contextlib.suppress(OSError):  # answered already
-            channel.sendall(payload)
-        channel.shutdown_write()
-        said = channel.makefile("rb").read()
-        assert channel.recv_exit_status() == 0
-        assert said.count(b"\n") == 1
-        assert channel.recv_stderr(1) == b""
-        reply = json.loads(said)
-        assert reply["status"] in ("success", "error")
-        assert reply["session"]["id"] > 0
-        assert "fault of the agent" not in reply.get("message", "")
-        if reply.get("message") == "Job added to queue":
-            jobs.append(reply["job"]["id"])
-        if reply.get("message") == "Awardee created":
-            awardees.add(oni_agent.split_words(line)[1])
-        channel.close()
-
-    with client:
-        every_request_is_answered()
-        assert [job["id"] for job in client.ask("list-jobs")["jobs"]] == jobs
-    assert {code for code, in site.query("SELECT org_code FROM core_awardee")} == awardees
-    assert tree(site.oni.parent, "state", "oni/oni.sqlite3") == files
+    for state in ("absent", "complete"):
+        for _ in range(3):
+            assert word(site)[0] == state
+            (site.oni / "connections-cut").write_text("")
+            time.sleep(0.02)  # the clock of files is coarser than Python's
+        if state == "absent":
+            repaired(site, "load-batch", ALPHA)
+    assert listed(site) == word(site)
 
 
-def test_whatever_bytes_come_the_agent_lives_and_keeps_nothing_of_them(agent):
-    recorded = recorded_bytes(agent.port)
-    before = resources(agent)
-    lengths = strategies.integers(0, len(recorded))
+def test_an_agent_out_of_descriptors_loses_no_job(witnessed):
+    site = witnessed.start()
+    last_page = site.hold_load(site.batch(ALPHA), issue=1, page=2)
+    site.batch(BETA)
+    first = site.job("load-batch", ALPHA)
+    last_page.reached()
+    second = site.job("load-batch", BETA)
+    third = site.job("load-title", stdin=marc_xml())
+    question = site.hold(site.oni / "hold-question")
+    last_page.open()
+    question.reached()  # whether all has been loaded
+    with without_descriptors(site):
+        question.open()
+        site.wait_for("trying again every second")
+    for id in first, second, third:
+        job = site.ended(id)
+        assert (job["status"], job.get("error")) == ("successful", None)
 
-    @settings(max_examples=300, **RELENTLESS)
-    @given(lengths, strategies.binary(max_size=200), lengths)
-    def connect_and_say(cut: int, noise: bytes, resume: int) -> None:
-        with contextlib.suppress(ConnectionError), silent(agent.port) as connection:
-            connection.sendall(recorded[:cut] + noise + recorded[resume:])
 
-    connect_and_say()
-    assert has_no_more_than(agent, before)
-    assert agent.call("list-jobs")["jobs"] == []
+def test_an_adopted_load_goes_on_though_its_agent_is_out_of_descriptors(agent):
+    gate = agent.hold_load(agent.batch(ALPHA))
+    id = agent.job("load-batch", ALPHA)
+    gate.reached()
+    agent.restart().wait_for("adopted=")
+    with without_descriptors(agent):
+        gate.open()
+        until(lambda: not agent.manage_pids("load_batch"))
+    job = agent.ended(id)
+    assert (job["status"], job.get("error")) == ("successful", None)
 
 
-# --- Promises: the README -------------------------------------------------------------------------
+def test_unread_answers_are_bounded_in_number_and_in_memory(site):
+    make_verbose(site.start())
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(Client(site.port)) for _ in range(40)]
+        asked = []
+        with contextlib.suppress(paramiko.SSHException):
+            for number in range(400):
+                asked.append(clients[number % 40].channel("job-logs 1"))
+        assert len(asked) < 400
+        assert memory(site, "VmHWM") < 300
+    assert until(lambda: is_answered(site))
+
+
+def test_a_batch_source_that_hangs_holds_up_nothing_else(troubled):
+    site = troubled.site
+    gate = site.hold_load(site.batch(ALPHA))
+    site.batch(BETA, start=date(1910, 1, 1))
+    hurry(site, ANSWER_SECONDS=3)
+    loading = site.job("load-batch", ALPHA)
+    gate.reached()
+    with troubled.having("disk-hangs"):
+        asked = [
+            ("load-batch", BETA),
+            ("purge-batch", BETA),
+            ("batch-status", ALPHA),
+            ("batch-status", BETA),
+            ("list-batches",),
+            ("job-status", str(loading)),
+        ]
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(Client(site.port)) for _ in range(12)]
+            for client in clients:
+                for words in asked:  # many, and they do not stay for the answer
+                    client.channel(" ".join(words))
+        for words in asked:
+            assert site.call(*words)["session"]["id"]
+        assert site.call("version")["status"] == "success"
+        title = site.job("load-title", stdin=marc_xml())
+        assert site.call("job-status", str(loading))["job"]["status"] == "started"
+        assert site.call("board")["oni"]["answers"] is True
+    gate.open()
+    assert site.ended(loading)["status"] == "successful"
+    assert site.ended(title)["status"] == "successful"
+    assert site.call("batch-status", ALPHA)["batch"]["state"] == "complete"
+    assert site.run("load-batch", BETA)["status"] == "successful"
+
+
+def test_a_process_that_site_code_has_left_behind_keeps_nobody_waiting(site):
+    """It holds the stdout of the manage.py that answered, which is gone."""
+    settings_local(
+        site,
+        "import subprocess, sys\nif 'shell' in sys.argv:\n"
+        "    subprocess.Popen(['cat', 'stays-open'], start_new_session=True)\n",
+    )
+    gate = site.hold(site.oni / "stays-open")
+    site.start().batch(ALPHA)
+    gate.reached()
+    try:
+        assert site.call("batch-status", ALPHA)["batch"]["state"] == "absent"
+        kill_warm_child(site)
+        assert site.call("batch-status", ALPHA)["batch"]["state"] == "absent"
+        assert site.run("load-batch", ALPHA)["status"] == "successful"
+    finally:
+        gate.open()
+
+
+def test_answers_from_memory_wait_for_no_lock_on_the_disk(witnessed):
+    """Somebody's backup holds it, and requests wait for that."""
+    site = witnessed.start()
+    site.batch(ALPHA)
+    site.batch(BETA)
+    id = site.job("load-batch", ALPHA)
+    site.ended(id)
+    with Client(site.port) as client:
+        with store_locked(site):
+            waiting = [client.channel(f"load-batch {BETA}") for _ in range(3)]
+            for words in ["list-jobs"], ["job-status", str(id)], ["board"], ["job-wait", str(id)]:
+                assert site.call(*words)["status"] == "success"
+            assert not any(channel.recv_ready() for channel in waiting)
+            refused = json.loads(waiting[0].makefile("rb").read())
+        assert refused["status"] == "error" and "locked" in refused["error"]
+        answers = [json.loads(channel.makefile("rb").read()) for channel in waiting[1:]]
+    accepted = {reply["job"]["id"] for reply in answers if reply["status"] == "success"}
+    assert {job["id"] for job in site.call("list-jobs")["jobs"]} == {id} | accepted
+
+
+def test_of_very_many_jobs_few_are_in_memory_and_all_are_found(tmp_path, any_kind):
+    count = oni_agent.JOBS_IN_MEMORY * 3
+    many_jobs(tmp_path, count, status="CASE WHEN n % 7 THEN 'successful' ELSE 'failed' END")
+    with contextlib.closing(sqlite3.connect(tmp_path / "state/jobs.db")) as database, database:
+        database.execute("UPDATE jobs SET status = 'started', ended = NULL WHERE id = 5")
+        database.execute("UPDATE jobs SET status = 'pending', ended = NULL WHERE id = 6")
+    queue = queue_on(store_in(tmp_path))
+    assert len(queue._jobs) == oni_agent.JOBS_IN_MEMORY + 2
+    assert [job.id for job in queue.unfinished()] == [5, 6]
+    assert [job.id for job in queue.jobs()] == list(range(1, count + 1))
+    assert queue.jobs()[4] is queue.get(5) is queue.at_work()
+    failed = [id for id in range(1, count + 1) if id % 7 == 0]
+    assert [job.id for job in queue.jobs([oni_agent.FAILED])] == failed
+    assert [job.id for job in queue.jobs([oni_agent.FAILED], newest=300)] == failed[-300:]
+    assert [job.id for job in queue.jobs(newest=3)] == [count - 2, count - 1, count]
+    assert [job.id for job in queue.jobs(newest=0)] == []
+    assert [job.id for job in queue.jobs(word="batch_oru_x8_ver01")] == [8]
+    assert [job.id for job in queue.jobs(["started", "pending"], newest=1)] == [6]
+    assert queue.get(9).words == ["load-batch", "batch_oru_x9_ver01"]
+    assert queue.get(count + 1) is None
+    new = queue.get(queue.add(["load-batch", "new"])[0])
+    assert queue.place(new) == 3
+    for id in 5, 6:
+        with queue._turn:
+            queue._end(queue.get(id), oni_agent.Outcome("failed", "x"))
+    queue.add(["load-batch", "newer"])
+    assert len(queue._jobs) == oni_agent.JOBS_IN_MEMORY
+    assert [job.id for job in queue.jobs()] == list(range(1, count + 3))
+
+
+def test_a_tmpdir_that_is_cleaned_away_harms_nothing(site, tmp_path):
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    batch = site.batch(ALPHA)
+    site.batch(BETA)
+    site.start(TMPDIR=str(folder))
+    site.wait_for("Open ONI in ")
+    gate = site.hold_load(batch)
+    id = site.job("load-batch", ALPHA)
+    gate.reached()
+    shutil.rmtree(folder)
+    kill_warm_child(site)
+    assert site.call("job-status", str(id))["job"]["status"] == "started"
+    until(lambda: "issues_loaded" in site.call("job-status", str(id))["job"])
+    kill_warm_child(site)
+    second = site.job("load-batch", BETA)
+    kill_warm_child(site)
+    site.call("job-cancel", str(id))
+    assert site.ended(id)["error"] == "cancelled; ONI holds nothing of the batch"
+    gate.open()
+    assert site.ended(second)["status"] == "successful"
+    assert site.run("load-title", stdin=marc_xml())["status"] == "successful"
+
+
+def test_a_user_without_passwd_entry_and_home_may_run_the_agent(troubled):
+    site = troubled.site
+    del site.environment["HOME"]
+    site.batch(ALPHA)
+    with troubled.having("no-passwd"):
+        site.start()
+    assert site.run("load-batch", ALPHA)["status"] == "successful"
+
+
+def test_a_long_question_to_a_manage_py_that_hangs_is_given_up_in_time(site, oni):
+    """No single command asks one that fills a socket, so it is asked without SSH."""
+    assert list(oni.ask("answer_titles", [GAZETTE], 4)) == [GAZETTE]
+    [pid] = site.workers()
+    os.kill(pid, signal.SIGSTOP)
+    with pytest.raises(oni_agent.Problem):
+        oni.ask("answer_titles", ["x" * 1_000_000], 4, within=1)
+    until(lambda: pid not in site.workers())
+    assert list(oni.ask("answer_titles", [GAZETTE], 4)) == [GAZETTE]
+
+
+def test_a_question_given_up_while_its_manage_py_starts_is_dropped_and_the_next_answered(site, oni):
+    """Which of the two is meant no single command can say, so it is asked without SSH."""
+    with pytest.raises(oni_agent.Passing, match=r"did not answer within 0\.01 s"):
+        oni.ask("answer_awardee", "dlc", "Library of Congress", within=0.01)
+    assert oni.ask("answer_holds", ALPHA, within=60) is False
+    assert awardees(site, "dlc") == []
+
+
+# --- Promises: the README, the demo and --site ----------------------------------------------------
+
+def begin_acceptance(site: Site, **environment: str) -> subprocess.Popen:
+    """The acceptance test on a stand-in, with a temporary folder that can be looked at."""
+    scratch = site.state.parent / "scratch"
+    scratch.mkdir()
+    return subprocess.Popen(
+        [sys.executable, __file__, "--site", str(site.oni)],
+        env={**site.environment, "TMPDIR": str(scratch), "PYTHONUTF8": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    )
+
+
+def all_of_oni(site: Site) -> tuple:
+    """Every row of Open ONI's database, the documents of its index, its files less its logs."""
+    tables = site.query("SELECT tbl_name FROM sqlite_master WHERE tbl_name GLOB 'core_*'")
+    rows = {name: sorted(map(str, site.query(f"SELECT * FROM {name}"))) for name, in tables}
+    return rows, site.solr.documents(), set(tree(site.oni, "log/", "cache/", "oni.sqlite3"))
+
+
+def test_the_acceptance_test_passes_on_the_stand_in_and_leaves_it_as_it_was(site):
+    batch = site.batch(ALPHA)
+    assert site.manage("load_batch", str(batch)).returncode == 0
+    before = all_of_oni(site)
+    acceptance = begin_acceptance(site)
+    out, err = acceptance.communicate(timeout=busy(170))
+    assert (acceptance.returncode, err) == (0, ""), out
+    lines = out.splitlines()
+    assert len(lines) == len((*STEPS_BEFORE, *STEPS_NEEDED, *STEPS)) + 1
+    assert all(line.startswith("✓") for line in lines)
+    assert all_of_oni(site) == before
+    assert os.listdir(site.state.parent / "scratch") == []
+
+
+TAKEN = {
+    "awardee": "Awardee.objects.create(org_code=CODE, name='Somebody')",
+    "title": "title = Title.objects.first(); title.lccn = LCCN; title.save()",
+    "batch": "Batch.objects.create(name=f'batch_{CODE}_theirs_ver01')",
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_the_acceptance_test_does_not_begin_where_its_names_are_taken(site, name):
+    names = f"CODE, LCCN = {STAGING_CODE!r}, {STAGING_LCCN!r}"
+    code = f"from core.models import *; {names}; {TAKEN[name]}"
+    made = site.manage("shell", "-c", code)
+    assert made.returncode == 0, made.stderr
+    before = all_of_oni(site)
+    acceptance = begin_acceptance(site)
+    out, _ = acceptance.communicate(timeout=90)
+    assert acceptance.returncode == 1
+    assert re.search(rf"(?m)^✗ .*\n +it has {name} ", out)
+    assert all_of_oni(site) == before
+
+
+def test_the_acceptance_test_does_not_begin_where_the_agent_could_not_work(site):
+    with site.solr.down():
+        acceptance = begin_acceptance(site)
+        out, _ = acceptance.communicate(timeout=90)
+    assert acceptance.returncode == 1
+    assert re.match(r"✗ .*\n.*Solr", out)
+    assert out.count("\n") == 2
+
+
+def test_a_step_that_comes_out_otherwise_is_told_and_the_others_are_taken_all_the_same(site):
+    before = all_of_oni(site)
+    site.prepend_to_manage("import sys\nif 'purge_batch' in sys.argv: sys.exit(3)")
+    acceptance = begin_acceptance(site)
+    out, err = acceptance.communicate(timeout=busy(170))
+    assert (acceptance.returncode, err) == (1, "")
+    assert re.search(rf"✗ .* {step_purge.__doc__}\n +purge-batch .*exit status 3", out)
+    assert re.search(rf"✓ .* {step_no_op.__doc__}\n", out)
+    assert re.search(rf"✓ .* {step_tidy.__doc__}\n", out)
+    assert all_of_oni(site)[:2] == before[:2]
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_acceptance_test_leaves_nothing(site, how):
+    before = all_of_oni(site)
+    acceptance = begin_acceptance(site, ONI_PAGE_SECONDS="0.1")
+    killed = f"batch_{STAGING_CODE}_killed_ver01"
+    until(lambda: site.held(killed)[2] > 2)
+    acceptance.send_signal(how)
+    out, err = acceptance.communicate(timeout=90)
+    assert (acceptance.returncode, err) == (1, "")
+    assert re.search(rf"\n✗ interrupted.*\n✓ .* {step_tidy.__doc__}\n$", out)
+    assert all_of_oni(site) == before
+    assert site.manage_pids() == []
+    assert os.listdir(site.state.parent / "scratch") == []
+
+
+def test_the_acceptance_test_needs_no_more_than_paramiko():
+    missing = "pytest", "hypothesis", "lxml", "django", "pysolr"
+    code = f"import sys; sys.modules.update(dict.fromkeys({missing})); import test_oni_agent"
+    done = subprocess.run([sys.executable, "-c", code], cwd=str(AGENT.parent), timeout=60)
+    assert done.returncode == 0
 
 
 def test_the_readme_shows_what_the_agent_answers(tmp_path, template):
@@ -6988,3995 +10952,6 @@ def test_the_readme_and_help_tell_of_every_setting():
     for name in oni_agent.OWN_VARIABLES:
         assert f"\n  {name} " in told
         assert f"| `{name}` |" in README.read_text()
-
-
-# --- Odd batches of all kinds, for the promises that follow ---------------------------------------
-
-
-class Draft:
-    """A batch that is being made odd, and what ONI holds of it if it loads it whole."""
-
-    def __init__(self, source: Path, name: str, random: random.Random, start: date):
-        self.issues = random.randint(1, 3)
-        self.pages = random.randint(1, 3)
-        self.path = make_batch(source, name, self.issues, self.pages, start=start)
-        self.issue = random.randrange(self.issues)  # the ones that are made odd
-        self.page = random.randint(1, self.pages)
-        self.listed = list(range(self.issues))  # the issues that the batch file names
-        self.without_ocr: set[tuple[int, int]] = set()
-        self.without_pages: set[int] = set()
-        self.oddities: list[str] = []
-
-    @property
-    def batch_xml(self) -> Path:
-        names = [self.path / "data" / name for name in oni_agent.BATCH_FILES]
-        return next(path for path in names if path.exists())
-
-    @property
-    def mets(self) -> Path:
-        return mets_of(self.path, self.issue)
-
-    def file(self, suffix: str) -> Path:
-        return page_file(self.path, f"{self.page:04}.{suffix}", self.issue)
-
-    @property
-    def whole(self) -> list[int]:
-        """Issues, pages and indexed pages."""
-        full = [issue for issue in self.listed if issue not in self.without_pages]
-        without_ocr = sum(full.count(issue) for issue, _ in self.without_ocr)
-        return [len(self.listed), len(full) * self.pages, len(full) * self.pages - without_ocr]
-
-    def make_odd(self, oddity: str) -> None:
-        """Unless another oddity has taken away what this one changes."""
-        with contextlib.suppress(AssertionError, IndexError, OSError, ValueError):
-            ODDITIES[oddity](self)
-            self.oddities.append(oddity)
-
-
-Oddity = Callable[[Draft], None]
-
-
-def replace(path: Path, before: str, after: str) -> None:
-    """Changes the first place in a text file that must be there."""
-    text = path.read_text()
-    assert before in text, (path, before)
-    path.write_text(text.replace(before, after, 1))
-
-
-def in_batch_xml(before: str, after: str) -> Oddity:
-    return lambda draft: replace(draft.batch_xml, before, after)
-
-
-def in_mets(before: str, after: str) -> Oddity:
-    """P$ stands for the page's number in both."""
-
-    def change(draft: Draft) -> None:
-        texts = [text.replace("P$", str(draft.page)) for text in (before, after)]
-        replace(draft.mets, *texts)
-
-    return change
-
-
-def in_alto(before: str, after: str) -> Oddity:
-    return lambda draft: replace(draft.file("xml"), before, after)
-
-
-def both(*oddities: Oddity) -> Oddity:
-    def change(draft: Draft) -> None:
-        for oddity in oddities:
-            oddity(draft)
-
-    return change
-
-
-def without(suffix: str) -> Oddity:
-    return lambda draft: draft.file(suffix).unlink()
-
-
-def with_content(suffix: str, content: bytes) -> Oddity:
-    return lambda draft: draft.file(suffix).write_bytes(content)
-
-
-def encoded(which: str, name: str, codec: str, text: str) -> Oddity:
-    """A file in another encoding, with a text in it that not every encoding writes alike."""
-
-    def change(draft: Draft) -> None:
-        path = {"mets": draft.mets, "batch": draft.batch_xml, "ocr": draft.file("xml")}[which]
-        content = path.read_text().replace('"UTF-8"', f'"{name}"')
-        content = content.replace("?>", f"?><!-- {text} -->", 1).replace('"The"', f'"{text}"')
-        path.write_bytes(content.encode(codec))
-
-    return change
-
-
-def named(suffix: str, name: str, href: str) -> Oddity:
-    """A page's file under another name, and how the METS refers to it."""
-
-    def change(draft: Draft) -> None:
-        replace(draft.mets, f'href="{draft.page:04}.{suffix}"', f'href="{href}"')
-        draft.file(suffix).rename(draft.mets.with_name(name))
-
-    return change
-
-
-def mets_named(name: str, href: str) -> Oddity:
-    """A METS file under another name, and how the batch file refers to it."""
-
-    def change(draft: Draft) -> None:
-        mets = draft.mets
-        replace(draft.batch_xml, f"/{mets.name}<", f"/{href}<")
-        mets.rename(mets.with_name(name))
-
-    return change
-
-
-def prefixed(which: str, prefix: str) -> Oddity:
-    """All elements that had no prefix have one."""
-
-    def change(draft: Draft) -> None:
-        path = {"mets": draft.mets, "batch": draft.batch_xml, "ocr": draft.file("xml")}[which]
-        text = re.sub(r"<(/?)(\w+)(?=[\s/>])", rf"<\1{prefix}:\2", path.read_text())
-        path.write_text(text.replace("xmlns=", f"xmlns:{prefix}=", 1))
-
-    return change
-
-
-def listed_twice(draft: Draft) -> None:
-    [issue] = re.findall(rf".*{draft.mets.name}</issue>", draft.batch_xml.read_text())
-    replace(draft.batch_xml, issue, f"{issue}\n{issue}")
-    draft.listed.append(draft.issue)
-
-
-def around_issue(wrap: str) -> Oddity:
-    """ONI overlooks an issue, since something is around it."""
-
-    def change(draft: Draft) -> None:
-        [issue] = re.findall(rf".*{draft.mets.name}</issue>", draft.batch_xml.read_text())
-        replace(draft.batch_xml, issue, wrap.format(issue))
-
-    return change
-
-
-def in_a_comment(draft: Draft) -> None:
-    """An issue is listed no more; that is a fault only where it is the only one."""
-    around_issue("<!-- {} -->")(draft)
-    draft.listed = [each for each in draft.listed if each != draft.issue] or draft.listed
-
-
-def validated(change_of: Callable[[str], str], name: str = "batch_1.xml") -> Oddity:
-    """Another file that names the issues, beside batch.xml, and before it."""
-
-    def change(draft: Draft) -> None:
-        text = (draft.path / "data/batch.xml").read_text()
-        (draft.path / "data" / name).write_text(change_of(text))
-
-    return change
-
-
-def without_ocr(draft: Draft) -> None:
-    replace(draft.mets, f'<fptr FILEID="ocr{draft.page}"/>', "")
-    text = draft.mets.read_text()
-    draft.mets.write_text(re.sub(rf'<file ID="ocr{draft.page}" .*</file>', "", text))
-    draft.without_ocr.add((draft.issue, draft.page))
-
-
-def without_pages(draft: Draft) -> None:
-    text = re.sub("<div TYPE=.np:page.*</div>", "", draft.mets.read_text())
-    draft.mets.write_text(text)
-    draft.without_pages.add(draft.issue)
-
-
-def a_link(suffix: str, dangling: bool) -> Oddity:
-    def change(draft: Draft) -> None:
-        path = draft.file(suffix)
-        elsewhere = path.with_name(f"elsewhere-{path.name}")
-        path.rename(elsewhere)
-        path.symlink_to("nowhere" if dangling else elsewhere.name)
-
-    return change
-
-
-def a_folder(suffix: str) -> Oddity:
-    def change(draft: Draft) -> None:
-        draft.file(suffix).unlink()
-        draft.file(suffix).mkdir()
-
-    return change
-
-
-def absolute(scheme: str) -> Oddity:
-    def change(draft: Draft) -> None:
-        name = f"{draft.page:04}.xml"
-        replace(draft.mets, f'href="{name}"', f'href="{scheme}{draft.mets.with_name(name)}"')
-
-    return change
-
-
-def of_fault(name: str) -> Oddity:
-    return lambda draft: FAULTS[name].spoil(draft.path)
-
-
-NO_DIMENSIONS = in_mets(' ADMID="serviceP$Technical"', "")
-WIDTH = "<mix:ImageWidth>5200<"
-EDITION = "<mods:number>1</mods:number></mods:detail>\n</mods:part>"
-
-
-def edition(text: str) -> Oddity:
-    return in_mets(EDITION, EDITION.replace("1", text))
-
-
-def dated(text: str) -> Oddity:
-    def change(draft: Draft) -> None:
-        day = re.search(">([0-9-]+)</mods:dateIssued>", draft.mets.read_text())
-        assert day
-        replace(draft.mets, day[0], day[0].replace(day[1], text.replace("DAY", day[1])))
-
-    return change
-
-
-def sequence(text: str) -> Oddity:
-    return in_mets("<mods:start>P$<", f"<mods:start>{text}<")
-
-
-def width(text: str) -> Oddity:
-    return in_mets(WIDTH, WIDTH.replace("5200", text))
-
-
-def lccn(text: str) -> Oddity:
-    return in_mets(">sn99990001<", f">{text}<")
-
-
-def picture(content: bytes) -> Oddity:
-    return both(NO_DIMENSIONS, with_content("jp2", content))
-
-
-def doctype(root: str, inside: str) -> str:
-    return f'<?xml version="1.0" encoding="UTF-8"?>\n<!DOCTYPE {root} {inside}>'
-
-
-HEAD = '<?xml version="1.0" encoding="UTF-8"?>'
-ENTITY = '[<!ENTITY e "1">]'
-ODDITIES: dict[str, Oddity] = {
-    name: of_fault(name) for name in FAULTS if "date" not in name and name != "awardee unknown"
-}
-ODDITIES.update(
-    {
-        # the file that names the issues
-        "comment between issues": in_batch_xml("<issue ", "<!-- <issue>x</issue> --><issue "),
-        "comment behind an issue's path": in_batch_xml(".xml</issue>", ".xml<!-- 1 --></issue>"),
-        "element behind an issue's path": in_batch_xml(".xml</issue>", ".xml<x/></issue>"),
-        "CDATA": in_batch_xml('"01">./sn99990001', '"01"><![CDATA[./sn99990001]]>'),
-        "newlines round an issue's path": both(
-            in_batch_xml('"01">.', '"01">\n\t ./.'), in_batch_xml(".xml</issue>", ".xml\n</issue>")
-        ),
-        "blank behind an issue's path": in_batch_xml(".xml</issue>", ".xml </issue>"),
-        "an issue without a path": in_batch_xml("</batch>", "<issue/></batch>"),
-        "an issue twice": listed_twice,
-        "an issue in an element of another namespace": around_issue(
-            '<x:w xmlns:x="urn:x">{}</x:w>'
-        ),
-        "an issue in an element": around_issue("<more>{}</more>"),
-        "an issue in a comment": in_a_comment,
-        "batch.xml with prefixes": prefixed("batch", "n"),
-        "batch.xml in another namespace": in_batch_xml("loc.gov/ndnp", "loc.gov/ndnp2"),
-        "batch_1.xml alike": validated(lambda text: text),
-        "batch_1.xml broken": validated(lambda text: text[:-9]),
-        "batch_1.xml without issues": validated(lambda text: re.sub("<issue.*", "", text)),
-        "batch_2.xml broken": validated(lambda text: text[:-9], "batch_2.xml"),
-        "batchfile_1.xml alike": validated(lambda text: text, "batchfile_1.xml"),
-        "BATCH_1.xml alone": lambda draft: draft.batch_xml.rename(
-            draft.batch_xml.with_name("BATCH_1.xml")
-        ),
-        "batch_1.xml is a folder": lambda draft: (draft.path / "data/batch_1.xml").mkdir(),
-        "empty reel number": in_batch_xml('reelNumber="print"', 'reelNumber=""'),
-        "no reel": in_batch_xml("<reel ", "<riel "),
-        "batch.xml with a DOCTYPE": in_batch_xml(HEAD, doctype("batch", ENTITY)),
-        "batch.xml with an entity": both(
-            in_batch_xml(HEAD, doctype("batch", '[<!ENTITY e ".">]')),
-            in_batch_xml('"01">.', '"01">&e;'),
-        ),
-        "batch.xml in UTF-16": encoded("batch", "UTF-16", "utf-16", "é"),
-        "batch.xml with a BOM": encoded("batch", "UTF-8", "utf-8-sig", "é"),
-        # an issue's file
-        "METS with comments": in_mets("<dmdSec", "<!-- é --><dmdSec"),
-        "METS with prefixes": prefixed("mets", "m"),
-        "METS with an undeclared prefix": in_mets(" TYPE=", ' xsi:schemaLocation="a b" TYPE='),
-        "METS in another namespace": in_mets("loc.gov/METS/", "loc.gov/METS2/"),
-        "MODS in another namespace": in_mets("loc.gov/mods/v3", "loc.gov/mods/v4"),
-        "MIX 2.0": in_mets("loc.gov/mix/", "loc.gov/mix/v20"),
-        "XLink undeclared": in_mets(' xmlns:xlink="http://www.w3.org/1999/xlink"', ""),
-        "METS with a DOCTYPE": in_mets(HEAD, doctype("mets", ENTITY)),
-        "METS with a DTD elsewhere": in_mets(HEAD, doctype("mets", 'SYSTEM "nowhere.dtd"')),
-        "METS with an entity": both(in_mets(HEAD, doctype("mets", ENTITY)), edition("&e;")),
-        "METS with an unknown entity": in_mets("<dmdSec", "<!-- --><x>&nbsp;</x><dmdSec"),
-        "METS with an unknown entity and a DTD": both(
-            in_mets(HEAD, doctype("mets", 'SYSTEM "nowhere.dtd"')),
-            in_mets("<dmdSec", "<x>&nbsp;</x><dmdSec"),
-        ),
-        "METS of XML 1.1": in_mets('version="1.0"', 'version="1.1"'),
-        "METS of no declared version": in_mets(HEAD + "\n", ""),
-        "METS with a blank line before all": in_mets(HEAD, "\n" + HEAD),
-        "METS with text behind all": in_mets("</mets>", "</mets>x"),
-        "METS with a control character": in_mets("<dmdSec", "<x>\x01</x><dmdSec"),
-        "METS in UTF-16": encoded("mets", "UTF-16", "utf-16", "é"),
-        "METS with a BOM": encoded("mets", "UTF-8", "utf-8-sig", "é"),
-        "METS in Latin-1": encoded("mets", "ISO-8859-1", "latin-1", "é"),
-        "METS in Windows-1252": encoded("mets", "windows-1252", "cp1252", "„é"),
-        "METS in utf8": encoded("mets", "utf8", "utf-8", "é"),
-        "METS in Shift_JIS": encoded("mets", "Shift_JIS", "shift_jis", "日"),
-        "METS in GB18030": encoded("mets", "GB18030", "gb18030", "日"),
-        "METS in an unknown encoding": encoded("mets", "klingon", "utf-8", "é"),
-        "METS in Latin-1, but says UTF-8": encoded("mets", "UTF-8", "latin-1", "é"),
-        "METS empty": lambda draft: draft.mets.write_bytes(b""),
-        "METS with a blank in its name": mets_named("a b.xml", "a b.xml"),
-        "METS with a blank as %20": mets_named("a b.xml", "a%20b.xml"),
-        "METS with %20 in its name": mets_named("a%20b.xml", "a%20b.xml"),
-        "METS with % in its name": mets_named("100%.xml", "100%.xml"),
-        "METS with é in its name": mets_named("é.xml", "é.xml"),
-        "METS with & in its name": mets_named("a&b.xml", "a&amp;b.xml"),
-        "METS with ? in its name": mets_named("a?b.xml", "a?b.xml"),
-        "METS with # in its name": mets_named("a#b.xml", "a#b.xml"),
-        "METS by a roundabout path": lambda draft: replace(
-            draft.batch_xml,
-            f"/{draft.mets.name}<",
-            f"/../{draft.mets.parent.name}//{draft.mets.name}<",
-        ),
-        "no np:issue": in_mets("np:issue", "np:tissue"),
-        "np:issue twice": in_mets("</structMap>", '<div TYPE="np:issue" DMDID="x"/></structMap>'),
-        "np:issue not described": in_mets('"np:issue" DMDID="issueModsBib"', '"np:issue"'),
-        "np:issue described twice": in_mets("<dmdSec", '<dmdSec ID="issueModsBib"/><dmdSec'),
-        "edition with blanks": edition(" 1\n"),
-        "edition 01": edition("01"),
-        "edition 0": edition("0"),
-        "edition 2": edition("2"),
-        "edition -1": edition("-1"),
-        "edition 1.0": edition("1.0"),
-        "edition 1_0": edition("1_0"),
-        "edition in Arabic": edition("١"),
-        "edition of eleven digits": edition("99999999999"),
-        "edition with a comment": edition("<!-- 2 -->1"),
-        "edition twice": in_mets(
-            '<mods:detail type="edition">',
-            '<mods:detail type="edition"><mods:number>3</mods:number>',
-        ),
-        "edition's detail empty first": in_mets(
-            '<mods:detail type="edition">',
-            '<mods:detail type="edition"/><mods:detail type="edition">',
-        ),
-        "date empty": dated(""),
-        "date is a word": dated("January"),
-        "date with a blank": dated(" DAY"),
-        "date with a newline": dated("DAY\n"),
-        "date with a comment": dated("<!-- -->DAY"),
-        "date with a time": dated("DAYT00:00:00"),
-        "another date first": in_mets("<mods:originInfo>", "<mods:dateIssued/><mods:originInfo>"),
-        "LCCN with blanks": lccn("  sn99990001\n"),
-        "LCCN with a blank inside": lccn("sn 99990001"),
-        "LCCN empty": lccn(""),
-        "LCCN not ASCII": lccn("sn9999é"),
-        "LCCN of another kind": in_mets('type="lccn"', 'type="oclc"'),
-        # its pages
-        "a page without OCR": without_ocr,
-        "an issue without pages": without_pages,
-        "a page not described": in_mets('DMDID="pageModsBibP$"', 'DMDID="nowhere"'),
-        "page without DMDID": in_mets(' DMDID="pageModsBibP$"', ""),
-        "page in a section": both(
-            in_mets("<fptr", '<fptr FILEID="masterP$"/><fptr'),
-            in_mets('<div TYPE="np:page"', '<div TYPE="np:section"><div TYPE="np:page"'),
-            in_mets("</div>\n", "</div></div>\n"),
-        ),
-        "sequence with blanks": sequence(" P$\n"),
-        "sequence 0": sequence("0"),
-        "sequence 007": sequence("007"),
-        "sequence -1": sequence("-1"),
-        "sequence 1.5": sequence("1.5"),
-        "sequence of another page": sequence("1"),
-        "sequence of eleven digits": sequence("99999999999"),
-        "file without ID": in_mets("<fileSec>", '<fileSec><file USE="ocr"/>'),
-        "file with empty USE": in_mets('USE="master"', 'USE=""'),
-        "file without USE": in_mets(' USE="master"', ""),
-        "file of another USE": in_mets('USE="master"', 'USE="thumbnail"'),
-        "fptr without FILEID": in_mets('<fptr FILEID="masterP$"/>', "<fptr/>"),
-        "OCR file without FLocat": in_mets('xlink:href="000P$.xml"', ""),
-        "OCR by a roundabout path": in_mets('href="000P$.xml"', 'href="./../x/.././//000P$.xml"'),
-        "OCR by an absolute path": absolute(""),
-        "OCR by a file: URL": absolute("file://"),
-        "OCR with a blank in its name": named("xml", "a b.xml", "a b.xml"),
-        "OCR with a blank as %20": named("xml", "a b.xml", "a%20b.xml"),
-        "OCR with %20 in its name": named("xml", "a%20b.xml", "a%20b.xml"),
-        "OCR with %25 for %": named("xml", "a%b.xml", "a%25b.xml"),
-        "OCR with é in its name": named("xml", "é.xml", "é.xml"),
-        "OCR with # in its name": named("xml", "a#b.xml", "a#b.xml"),
-        "OCR with ? in its name": named("xml", "a?b.xml", "a?b.xml"),
-        "OCR with a blank behind": named("xml", "ocr.xml", "ocr.xml "),
-        "OCR with a newline in front": named("xml", "ocr.xml", "&#10;ocr.xml"),
-        "jp2 with a blank as %20": both(NO_DIMENSIONS, named("jp2", "a b.jp2", "a%20b.jp2")),
-        "jp2 with %20 in its name": both(NO_DIMENSIONS, named("jp2", "a%20b.jp2", "a%20b.jp2")),
-        "jp2 with é in its name": both(NO_DIMENSIONS, named("jp2", "é.jp2", "é.jp2")),
-        "PDF missing": without("pdf"),
-        "TIFF missing": without("tif"),
-        "a jp2 missing": without("jp2"),
-        "jp2 unmeasured": NO_DIMENSIONS,
-        "jp2 unmeasured and missing": both(NO_DIMENSIONS, without("jp2")),
-        "jp2 unmeasured and empty": picture(b""),
-        "jp2 unmeasured and HTML": picture(b"<html></html>"),
-        "jp2 unmeasured and a folder": both(NO_DIMENSIONS, a_folder("jp2")),
-        "jp2 unmeasured by a link": both(NO_DIMENSIONS, a_link("jp2", False)),
-        "ADMID of two": in_mets('ADMID="serviceP$Technical"', 'ADMID="x serviceP$Technical"'),
-        "ADMID unknown": in_mets('ADMID="serviceP$Technical"', 'ADMID="nowhere"'),
-        "ADMID empty": in_mets('ADMID="serviceP$Technical"', 'ADMID=""'),
-        "width with blanks": width(" 5200\n"),
-        "width of blanks": width(" "),
-        "width 0": width("0"),
-        "width 5200.0": width("5200.0"),
-        "width with a comment": width("5200<!-- -->"),
-        # a page's text
-        "ALTO with prefixes": prefixed("ocr", "alto"),
-        "ALTO with an undeclared prefix": in_alto("<Page ", '<Page xlink:href="x" '),
-        "ALTO with a DOCTYPE": in_alto(HEAD, doctype("alto", '[<!ENTITY e "é">]')),
-        "ALTO with an entity": both(
-            in_alto(HEAD, doctype("alto", '[<!ENTITY e "é">]')), in_alto('"The"', '"The&e;"')
-        ),
-        "ALTO with an unknown entity": in_alto("<TextLine", "<x>&nbsp;</x><TextLine"),
-        "ALTO with an unknown entity and a DTD": both(
-            in_alto(HEAD, doctype("alto", 'SYSTEM "nowhere.dtd"')),
-            in_alto("<TextLine", "<x>&nbsp;</x><TextLine"),
-        ),
-        "ALTO with a DTD elsewhere": in_alto(HEAD, doctype("alto", 'SYSTEM "nowhere.dtd"')),
-        "ALTO in UTF-16": encoded("ocr", "UTF-16", "utf-16", "é"),
-        "ALTO with a BOM": encoded("ocr", "UTF-8", "utf-8-sig", "é"),
-        "ALTO in Latin-1": encoded("ocr", "ISO-8859-1", "latin-1", "é"),
-        "ALTO in utf8": encoded("ocr", "utf8", "utf-8", "é"),
-        "ALTO in Shift_JIS": encoded("ocr", "Shift_JIS", "shift_jis", "日"),
-        "ALTO in an unknown encoding": encoded("ocr", "klingon", "utf-8", "é"),
-        "ALTO in Latin-1, but says UTF-8": encoded("ocr", "UTF-8", "latin-1", "é"),
-        "ALTO empty": with_content("xml", b""),
-        "ALTO without a page": with_content("xml", b"<alto/>"),
-        "ALTO is no XML": with_content("xml", b"The gazette."),
-        "ALTO with text behind all": in_alto("</alto>", "</alto>x"),
-        "ALTO with a control character": in_alto('"The"', '"The\x01"'),
-        "ALTO with an empty word": in_alto('"The"', '""'),
-        "ALTO in an unknown language": in_alto('"eng"', '"xyz"'),
-        "ALTO of two pages without sizes": both(
-            in_alto(' HEIGHT="7500" WIDTH="5200">\n<Pr', ">\n<Pr"),
-            in_alto("</Page>", "</Page><Page/>"),
-        ),
-        "ALTO is a folder": a_folder("xml"),
-        "ALTO by a link": a_link("xml", False),
-        "ALTO by a dangling link": a_link("xml", True),
-    }
-)
-
-
-# -- those of which an agent with a loader of its own knew nothing, or what is not so
-
-
-def two_of_one_key(draft: Draft) -> None:
-    """Another issue with the same LCCN, date and edition, in a folder of its own."""
-    folder = draft.mets.parent
-    shutil.copytree(folder, folder.with_name("again"))
-    listed = draft.mets.relative_to(draft.path / "data").as_posix()
-    again = f"<issue>./{Path(listed).parent.with_name('again')}/{draft.mets.name}</issue>"
-    replace(draft.batch_xml, "</batch>", f"{again}</batch>")
-    draft.listed.append(draft.issue)
-
-
-def folder_named(name: str) -> Oddity:
-    """An issue's folder has a character that means something in a URL."""
-
-    def change(draft: Draft) -> None:
-        folder = draft.mets.parent
-        replace(draft.batch_xml, f"/{folder.name}/", f"/{name}/")
-        folder.rename(folder.with_name(name))
-
-    return change
-
-
-def linked_out(which: str) -> Oddity:
-    """A link leads out of the batch: its folder "data", an issue's, or a METS file."""
-
-    def change(draft: Draft) -> None:
-        path = {"data": draft.path / "data", "issue": draft.mets.parent, "METS": draft.mets}[which]
-        outside = draft.path.parent / f"outside-{draft.path.name}-{path.name}"
-        path.rename(outside)
-        path.symlink_to(outside)
-
-    return change
-
-
-def outside(suffix: str, *more: Oddity) -> Oddity:
-    """A page's file lies beside the batch, and the METS file names it by `../`."""
-
-    def change(draft: Draft) -> None:
-        for oddity in more:
-            oddity(draft)
-        away = draft.path.parent / f"outside-{draft.path.name}.{suffix}"
-        name = os.path.relpath(away, draft.mets.parent)
-        replace(draft.mets, f'href="{draft.page:04}.{suffix}"', f'href="{name}"')
-        draft.file(suffix).rename(away)
-
-    return change
-
-
-def pages_issue_note(text: str, kind: str = "noteAboutReproduction") -> Oddity:
-    note = f'<mods:note type="{kind}">{text}</mods:note></mods:mods>'
-    return in_mets("</mods:mods>", note)
-
-
-def section(described: str) -> Oddity:
-    """The pages lie in a section, whose description is as told."""
-    label = '<mods:detail type="section label"><mods:number>{}</mods:number></mods:detail>'
-    description = (
-        '<dmdSec ID="section"><mdWrap MDTYPE="MODS"><xmlData><mods:mods><mods:part>'
-        f"{label.format(described)}</mods:part></mods:mods></xmlData></mdWrap></dmdSec>"
-    )
-    return both(
-        in_mets("<amdSec", f"{description if described else ''}<amdSec"),
-        in_mets(
-            '<div TYPE="np:page" DMDID="pageModsBibP$"',
-            '<div TYPE="np:section" DMDID="section"><div TYPE="np:page" DMDID="pageModsBibP$"',
-        ),
-        in_mets('<fptr FILEID="ocrP$"/></div>', '<fptr FILEID="ocrP$"/></div></div>'),
-    )
-
-
-def image_of(kind: str) -> Oddity:
-    """The image, of which the METS has no size, is of another kind than JPEG 2000."""
-    red = b"\xff\0\0"
-    grey_tga = bytes([0, 0, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 2, 0, 8, 0]) + bytes(4)
-    webp = base64.b64decode("UklGRhoAAABXRUJQVlA4TA0AAAAvAAAAEAcQERGIiP4HAA==")
-    return picture({"PPM": b"P6 2 2 255\n" + red * 4, "TGA": grey_tga, "WebP": webp}[kind])
-
-
-def two_services(draft: Draft) -> None:
-    """The first of a page's two images is missing, and neither has a size in the METS."""
-    file = '<file ID="firstP$" USE="service"><FLocat LOCTYPE="OTHER" xlink:href="no.jp2"/></file>'
-    both(
-        NO_DIMENSIONS,
-        in_mets("</fileSec>", f"{file}</fileSec>"),
-        in_mets('<fptr FILEID="serviceP$"/>', '<fptr FILEID="firstP$"/><fptr FILEID="serviceP$"/>'),
-    )(draft)
-
-
-def nested(draft: Draft) -> None:
-    replace(draft.mets, "<fileSec>", f"{'<x>' * 300}{'</x>' * 300}<fileSec>")
-
-
-def external_entity(draft: Draft) -> None:
-    """The edition is in a file of its own, which libxml2 reads."""
-    draft.mets.with_name("edition.txt").write_text("1")
-    in_mets(HEAD, doctype("mets", '[<!ENTITY e SYSTEM "edition.txt">]'))(draft)
-    edition("&e;")(draft)
-
-
-def with_nul_bytes(draft: Draft) -> None:
-    draft.mets.write_bytes(draft.mets.read_bytes() + bytes(100))
-
-
-def page_outside(draft: Draft) -> None:
-    """A page's division stands beside the issue's, and not in it."""
-    text = draft.mets.read_text()
-    start = text.index(f'<div TYPE="np:page" DMDID="pageModsBib{draft.page}"')
-    end = text.index("</div>", start) + len("</div>")
-    page = text[start:end]
-    moved = text.replace(page, "").replace("</structMap>", f"{page}</structMap>")
-    draft.mets.write_text(moved)
-
-
-def second_issue(draft: Draft) -> None:
-    """The last page is in a division of another np:issue."""
-    page = f'<div TYPE="np:page" DMDID="pageModsBib{draft.pages}"'
-    opened = f'</div><div TYPE="np:issue" DMDID="issueModsBib">{page}'
-    replace(draft.mets, page, opened)
-
-
-MISSED_ONCE: dict[str, Oddity] = {
-    "two issues of one key": two_of_one_key,
-    "an emoji in an issue's note": pages_issue_note("\U0001f4f0"),
-    "an emoji in OCR": in_alto('"The"', '"The \U0001f4f0"'),
-    "an emoji in a file's name": named("jp2", "\U0001f4f0.jp2", "\U0001f4f0.jp2"),
-    "a volume of 51 characters": in_mets("<mods:number>1<", f"<mods:number>{'1' * 51}<"),
-    "a page number of 51 characters": in_mets(
-        '"page number"><mods:number>P$<', f'"page number"><mods:number>{"1" * 51}<'
-    ),
-    "a page number with its caption, indented": in_mets(
-        '"page number"><mods:number>P$</mods:number>',
-        '"page number"><mods:number>P$</mods:number>\n'
-        + " " * 50
-        + "<mods:caption>p</mods:caption>",
-    ),
-    "a reel number of 51 characters": in_mets(
-        "<mods:extent",
-        f'<mods:identifier type="reel number">{"1" * 51}</mods:identifier><mods:extent',
-    ),
-    "a note's type of 51 characters": pages_issue_note("text", "t" * 51),
-    "a section label of 101 characters": section("s" * 101),
-    "a section that is not described": section(""),
-    "a section": section("Sports"),
-    "ALTO in the language sk": in_alto('"eng"', '"sk"'),
-    "ALTO in the language hr": in_alto('"eng"', '"hr"'),
-    "second np:issue with a page": second_issue,
-    "a page outside np:issue": page_outside,
-    'USE="OCR"': in_mets('ID="ocrP$" USE="ocr"', 'ID="ocrP$" USE="OCR"'),
-    "a page's fptr in a division of its own": in_mets(
-        '<fptr FILEID="ocrP$"/>', '<div><fptr FILEID="ocrP$"/></div>'
-    ),
-    "OCR without href": in_mets(' xlink:href="000P$.xml"', ""),
-    "a jp2 cut to 40 bytes, unmeasured": picture(JP2[:40]),
-    "two services, the first of which is missing": two_services,
-    "# in a folder's name": folder_named("a#b"),
-    "? in a folder's name": folder_named("a?b"),
-    "METS in latin-1": encoded("mets", "latin-1", "latin-1", "é"),
-    "METS in utf_8": encoded("mets", "utf_8", "utf-8", "é"),
-    "METS nested 300 deep": nested,
-    "a comment inside an issue's path": in_batch_xml("./sn99990001", "./<!-- -->sn99990001"),
-    "OCR outside the batch": outside("xml"),
-    "an image outside the batch": outside("jp2"),
-    "an image outside the batch, unmeasured": outside("jp2", NO_DIMENSIONS),
-    "width of 64px": width("64px"),
-    "sequence of 2^31": sequence(str(2**31)),
-}
-CALLED_FAULTY_ONCE: dict[str, Oddity] = {
-    "data is a link out of the batch": linked_out("data"),
-    "an issue's folder is a link out of the batch": linked_out("issue"),
-    "a METS is a link out of the batch": linked_out("METS"),
-    "OCR by file:./x": in_mets('href="000P$.xml"', 'href="file:./000P$.xml"'),
-    "OCR by FILE://": absolute("FILE://"),
-    "a TextBlock of no language and no lines": in_alto(
-        '<TextBlock ID="TB1"', '<TextBlock ID="TB0" language=""/><TextBlock ID="TB1"'
-    ),
-    "a WebP, unmeasured": image_of("WebP"),
-    "a PPM, unmeasured": image_of("PPM"),
-    "a TGA, unmeasured": image_of("TGA"),
-    "METS ending in NUL bytes": with_nul_bytes,
-    "METS in UTF-16 that says UTF-8": encoded("mets", "UTF-8", "utf-16", "é"),
-    "METS with an external entity": external_entity,
-}
-AS_LIBXML2_IS = {"METS ending in NUL bytes", "METS with an external entity"}  # faults to later ones
-ODDITIES.update(MISSED_ONCE)
-ODDITIES.update(CALLED_FAULTY_ONCE)
-
-ALIKE = sorted(set(ODDITIES) - {"METS with %20 in its name"})  # libxml2 from 2.11 on refuses it
-
-
-def one_of_each(source: Path) -> list[Draft]:
-    """For each oddity, but those with tests of their own, a batch that has it, and no other."""
-    made = []
-    for number, oddity in enumerate(sorted(set(ALIKE) - {*MISSED_ONCE, *CALLED_FAULTY_ONCE})):
-        start = date(1700, 1, 1) + timedelta(days=4 * number)
-        name = f"batch_oru_one{number}_ver01"
-        draft = Draft(source, name, random.Random(oddity), start)
-        if oddity in FAULTS:  # these are made for batches of one size
-            shutil.rmtree(draft.path)
-            draft.issues, draft.pages, draft.listed = 3, 2, [0, 1, 2]
-            make_batch(source, name, 3, 2, start=start)
-        ODDITIES[oddity](draft)
-        draft.oddities.append(oddity)
-        made.append(draft)
-    return made
-
-
-def drafts(source: Path, count: int, seed: int, oddities: list[str]) -> list[Draft]:
-    """So many batches, with no oddity to four of them each; days that none shares with another."""
-    made = []
-    for number in range(count):
-        chance = random.Random(f"{seed}/{number}")
-        start = date(1700, 1, 1) + timedelta(days=4 * number)
-        draft = Draft(source, f"batch_oru_odd{seed}x{number}_ver01", chance, start)
-        for oddity in chance.sample(oddities, chance.choice([0, 1, 1, 1, 2, 2, 3, 4])):
-            draft.make_odd(oddity)
-        made.append(draft)
-    return made
-
-
-LOAD_ALL = """
-import json, sys
-from django.core.management import call_command
-from core import solr_index
-from core.models import Issue, Page
-for line in sys.stdin:
-    path = line.rstrip("\\n")
-    status, name = 0, path.split("/")[-1]
-    try:
-        call_command("load_batch", path)
-    except BaseException:
-        status = 1
-    pages = Page.objects.filter(issue__batch_id=name)
-    indexed = pages.filter(indexed=True)
-    places = indexed.values_list("issue__title", "issue__date_issued", "issue__edition", "sequence")
-    print("held", json.dumps({
-        "status": status,
-        "held": [Issue.objects.filter(batch_id=name).count(), pages.count(), indexed.count()],
-        "lost": len(set(places)) - solr_index.conn().search('batch:"%s"' % name, rows=0).hits,
-    }), flush=True)
-"""
-
-
-def open_onis_verdicts(oni: oni_agent.OpenONI, made: list[Draft]) -> list[tuple[bool, bool, str]]:
-    """Whether ONI breaks off each load, whether it is whole, and what ONI then has, in words."""
-    code = f"exec({LOAD_ALL!r})"
-    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with oni.start("shell", "-c", code, **options) as process:
-        printed = process.communicate("".join(f"{draft.path}\n" for draft in made).encode())[0]
-    lines = re.findall(r"^held (.*)", printed.decode(), re.MULTILINE)
-    assert len(lines) == len(made)
-    verdicts = []
-    for draft, line in zip(made, map(json.loads, lines)):
-        whole = line == {"status": 0, "held": draft.whole, "lost": 0}
-        told = f"{line}, would be whole with {draft.whole}"
-        verdicts.append((line["status"] != 0, whole, told))
-    return verdicts
-
-
-def agents_verdicts(site: oni_agent.Site, made: list[Draft]) -> list[list[dict]]:
-    """The faults that the agent finds in each of these batches."""
-    nothing = lambda *_: None
-    return [site.check(draft.path.name, nothing, nothing).faults for draft in made]
-
-
-def own_site(oni: Path, source: Path, state: Path, environment: dict[str, str]) -> oni_agent.Site:
-    """The part of an agent that looks at ONI and at batches, without the rest of it."""
-    settings = types.SimpleNamespace(batch_source=source, state_directory=state)
-    return oni_agent.Site(settings, oni_agent.OpenONI(oni, environment))
-
-
-def disagreements(site: oni_agent.Site, made: list[Draft]) -> tuple[list[str], list[str]]:
-    """False alarms and misses: where the agent's verdict is not what ONI then does."""
-    found = agents_verdicts(site, made)
-    alarms, misses = [], []
-    for draft, faults, verdict in zip(made, found, open_onis_verdicts(site.oni, made)):
-        broken_off, whole, held = verdict
-        told = f"{draft.path.name} {draft.oddities}: {faults}; ONI: {held}"
-        if faults and whole:
-            alarms.append(told)
-        says_broken_off = any("ONI would break off the load" in each["fault"] for each in faults)
-        if bool(faults) == whole or says_broken_off != broken_off:
-            misses.append(told)
-    return alarms, misses
-
-
-CHECK_BATCHES = int(os.environ.get("CHECK_BATCHES", 40))
-CHECK_SEED = int(os.environ.get("CHECK_SEED", 1))
-
-
-@contextlib.contextmanager
-def looking(site: Site):
-    state = site.oni / "state"
-    state.mkdir(exist_ok=True)
-    own = own_site(site.oni, site.source, state, site.environment)
-    try:
-        yield own
-    finally:
-        own.oni.close()
-
-
-def test_the_verdict_on_a_batch_is_what_open_oni_then_does(site):
-    with MarcSite("sn99990077") as marc:
-        site.environment.update(marc.environment)
-        with looking(site) as own:
-            made = drafts(site.source, CHECK_BATCHES, CHECK_SEED, ALIKE)
-            assert disagreements(own, made) == ([], [])
-
-
-@pytest.mark.parametrize("lane", range(4))
-def test_the_verdict_on_each_oddity_alone_is_what_open_oni_then_does(site, lane):
-    with MarcSite("sn99990077") as marc:
-        site.environment.update(marc.environment)
-        with looking(site) as own:
-            assert disagreements(own, one_of_each(site.source)[lane::4]) == ([], [])
-
-
-# --- Promises: one batch, one word ----------------------------------------------------------------
-
-COUNTS = ("issues", "pages", "issues_in_batch_xml", "pages_in_mets", "pages_in_solr")
-
-
-def word(site: Site, batch: str = ALPHA) -> list:
-    """What batch-status says of a batch: its state and its counts."""
-    reply = site.call("batch-status", batch)
-    assert "batch" in reply, reply
-    shown = reply["batch"]
-    return [shown["state"], *(shown[name] for name in COUNTS)]
-
-
-def listed(site: Site, batch: str = ALPHA) -> list:
-    """What list-batches says of it."""
-    [shown] = [each for each in site.call("list-batches")["batches"] if each["name"] == batch]
-    return [shown["state"], *(shown[name] for name in COUNTS)]
-
-
-def checked(site: Site, batch: str) -> tuple[int, dict]:
-    """The exit status of batch-check, and its answer."""
-    with Client(site.port) as client:
-        channel = client.channel(f"batch-check {batch}")
-        answer = json.loads(channel.makefile("rb").read())
-        return channel.recv_exit_status(), answer
-
-
-def mended(site: Site, *words: str) -> list[str]:
-    """The log of a job that succeeds, and which is not done by making it a second time."""
-    logs = repaired(site, *words)
-    assert without_session(site.call(*words)) == NOOP
-    return logs
-
-
-def change_index(site: Site, *changes: str) -> None:
-    """Changes the index by ONI's own connection c, and commits."""
-    code = "; ".join(["from core import solr_index as s", "c = s.conn()", *changes, "c.commit()"])
-    assert site.manage("shell", "-c", code).returncode == 0
-
-
-def loads_begun(site: Site) -> int:
-    return sum(event == "starting load" for event in site.events(ALPHA))
-
-
-def test_every_answer_about_a_batch_has_the_same_keys_and_says_the_same(agent):
-    agent.batch(ALPHA)
-    assert word(agent) == listed(agent) == ["absent", 0, 0, 2, 4, 0]
-    repaired(agent, "load-batch", ALPHA)
-    assert word(agent) == ["complete", 2, 4, 2, 4, 4]
-    assert listed(agent) == word(agent)
-    shown = agent.call("batch-status", ALPHA)["batch"]
-    [in_list] = agent.call("list-batches")["batches"]
-    assert shown == in_list
-
-
-def test_what_list_batches_has_no_time_to_count_is_null_and_there_a_later_time(site):
-    for number in range(20):
-        site.batch(f"batch_oru_many{number}_ver01", issues=20)
-    hurry(site, LIST_SECONDS=0.001)
-    first = site.call("list-batches")["batches"]
-    assert len(first) == 20
-    assert None in [batch["pages_in_mets"] for batch in first]
-    assert {batch["state"] for batch in first} == {"absent"}
-    counted = lambda: [batch["pages_in_mets"] for batch in site.call("list-batches")["batches"]]
-    until(lambda: counted() == [40] * 20)
-    site.restart()
-    assert counted() == [40] * 20  # it is remembered
-
-
-@pytest.mark.parametrize("how", ["down", "failing", "hanging"])
-def test_without_solr_the_rest_is_told_within_the_deadline(site, how):
-    hurry(site, SOLR_SECONDS=1)
-    site.batch(ALPHA)
-    repaired(site, "load-batch", ALPHA)
-    with getattr(site.solr, how)():
-        assert word(site) == ["unknown", 2, 4, 2, 4, None]
-        assert "Solr cannot be asked" in site.call("batch-status", ALPHA)["message"]
-        assert listed(site) == word(site)
-    assert word(site) == ["complete", 2, 4, 2, 4, 4]
-
-
-def test_a_batch_that_is_not_in_batch_source_is_counted_where_it_was_loaded_from(agent, tmp_path):
-    batch = agent.batch(ALPHA)
-    other = tmp_path / "elsewhere" / ALPHA
-    other.parent.mkdir()
-    batch.rename(other)
-    assert agent.manage("load_batch", str(other)).returncode == 0
-    assert word(agent) == ["complete", 2, 4, 2, 4, 4]
-
-
-def test_an_index_that_was_emptied_gets_the_missing_pages_and_nothing_is_loaded_again(agent):
-    agent.batch(ALPHA)
-    agent.batch(BETA, start=date(1910, 1, 1))
-    repaired(agent, "load-batch", ALPHA)
-    repaired(agent, "load-batch", BETA)
-    documents = agent.solr.documents()
-    rows = agent.query("SELECT id FROM core_page ORDER BY id")
-    agent.solr.forget(ALPHA)
-    assert listed(agent) == word(agent) == ["partial", 2, 4, 2, 4, 0]
-    del agent.solr.requests[:]
-    logs = mended(agent, "load-batch", ALPHA)
-    updates = [path for path in agent.solr.requests if path.startswith("/solr/openoni/update")]
-    assert len(updates) == 5  # four documents, and a commit
-    assert sum(line.startswith("indexing /lccn/") for line in logs) == 4
-    assert agent.solr.documents() == documents
-    assert agent.query("SELECT id FROM core_page ORDER BY id") == rows
-    assert loads_begun(agent) == 1
-    assert word(agent) == listed(agent) == ["complete", 2, 4, 2, 4, 4]
-
-
-def test_only_the_pages_that_the_index_lacks_are_indexed_again(agent):
-    agent.batch(ALPHA)
-    repaired(agent, "load-batch", ALPHA)
-    lost, *kept = agent.solr.documents(ALPHA)
-    change_index(agent, f"c.delete(id='{lost}')")
-    assert agent.solr.documents(ALPHA) == kept
-    assert "Solr lacks 1 of 4 pages" in agent.call("batch-status", ALPHA)["message"]
-    logs = mended(agent, "load-batch", ALPHA)
-    assert [line for line in logs if line.startswith("indexing")] == [f"indexing {lost}"]
-    assert agent.solr.documents(ALPHA) == [lost, *kept]
-
-
-@pytest.mark.parametrize("lost", [0, 1])
-def test_documents_of_a_batch_that_are_no_page_of_it_do_not_stand_for_its_pages(agent, lost):
-    """What a load has left that failed with Solr: it shows after the next load's commit."""
-    agent.batch(ALPHA)
-    repaired(agent, "load-batch", ALPHA)
-    documents = agent.solr.documents(ALPHA)
-    strays = [f"/lccn/{GAZETTE}/1872-01-0{day}/ed-1/seq-1/" for day in (1, 2)]
-    like_a_page = {**page_document(ALPHA, 1), "lccn": GAZETTE}
-    change_index(
-        agent,
-        *(f"c.add([{ {**like_a_page, 'id': id} }])" for id in strays),
-        *(f"c.delete(id='{id}')" for id in documents[:lost]),
-    )
-    assert word(agent) == ["partial", 2, 4, 2, 4, 6 - lost]
-    assert listed(agent)[0] != "complete"
-    assert (
-        "under its name that are none of its pages (2)" in agent.call("batch-status", ALPHA)[
-            "message"
-        ]
-    )
-    logs = mended(agent, "load-batch", ALPHA)
-    assert [line for line in logs if line.startswith("deleting")] == [
-        f"deleting {id}" for id in strays
-    ]
-    assert agent.solr.documents(ALPHA) == documents
-    assert loads_begun(agent) == 1
-
-
-def test_pages_that_another_batch_has_taken_over_in_the_index_make_a_batch_partial(agent):
-    agent.batch(ALPHA)
-    agent.batch(BETA)  # the same issues
-    repaired(agent, "load-batch", ALPHA)
-    warnings = [
-        f"{ALPHA} holds {GAZETTE} 1900-01-0{day} edition 1, too" for day in (1, 2)
-    ]
-    status, answer = checked(agent, BETA)
-    assert (status, answer["faults"]) == (0, [])
-    assert sorted(each["warning"] for each in answer["warnings"]) == warnings
-    repaired(agent, "load-batch", BETA)
-    assert agent.solr.documents(ALPHA) == []
-    assert listed(agent) == word(agent) == ["partial", 2, 4, 2, 4, 0]
-    said = (
-        "4 pages are found under another batch, which has the same pages"
-        f" ({BETA}): purge the one that should not have them"
-    )
-    assert said in agent.call("batch-status", ALPHA)["message"]
-    job = agent.run("load-batch", ALPHA)
-    assert job["status"] == "failed"
-    assert said in job["error"]
-    assert word(agent, BETA)[0] == "complete"
-    assert loads_begun(agent) == 1  # loading it again would only move the fault
-    repaired(agent, "purge-batch", BETA)
-    assert word(agent) == ["partial", 2, 4, 2, 4, 0]  # ONI has deleted the documents of both
-    mended(agent, "load-batch", ALPHA)
-    assert len(agent.solr.documents(ALPHA)) == 4
-
-
-def purge_without_solr(site: Site) -> None:
-    """What ONI leaves of ALPHA that has purged it by itself while Solr was down."""
-    with site.solr.down():
-        assert site.manage("purge_batch", ALPHA).returncode == 1
-    assert site.held(ALPHA) == NOTHING
-
-
-def test_a_purge_without_solr_is_done_only_when_the_index_has_forgotten_the_batch(agent):
-    agent.batch(ALPHA)
-    agent.batch(BETA, start=date(1910, 1, 1))
-    repaired(agent, "load-batch", ALPHA)
-    repaired(agent, "load-batch", BETA)
-    purge_without_solr(agent)
-    assert len(agent.solr.documents(ALPHA)) == 4
-    assert word(agent) == ["absent", 0, 0, 2, 4, 4]
-    assert listed(agent) == word(agent)
-    assert "still has 4 of its pages" in agent.call("batch-status", ALPHA)["message"]
-    mended(agent, "purge-batch", ALPHA)
-    assert agent.solr.documents(ALPHA) == []
-    assert len(agent.solr.documents(BETA)) == 4
-    assert word(agent) == ["absent", 0, 0, 2, 4, 0]
-
-
-def test_what_a_failed_purge_has_left_in_the_index_is_gone_when_the_batch_is_loaded_again(agent):
-    agent.batch(ALPHA, issues=3)
-    repaired(agent, "load-batch", ALPHA)
-    purge_without_solr(agent)
-    shutil.rmtree(agent.source / ALPHA)
-    agent.batch(ALPHA, issues=1)
-    mended(agent, "load-batch", ALPHA)
-    assert len(agent.solr.documents(ALPHA)) == 2
-    assert word(agent) == ["complete", 1, 2, 1, 2, 2]
-
-
-def test_the_batch_file_that_open_oni_reads_is_the_one_that_counts(agent):
-    batch = agent.batch(ALPHA, issues=3, validated=True)
-    listing = batch / "data/batch.xml"
-    listing.write_text(re.sub("<issue .*</issue>\n", "", listing.read_text(), count=1))
-    assert checked(agent, ALPHA)[0] == 0
-    mended(agent, "load-batch", ALPHA)
-    assert word(agent) == ["complete", 3, 6, 3, 6, 6]
-
-
-def test_a_batch_without_issues_is_refused_and_never_complete(agent):
-    spoil_issues(agent.batch(ALPHA))
-    reply = agent.call("load-batch", ALPHA)
-    assert (reply["status"], reply["message"]) == ("error", f'"{ALPHA}" cannot be loaded')
-    assert "names no issue" in reply["error"]
-    assert agent.manage("load_batch", str(agent.source / ALPHA)).returncode == 0
-    assert word(agent)[0] != "complete"
-    assert listed(agent)[0] == word(agent)[0]
-    assert agent.call("load-batch", ALPHA)["status"] == "error"
-
-
-def test_an_unknown_awardee_is_refused_with_the_command_that_makes_it(agent):
-    name = batch_with("awardee unknown")
-    agent.batch(name)
-    error = agent.call("load-batch", name)["error"]
-    command = re.search(r"ensure-awardee zzz .*", error)[0]
-    assert checked(agent, name)[0] == 1
-    assert agent.ssh(command.replace("NAME", "The library"))["status"] == "success"
-    mended(agent, "load-batch", name)
-
-
-def test_titles_that_open_oni_lacks_are_fetched_before_the_load(site):
-    with MarcSite("sn99990077") as marc:
-        site.start(**marc.environment)
-        site.batch(ALPHA, lccn="sn99990077")
-        assert checked(site, ALPHA)[1]["faults"] == []
-        assert titles(site, "sn99990077") == []
-        logs = mended(site, "load-batch", ALPHA)
-        fetched = logs.index("ONI lacks the title sn99990077, which was fetched")
-        loaded = next(n for n, line in enumerate(logs) if "loading batch at" in line)
-        assert fetched < loaded
-        assert not any("attempting to load marc record" in line for line in logs)
-        assert titles(site, "sn99990077") == ["The fetched sn99990077."]
-
-
-def test_a_title_that_nobody_has_is_a_fault_that_names_its_lccn(site):
-    with MarcSite() as marc:
-        site.start(**marc.environment)
-        site.batch(ALPHA, lccn="sn99990078")
-        status, answer = checked(site, ALPHA)
-        assert status == 1
-        assert "sn99990078" in answer["faults"][0]["fault"]
-        job = site.run("load-batch", ALPHA)
-        assert (job["status"], "sn99990078" in job["error"]) == ("failed", True)
-        assert site.events(ALPHA) == []
-
-
-def test_a_load_with_faults_leaves_a_partial_batch_as_it_is_and_says_all_of_them(agent):
-    batch = agent.batch(ALPHA, issues=3)
-    repaired(agent, "load-batch", ALPHA)
-    with contextlib.closing(sqlite3.connect(agent.oni / "oni.sqlite3")) as database:
-        database.execute("UPDATE core_loadbatchevent SET message = 'starting load'")
-        database.commit()
-    before = agent.held(ALPHA), agent.events(ALPHA), agent.solr.documents()
-    page_file(batch, "0001.xml", 2).write_text("<alto>\n")
-    spoil_sequence(batch)
-    status, answer = checked(agent, ALPHA)
-    assert (status, answer["status"], answer["batch"]["name"]) == (1, "success", ALPHA)
-    assert [fault["file"].split("/")[-1] for fault in answer["faults"]] == [
-        "1900010201.xml",
-        "0001.xml",
-    ]
-    job = agent.run("load-batch", ALPHA)
-    assert (job["status"], job["attempts"]) == ("failed", 1)
-    assert all(fault["fault"] in job["error"] for fault in answer["faults"])
-    logs = agent.logs(job["id"])
-    assert all(any(fault["fault"] in line for line in logs) for fault in answer["faults"])
-    assert not any("loading batch" in line or "purging" in line for line in logs)
-    assert (agent.held(ALPHA), agent.events(ALPHA), agent.solr.documents()) == before
-
-
-def test_what_is_odd_but_loads_is_a_warning_and_no_fault(agent):
-    batch = agent.batch(ALPHA, issues=3)
-    spoil_jp2_missing(batch)
-    page_file(batch, "0001.pdf").unlink()
-    status, answer = checked(agent, ALPHA)
-    assert (status, answer["faults"]) == (0, [])
-    told = [(each["file"].split("/")[-1], each["warning"]) for each in answer["warnings"]]
-    assert sorted(told) == [
-        ("0001.pdf", "there is no such PDF"),
-        ("0002.jp2", "there is no such image"),
-    ]
-    mended(agent, "load-batch", ALPHA)
-
-
-def test_a_check_changes_nothing_in_open_oni(agent):
-    batch = agent.batch(ALPHA, lccn="sn99990079")
-    before = tree(agent.oni, "oni.sqlite3"), agent.query("SELECT count(*) FROM core_title")
-    files = files_of(batch)
-    del agent.solr.requests[:]
-    checked(agent, ALPHA)
-    after = tree(agent.oni, "oni.sqlite3"), agent.query("SELECT count(*) FROM core_title")
-    assert after == before
-    assert files_of(batch) == files
-    assert not any("/update" in path for path in agent.solr.requests)
-
-
-def test_a_batch_that_is_not_there_cannot_be_checked(agent):
-    agent.batch(ALPHA)
-    status, answer = checked(agent, "batch_oru_alpa_ver01")
-    assert (status, answer["status"]) == (0, "error")
-    assert answer["error"].endswith(f'did you mean "{ALPHA}"?')
-
-
-def test_a_batch_whose_folder_is_gone_and_that_open_oni_holds_is_said_to_be_held(agent):
-    batch = agent.batch(ALPHA)
-    agent.run("load-batch", ALPHA)
-    batch.rename(batch.with_name("elsewhere"))
-    status, answer = checked(agent, ALPHA)
-    assert (status, answer["status"]) == (0, "error")
-    assert answer["error"] == f"Open ONI holds it, but its files are not there: {batch} is missing"
-
-
-def test_a_job_whose_check_somebody_has_killed_checks_anew(agent):
-    with MarcSite("sn99990077") as marc:
-        agent.restart(**marc.environment)
-        agent.batch(ALPHA, lccn="sn99990077")
-        marc.may_answer.clear()
-        id = agent.job("load-batch", ALPHA)
-        assert marc.was_asked.wait(60)
-        for pid in agent.manage_pids("shell"):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        marc.may_answer.set()
-        assert agent.ended(id)["status"] == "successful"
-
-
-class ImpatientSite(oni_agent.Site):
-    """A site whose check looks at once whether anybody waits for it."""
-
-    def check(self, name, progress, go_on, folder=""):
-        go_on()
-        return oni_agent.Check([{**NOTHING_FOUND, "of": 0}])
-
-
-NOTHING_FOUND = {
-    "issues": 0, "faults": [], "warnings": [], "found": [], "titles": {},
-    "watched": oni_agent.packed({}),
-}  # fmt: skip
-
-
-def test_a_check_never_ends_before_its_client_waits_for_it(tmp_path):
-    settings = types.SimpleNamespace(batch_source=tmp_path, state_directory=tmp_path)
-    site = ImpatientSite(settings, oni_agent.OpenONI(tmp_path, {}))
-    for _ in range(100):
-        assert site.client_check(ALPHA, lambda: None).faults == []
-
-
-@pytest.mark.parametrize("name", ["data/batch.xml", "METS", "OCR"])
-def test_what_is_no_regular_file_is_a_fault_and_is_not_waited_for(agent, name):
-    batch = agent.batch(ALPHA, issues=1)
-    mets = mets_of(batch, 0)
-    path = {"METS": mets, "OCR": mets.with_name("0001.xml")}.get(name, batch / name)
-    path.unlink()
-    os.mkfifo(path)
-    status, answer = checked(agent, ALPHA)
-    what = "this is not a regular file, and ONI might read it for ever"
-    assert status == 1
-    assert answer["faults"] == [{"file": str(path.relative_to(batch)), "fault": what}]
-
-
-def test_a_file_that_takes_all_memory_is_no_fault_and_is_named(agent):
-    batch = agent.batch(ALPHA, issues=1)
-    mets = mets_of(batch, 0)
-    start, end, rest = mets.read_bytes().rpartition(b"</")
-    with mets.open("wb") as file:
-        file.write(start)
-        for _ in range(160):
-            file.write(b"<a/>" * 100_000)
-        file.write(end + rest)
-    status, answer = checked(agent, ALPHA)
-    assert (status, answer["status"]) == (0, "error")
-    assert answer["error"] == f"reading {mets.relative_to(batch)} takes more than 1024 MiB"
-
-
-def test_a_fault_names_its_file_once(agent):
-    batch = agent.batch(ALPHA, issues=1)
-    mets_of(batch, 0).with_name("0001.xml").unlink()
-    said = checked(agent, ALPHA)[1]["faults"][0]["fault"]
-    reason = "<urlopen error [Errno 2] No such file or directory>"
-    assert said == f"ONI would break off the load: {reason}"
-    mets_of(batch, 0).with_name("0001.xml").write_text("<alto>\n</page>")
-    said = checked(agent, ALPHA)[1]["faults"][0]["fault"]
-    assert said == "ONI would break off the load: line 2, column 2: mismatched tag"
-
-
-def test_of_many_titles_at_once_none_is_refused(agent):
-    with futures.ThreadPoolExecutor(100) as pool:
-        records = [marc_xml(f"sn9999{number:04}") for number in range(100)]
-        replies = list(pool.map(lambda record: agent.call("load-title", stdin=record), records))
-    assert {reply["status"] for reply in replies} == {"success"}
-    for reply in replies:
-        agent.call("job-cancel", str(reply["job"]["id"]))
-
-
-def test_a_batch_whose_every_file_is_broken_is_still_checked(agent):
-    batch = agent.batch(ALPHA, issues=1)
-    cut_off(mets_of(batch, 0))
-    status, answer = checked(agent, ALPHA)
-    assert (status, len(answer["faults"])) == (1, 1)
-
-
-@pytest.mark.parametrize("name", ["klingon", "Shift_JIS"])
-def test_an_encoding_that_cannot_be_read_is_a_fault_and_no_failure_to_check(agent, name):
-    ocr = page_file(agent.batch(ALPHA), "0001.xml")
-    change(ocr, 'encoding="UTF-8"', f'encoding="{name}"')
-    status, answer = checked(agent, ALPHA)
-    assert (status, [fault["file"].split("/")[-1] for fault in answer["faults"]]) == (
-        1,
-        ["0001.xml"],
-    )
-
-
-# --- Promises: what Open ONI would do, Open ONI says ----------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def odd_site(tmp_path_factory, template):
-    """A site whose agent runs for all tests that check, and then load, one odd batch."""
-    bad_records = {lccn: record for lccn, record, _ in BAD_RECORDS.values()}
-    with MarcSite("sn99990077", **bad_records) as marc:
-        with Site(tmp_path_factory.mktemp("odd"), template) as site:
-            yield site.start(**marc.environment)
-
-
-def new_draft(site: Site, kind: str) -> Draft:
-    """A batch of this oddity, or of none, on days that are no other batch's."""
-    number = next(FRESH)
-    start = date(1700, 1, 1) + timedelta(days=4 * number)
-    return Draft(site.source, f"batch_oru_kind{number}_ver01", random.Random(kind), start)
-
-
-def compare_with_load(site: Site, draft: Draft) -> dict[str, Any]:
-    """Holds a check's word against what a load leaves, and batch-status' against both.
-
-    Returns the check's answer.
-    """
-    name = draft.path.name
-    status, answer = checked(site, name)
-    faults = answer["faults"]
-    assert status == bool(faults)
-    for fault in faults:
-        assert fault["file"].startswith("data/")
-        assert fault["file"] not in fault["fault"]
-        assert str(draft.path) not in fault["fault"]
-    loaded = site.manage("load_batch", str(draft.path))
-    breaks_off = [fault for fault in faults if "ONI would break off the load" in fault["fault"]]
-    assert bool(breaks_off) == (loaded.returncode != 0), (faults, loaded.stderr)
-    rows, issues, pages = site.held(name)
-    [(indexed,)] = site.query(
-        "SELECT count(*) FROM core_page JOIN core_issue ON core_issue.id = issue_id"
-        " WHERE indexed AND batch_id = ?",
-        name,
-    )
-    whole = loaded.returncode == 0 and [issues, pages, indexed] == draft.whole
-    assert bool(faults) == (not whole), (faults, [issues, pages, indexed], draft.whole)
-    if breaks_off:
-        assert (rows, issues, pages) == NOTHING
-        assert site.solr.documents(name) == []
-        return answer
-    assert word(site, name)[0] == ("complete" if whole else "partial")
-    if whole:
-        assert answer["pages"] == pages
-    return answer
-
-
-SENTENCES = {  # of the kinds in MISSED_ONCE: the file, and the sentence, of the first fault
-    "an emoji in an issue's note": (
-        "METS",
-        ENDS_LOAD + "Incorrect string value for column 'text': it cannot hold U[+]1F4F0",
-    ),
-    "an emoji in OCR": (
-        "OCR",
-        ENDS_LOAD + "Incorrect string value for column 'text': it cannot hold U[+]1F4F0",
-    ),
-    "an emoji in a file's name": (
-        "METS",
-        f"page \\d: {ENDS_LOAD}Incorrect string value for column 'jp2_filename': it cannot hold .*",
-    ),
-    "a volume of 51 characters": (
-        "METS",
-        ENDS_LOAD + "Data too long for column 'volume': 51 characters, and it holds 50",
-    ),
-    "a page number with its caption, indented": (
-        "METS",
-        rf"page \d: {ENDS_LOAD}Data too long for column 'number': \d\d characters, and it holds 50",
-    ),
-    "a section that is not described": ("METS", rf"page \d: {ENDS_LOAD}list index out of range"),
-    "ALTO in the language sk": ("OCR", ENDS_LOAD + "get.. returned more than one Language.*"),
-    "second np:issue with a page": (
-        "METS",
-        r"ONI would leave out \d of \d pages without a word",
-    ),
-    "a page outside np:issue": ("METS", r"ONI would leave out 1 of \d pages without a word"),
-    'USE="OCR"': ("METS", r"ONI would leave out the OCR file ocr\d"),
-    "a jp2 cut to 40 bytes, unmeasured": ("METS", rf"page \d: {ENDS_LOAD}.*"),
-    "METS in latin-1": ("METS", ENDS_LOAD + ".*encoding.*"),
-    "METS nested 300 deep": ("METS", ENDS_LOAD + "Excessive depth in document: 256.*"),
-    "width of 64px": (
-        "METS",
-        r"ONI would leave out the rest of the issue, from page \d on: .*'64px'.*",
-    ),
-    "sequence of 2^31": (
-        "METS",
-        rf"page \d: {ENDS_LOAD}Out of range value for column 'sequence': 2147483648",
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", [*MISSED_ONCE, *CALLED_FAULTY_ONCE])
-def test_what_a_check_says_of_an_oddity_is_what_a_load_then_does(odd_site, kind):
-    draft = new_draft(odd_site, kind)
-    ODDITIES[kind](draft)
-    answer = compare_with_load(odd_site, draft)
-    if kind in CALLED_FAULTY_ONCE and kind not in AS_LIBXML2_IS:
-        assert answer["faults"] == []
-    if kind in SENTENCES:
-        which, said = SENTENCES[kind]
-        [fault] = answer["faults"]
-        name = draft.mets if which == "METS" else draft.file("xml")
-        assert fault["file"] == name.relative_to(draft.path).as_posix()
-        assert re.fullmatch(said, fault["fault"])
-
-
-@pytest.mark.parametrize("kind", ["edition -1", "sequence of eleven digits"])
-def test_what_no_column_takes_ends_the_load_and_leaves_out_nothing(odd_site, kind):
-    draft = new_draft(odd_site, kind)
-    ODDITIES[kind](draft)
-    [fault] = compare_with_load(odd_site, draft)["faults"]
-    assert ENDS_LOAD in fault["fault"]
-
-
-def test_a_batch_whose_name_is_too_long_is_a_fault(odd_site):
-    name = f"batch_oru_{'x' * 251}_ver01"[:245] + "_ver01"
-    assert len(name) == 251
-    draft = Draft(odd_site.source, name, random.Random(1), date(1650, 1, 1))
-    [fault] = compare_with_load(odd_site, draft)["faults"]
-    assert (fault["file"], "Data too long for column" in fault["fault"]) == ("data/batch.xml", True)
-
-
-def test_without_languages_each_batch_with_a_text_is_a_fault(agent):
-    agent.execute("PRAGMA foreign_keys = OFF")
-    agent.execute("DELETE FROM core_language")
-    draft = new_draft(agent, "no language")
-    faults = compare_with_load(agent, draft)["faults"]
-    assert {fault["fault"] for fault in faults} == {
-        ENDS_LOAD + "Language matching query does not exist."
-    }
-
-
-def marc_with(lccn: str, before: bytes, after: bytes) -> bytes:
-    """A record in which something stands in the place of something else."""
-    record = marc_xml(lccn)
-    assert record.count(before) == 1
-    return record.replace(before, after)
-
-
-BAD_RECORDS: dict[str, tuple[str, bytes, str]] = {  # LCCN, what the site answers, what is said
-    "HTML": ("sn11110001", b"<html><body>sn11110001 is not here</body></html>", "another record"),
-    "no XML": ("sn11110002", b"Not now", "that is no MARC XML: .*"),
-    "of another title": ("sn11110003", marc_xml("sn11119999"), "it answers with another record"),
-    "deleting": (
-        "sn11110004",
-        marc_with("sn11110004", b"00000cas", b"00000das"),
-        "leader/05 is d: ONI would delete the title sn11110004",
-    ),
-    "of something else": (
-        "sn11110005",
-        marc_with("sn11110005", b"00000cas", b"00000cgs"),
-        "leader/06 is g: ONI would ignore the title sn11110005",
-    ),
-    "of an unknown language": (
-        "sn11110006",
-        marc_xml("sn11110006", language="zzz"),
-        "ONI cannot store the title sn11110006: .*zzz.*",
-    ),
-    "without a title": (
-        "sn11110007",
-        re.sub(b'<datafield tag="245".*</datafield>\n', b"", marc_xml("sn11110007")),
-        "ONI cannot store the title sn11110007: .*",
-    ),
-    "of an LCCN without an address": (
-        "85-38490",
-        marc_xml("85-38490"),
-        "ONI would store the title '85-38490', but no batch of it could be loaded: .*",
-    ),
-    "of a year with fill characters": (
-        "sn11110008",
-        marc_with("sn11110008", b"d18501999", b"d18||||||"),
-        "ONI would store the title 'sn11110008', but no batch of it could be loaded: .*",
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", BAD_RECORDS)
-def test_a_record_that_poisons_a_batch_is_a_fault_with_its_address(odd_site, kind):
-    lccn, _, said = BAD_RECORDS[kind]
-    number = next(FRESH)
-    start = date(1700, 1, 1) + timedelta(days=4 * number)
-    name = f"batch_oru_marc{number}_ver01"
-    draft = Draft(odd_site.source, name, random.Random(kind), start)
-    for issue in range(draft.issues):
-        mets = mets_of(draft.path, issue)
-        mets.write_text(mets.read_text().replace(">sn99990001<", f">{lccn}<"))
-    [fault] = compare_with_load(odd_site, draft)["faults"]
-    url = rf"http://127\.0\.0\.1:\d+/lccn/{lccn}/marc\.xml"
-    if "would store" in said:  # what becomes of the load, ONI's loader says then
-        told = rf".*: the title {lccn}, as {url} has it: (Reverse for|invalid literal for int).*"
-    else:
-        told = rf"{ENDS_LOAD}ONI does not have the title {lccn}, nor has {url}: .*{said}"
-    assert re.fullmatch(told, fault["fault"])
-
-
-@pytest.mark.parametrize("kind", [kind for kind in BAD_RECORDS if kind != "of another title"])
-def test_such_a_record_is_refused_by_load_title_in_the_same_words(odd_site, kind):
-    lccn, record, said = BAD_RECORDS[kind]
-    new = f"{lccn[:-1]}9"  # ONI may have stored the other one, in the test above
-    record, said = record.replace(lccn.encode(), new.encode()), said.replace(lccn, new)
-    if said == "another record":
-        said = "there is no MARC record in it"
-    if kind == "no XML":
-        said = "syntax error: line 1|not well-formed.*line 1"
-    before = odd_site.query("SELECT lccn, name FROM core_title")
-    jobs = odd_site.call("list-jobs")["jobs"]
-    reply = odd_site.call("load-title", stdin=record)
-    assert (reply["status"], reply["message"]) == ("error", "Invalid data")
-    assert re.fullmatch(said, reply["error"])
-    assert odd_site.call("list-jobs")["jobs"] == jobs
-    assert odd_site.query("SELECT lccn, name FROM core_title") == before
-
-
-def test_a_record_that_only_repeats_what_open_oni_has_is_not_refused(agent, tmp_path):
-    """Though no batch of such a title could be loaded."""
-    record = tmp_path / "record.xml"
-    record.write_bytes(marc_xml("85-38490"))
-    agent.manage("load_titles", str(record))
-    assert titles(agent, "85-38490")
-    reply = agent.call("load-title", stdin=marc_xml("85-38490"))
-    assert reply["status"] == "success"
-    draft = new_draft(agent, "85-38490")
-    for issue in range(draft.issues):
-        mets = mets_of(draft.path, issue)
-        mets.write_text(mets.read_text().replace(">sn99990001<", ">85-38490<"))
-    faults = compare_with_load(agent, draft)["faults"]
-    assert all("Reverse for 'openoni_issue_pages'" in fault["fault"] for fault in faults)
-
-
-def test_a_redirect_to_another_host_is_not_followed(agent):
-    with MarcSite("sn99990077", "sn99990079") as marc, MarcSite("sn99990077") as other:
-        elsewhere = (other.urlformat % "sn99990077").replace("127.0.0.1", "localhost")
-        marc.redirects["sn99990077"] = elsewhere
-        marc.redirects["sn99990078"] = marc.urlformat % "sn99990079"
-        agent.restart(**marc.environment)
-        agent.batch(ALPHA, lccn="sn99990077")
-        [fault, *_] = checked(agent, ALPHA)[1]["faults"]
-        assert "it points to another host, http://localhost:" in fault["fault"]
-        assert other.requests == []
-        agent.batch(BETA, lccn="sn99990078")  # on the same host, and of another title
-        [fault, *_] = checked(agent, BETA)[1]["faults"]
-        assert "it answers with another record" in fault["fault"]
-
-
-def test_an_lccn_is_one_part_of_the_address_that_is_asked_for(agent):
-    with MarcSite() as marc:
-        agent.restart(**marc.environment)
-        draft = new_draft(agent, "address")
-        replace(mets_of(draft.path, 0), ">sn99990001<", ">../../x?y#z<")
-        assert checked(agent, draft.path.name)[0] == 1
-        assert marc.requests == ["/lccn/..%2F..%2Fx%3Fy%23z/marc.xml"]
-
-
-@pytest.mark.parametrize("where", ["by a link", "by its path"])
-def test_of_a_file_elsewhere_on_the_host_nothing_is_told(agent, tmp_path, where):
-    secret = tmp_path / "secret"
-    secret.write_text("root:hidden:0")
-    batch = agent.batch(ALPHA, issues=3)
-    if where == "by a link":
-        mets_of(batch).unlink()
-        mets_of(batch).symlink_to(secret)
-        [fault] = checked(agent, ALPHA)[1]["faults"]
-        assert fault["file"] == METS_2
-    else:
-        replace(mets_of(batch), 'href="0002.xml"', f'href="{secret}"')
-        [fault] = checked(agent, ALPHA)[1]["faults"]
-    said = "it lies outside" if where == "by a link" else f"{secret}, which it names, lies outside"
-    page = "" if where == "by a link" else "page 2: "
-    assert fault == {
-        "file": METS_2, "fault": f"{page}{ENDS_LOAD}{said} the batch, and cannot be taken"
-    }
-    job = agent.run("load-batch", ALPHA)
-    assert job["status"] == "failed"
-    assert "hidden" not in json.dumps([job, agent.call("job-logs", str(job["id"]))])
-
-
-def test_an_entity_of_another_file_is_not_shown(agent, tmp_path):
-    (tmp_path / "secret").write_text("hidden")
-    draft = new_draft(agent, "entity")
-    entity = f'[<!ENTITY e SYSTEM "{tmp_path}/secret">]'
-    replace(draft.mets, HEAD, doctype("mets", entity))
-    replace(draft.mets, EDITION, EDITION.replace("1", "&e;"))
-    [fault] = compare_with_load(agent, draft)["faults"]  # of one kind or the other, as libxml2 is
-    assert "hidden" not in fault["fault"]
-
-
-def empty_ocr(batch: Path) -> None:
-    change(page_file(batch, "0002.xml"), "<TextLine", "<TextLin")
-
-
-WARNINGS: dict[str, tuple[Callable[[Path], object], str, str]] = {
-    "an image is missing": (spoil_jp2_missing, IN_ISSUE + "0002.jp2", "there is no such image"),
-    "an image is empty": (
-        lambda batch: page_file(batch, "0002.jp2").write_bytes(b""),
-        IN_ISSUE + "0002.jp2",
-        "this image is empty",
-    ),
-    "a PDF is missing": (
-        lambda batch: page_file(batch, "0001.pdf").unlink(),
-        IN_ISSUE + "0001.pdf",
-        "there is no such PDF",
-    ),
-    "an OCR file has no text": (
-        lambda batch: page_file(batch, "0002.xml").write_bytes(
-            re.sub(b"<TextLine.*</TextLine>", b"", ALTO, flags=re.DOTALL)
-        ),
-        OCR_2,
-        "this OCR file has no text",
-    ),
-    "two pages have one sequence": (
-        lambda batch: change(mets_of(batch), "<mods:start>2<", "<mods:start>1<"),
-        METS_2,
-        f"2 pages have the address /lccn/{GAZETTE}/1900-01-02/ed-1/seq-1/: in {METS_2}",
-    ),
-    "two issues have one date": (
-        lambda batch: change(mets_of(batch, 2), ">1900-01-03<", ">1900-01-02<"),
-        METS_2,
-        f"2 pages have the address /lccn/{GAZETTE}/1900-01-02/ed-1/seq-1/: in {METS_2} and in"
-        f" {METS_2.replace('190001020', '190001030')}",
-    ),
-}
-
-
-@pytest.mark.parametrize("what", WARNINGS)
-def test_what_loads_all_the_same_is_a_warning(agent, what):
-    spoil, file, said = WARNINGS[what]
-    spoil(agent.batch(ALPHA, issues=3))
-    status, answer = checked(agent, ALPHA)
-    assert (status, answer["faults"]) == (0, [])
-    assert {"file": file, "warning": said} in answer["warnings"]
-    assert {warning["file"] for warning in answer["warnings"]} == {file}
-    assert f"warning: {file}: {said}" in mended(agent, "load-batch", ALPHA)
-    assert word(agent)[0] == listed(agent)[0] == "complete"
-
-
-def everything(site: Site) -> list[Any]:
-    """The whole database, the index, and all files of ONI and of the batches."""
-    with contextlib.closing(sqlite3.connect(site.oni / "oni.sqlite3")) as database:
-        rows = list(database.iterdump())
-    documents = {id: dict(site.solr._documents[id]) for id in site.solr.documents()}
-    return [rows, documents, tree(site.oni, "oni.sqlite3", "log", "state"), tree(site.source)]
-
-
-def test_a_check_of_a_hundred_batches_writes_nothing(site):
-    with MarcSite("sn99990077") as marc:
-        site.environment.update(marc.environment)
-        made = drafts(site.source, 100, CHECK_SEED + 1000, ALIKE)
-        repaired_by_hand = site.manage("load_batch", str(made[0].path))
-        assert repaired_by_hand.returncode in (0, 1)
-        before = everything(site)
-        del site.solr.requests[:]
-        with looking(site) as own:
-            found = agents_verdicts(site=own, made=made)
-        assert [bool(faults) for faults in found].count(True) > 20
-        after = everything(site)
-    assert after[0] == before[0]
-    assert after[1] == before[1]
-    for now, then in zip(after[2:], before[2:]):
-        assert sorted(set(now.items()) ^ set(then.items())) == []
-    assert not any("/update" in path for path in site.solr.requests)
-
-
-# --- Promises: who asks Open ONI cannot be kept waiting -------------------------------------------
-
-
-@pytest.fixture
-def oni(site):
-    """How an agent asks this site's Open ONI, without the rest of it."""
-    oni = oni_agent.OpenONI(site.oni, site.environment)
-    yield oni
-    oni.close()
-
-
-def held_question(site: Site, part_of_sql: str) -> Gate:
-    """Makes each question wait whose SQL has this in it, from the next zygote on."""
-    site.prepend_to_manage(HELD_QUERY)
-    (site.oni / "held-query").write_text(part_of_sql)
-    (site.oni / "hold-query").touch()  # what the gate leaves for the next query
-    return site.hold(site.oni / "hold-query")
-
-
-def test_a_question_that_hangs_holds_up_nobody_else(site):
-    gate = held_question(site, 'ORDER BY "core_awardee"."org_code" ASC LIMIT 1')
-    site.batch(ALPHA)
-    hurry(site, ANSWER_SECONDS=60)
-    with Client(site.port) as client:
-        channel = client.channel("ensure-awardee dlc Library")
-        gate.reached()
-        for command in (["batch-status", ALPHA], ["list-batches"], ["purge-batch", ALPHA]):
-            assert site.call(*command)["status"] == "success"
-        assert site.call("load-title", stdin=marc_xml())["status"] == "success"
-        gate.open()
-        reply = json.loads(channel.makefile("rb").read())
-        assert reply["message"] == "Awardee created", reply
-
-
-def test_a_question_is_given_up_at_its_deadline_and_its_worker_is_no_more(site, oni):
-    gate = held_question(site, 'FROM "core_batch"')
-    with pytest.raises(oni_agent.Passing, match="did not answer within"):
-        oni.insist("answer_names", within=2)
-    until(lambda: site.workers() == [])
-    first = site.zygote()
-    assert oni.ask("answer_awardee", "oru", "")["new"] is False
-    assert site.zygote() == first
-    gate.remove()
-    assert oni.ask("answer_names") == []
-
-
-@pytest.mark.parametrize("victim", ["worker", "zygote", "both"])
-def test_a_killed_worker_or_zygote_is_replaced(site, oni, victim):
-    assert oni.ask("answer_names") == []
-    [worker] = site.workers()
-    first = site.zygote()
-    if victim != "zygote":
-        os.kill(worker, signal.SIGKILL)
-    if victim != "worker":
-        os.kill(first, signal.SIGKILL)
-        until(lambda: first not in site.manage_pids())
-    assert oni.ask("answer_names") == []
-    assert (site.zygote() == first) == (victim == "worker")
-
-
-def test_a_worker_killed_in_its_question_is_a_problem_that_may_pass(site, oni):
-    gate = held_question(site, 'FROM "core_batch"')
-    with futures.ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(oni.ask, "answer_names")
-        gate.reached()
-        [worker] = site.workers()
-        (site.oni / "held-query").write_text("no more")
-        os.kill(worker, signal.SIGKILL)
-        assert asked.result(60) == []  # it was asked once more
-    gate.remove()
-
-
-def test_at_most_eight_questions_are_asked_at_once(site, oni):
-    gate = held_question(site, 'FROM "core_batch"')
-    with futures.ThreadPoolExecutor(8) as pool:
-        asked = [pool.submit(oni.ask, "answer_names", within=60) for _ in range(8)]
-        until(lambda: len(site.workers()) == 8)
-        with pytest.raises(oni_agent.Passing, match="within 0.5 s: too many ask it"):
-            oni.ask("answer_awardee", "oru", "", within=0.5)
-        assert len(site.workers()) == 8
-        # A job waits for no client.
-        assert oni.insist("answer_awardee", "oru", "")["new"] is False
-        (site.oni / "held-query").write_text("no more")
-        gate.open()
-        assert [future.result(60) for future in asked] == [[]] * 8
-    until(lambda: len(site.workers()) <= oni_agent.KEPT_WORKERS)
-
-
-CUT_CONNECTIONS = """
-import os, sqlite3, time
-from django.db.backends.sqlite3 import base
-opened = {}
-def is_cut(connection):
-    try:
-        return opened.get(id(connection), 0) < os.path.getmtime("connections-cut")
-    except OSError:
-        return False
-connect, execute = base.DatabaseWrapper.get_new_connection, base.SQLiteCursorWrapper.execute
-def get_new_connection(self, *words):
-    connection = connect(self, *words)
-    opened[id(connection)] = time.time()
-    return connection
-def checked_execute(self, *words):
-    if is_cut(self.connection):
-        raise sqlite3.OperationalError(2006, "Server has gone away")
-    return execute(self, *words)
-base.DatabaseWrapper.get_new_connection = get_new_connection
-base.DatabaseWrapper.is_usable = lambda self: not is_cut(self.connection)
-base.SQLiteCursorWrapper.execute = checked_execute
-"""
-
-
-def test_a_question_whose_connection_was_cut_is_asked_again_on_a_new_one(site):
-    settings_local(site, CUT_CONNECTIONS)
-    site.batch(ALPHA)
-    site.start()
-    for state in ("absent", "complete"):
-        for _ in range(3):
-            assert word(site)[0] == state
-            (site.oni / "connections-cut").write_text("")
-            time.sleep(0.02)  # the clock of files is coarser than Python's
-        if state == "absent":
-            repaired(site, "load-batch", ALPHA)
-    assert listed(site) == word(site)
-
-
-def test_a_check_asked_for_by_two_runs_once(agent):
-    with MarcSite("sn99990077") as marc:
-        agent.restart(**marc.environment)
-        agent.batch(ALPHA, issues=1, lccn="sn99990077")
-        marc.may_answer.clear()
-        with Client(agent.port) as one, Client(agent.port) as other:
-            channels = [client.channel(f"batch-check {ALPHA}") for client in (one, other)]
-            assert marc.was_asked.wait(60)
-            until(lambda: len(agent.call("board")) and asked_for_checks(agent) == 2)
-            marc.may_answer.set()
-            answers = [json.loads(channel.makefile("rb").read()) for channel in channels]
-        for answer in answers:
-            del answer["session"]
-        assert answers[0] == answers[1]
-        assert len(marc.requests) == 1
-
-
-def asked_for_checks(site: Site) -> int:
-    """How many have asked for a check, by the agent's log."""
-    return sum("batch-check" in line for line in site.log)
-
-
-def test_a_check_ends_when_nobody_waits_for_it_any_more(agent):
-    with MarcSite("sn99990077") as marc:
-        agent.restart(**marc.environment)
-        agent.batch(ALPHA, issues=1, lccn="sn99990077")
-        word(agent)
-        before = len(agent.workers())
-        marc.may_answer.clear()
-        with Client(agent.port) as one, Client(agent.port) as other:
-            one.channel(f"batch-check {ALPHA}")
-            other.channel(f"batch-check {ALPHA}")
-            assert marc.was_asked.wait(60)
-            assert len(agent.workers()) > before
-            one.transport.close()
-            assert len(agent.workers()) > before
-        until(lambda: len(agent.workers()) <= before)
-        marc.may_answer.set()
-        assert checked(agent, ALPHA)[0] == 0
-
-
-def test_a_jobs_check_waits_for_no_clients_check(agent):
-    with MarcSite("sn99990077") as marc:
-        agent.restart(**marc.environment)
-        spoil_edition(agent.batch(BETA))  # so its job ends with its check, and writes nothing
-        agent.batch(ALPHA, lccn="sn99990077")
-        word(agent, BETA)
-        before = agent.workers()
-        marc.may_answer.clear()
-        with Client(agent.port) as client:
-            channel = client.channel(f"batch-check {ALPHA}")
-            assert marc.was_asked.wait(60)
-            checking = set(agent.workers()) - set(before)
-            for pid in checking:
-                os.kill(pid, signal.SIGSTOP)
-            marc.may_answer.set()
-            job = agent.run("load-batch", BETA)
-            assert "ONI would leave this issue out" in job["error"]
-            for pid in checking:
-                os.kill(pid, signal.SIGCONT)
-            assert "faults" in json.loads(channel.makefile("rb").read())
-
-
-# -- what is hostile
-
-
-def many_elements(path: Path) -> None:
-    text = path.read_text()
-    with open(path, "w") as file:
-        file.write(text.replace("</mets>", ""))
-        for _ in range(61):
-            file.write("<x/>" * (1 << 18))
-        file.write("</mets>")
-
-
-def expanding_entities(path: Path) -> None:
-    entities = ['<!ENTITY e0 "0123456789">']
-    entities += [f'<!ENTITY e{n} "{f"&e{n - 1};" * 100}">' for n in range(1, 6)]
-    replace(path, HEAD, doctype("mets", f"[{''.join(entities)}]"))
-    replace(path, EDITION, EDITION.replace("1", "&e5;"))
-
-
-def sparse(path: Path) -> None:
-    os.truncate(path, 2 << 30)
-
-
-HOSTILE = {
-    "METS of 61 MB of elements": ("1900010101.xml", many_elements),
-    "METS with entities that grow a hundredfold": ("1900010101.xml", expanding_entities),
-    "OCR of 2 GB": ("0001.xml", sparse),
-}
-
-
-@pytest.mark.parametrize("what", HOSTILE)
-def test_a_hostile_file_costs_the_agent_nothing_and_gets_a_sentence(agent, what):
-    file, spoil = HOSTILE[what]
-    name = agent.batch(ALPHA, issues=2).name
-    checked(agent, name)
-    spoil(page_file(agent.source / name, file, 0))
-    before = memory(agent)
-    status, answer = checked(agent, name)
-    assert memory(agent) - before < 5
-    if answer["status"] == "success":
-        assert status == 1
-        assert [fault["file"].split("/")[-1] for fault in answer["faults"]] == [file]
-        assert answer["faults"][0]["fault"].startswith("ONI would ")
-    else:
-        assert answer["error"] == "reading it takes more than 1024 MiB"
-    assert agent.call("version")["status"] == "success"
-
-
-# --- Promises: not known is never true ------------------------------------------------------------
-
-
-def swap_documents(site: Site) -> None:
-    """The index is one of an older day: as many documents, of other pages."""
-    first = site.solr.documents(ALPHA)[0]
-    other = {**page_document(ALPHA, 1), "lccn": GAZETTE, "id": first.replace("1900", "1899")}
-    change_index(site, f"c.delete(id={first!r})", f"c.add([{other!r}])")
-
-
-def deliver_again(site: Site) -> None:
-    """The batch comes again under its name, with other dates."""
-    shutil.rmtree(site.source / ALPHA)
-    site.batch(ALPHA, start=date(1910, 1, 1))
-
-
-def add_page(site: Site) -> None:
-    """A METS has a page more, and batch.xml is as it was."""
-    mets = mets_of(site.source / ALPHA, 0)
-    mets.write_text(mets_xml(3))
-    for suffix, content in PAGE_FILES.items():
-        mets.with_name(f"0003.{suffix}").write_bytes(content)
-
-
-def change_edition(site: Site) -> None:
-    """A METS has another edition, and is as long as it was."""
-    replace(mets_of(site.source / ALPHA, 0), EDITION, EDITION.replace("1", "2"))
-
-
-@pytest.mark.parametrize("how", [swap_documents, deliver_again, add_page, change_edition])
-def test_list_batches_never_says_what_batch_status_would_contradict(agent, how):
-    agent.batch(ALPHA)
-    agent.batch(BETA, start=date(1920, 1, 1))
-    for name in (ALPHA, BETA):
-        repaired(agent, "load-batch", name)
-        assert listed(agent, name)[0] == word(agent, name)[0] == "complete"
-    how(agent)
-    assert listed(agent)[0] in ("partial", "unknown")
-    assert word(agent)[0] == "partial"
-    until(lambda: listed(agent) == word(agent))
-    agent.restart()
-    assert listed(agent) == word(agent)
-    assert listed(agent, BETA)[0] == "complete"
-    mended(agent, "load-batch", ALPHA)
-    assert listed(agent) == word(agent)
-    assert word(agent)[0] == "complete"
-
-
-@pytest.mark.parametrize("how", ["down", "failing", "hanging"])
-def test_without_solr_a_request_is_a_job_that_waits_and_does_nothing(site, how):
-    hurry(site, SOLR_SECONDS=1, PATIENT_SECONDS=3)
-    site.batch(ALPHA)
-    repaired(site, "load-batch", ALPHA)
-    before = site.held(ALPHA), site.events(ALPHA), site.solr.documents()
-    with getattr(site.solr, how)():
-        assert word(site)[0] == "unknown"
-        for command in ("load-batch", "purge-batch"):
-            job = site.run(command, ALPHA)
-            assert job["status"] == "failed"
-            assert "Solr cannot be asked (" in job["error"]
-            assert (site.held(ALPHA), site.events(ALPHA)) == before[:2]
-    assert site.solr.documents() == before[2]
-    assert without_session(site.call("load-batch", ALPHA)) == NOOP
-
-
-def test_a_job_waits_for_a_solr_that_comes_back(site):
-    site.batch(ALPHA)
-    site.start()
-    with site.solr.down():
-        id = site.job("load-batch", ALPHA)
-        until(lambda: site.call("job-status", str(id))["job"]["status"] == "started")
-    assert site.ended(id)["status"] == "successful"
-    assert word(site)[0] == "complete"
-
-
-def test_an_index_emptied_while_solr_is_down_at_a_loads_end_is_no_success(site):
-    hurry(site, SOLR_SECONDS=1, PATIENT_SECONDS=3)
-    end = gate_in_manage(site, "load_batch", at_exit=True)
-    site.batch(ALPHA)
-    id = site.job("load-batch", ALPHA)
-    end.reached()
-    with site.solr.down():
-        site.solr.forget(ALPHA)
-        end.open()
-        job = site.ended(id)
-    assert job["status"] == "failed"
-    assert "Solr cannot be asked" in job["error"]
-    assert word(site) == ["partial", 2, 4, 2, 4, 0]
-    mended(site, "load-batch", ALPHA)
-
-
-# -- titles
-
-
-def title_documents(site: Site, lccn: str = "sn99990009") -> list[str]:
-    return [id for id in site.solr.documents() if id == f"/lccn/{lccn}/"]
-
-
-def test_a_title_is_stored_when_open_oni_has_its_row_and_solr_its_document(agent):
-    job = agent.run("load-title", stdin=marc_xml())
-    assert job["status"] == "successful"
-    assert len(title_documents(agent)) == 1
-    [stored] = agent.query("SELECT version FROM core_title WHERE lccn = 'sn99990009'")
-    assert stored[0].startswith("2022-01-02 03:04:05")
-    change_index(agent, "c.delete(id='/lccn/sn99990009/')")
-    assert title_documents(agent) == []
-    job = agent.run("load-title", stdin=marc_xml())  # of the same version: ONI changes nothing
-    assert job["status"] == "successful"
-    assert len(title_documents(agent)) == 1
-    assert "indexing title sn99990009" in agent.logs(job["id"])
-
-
-def test_a_title_that_solr_does_not_have_in_the_end_is_failed(site):
-    hurry(site, SOLR_SECONDS=1, PATIENT_SECONDS=3)
-    gate = gate_in_manage(site, "load_titles", at_exit=True)
-    id = site.job("load-title", stdin=marc_xml())
-    gate.reached()
-    with site.solr.down():
-        gate.open()
-        job = site.ended(id)
-    assert job["status"] == "failed"
-    assert titles(site)
-    assert site.ended(site.call("job-retry", str(id))["job"]["id"])["status"] == "successful"
-
-
-LOGGING_TO_A_FILE = """
-LOGGING = {
-    "version": 1,
-    "disable_existing_loggers": True,
-    "handlers": {"file": {"class": "logging.FileHandler", "filename": "log/site.log"}},
-    "root": {"handlers": ["file"], "level": "DEBUG"},
-}
-"""
-
-
-def test_success_is_not_read_from_what_manage_py_prints(site):
-    settings_local(site, LOGGING_TO_A_FILE)
-    site.start()
-    job = site.run("load-title", stdin=marc_xml())
-    assert (job["status"], titles(site)) == ("successful", ["The sample herald."])
-    site.batch(ALPHA)
-    assert site.run("load-batch", ALPHA)["status"] == "successful"
-    assert site.run("purge-batch", ALPHA)["status"] == "successful"
-
-
-GAMMA = "batch_oru_gamma_ver01"
-
-# --- What a machine may bring, for the promises that follow ---------------------------------------
-
-# Runs in the agent before it does, and makes it meet what a machine may bring: a switch is a file.
-TROUBLES = r'''
-import builtins, functools, io, os, pwd, sys, threading, time
-HERE = os.path.dirname(os.path.abspath(__file__))
-really_stat = os.stat
-
-def is_on(name):
-    try:
-        really_stat(os.path.join(HERE, name))
-        return True
-    except OSError:
-        return False
-
-def on_hung_disk(path):
-    return isinstance(path, (str, bytes, os.PathLike)) and os.fsdecode(path).startswith(
-        os.path.join(os.path.dirname(HERE), "batches"))
-
-# As attributes of a class, where Python 3.9's pathlib has them, partials are no methods.
-
-def hanging(really):
-    def call(path=".", *words, **options):
-        while on_hung_disk(path) and is_on("disk-hangs"):
-            time.sleep(0.05)
-        return really(path, *words, **options)
-    return functools.partial(call)
-
-def telling(name, really):
-    def call(what, *words, **options):
-        done = really(what, *words, **options)
-        path = os.readlink("/proc/self/fd/%d" % what) if isinstance(what, int) else what
-        with open(os.path.join(HERE, "told"), "a") as told:
-            print(name, os.fspath(path), file=told)
-        return done
-    return functools.partial(call)
-
-def without_proc(really):
-    def call(path, *words, **options):
-        if not isinstance(path, int) and os.fspath(path).startswith("/proc") and is_on("no-proc"):
-            raise FileNotFoundError(2, "No such file or directory", path)
-        return really(path, *words, **options)
-    return functools.partial(call)
-
-def starting(really):
-    def start(thread):
-        if is_on("no-threads"):
-            raise RuntimeError("can't start new thread")
-        really(thread)
-    return start
-
-def unknown(number):
-    raise KeyError("getpwuid(): uid not found: %s" % number)
-
-if os.path.basename(sys.argv[0] if hasattr(sys, "argv") else "") != "manage.py":
-    for name in "open", "stat", "lstat", "access", "readlink", "listdir", "scandir":
-        setattr(os, name, hanging(getattr(os, name)))
-    os.fsync = telling("fsync", os.fsync)
-    os.rename = telling("rename", os.rename)
-    threading.Thread.start = starting(threading.Thread.start)
-    builtins.open = without_proc(builtins.open)
-    io.open = without_proc(io.open)
-    os.stat = without_proc(os.stat)
-    if is_on("no-passwd"):
-        pwd.getpwuid = unknown
-'''
-
-
-class Troubled:
-    """A site whose agent meets troubles that a test switches on and off."""
-
-    def __init__(self, site: Site):
-        self.site = site
-        self._folder = site.state.parent / "troubles"
-        self._folder.mkdir()
-        (self._folder / "sitecustomize.py").write_text(TROUBLES)
-        site.environment["PYTHONPATH"] = str(self._folder)
-
-    @contextlib.contextmanager
-    def having(self, trouble: str):
-        """disk-hangs, no-proc, no-threads or no-passwd (the last at a start)."""
-        switch = self._folder / trouble
-        switch.touch()
-        try:
-            yield
-        finally:
-            switch.unlink()
-
-    def told(self) -> list[str]:
-        """What the agent has renamed and put on disk, in order."""
-        return (self._folder / "told").read_text().splitlines()
-
-
-@pytest.fixture
-def troubled(site) -> Troubled:
-    """A site whose agent, yet to start, can be given troubles."""
-    return Troubled(site)
-
-
-ALTERED = """
-import os, sys, time
-sys.path.insert(0, {folder!r})
-import oni_agent as agent
-{code}
-status = agent.main()
-sys.stdout.flush()
-os._exit(status)
-"""
-
-
-def altered(site: Site, code: str, **limits: float) -> Site:
-    """Starts an agent in which some code has put its own functions in place of the agent's."""
-    program = site.state.parent / "altered.py"
-    program.write_text(ALTERED.format(folder=str(AGENT.parent), code=textwrap.dedent(code)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules[Site.__module__], "AGENT", program)
-        return hurry(site, **limits)
-
-
-@contextlib.contextmanager
-def without_descriptors(site: Site):
-    """The agent can open no file more."""
-    before = resource.prlimit(site.agent.pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(site.agent.pid, resource.RLIMIT_NOFILE, (3, before[1]))
-    try:
-        yield
-    finally:
-        resource.prlimit(site.agent.pid, resource.RLIMIT_NOFILE, before)
-
-
-@contextlib.contextmanager
-def store_locked(site: Site):
-    """Nobody can write to jobs.db."""
-    with contextlib.closing(
-        sqlite3.connect(site.state / "jobs.db", isolation_level=None, timeout=60)
-    ) as database:
-        database.execute("BEGIN IMMEDIATE")
-        yield
-
-
-# --- Promises: no job is called what it is not ----------------------------------------------------
-
-
-@pytest.mark.parametrize("when", ["no agent is there", "another agent is there", "it is watched"])
-def test_a_load_that_skips_a_page_is_failed_whoever_sees_its_end(agent, when):
-    batch = agent.batch(ALPHA, issues=3)
-    gate = agent.hold_load(batch)
-    id = agent.job("load-batch", ALPHA)
-    gate.reached()
-    spoil_sequence(batch)  # in an issue that is yet to be loaded
-    if when == "another agent is there":
-        agent.restart().wait_for("adopted=")
-    if when == "no agent is there":
-        agent.kill()
-    gate.open()
-    if when == "no agent is there":
-        until(lambda: not agent.manage_pids("load_batch"))
-        agent.start()
-    job = agent.ended(id)
-    assert (job["status"], agent.held(ALPHA)) == ("failed", (1, 3, 5))
-    assert agent.call("batch-status", ALPHA)["batch"]["state"] == "partial"
-
-
-def test_the_newest_event_is_the_last_one_recorded_whatever_the_clock_says(site):
-    """At the end of summer time, or when a clock was put right, an older one has a later time."""
-    settings_local(site, "USE_TZ = False\n")  # as Open ONI 1.1's
-    site.start()
-    batch = site.batch(ALPHA)
-    assert site.run("load-batch", ALPHA)["status"] == "successful"
-    assert site.run("purge-batch", ALPHA)["status"] == "successful"
-    with contextlib.closing(sqlite3.connect(site.oni / "oni.sqlite3", timeout=60)) as database:
-        database.execute("UPDATE core_loadbatchevent SET created = '2199-01-01 00:00:00'")
-        database.execute("DELETE FROM core_loadbatchevent WHERE message NOT LIKE 'processed%'")
-        database.commit()
-    gate = site.hold_load(batch, issue=1, page=2)
-    id = site.job("load-batch", ALPHA)
-    kill_at(site, gate, "load_batch")
-    assert site.ended(id)["status"] == "failed"
-    reply = site.call("batch-status", ALPHA)
-    assert (reply["batch"]["state"], reply["events"][-1][1]) == ("partial", "starting load")
-    [listed] = site.call("list-batches")["batches"]
-    assert listed["state"] == "partial"
-    assert site.run("load-batch", ALPHA)["status"] == "successful"
-
-
-def test_a_cancel_that_is_answered_as_one_is_never_followed_by_success(witnessed):
-    site = witnessed.start()
-    batch = site.batch(ALPHA)
-    last_page = site.hold_load(batch, issue=1, page=2)
-    id = site.job("load-batch", ALPHA)
-    last_page.reached()
-    question = site.hold(site.oni / "hold-question")
-    last_page.open()
-    question.reached()
-    with Client(site.port) as client:
-        with store_locked(site):
-            question.open()
-            site.wait_for("trying again every second")  # the job's end cannot be recorded
-            channel = client.channel(f"job-cancel {id}")
-            client.ask("version")  # by now the cancel is at work, too
-        answer = json.loads(channel.makefile("rb").read())
-    job = site.ended(id)
-    if answer["status"] == "success":
-        assert job["status"] == "failed"
-        assert job["error"].startswith("cancelled")
-        assert site.held(ALPHA) == (0, 0, 0)
-    else:
-        assert job["status"] == "successful"
-
-
-def test_a_cancel_that_is_answered_is_carried_out_though_manage_py_was_killed_before(agent):
-    gate = agent.hold_load(agent.batch(ALPHA), issue=1)
-    id = agent.job("load-batch", ALPHA)
-    gate.reached()
-    for pid in agent.manage_pids("load_batch"):
-        os.kill(pid, signal.SIGKILL)
-    assert agent.call("job-cancel", str(id))["message"] == "Job is being cancelled"
-    gate.open()
-    assert agent.ended(id)["error"] == "cancelled; ONI holds nothing of the batch"
-    assert agent.held(ALPHA) == (0, 0, 0)
-
-
-def test_a_command_that_reads_a_file_says_so_on_a_terminal_and_does_not_hang(shared):
-    done = ssh_run(shared, "load-title", "-tt")
-    assert b"leave out -t" in done.stdout
-
-
-@pytest.mark.parametrize("first", ["agent", "manage.py"])
-def test_a_sigterm_to_agent_and_manage_py_at_once_ends_no_job(agent, first):
-    """As of systemctl kill, or of a container that stops."""
-    gate = agent.hold_load(agent.batch(ALPHA))
-    id = agent.job("load-batch", ALPHA)
-    gate.reached()
-    [manage] = agent.manage_pids("load_batch")
-    with Client(agent.port) as client:
-        channel = client.channel(f"job-wait {id}")
-        for pid in sorted(
-            (agent.agent.pid, manage), key=lambda pid: (pid == manage) == (first == "agent")
-        ):
-            os.kill(pid, signal.SIGTERM)
-        assert channel.makefile("rb").read() == b""  # nothing was said of an end
-    assert agent.agent.wait(30) == 0
-    gate.open()
-    job = agent.start().ended(id)
-    assert (job["status"], job["attempts"]) == ("successful", 2)
-    assert agent.held(ALPHA) == (1, 2, 4)
-
-
-def test_what_a_stopping_agent_accepts_is_answered(witnessed):
-    site = witnessed
-    names = [f"batch_oru_n{number}_ver01" for number in range(60)]
-    for name in names:
-        site.batch(name, issues=1, pages=1)
-    question = site.hold(site.oni / "hold-question")
-    hurry(site, STOP_SECONDS=0.2)
-    with contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(Client(site.port)) for _ in range(6)]
-        channels = [clients[n % 6].channel(f"load-batch {name}") for n, name in enumerate(names)]
-        question.reached()
-        site.agent.send_signal(signal.SIGTERM)
-        site.wait_for("stopping on SIGTERM")
-        question.open()
-        answers = [channel.makefile("rb").read() for channel in channels]
-    assert site.agent.wait(30) == 0
-    replies = [json.loads(answer) for answer in answers if answer]
-    answered = {reply["job"]["id"] for reply in replies if reply["status"] == "success"}
-    site.prepend_to_manage("import sys; sys.exit(0)")  # whatever becomes of them
-    assert {job["id"] for job in site.start().call("list-jobs")["jobs"]} == answered
-
-
-def test_a_third_attempt_that_ended_well_while_no_agent_was_there_is_a_success(witnessed):
-    site = witnessed.start()
-    batch = site.batch(ALPHA)
-    for victim in "both", "both", "agent":
-        gate = site.hold_load(batch)
-        if not site.call("list-jobs")["jobs"]:
-            assert site.job("load-batch", ALPHA) == 1
-        gate.reached()
-        kill(site, victim)
-        gate.open()
-        until(lambda: not site.manage_pids("load_batch"))
-        if victim == "both":
-            gate = site.hold_load(batch)
-            site.start()
-    job = site.start().ended(1)
-    assert (job["status"], job.get("error")) == ("successful", None)
-    assert job["attempts"] == 3
-
-
-def test_a_patch_key_that_names_two_issues_is_refused(agent):
-    """By folder it is the one, by edition the other."""
-    batch = agent.batch(ALPHA)
-    reel = mets_of(batch, 0).parent.parent
-    (reel / "1900010201").rename(reel / "1900010102")
-    (reel / "1900010102/1900010201.xml").write_text(mets_xml(2, edition=2))
-    (reel / "1900010102/1900010201.xml").rename(reel / "1900010102/1900010102.xml")
-    listing = batch / "data/batch.xml"
-    text = (
-        listing.read_text().replace("1900010201", "1900010102").replace("1900-01-02", "1900-01-01")
-    )
-    first, _ = re.findall("<issue .*</issue>", text)
-    text = text.replace(first, first.replace('"01"', '"02"'))  # the folders' names say otherwise
-    listing.write_text(text)
-    agent.run("load-batch", ALPHA)
-    before = files_of(batch)
-    new = "batch_oru_alpha_ver02"
-    for key in "1900010101", "1900010102":
-        reply = agent.call(
-            "batch-patch", ALPHA, new, stdin=f"RemoveIssue {GAZETTE}/{key}\n".encode()
-        )
-        assert (reply["status"], reply.get("job")) == ("error", None), reply
-        assert key in reply["error"]
-    assert not (agent.source / new).exists()
-    assert files_of(batch) == before
-
-
-# --- Promises: one fault does not stop everything -------------------------------------------------
-
-
-def test_a_job_forgotten_while_it_is_in_the_queue_stops_no_other(site):
-    hurry(site, KEEP_DAYS=0.00001, KEEP_JOBS=0, SWEEP_SECONDS=0, WATCH_SECONDS=0.1)
-    gate = site.hold_load(site.batch(ALPHA))
-    site.batch(BETA)
-    site.batch(GAMMA)
-    first = site.job("load-batch", ALPHA)
-    gate.reached()
-    second = site.job("load-batch", BETA)
-    assert site.call("job-cancel", str(second))["message"] == "Job cancelled"
-    third = site.job("load-batch", GAMMA)
-    until(lambda: site.call("job-status", str(second))["message"] == "Job not found")
-    gate.open()
-    site.wait_for(f"job={first} .*status=")
-    site.wait_for(f"job={third} .*status='successful'")
-    assert site.held(BETA) == (0, 0, 0)
-
-
-def test_files_that_cannot_be_counted_in_time_are_no_reason_to_purge_a_whole_batch(site):
-    gate = held_question(site, 'FROM "core_title"')  # which is asked when files are counted
-    site.manage("load_batch", str(site.batch(ALPHA)))
-    held = site.held(ALPHA)
-    hurry(site, ANSWER_SECONDS=3, PATIENT_SECONDS=3, CHECK_SECONDS=3)
-    job = site.run("load-batch", ALPHA)
-    assert job["status"] == "failed"
-    assert job["error"] == (
-        "ONI holds 2 issues and 4 pages, and what it should hold is not known: its files are still"
-        " being counted; ask again"
-    )
-    assert site.held(ALPHA) == held == (1, 2, 4)
-    assert site.events(ALPHA) == ["starting load", "processed 4 pages"]
-    assert site.logs(job["id"]) == []
-    gate.remove()
-    until(lambda: word(site)[0] == "complete")
-    assert without_session(site.call("load-batch", ALPHA)) == NOOP
-
-
-@pytest.mark.parametrize("cancelled", [0, 1])
-def test_a_fault_of_the_agent_is_the_end_of_one_job_and_stops_no_other(site, cancelled):
-    """Here it does not know the kind of a job that an agent of another release has begun."""
-    past_jobs(site, (["embargo-batch", ALPHA], "started", 2, None))
-    change_store(site, f"UPDATE jobs SET cancelled = {cancelled}")
-    site.batch(BETA)
-    site.start()
-    assert site.run("load-batch", BETA)["status"] == "successful"
-    job = site.call("job-status", "1")["job"]
-    assert job["status"] == "failed"
-    assert job["error"] == "a fault of the agent, see its log: KeyError('embargo-batch')"
-
-
-def test_an_agent_whose_worker_cannot_go_on_ends_and_says_why(site):
-    altered(site, "agent.JobStore.expired = lambda store, now: {}['a fault']")
-    assert site.agent.wait(30) != 0
-    site.wait_for("KeyError: 'a fault'")
-
-
-def test_the_agent_may_open_as_many_files_as_it_is_allowed_to(site):
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (512, before[1]))
-    try:
-        site.start()
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
-    soft, hard = resource.prlimit(site.agent.pid, resource.RLIMIT_NOFILE)
-    assert soft == min(hard, 65536)
-
-
-def test_an_agent_out_of_descriptors_loses_no_job(witnessed):
-    site = witnessed.start()
-    last_page = site.hold_load(site.batch(ALPHA), issue=1, page=2)
-    site.batch(BETA)
-    first = site.job("load-batch", ALPHA)
-    last_page.reached()
-    second = site.job("load-batch", BETA)
-    third = site.job("load-title", stdin=marc_xml())
-    question = site.hold(site.oni / "hold-question")
-    last_page.open()
-    question.reached()  # whether all has been loaded
-    with without_descriptors(site):
-        question.open()
-        site.wait_for("trying again every second")
-    for id in first, second, third:
-        job = site.ended(id)
-        assert (job["status"], job.get("error")) == ("successful", None)
-
-
-def test_an_adopted_load_goes_on_though_its_agent_is_out_of_descriptors(agent):
-    gate = agent.hold_load(agent.batch(ALPHA))
-    id = agent.job("load-batch", ALPHA)
-    gate.reached()
-    agent.restart().wait_for("adopted=")
-    with without_descriptors(agent):
-        gate.open()
-        until(lambda: not agent.manage_pids("load_batch"))
-    job = agent.ended(id)
-    assert (job["status"], job.get("error")) == ("successful", None)
-
-
-def test_unread_answers_are_bounded_in_number_and_in_memory(site):
-    make_verbose(site.start())
-    with contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(Client(site.port)) for _ in range(40)]
-        asked = []
-        with contextlib.suppress(paramiko.SSHException):
-            for number in range(400):
-                asked.append(clients[number % 40].channel("job-logs 1"))
-        assert len(asked) < 400
-        assert memory(site, "VmHWM") < 300
-    assert until(lambda: is_answered(site))
-
-
-def is_answered(site: Site) -> bool:
-    """Whether a client is let in and answered."""
-    with contextlib.suppress(paramiko.SSHException):
-        return site.call("version")["status"] == "success"
-    return False
-
-
-def test_a_batch_source_that_hangs_holds_up_nothing_else(troubled):
-    site = troubled.site
-    gate = site.hold_load(site.batch(ALPHA))
-    site.batch(BETA, start=date(1910, 1, 1))
-    hurry(site, ANSWER_SECONDS=3)
-    loading = site.job("load-batch", ALPHA)
-    gate.reached()
-    with troubled.having("disk-hangs"):
-        asked = [
-            ("load-batch", BETA),
-            ("purge-batch", BETA),
-            ("batch-status", ALPHA),
-            ("batch-status", BETA),
-            ("list-batches",),
-            ("job-status", str(loading)),
-        ]
-        with contextlib.ExitStack() as stack:
-            clients = [stack.enter_context(Client(site.port)) for _ in range(12)]
-            for client in clients:
-                for words in asked:  # many, and they do not stay for the answer
-                    client.channel(" ".join(words))
-        for words in asked:
-            assert site.call(*words)["session"]["id"]
-        assert site.call("version")["status"] == "success"
-        title = site.job("load-title", stdin=marc_xml())
-        assert site.call("job-status", str(loading))["job"]["status"] == "started"
-        assert site.call("board")["oni"]["answers"] is True
-    gate.open()
-    assert site.ended(loading)["status"] == "successful"
-    assert site.ended(title)["status"] == "successful"
-    assert site.call("batch-status", ALPHA)["batch"]["state"] == "complete"
-    assert site.run("load-batch", BETA)["status"] == "successful"
-
-
-def test_a_process_that_site_code_has_left_behind_keeps_nobody_waiting(site):
-    """It holds the stdout of the manage.py that answered, which is gone."""
-    settings_local(
-        site,
-        "import subprocess, sys\nif 'shell' in sys.argv:\n"
-        "    subprocess.Popen(['cat', 'stays-open'], start_new_session=True)\n",
-    )
-    gate = site.hold(site.oni / "stays-open")
-    site.start().batch(ALPHA)
-    gate.reached()
-    try:
-        assert site.call("batch-status", ALPHA)["batch"]["state"] == "absent"
-        kill_warm_child(site)
-        assert site.call("batch-status", ALPHA)["batch"]["state"] == "absent"
-        assert site.run("load-batch", ALPHA)["status"] == "successful"
-    finally:
-        gate.open()
-
-
-ELEMENTS = {  # XML of up to 32 MiB, made of very many very small things
-    "beside each other": (b"<r>", b"<a/>", b"</r>"),
-    "below each other": (b"<r>", b"<a>", b""),
-    "below each other, in elements of a few": (b"<r>", b"<a><b/><b/><b/><b/></a>", b"</r>"),
-    "in one record": (b"<record>", b"<datafield/>", b"</record>"),
-    "in fields of one record": (
-        b"<record>",
-        b"<datafield>" + b"<s/>" * 5000 + b"</datafield>",
-        b"</record>",
-    ),
-    "in many records": (b"<r>", b"<record><datafield><s/></datafield></record>", b"</r>"),
-    "text of one element": (b"<record><datafield>", b"text", b"</datafield></record>"),
-    "names of their own": (b"<r>", b"", b"</r>"),
-    "comments": (b"<r>", b"<!---->", b"</r>"),
-}
-
-
-@pytest.mark.parametrize("shape", ELEMENTS)
-def test_a_title_of_very_many_things_takes_little_memory(agent, shape):
-    before, thing, after = ELEMENTS[shape]
-    room = oni_agent.MAX_PAYLOAD - len(before + after)
-    things = (
-        thing * (room // len(thing))
-        if thing
-        else b"".join(b"<a%d/>" % number for number in range(10**6, 10**6 + room // 11))
-    )
-    reply = agent.call("load-title", stdin=before + things + after)
-    assert (reply["status"], reply["message"]) == ("error", "Invalid data")
-    assert memory(agent, "VmHWM") < 100
-
-
-@pytest.mark.parametrize("kind", ["attributes", "a name", "a value"])
-def test_a_title_with_a_start_tag_without_end_takes_little_memory(agent, kind):
-    count = oni_agent.MAX_PAYLOAD - 100
-    if kind == "attributes":
-        inside = b" ".join(b"a%d=''" % number for number in range(count // 12))
-    else:
-        inside = b"a" * count + b"=''" if kind == "a name" else b"a='" + b"a" * count + b"'"
-    reply = agent.call("load-title", stdin=b"<r " + inside + b"/>")
-    assert (reply["status"], reply["message"]) == ("error", "Invalid data")
-    assert memory(agent, "VmHWM") < 100
-
-
-MILLION_LINES = """\
-import sys
-if "load_batch" in sys.argv:
-    for n in range(0, 1_000_000, 1000):
-        print(*("%06d %040d" % (m, m) for m in range(n, n + 1000)), sep="\\n")
-"""
-
-
-@pytest.mark.parametrize("lines", ["", " 3000000", " 900000"])
-def test_a_log_of_a_million_lines_is_shown_in_little_memory(site, lines):
-    site.prepend_to_manage(MILLION_LINES)
-    site.batch(ALPHA)
-    site.start().run("load-batch", ALPHA)
-    with Client(site.port) as client:
-        channel = client.channel(f"job-logs 1{lines}")
-        size = sum(map(len, iter(lambda: channel.recv(1 << 20), b"")))
-        assert channel.recv_exit_status() == 0
-    assert size > 900_000 * 80
-    assert memory(site, "VmHWM") < 100
-
-
-def test_a_job_that_succeeded_stays_so_though_no_thread_can_be_had(troubled, tmp_path):
-    site = troubled.site
-    program = tmp_path / "program"
-    program.write_text("#!/bin/sh\necho $ONI_JOB_ID $ONI_JOB_STATUS >> " + str(tmp_path / "told"))
-    program.chmod(0o755)
-    gate = site.hold_load(site.batch(ALPHA))
-    site.batch(BETA)
-    site.start(ON_FINISH=str(program))
-    first = site.job("load-batch", ALPHA)
-    gate.reached()
-    with troubled.having("no-threads"):
-        gate.open()
-        site.wait_for(f"job={first} .*status='successful'")
-    assert site.run("load-batch", BETA)["status"] == "successful"
-    assert site.call("job-status", str(first))["job"]["status"] == "successful"
-    assert len([line for line in site.logs(first) if "loading batch at" in line]) == 1
-
-
-# --- Promises: what is answered is what is on disk ------------------------------------------------
-
-
-def store_in(folder: Path) -> oni_agent.JobStore:
-    """A store of jobs, in the process of the test."""
-    return oni_agent.JobStore(folder / "state")
-
-
-def queue_on(store: oni_agent.JobStore) -> oni_agent.JobQueue:
-    """A queue that is not started, in the process of the test."""
-    site = types.SimpleNamespace(oni=None)
-    return oni_agent.JobQueue(store, site, lambda job: None, lambda sentence: None)
-
-
-class AnyKind(oni_agent.Kind):
-    """A kind of job with any words, that is never reached yet."""
-
-    def __init__(self, *words):
-        self.words = words
-
-
-@pytest.fixture
-def any_kind(monkeypatch) -> None:
-    """Jobs of the kinds load-batch and load-title need no Open ONI."""
-    monkeypatch.setitem(oni_agent.KINDS, "load-batch", AnyKind)
-    monkeypatch.setitem(oni_agent.KINDS, "load-title", AnyKind)
-
-
-def many_jobs(folder: Path, count: int, **columns: str) -> None:
-    """Writes so many jobs that have ended into a new store; columns are SQL of the number `n`."""
-    store_in(folder)._database.close()
-    gc.collect()  # its lock
-    values = {
-        "words": """'["load-batch", "batch_oru_x' || n || '_ver01"]'""",
-        "queued": str(time.time_ns() - oni_agent.DAY),
-        "status": "'successful'",
-        "started": str(time.time_ns() - oni_agent.DAY),
-        "ended": str(time.time_ns() - oni_agent.DAY),
-        "attempts": "1",
-        **columns,
-    }
-    with contextlib.closing(sqlite3.connect(folder / "state/jobs.db")) as database, database:
-        database.execute(
-            "WITH RECURSIVE numbers(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE"
-            f" n < {count}) INSERT INTO jobs ({', '.join(values)})"
-            f" SELECT {', '.join(values.values())} FROM numbers"
-        )
-
-
-# A life of some jobs, once for each number: so many of the calls that strace counts are dummies
-# that its `when` hits another call of the life each time. It says what was answered.
-LIFE = r'''
-import contextlib, os, sys, time
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-import oni_agent
-top, family, count = Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-
-def dummy():
-    with contextlib.suppress(OSError):
-        {
-            "fsync": lambda: os.fsync(999), "fdatasync": lambda: os.fdatasync(999),
-            "pwrite64": lambda: os.pwrite(999, b"", 0), "mkdir": lambda: os.mkdir("/"),
-            "rename": lambda: os.rename("/no/such", "/no/such"),
-            "unlink": lambda: os.unlink("/no/such"), "rmdir": lambda: os.rmdir("/no/such"),
-        }[family]()
-
-def say(*words):
-    os.write(told, (" ".join(map(str, words)) + "\n").encode())
-
-def asked(action, *words):
-    """Asked as a client or the worker asks: refused, or done; what is refused is tried again."""
-    for attempt in range(2):
-        try:
-            say("begun", *words)
-            result = action()
-            say("done", *words, *([result.id] if result else []))
-            return result
-        except OSError as error:
-            say("refused", *words, repr(error))
-
-def life(folder):
-    say("opening")
-    store = oni_agent.JobStore(folder)
-    say("open")
-    with store.new_input() as given:
-        given.write(b"<record/>")
-        def add_title():
-            oni_agent.sync(given.name)
-            return store.add(["load-title"], Path(given.name))
-        title = asked(add_title, "add-title")
-    def add(name):
-        return asked(lambda: store.add(["load-batch", name]), "add", name)
-    for name in "abc":
-        add(name)
-    job = add("d")
-    if job:
-        asked(lambda: store.begin(job, 5, 1), "begin", job.id)
-        asked(lambda: store.cancel(job), "cancel", job.id)
-        end = oni_agent.End(oni_agent.FAILED, "cancelled", 7)
-        asked(lambda: store.end(job, end), "end", job.id)
-    last = add("e")
-    if title:
-        def forget():
-            store.remove_files(title.id)
-            store.forget([title.id])
-        asked(forget, "forget", title.id)
-    say("lived")
-
-for number in range(1, count + 1):
-    child = os.fork()
-    if not child:
-        try:
-            told = os.open(top / f"{number}.told", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            for _ in range(100 - number):
-                dummy()
-            life(top / str(number))
-        except oni_agent.Problem as problem:
-            say("not-started", problem)
-            os._exit(1)
-        except OSError as error:
-            say("no-input", error)  # the request was refused before it was one
-            os._exit(1)
-        finally:
-            os._exit(0)
-    status = os.waitpid(child, 0)[1]
-    (top / f"{number}.status").write_text(str(os.WEXITSTATUS(status)))
-'''
-
-
-@pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
-@pytest.mark.parametrize("error", ["EIO", "ENOSPC"])
-@pytest.mark.parametrize(
-    "family, count",
-    [  # and more than there are such calls in a life
-        ("fsync", 5),
-        ("fdatasync", 22),
-        ("pwrite64", 60),
-        ("mkdir", 6),
-        ("rename", 3),
-        ("unlink", 7),
-        ("rmdir", 3),
-    ],
-)
-def test_what_is_answered_happens_whichever_call_to_the_disk_fails(tmp_path, family, count, error):
-    script = tmp_path / "life.py"
-    script.write_text(LIFE)
-    # On some machines a call goes by another name.
-    names = {"rename": "?rename,?renameat,?renameat2", "unlink": "?unlink,?unlinkat"}
-    inject = f"inject={names.get(family, '?' + family)}:error={error}:when=100"
-    subprocess.run(
-        ["strace", "-f", "--seccomp-bpf", "-o", str(tmp_path / "trace"), "-e", inject]
-        + [sys.executable, "-B", str(script), str(AGENT.parent), str(tmp_path), family, str(count)],
-        check=True,
-        stderr=subprocess.DEVNULL,
-    )
-    assert 0 < (tmp_path / "trace").read_text().count("(INJECTED)") < count
-    for number in range(1, count + 1):
-        told = (tmp_path / f"{number}.told").read_text().splitlines()
-        status = int((tmp_path / f"{number}.status").read_text())
-        assert status == 0 if told[-1] == "lived" else status in (1, oni_agent.EXIT_AGAIN), told
-        jobs, next_id = held_after(tmp_path / str(number))
-        assert next_id > max([*jobs, *ids_told(told)], default=0)
-        hold_to_what_was_told(told, jobs, tmp_path / str(number))
-
-
-def held_after(folder: Path) -> tuple[dict[int, oni_agent.Job], int]:
-    """The jobs that the next agent finds, by id, and the next id that it gives."""
-    store = oni_agent.JobStore(folder)
-    jobs = {job.id: job for job in store.select(1000)}
-    return jobs, store.add(["load-batch", "next"]).id
-
-
-def ids_told(told: list[str]) -> list[int]:
-    """The ids that clients have been told."""
-    return [int(line.split()[-1]) for line in told if line.startswith("done add")]
-
-
-def hold_to_what_was_told(told: list[str], jobs: dict[int, oni_agent.Job], folder: Path) -> None:
-    """Whatever was answered is so, and what was refused is not; one change may be either."""
-    last = {}  # of each request: how it went the last time
-    for line in told:
-        how, *words = line.split()
-        if how in ("begun", "done", "refused"):
-            last[tuple(words[: 1 if words[0] == "add-title" else 2])] = how
-    ids = ids_told(told)
-    assert len(ids) == len(set(ids))
-    named = {job.words[-1]: job for job in jobs.values()}
-    names = [job.words[-1] for job in jobs.values()]
-    assert len(names) == len(set(names)), "a request that was refused once was done twice"
-    forgotten = {words[1] for words, how in last.items() if words[0] == "forget"}
-    for words, how in last.items():
-        name = words[-1] if words[0] == "add" else "load-title"
-        if words[0].startswith("add") and how == "refused":
-            assert name not in named
-        if words[0].startswith("add") and how == "done" and not (forgotten and "t" in name):
-            assert name in named
-        if words[0] == "end" and how != "begun":
-            assert jobs[int(words[1])].finished == (how == "done")
-        if words[0] == "cancel" and how != "begun":
-            assert jobs[int(words[1])].cancelled == (how == "done")
-        if words[0] == "forget" and how == "done":
-            assert int(words[1]) not in jobs
-    for job in jobs.values():
-        if job.words == ["load-title"] and not forgotten:
-            assert (folder / f"inputs/{job.id}/input.xml").read_bytes() == b"<record/>"
-
-
-@contextlib.contextmanager
-def failing_call(site: Site, call: str, error: str):
-    """The running agent's next calls of one kind fail, one in each of its threads."""
-    inject = f"inject={call}:error={error}:when=1"
-    words = ["strace", "-f", "-e", inject, "-p", str(site.agent.pid)]
-    with subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as strace:
-        if b"attached" not in strace.stderr.readline():
-            pytest.skip("strace may not be attached here")
-        threading.Thread(target=strace.stderr.read, daemon=True).start()
-        try:
-            yield
-        finally:
-            strace.terminate()
-
-
-@pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
-def test_a_request_whose_commit_may_have_failed_is_never_answered_as_refused(witnessed):
-    site = witnessed.start()
-    site.manage("load_batch", str(site.batch(ALPHA)))
-    with failing_call(site, "fdatasync", "EIO"), Client(site.port) as client:
-        with contextlib.suppress(EOFError, paramiko.SSHException):
-            assert client.channel(f"purge-batch {ALPHA}").makefile("rb").read() == b""
-        assert site.agent.wait(30) == oni_agent.EXIT_AGAIN
-    site.wait_for("not known whether the last change is on the disk; the agent ends")
-    jobs = site.start().call("list-jobs")["jobs"]  # as the next agent tells it, so it happens
-    ended = [site.ended(job["id"])["status"] for job in jobs]
-    assert (ended, site.held(ALPHA)) in ((["successful"], (0, 0, 0)), ([], (1, 2, 4)))
-
-
-@pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
-def test_an_end_whose_commit_may_have_failed_is_what_the_next_agent_finds(witnessed):
-    site = witnessed.start()
-    gate = site.hold_load(site.batch(ALPHA))
-    id = site.job("load-batch", ALPHA)
-    gate.reached()
-    with failing_call(site, "fdatasync", "EIO"):
-        gate.open()
-        assert site.agent.wait(30) == oni_agent.EXIT_AGAIN
-    job = site.start().ended(id)
-    assert (job["status"], job["attempts"], site.held(ALPHA)) == ("successful", 1, (1, 2, 4))
-
-
-@pytest.mark.parametrize("part", ["jobs.db", "run.lock", "agent.lock", "logs", "inputs", ""])
-@pytest.mark.parametrize("how", ["a request comes", "nothing comes"])
-def test_an_agent_whose_state_is_removed_ends_and_manage_py_goes_on(witnessed, part, how):
-    site = witnessed.start()
-    gate = site.hold_load(site.batch(ALPHA))
-    site.batch(BETA)
-    site.job("load-batch", ALPHA)
-    gate.reached()
-    (site.state / part).rename(site.state.parent / "removed")
-    if how == "a request comes":
-        with contextlib.suppress(EOFError, paramiko.SSHException, OSError):
-            with Client(site.port) as client:
-                answer = client.channel(f"load-batch {BETA}").makefile("rb").read()
-                assert b"success" not in answer
-    assert site.agent.wait(30) == oni_agent.EXIT_HOPELESS
-    site.wait_for(re.escape(str(site.state / part)) + "/? was removed or replaced")
-    assert site.manage_pids("load_batch")
-    if part == "logs":  # manage.py's log has been made anew
-        shutil.rmtree(site.state / part, ignore_errors=True)
-    (site.state.parent / "removed").rename(site.state / part)
-    gate.open()
-    assert site.start().ended(1)["status"] == "successful"
-    assert [job["id"] for job in site.call("list-jobs")["jobs"]] == [1]
-
-
-def test_an_agent_forgets_nothing_by_a_clock_that_its_jobs_contradict(monkeypatch):
-    """The wall clock is twelve years ahead, and then right; a day is one of the steady clock."""
-    day = oni_agent.DAY
-    wall = [1000 * day]
-    steady = [0]
-    clock = oni_agent.Clock(1000 * day, lambda: wall[0], lambda: steady[0])
-    assert clock.believed() == 1000 * day
-    wall[0] += 12 * 365 * day
-    assert clock.believed() is None
-    steady[0] += day // 2
-    assert clock.believed() is None
-    wall[0] = 1001 * day  # it was set right
-    assert clock.believed() == 1001 * day
-    wall[0] += 200 * day
-    assert clock.believed() is None
-    steady[0] += day
-    assert clock.believed() == wall[0]  # the agent had slept, say
-    wall[0] -= 300 * day
-    assert clock.believed() == wall[0]
-    wall[0] += 300 * day
-    assert clock.believed() == wall[0]
-
-
-@pytest.mark.parametrize("days", [40, 200])
-def test_after_a_long_rest_nothing_is_forgotten_on_the_first_day(tmp_path, any_kind, days):
-    now = time.time_ns()
-    moment = f"{now - (60 + days) * oni_agent.DAY} + n"
-    many_jobs(tmp_path, 300, queued=moment, started=moment, ended=moment)
-    store = store_in(tmp_path)
-    if days == 40:
-        store.add(["load-batch", "x"])
-    queue = queue_on(store)
-    queue._forget_old()
-    assert len(queue.jobs()) == (101 if days == 40 else 300)
-
-
-def test_jobs_of_a_wrong_clock_are_listed_and_forgotten_by_their_ids(tmp_path):
-    day = oni_agent.DAY
-    now = time.time_ns()
-    many_jobs(tmp_path, 400)
-    store = store_in(tmp_path)
-    with store._database as database:
-        for first, moment in ((1, now - 100 * day), (201, now - day)):
-            columns = "queued = ?, started = ?, ended = ?"
-            database.execute(f"UPDATE jobs SET {columns} WHERE id >= ?", [moment] * 3 + [first])
-        database.execute("UPDATE jobs SET ended = ? WHERE id = 50", [now + 4000 * day])
-        database.execute("UPDATE jobs SET ended = 5, queued = 4 WHERE id IN (250, 398)")
-        database.execute("UPDATE jobs SET ended = ? WHERE id = 397", [now + 4000 * day])
-    assert store.expired(now) == [id for id in range(1, 201) if id != 50]
-    ended = queue_on(store).ended()
-    assert [job.id for job in ended] == list(range(400, 400 - oni_agent.MOST_ENDED, -1))
-
-
-def test_a_job_cancelled_before_its_turn_ended_before_the_one_at_work(tmp_path, any_kind):
-    queue = queue_on(store_in(tmp_path))
-    first, second = (queue.get(queue.add(["load-batch", name])[0]) for name in "ab")
-    queue.cancel(second)
-    queue.cancel(first)
-    assert [job.id for job in queue.ended()] == [first.id, second.id]
-
-
-@pytest.mark.parametrize("obstacle", ["a folder", "nobody may read it"])
-def test_a_job_whose_log_cannot_be_opened_fails_alone(witnessed, obstacle):
-    site = witnessed.start()
-    site.batch(BETA)
-    gate = site.hold_load(site.batch(ALPHA))
-    first = site.job("load-batch", ALPHA)
-    gate.reached()
-    second = site.job("purge-batch", ALPHA)
-    third = site.job("load-batch", BETA)
-    path = site.state / f"logs/{second}.log"
-    path.mkdir() if obstacle == "a folder" else path.symlink_to("/proc/sys/kernel/no-such/x")
-    gate.open()
-    assert site.ended(third)["status"] == "successful"
-    job = site.ended(second)
-    assert job["status"] == "failed" and str(path) in job["error"]
-    assert site.ended(first)["status"] == site.ended(third)["status"] == "successful"
-
-
-def test_a_job_that_waits_for_descriptors_can_be_cancelled(tmp_path, any_kind, monkeypatch):
-    def out_of_descriptors(*_):
-        raise OSError(errno.EMFILE, "Too many open files")
-
-    monkeypatch.setattr(oni_agent, "Runner", out_of_descriptors)
-    queue = queue_on(store_in(tmp_path))
-    id, _ = queue.add(["load-batch", "x"])
-    job = queue.get(id)
-    has_ended = threading.Thread(target=queue._perform, args=[job], daemon=True)
-    has_ended.start()
-    assert queue.cancel(job)
-    has_ended.join(30)
-    assert not has_ended.is_alive()
-    assert job.error == "cancelled before it started"
-
-
-def test_answers_from_memory_wait_for_no_lock_on_the_disk(witnessed):
-    """Somebody's backup holds it, and requests wait for that."""
-    site = witnessed.start()
-    site.batch(ALPHA)
-    site.batch(BETA)
-    id = site.job("load-batch", ALPHA)
-    site.ended(id)
-    with Client(site.port) as client:
-        with store_locked(site):
-            waiting = [client.channel(f"load-batch {BETA}") for _ in range(3)]
-            for words in ["list-jobs"], ["job-status", str(id)], ["board"], ["job-wait", str(id)]:
-                assert site.call(*words)["status"] == "success"
-            assert not any(channel.recv_ready() for channel in waiting)
-            refused = json.loads(waiting[0].makefile("rb").read())
-        assert refused["status"] == "error" and "locked" in refused["error"]
-        answers = [json.loads(channel.makefile("rb").read()) for channel in waiting[1:]]
-    accepted = {reply["job"]["id"] for reply in answers if reply["status"] == "success"}
-    assert {job["id"] for job in site.call("list-jobs")["jobs"]} == {id} | accepted
-
-
-def test_no_answer_waits_for_who_changes_a_job(tmp_path, any_kind):
-    many_jobs(tmp_path, oni_agent.JOBS_IN_MEMORY + 5)
-    queue = queue_on(store_in(tmp_path))
-    job = queue.get(queue.add(["load-batch", "x"])[0])
-    with futures.ThreadPoolExecutor(1) as pool, queue._turn:
-        asked = [
-            pool.submit(queue.jobs),
-            pool.submit(queue.jobs, ["failed"], "x", 3),
-            pool.submit(queue.get, 1),
-            pool.submit(queue.unfinished),
-            pool.submit(queue.at_work),
-            pool.submit(queue.place, job),
-            pool.submit(queue.ended),
-        ]
-        assert not futures.wait(asked, 30).not_done
-
-
-def test_thousands_of_jobs_are_forgotten_in_a_few_transactions_and_their_files_before(
-    tmp_path, any_kind
-):
-    old = f"{time.time_ns() - 91 * oni_agent.DAY} + n"
-    many_jobs(tmp_path, 3000, queued=old, started=old, ended=old)
-    store = store_in(tmp_path)
-    newest = store.add(["load-batch", "x"])
-    kept = list(range(2901, 3001))
-    for id in range(1, 3001):
-        store.log(oni_agent.Job(id, [], 0)).touch()
-    left = []  # of the logs, when the database is told to forget
-    statements = []
-
-    def see(statement: str) -> None:
-        statements.append(statement)
-        if statement.startswith("BEGIN"):
-            left.append(len(os.listdir(tmp_path / "state/logs")))
-
-    store._database.set_trace_callback(see)
-    queue = queue_on(store)
-    queue._forget_old()
-    assert [job.id for job in queue.jobs()] == [*kept, newest.id]
-    assert statements.count("COMMIT") <= 3
-    assert left == [2000, 1000, 100]
-
-
-def test_requests_that_come_at_once_get_ids_in_order_and_a_batch_one_job(tmp_path, any_kind):
-    queue = queue_on(store_in(tmp_path))
-    names = [f"batch{number % 20}" for number in range(100)]
-    with futures.ThreadPoolExecutor(20) as pool:
-        ids = list(pool.map(lambda name: queue.add(["load-batch", name])[0], names))
-    assert len(set(ids)) == 20
-    assert {(id, name) for id, name in zip(ids, names)} == {
-        (job.id, job.words[1]) for job in queue.jobs()
-    }
-    assert [queue._waiting.get().id for _ in range(20)] == list(range(1, 21))
-
-
-def test_who_waits_for_a_job_is_told_once_of_its_end(tmp_path, any_kind):
-    queue = queue_on(store_in(tmp_path))
-    job = queue.get(queue.add(["load-batch", "x"])[0])
-    told = []
-    queue.when_ended(job, lambda job: told.append("kept"))
-    queue.when_ended(job, lambda job: told.append("withdrawn"))()
-    assert told == []
-    queue.cancel(job)
-    queue.when_ended(job, lambda job: told.append("late"))()
-    assert told == ["kept", "late"]
-    assert queue._callbacks == {}
-
-
-def test_of_very_many_jobs_few_are_in_memory_and_all_are_found(tmp_path, any_kind):
-    count = oni_agent.JOBS_IN_MEMORY * 3
-    many_jobs(tmp_path, count, status="CASE WHEN n % 7 THEN 'successful' ELSE 'failed' END")
-    with contextlib.closing(sqlite3.connect(tmp_path / "state/jobs.db")) as database, database:
-        database.execute("UPDATE jobs SET status = 'started', ended = NULL WHERE id = 5")
-        database.execute("UPDATE jobs SET status = 'pending', ended = NULL WHERE id = 6")
-    queue = queue_on(store_in(tmp_path))
-    assert len(queue._jobs) == oni_agent.JOBS_IN_MEMORY + 2
-    assert [job.id for job in queue.unfinished()] == [5, 6]
-    assert [job.id for job in queue.jobs()] == list(range(1, count + 1))
-    assert queue.jobs()[4] is queue.get(5) is queue.at_work()
-    failed = [id for id in range(1, count + 1) if id % 7 == 0]
-    assert [job.id for job in queue.jobs([oni_agent.FAILED])] == failed
-    assert [job.id for job in queue.jobs([oni_agent.FAILED], newest=300)] == failed[-300:]
-    assert [job.id for job in queue.jobs(newest=3)] == [count - 2, count - 1, count]
-    assert [job.id for job in queue.jobs(newest=0)] == []
-    assert [job.id for job in queue.jobs(word="batch_oru_x8_ver01")] == [8]
-    assert [job.id for job in queue.jobs(["started", "pending"], newest=1)] == [6]
-    assert queue.get(9).words == ["load-batch", "batch_oru_x9_ver01"]
-    assert queue.get(count + 1) is None
-    new = queue.get(queue.add(["load-batch", "new"])[0])
-    assert queue.place(new) == 3
-    for id in 5, 6:
-        with queue._turn:
-            queue._end(queue.get(id), oni_agent.Outcome("failed", "x"))
-    queue.add(["load-batch", "newer"])
-    assert len(queue._jobs) == oni_agent.JOBS_IN_MEMORY
-    assert [job.id for job in queue.jobs()] == list(range(1, count + 3))
-
-
-def test_jobs_of_the_release_before_are_all_kept(tmp_path):
-    """Its jobs.db has a column more."""
-    state = tmp_path / "state"
-    state.mkdir()
-    with contextlib.closing(sqlite3.connect(state / "jobs.db")) as database:
-        database.executescript(
-            "PRAGMA journal_mode = WAL; CREATE TABLE jobs (id INTEGER PRIMARY KEY AUTOINCREMENT,"
-            " words TEXT NOT NULL, payload BLOB, queued INTEGER NOT NULL, status TEXT NOT NULL,"
-            " started INTEGER, ended INTEGER, error TEXT NOT NULL DEFAULT '', attempts INTEGER NOT"
-            " NULL DEFAULT 0, cancelled INTEGER NOT NULL DEFAULT 0);"
-            " PRAGMA application_id = 0x4F4E4941; PRAGMA user_version = 1;"
-            """INSERT INTO jobs VALUES (7, '["load-batch", "x"]', NULL, 1, 'failed', 2, 3, 'why',"""
-            """ 1, 0), (9, '["load-batch", "y"]', NULL, 4, 'started', 5, NULL, '', 2, 1)"""
-        )
-    store = store_in(tmp_path)
-    assert store.select(100) == [
-        oni_agent.Job(7, ["load-batch", "x"], 1, 2, oni_agent.End("failed", "why", 3), 1),
-        oni_agent.Job(9, ["load-batch", "y"], 4, 5, None, 2, True),
-    ]
-    assert store.add(["load-batch", "z"]).id == 10
-
-
-def test_an_input_is_kept_without_hard_links_and_a_retry_has_its_own(
-    tmp_path, any_kind, monkeypatch
-):
-    monkeypatch.delattr(os, "link")
-    store = store_in(tmp_path)
-    queue = queue_on(store)
-    with store.new_input() as given:
-        given.write(b"<record/>")
-        first = queue.get(queue.add(["load-title"], Path(given.name))[0])
-    with store.new_input() as given:
-        shutil.copyfile(store.input(first), given.name)
-        second = queue.get(queue.add(["load-title"], Path(given.name))[0])
-    store.remove_files(first.id)
-    assert store.input(second).read_bytes() == b"<record/>"
-    assert os.listdir(store.folder / "inputs") == [str(second.id)]
-
-
-def test_an_error_of_megabytes_is_cut_with_a_sign(tmp_path, any_kind):
-    queue = queue_on(store_in(tmp_path))
-    job = queue.get(queue.add(["load-batch", "x"])[0])
-    queue._record(job, oni_agent.Outcome("failed", "\u20ac" * 1_000_000))
-    assert len(job.error.encode()) <= oni_agent.MAX_ERROR + 100
-    assert job.error.startswith("\u20ac" * 500) and job.error.endswith("\u20ac" * 100)
-    assert "bytes are left out here" in job.error
-
-
-def test_an_agent_that_stops_without_a_job_says_nothing_of_manage_py(site):
-    site.start()
-    assert site.stop() == 0
-    assert site.wait_for("stopping on SIGTERM").endswith("stopping on SIGTERM\n")
-
-
-# --- Promises: small faults that were found -------------------------------------------------------
-
-HELD_QUERY = r'''
-import os, sys
-if "shell" in sys.argv:
-    import django.db.backends.signals
-    here = os.getcwd() + "/"
-    def hold(execute, sql, *more):
-        with open(here + "held-query") as held:
-            if sql.startswith("SELECT") and held.read().strip() in sql:
-                open(here + "hold-query").read()
-        return execute(sql, *more)
-    def connected(connection, **_):
-        connection.execute_wrappers.append(hold)
-    django.db.backends.signals.connection_created.connect(connected, weak=False)
-'''
-
-
-@pytest.mark.parametrize("table", ["core_batch", "core_issue", "core_page", "core_loadbatchevent"])
-def test_batches_are_listed_though_a_load_begins_meanwhile(site, table):
-    site.prepend_to_manage(HELD_QUERY)
-    (site.oni / "held-query").write_text("nothing")
-    (site.oni / "hold-query").touch()  # what the gate leaves for the next query
-    site.batch(BETA)
-    site.start().run("load-batch", BETA)
-    gate = site.hold(site.oni / "hold-query")
-    (site.oni / "held-query").write_text(f'FROM "{table}"')
-    with Client(site.port) as client:
-        channel = client.channel("list-batches")
-        gate.reached()
-        half_load(site, site.batch(ALPHA))
-        gate.open()
-        reply = json.loads(channel.makefile("rb").read())
-    assert reply["status"] == "success", reply
-    states = {batch["name"]: batch["state"] for batch in reply["batches"]}
-    assert states[BETA] == "complete"
-    assert states.get(ALPHA, "absent") in ("absent", "partial", "unknown")
-
-
-def test_a_tmpdir_that_is_cleaned_away_harms_nothing(site, tmp_path):
-    folder = tmp_path / "tmp"
-    folder.mkdir()
-    batch = site.batch(ALPHA)
-    site.batch(BETA)
-    site.start(TMPDIR=str(folder))
-    site.wait_for("Open ONI in ")
-    gate = site.hold_load(batch)
-    id = site.job("load-batch", ALPHA)
-    gate.reached()
-    shutil.rmtree(folder)
-    kill_warm_child(site)
-    assert site.call("job-status", str(id))["job"]["status"] == "started"
-    until(lambda: "issues_loaded" in site.call("job-status", str(id))["job"])
-    kill_warm_child(site)
-    second = site.job("load-batch", BETA)
-    kill_warm_child(site)
-    site.call("job-cancel", str(id))
-    assert site.ended(id)["error"] == "cancelled; ONI holds nothing of the batch"
-    gate.open()
-    assert site.ended(second)["status"] == "successful"
-    assert site.run("load-title", stdin=marc_xml())["status"] == "successful"
-
-
-def test_a_manage_py_that_starts_slowly_is_waited_for_and_progress_then_shown(agent):
-    gate = agent.hold_load(agent.batch(ALPHA))
-    id = agent.job("load-batch", ALPHA)
-    gate.reached()
-    kill_warm_child(agent)
-    start = gate_in_manage(agent, "shell")
-    assert agent.call("job-status", str(id))["job"]["status"] == "started"
-    start.reached()
-    pid = agent.zygote()
-    for _ in range(4):
-        assert "issues_loaded" not in agent.call("job-status", str(id))["job"]
-    assert agent.manage_pids("shell") == [pid]  # still the first, which has forked nothing yet
-    start.open()
-    until(lambda: "issues_loaded" in agent.call("job-status", str(id))["job"])
-    assert agent.zygote() == pid
-    gate.open()
-    assert agent.ended(id)["status"] == "successful"
-
-
-def test_progress_that_open_oni_tells_too_late_is_shown_the_next_time(site):
-    gate = site.hold_load(site.batch(ALPHA))
-    query = held_question(site, "no query")
-    hurry(site, PROGRESS_SECONDS=0.1)
-    id = site.job("load-batch", ALPHA)
-    gate.reached()
-    (site.oni / "held-query").write_text('FROM "core_issue"')
-    assert "issues_loaded" not in site.call("job-status", str(id))["job"]
-    query.reached()
-    (site.oni / "held-query").write_text("no query")
-    query.open()
-    assert until(lambda: "issues_loaded" in site.call("job-status", str(id))["job"])
-    gate.open()
-    assert site.ended(id)["status"] == "successful"
-
-
-def test_a_user_without_passwd_entry_and_home_may_run_the_agent(troubled):
-    site = troubled.site
-    del site.environment["HOME"]
-    site.batch(ALPHA)
-    with troubled.having("no-passwd"):
-        site.start()
-    assert site.run("load-batch", ALPHA)["status"] == "successful"
-
-
-def test_an_adopted_job_shows_its_attempts(agent):
-    gate = agent.hold_load(agent.batch(ALPHA))
-    id = agent.job("load-batch", ALPHA)
-    gate.reached()
-    agent.stop()
-    agent.start().wait_for("adopted=")
-    assert agent.call("job-status", str(id))["job"]["attempts"] == 1
-    gate.open()
-    assert agent.ended(id)["attempts"] == 1
-
-
-def test_a_long_question_to_a_manage_py_that_hangs_is_given_up_in_time(site, oni):
-    """No single command asks one that fills a socket, so it is asked without SSH."""
-    assert list(oni.ask("answer_titles", [GAZETTE], 4)) == [GAZETTE]
-    [pid] = site.workers()
-    os.kill(pid, signal.SIGSTOP)
-    with pytest.raises(oni_agent.Problem):
-        oni.ask("answer_titles", ["x" * 1_000_000], 4, within=1)
-    until(lambda: pid not in site.workers())
-    assert list(oni.ask("answer_titles", [GAZETTE], 4)) == [GAZETTE]
-
-
-def test_a_question_given_up_while_its_manage_py_starts_is_dropped_and_the_next_answered(site, oni):
-    """Which of the two is meant no single command can say, so it is asked without SSH."""
-    with pytest.raises(oni_agent.Passing, match=r"did not answer within 0\.01 s"):
-        oni.ask("answer_awardee", "dlc", "Library of Congress", within=0.01)
-    assert oni.ask("answer_holds", ALPHA, within=60) is False
-    assert awardees(site, "dlc") == []
-
-
-def test_a_patched_batch_is_on_disk_when_its_job_has_ended(troubled):
-    site = troubled.site.start()
-    site.batch(ALPHA)
-    site.run("load-batch", ALPHA)
-    new = "batch_oru_alpha_ver02"
-    line = f"RemoveIssue {GAZETTE}/1900010101\n".encode()
-    assert site.run("batch-patch", ALPHA, new, stdin=line)["status"] == "successful"
-    told = troubled.told()
-    unready = f"{site.source}/WIP-UNREADY-{new}"
-    renamed = told.index(f"rename {unready}")
-    assert f"fsync {site.source}" in told[renamed:]
-    made = [site.source / new, *(site.source / new).rglob("*")]
-    assert len(made) > 10
-    synced = {f"fsync {unready}{str(path)[len(str(site.source / new)):]}" for path in made}
-    assert synced <= set(told[:renamed])
-
-
-def test_a_page_skipped_while_the_disk_is_full_is_missed(disk, witnessed):
-    site = witnessed.start()
-    batch = site.batch(ALPHA, issues=3)
-    gate = site.hold_load(batch)
-    id = site.job("load-batch", ALPHA)
-    gate.reached()
-    spoil_sequence(batch)
-    disk.fill()
-    gate.open()
-    until(lambda: not site.manage_pids("load_batch"))
-    disk.free()
-    job = site.ended(id)
-    assert (job["status"], site.held(ALPHA)) == ("failed", (1, 3, 5))
-
-
-SHOUTING = """
-import sys
-if "load_batch" in sys.argv:
-    print("\\x1b]0;owned\\x07 \\x9b31m \\x08\\r\\u202e", file=sys.stderr)
-    print("[ERROR] \\x1b[2J\\x9b31mgone", file=sys.stderr)
-    sys.exit(1)
-"""
-
-
-@pytest.mark.parametrize("kind", ["xterm-256color", "dumb"])
-def test_what_manage_py_prints_does_nothing_to_a_terminal(site, kind):
-    site.prepend_to_manage(SHOUTING)
-    site.batch(ALPHA)
-    site.start(PYTHONIOENCODING="utf-8")
-    assert "\x1b[2J" in site.run("load-batch", ALPHA)["error"]  # a program gets it as it is
-    for line in (
-        "job-logs 1",
-        "job-logs 1 2",
-        "job-follow 1",
-        "job-wait 1",
-        "job-status 1",
-        "list-jobs",
-        f"batch-status {ALPHA}",
-        "job-status '\x1b[2J'",
-        "'\x1b[2J\u009b31m'",
-    ):
-        shown = on_terminal(site, line, kind)
-        assert not re.search(r"[\x00-\x09\x0b\x0c\x0e-\x1f\x7f-\x9f\u202e]", shown), (line, shown)
-        assert "\r\n" in shown
-    assert "\\x1b" in on_terminal(site, "job-logs 1", kind)
-
-
-def on_terminal(site: Site, line: str, kind: str) -> str:
-    """What a command shows on a terminal of this kind, but for colours."""
-    done = subprocess.run(
-        [*site.ssh_words("-tt"), line],
-        env={**os.environ, "TERM": kind},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        timeout=60,
-    )
-    shown = done.stdout.decode()
-    return re.sub(r"\x1b\[(\d+m|K)", "", shown) if kind != "dumb" else shown
-
-
-# --- Promises: a person at a terminal -------------------------------------------------------------
-
-
-class TerminalClient:
-    """OpenSSH's client on a terminal of its own."""
-
-    def __init__(
-        self,
-        site: Site,
-        command: str = "",
-        columns: int = 80,
-        lines: int = 24,
-        words: list[str] | None = None,
-    ):
-        self._master, slave = pty.openpty()
-        self.resize(columns, lines)
-        words = words or [*site.ssh_words("-t"), *([command] if command else [])]
-        self.process = subprocess.Popen(
-            ["setsid", "--ctty", *words],
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            env={**os.environ, "TERM": "xterm"},
-        )
-        os.close(slave)
-        self.shown = ""
-
-    def __enter__(self) -> TerminalClient:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.process.kill()
-        self.process.wait()
-        os.close(self._master)
-
-    def resize(self, columns: int, lines: int) -> None:
-        """Makes the terminal another size; the kernel tells ssh."""
-        fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
-
-    def type(self, text: str) -> None:
-        os.write(self._master, text.encode())
-
-    def wait_for(self, pattern: str) -> str:
-        """What has been shown since the last call, up to and with this pattern."""
-        while not (match := re.search(pattern, self.shown, re.DOTALL)):
-            data = b""
-            with contextlib.suppress(OSError):  # the other end has closed it
-                data = os.read(self._master, 65536)
-            assert data, self.shown
-            self.shown += data.decode()
-        before = self.shown[: match.end()]
-        self.shown = self.shown[match.end() :]
-        return before
-
-    def ended(self) -> int:
-        """The exit status of ssh."""
-        with contextlib.suppress(OSError):
-            while data := os.read(self._master, 65536):
-                self.shown += data.decode()
-        return self.process.wait(30)
-
-
-def without_colour(text: str) -> str:
-    """What a terminal shows of it."""
-    return re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", text)
-
-
-def frame(client: TerminalClient) -> list[str]:
-    """The lines of the board that is drawn next, from the first to the last of the terminal."""
-    client.wait_for(r"\x1b\[H")
-    lines = without_colour(client.wait_for(r"\x1b\[J")).split("\r\n")[:-1]
-    last = int(re.search(r"\[(\d+)H$", client.wait_for(r"\x1b\[\d+H"))[1])
-    assert len(lines) < last
-    lines += [""] * (last - 1 - len(lines))
-    return [*lines, client.wait_for("q leaves; jobs go on")]
-
-
-def test_ssh_alone_shows_the_board_in_the_terminals_size_until_q(agent):
-    gate = agent.hold_load(agent.batch(ALPHA, issues=4), issue=2)
-    agent.batch(BETA, start=date(1920, 1, 1))
-    failing_load(agent)
-    agent.run("load-batch", "batch_oru_broken_ver01")
-    agent.job("load-batch", ALPHA)
-    agent.job("load-batch", BETA)
-    gate.reached()
-    with TerminalClient(agent) as client:
-        until(
-            lambda: any(
-                "2 of 4 issues" in line or "3 of 4 issues" in line for line in frame(client)
-            )
-        )
-        lines = frame(client)
-        assert len(lines) == 24
-        assert all(len(line) <= 80 for line in lines)
-        text = "\n".join(lines)
-        assert f"load-batch {ALPHA}" in text
-        assert "Waiting: 1" in text
-        assert re.search(rf"pending +load-batch {BETA}", text)
-        assert re.search(r"failed \d+ s +load-batch batch_oru_broken_ver01", text)
-        assert "unable to load batch: it is too late" in text
-        client.resize(50, 12)
-        until(lambda: len(frame(client)) == 12)
-        assert all(len(line) <= 50 for line in frame(client))
-        client.type("q")
-        assert client.ended() == 0
-        assert client.shown.endswith("\x1b[?25h\x1b[?1049l") or "\x1b[?1049l" in client.shown
-    gate.open()
-    assert agent.ended(3)["status"] == "successful"
-
-
-@pytest.mark.parametrize("key", ["\x03", "\x04"])
-def test_ctrl_c_and_ctrl_d_leave_the_board(shared, key):
-    with TerminalClient(shared) as client:
-        client.wait_for("Ended")
-        client.type(key)
-        assert client.ended() == 0
-
-
-def test_many_who_look_at_the_board_ask_open_oni_no_more_than_one(site):
-    hurry(site, PROGRESS_SECONDS=3600)
-    with contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(TerminalClient(site)) for _ in range(5)]
-        for client in clients:
-            until(lambda client=client: re.search(r"0\s+batches", "\n".join(frame(client))))
-        site.wait_for("Open ONI in .* word coordinates")  # its look at Open ONI is over
-        asked = site.solr.requests[:]
-        for client in clients:
-            frame(client)
-        assert site.solr.requests == asked
-
-
-def test_job_wait_on_a_terminal_shows_the_bar_and_then_the_end(agent):
-    gate = agent.hold_load(agent.batch(ALPHA, issues=4), issue=2)
-    agent.job("load-batch", ALPHA)
-    gate.reached()
-    with TerminalClient(agent, "job-wait 1") as client:
-        client.wait_for(r"\[#+\.+\] [23] of 4 issues")
-        gate.open()
-        client.wait_for("Success: this job is complete.")
-        assert client.ended() == 0
-
-
-def test_job_wait_on_a_terminal_ends_with_1_where_the_job_failed(agent):
-    failing_load(agent)
-    agent.run("load-batch", "batch_oru_broken_ver01")
-    done = ssh_run(agent, "job-wait 1", "-tt")
-    assert done.returncode == 1
-    assert b"unable to load batch: it is too late" in done.stdout
-
-
-def test_control_characters_are_shown_and_never_sent_to_a_terminal(site):
-    site.prepend_to_manage(
-        "import os, sys\n"
-        "if sys.argv[1:2] == ['load_batch']:\n"
-        "    sys.stderr.write('[ERROR] bold\\x1b[1m\\x07 and \\x9b31m\\n')\n"
-        "    os._exit(1)"
-    )
-    site.batch(ALPHA)
-    site.start()
-    site.run("load-batch", ALPHA)
-    for command in ("job-follow 1", "job-logs 1", "job-status 1", "list-jobs", "job-wait 1"):
-        shown = without_colour(ssh_run(site, command, "-tt").stdout.decode())
-        assert "bold\\x1b[1m\\x07 and \\x9b31m" in " ".join(shown.split()), command
-        assert set(shown) & set("\x1b\x07\x9b") == set()
-    assert "\x1b" in site.call("job-status", "1")["job"]["error"]  # a program gets what there is
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        "list-batches",
-        f"batch-status {ALPHA}",
-        "help",
-        "list-jobs",
-        "job-status 1",
-        f"batch-check {ALPHA}",
-        "version",
-        "nonsense",
-    ],
-)
-@pytest.mark.parametrize("columns", [40, 80, 132])
-def test_nothing_is_wider_than_the_terminal(shown, command, columns):
-    with TerminalClient(shown, command, columns) as client:
-        client.ended()
-    for line in without_colour(client.shown).replace("\r", "").split("\n"):
-        assert len(line) <= columns
-
-
-@pytest.fixture(scope="module")
-def shown(tmp_path_factory, template):
-    """A site with something to show: wide characters in a batch's name, a failed job."""
-    with Site(tmp_path_factory.mktemp("shown"), template) as site:
-        site.batch(ALPHA)
-        site.batch("batch_oru_東京日日新聞の長い名前の部分東京日日新聞の長い名前の部分_ver01")
-        failing_load(site)
-        site.start()
-        site.run("load-batch", "batch_oru_broken_ver01")
-        site.run("load-batch", ALPHA)
-        yield site
-
-
-def test_no_name_and_no_error_is_cut_on_a_narrow_terminal(shown):
-    for command in "list-jobs", "list-batches", "job-status 1":
-        with TerminalClient(shown, command, 40) as client:
-            client.ended()
-        lines = without_colour(client.shown).splitlines()
-        assert not any("…" in line for line in lines if not line.startswith("state "))
-        joined = re.sub(r"\s", "", without_colour(client.shown))
-        name = "broken" if "job" in command else "東京日日新聞の長い名前の部分" * 2
-        assert f"batch_oru_{name}_ver01" in joined
-
-
-def test_an_error_of_one_very_long_word_is_cut_with_a_sign_and_whole_in_the_log(site):
-    word = "x" * 30_000
-    site.batch(ALPHA)
-    site.prepend_to_manage(
-        f"import sys\nif sys.argv[1] == 'load_batch': sys.exit('[ERROR] {word} it was')"
-    )
-    site.start()
-    job = site.run("load-batch", ALPHA)
-    assert len(job["error"].encode()) < 2048
-    assert re.search(r"xxx \[…\d+ bytes are left out here…\] xxx", job["error"])
-    assert "exit status 1: xxx" in job["error"]
-    assert "xxx it was" in job["error"]
-    assert any(word in line for line in site.logs(1))
-    site.wait_for("error='exit status 1: xxx")
-    (listed,) = site.call("list-jobs")["jobs"]
-    assert listed["error"] == job["error"]
-    with TerminalClient(site, "job-status 1") as client:
-        client.ended()
-    shown = re.sub(r"\s", "", without_colour(client.shown))
-    assert re.sub(r"\s", "", job["error"]) in shown
-
-
-def test_a_screen_has_one_time_zone_the_hosts_with_its_name(site):
-    site.batch(ALPHA)
-    site.start(TZ="XST-05:30")
-    site.run("load-batch", ALPHA)
-    for command in ("job-logs 1", "job-follow 1", "job-status 1", f"batch-status {ALPHA}"):
-        shown = without_colour(ssh_run(site, command, "-tt").stdout.decode())
-        zones = re.findall(r"(?m)(?: ago, |^\[)[\d: -]+ (\w+)", shown)
-        assert set(zones) == {"XST"}, shown
-    in_utc = site.call("job-status", "1")["job"]["ended"]
-    here = datetime.fromisoformat(in_utc[:19]) + timedelta(hours=5, minutes=30)
-    assert f"{here:%H:%M} XST" in ssh_run(site, "job-status 1", "-tt").stdout.decode()
-
-
-@pytest.mark.parametrize("command", ["", "board", "list-jobs", "job-wait 1", "job-logs 1", "help"])
-def test_a_dumb_terminal_gets_no_escape_at_all(shown, command):
-    done = subprocess.run(
-        [*shown.ssh_words("-tt"), *([command] if command else [])],
-        env={**os.environ, "TERM": "dumb"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        timeout=60,
-    )
-    assert done.stdout
-    assert b"\x1b" not in done.stdout
-
-
-NEW_COMMAND = '''
-from oni_agent import Answer, Request, command
-@command(
-    usage="disk",
-    help="Says how full the disk is.",
-    misuse='"disk" takes no arguments',
-)
-def cmd_disk(request: Request) -> Answer:
-    return Answer({"free_bytes": 12345, "largest": ["logs/7.err", "logs/\\x1b3.err"]})
-'''
-
-
-def test_all_that_a_new_command_answers_is_shown_to_a_person(site):
-    altered(site, NEW_COMMAND)
-    assert site.call("disk")["free_bytes"] == 12345
-    assert site.call("disk", "full")["message"] == '"disk" takes no arguments'
-    said = ssh_run(site, "disk", "-tt").stdout.decode()
-    assert said.split("\r\n") == [
-        "free_bytes: 12345",
-        "Largest: 2",
-        "largest: logs/7.err",
-        "largest: logs/\\x1b3.err",
-        "",
-    ]
-    assert "Says how full the disk is." in ssh_run(site, "help disk", "-tt").stdout.decode()
-
-
-def test_help_tells_of_one_command_with_an_exchange(shared):
-    reply = shared.call("help", "load-batch")["commands"]
-    assert [each["usage"] for each in reply] == ["load-batch BATCH"]
-    assert "$ ssh oni load-batch batch_oru_small_ver01\n" in reply[0]["example"]
-    said = ssh_run(shared, "help load-batch", "-tt").stdout
-    assert re.search(rb"^load-batch BATCH\s+Loads a batch", said)
-    assert b"\r\n$ ssh oni load-batch batch_oru_small_ver01\r\nJob added to queue\r\n" in said
-    assert "did you mean" in shared.call("help", "laod-batch")["error"]
-
-
-def test_help_says_what_can_go_wrong_and_what_to_do(shared):
-    troubles = shared.call("help", "problems")["troubles"]
-    assert all(set(each) == {"seen", "advice"} for each in troubles)
-    said = ssh_run(shared, "help problems", "-tt").stdout.decode()
-    assert "\r\nSolr lacks 12 of 400 pages\r\n       The index was emptied or restored" in said
-    assert "`help problems`" in ssh_run(shared, "help", "-tt").stdout.decode()
-
-
-# What has to happen before the exchange of a command in its help.
-BEFORE_EXCHANGES = {
-    "batch-patch": ["load-batch batch_oru_small_ver01", "job-wait 4"],
-    "list-jobs": ["load-batch batch_oru_hole_ver01", "job-wait 5", "job-wait 6"],
-    "job-cancel": ["load-batch batch_oru_slow_ver01", "load-batch batch_oru_faults_ver01"],
-}
-
-
-def counted_issues(site: Site) -> list:
-    """How many issues the files of each batch name, by list-batches; None: yet to be counted."""
-    return [batch["issues_in_batch_xml"] for batch in site.call("list-batches")["batches"]]
-
-
-def test_the_exchanges_in_help_happen_as_they_are_shown(tmp_path, template):
-    (tmp_path / "instructions.txt").write_text("RemoveIssue sn99990001/1900010101\n")
-    site = demo_site(tmp_path, template).start()
-
-    def plain(text: str) -> str:
-        text = re.sub(r"\d+ (s|min|h|days) ago, [\d: -]+ \w+", "TIME", text)
-        text = re.sub(r"(?m)^\[[\d: -]+ \w+\]", "[TIME]", text)
-        text = re.sub(r"\b(successful|failed) \d+ s", r"\1 TIME", text)
-        text = re.sub(r'("session":\{"id":)\d+', r"\1 N", text)
-        return re.sub(r"\s+", " ", text)
-
-    try:
-        until(lambda: None not in counted_issues(site))
-        for name, command in oni_agent.COMMANDS.items():
-            if name in ("help", "board", "check"):  # theirs are no exchanges
-                continue
-            for line in BEFORE_EXCHANGES.get(name, []):
-                shell(site, tmp_path, f"ssh oni {line}")
-            exchanges = re.findall(r"\$ (.*)\n((?:(?!\$ ).*\n?)*)", command.example)
-            assert exchanges, name
-            for line, printed in exchanges:
-                assert (line, plain(shell(site, tmp_path, line)).strip()) == (
-                    line,
-                    plain(printed).strip(),
-                )
-    finally:
-        site.clean_up()
-
-
-def test_a_job_that_never_started_is_not_said_to_have_taken_any_time(agent):
-    gate = agent.hold_load(agent.batch(ALPHA))
-    agent.batch(BETA, start=date(1920, 1, 1))
-    agent.job("load-batch", ALPHA)
-    agent.job("load-batch", BETA)
-    gate.reached()
-    agent.call("job-cancel", "2")
-    said = ssh_run(agent, "job-status 2", "-tt").stdout
-    assert b"load-batch " + BETA.encode() in said
-    assert re.search(rb"failed +load-batch", said)
-    gate.open()
-    agent.ended(1)
-    said = ssh_run(agent, "job-status 1", "-tt").stdout
-    assert re.search(rb"successful \d+ s +load-batch", said)
-
-
-def oni_alias(site: Site, folder: Path) -> list[str]:
-    """ssh with the README's alias `oni` for a site, as a list of words that lacks the alias."""
-    config = folder / "ssh_config"
-    alias = readme_block("Host oni").replace("Port 2222", f"Port {site.port}")
-    config.write_text(f"{alias}StrictHostKeyChecking no\nUserKnownHostsFile /dev/null\n")
-    return ["ssh", "-F", str(config)]
-
-
-def test_the_alias_gives_text_to_a_person_json_to_a_program_and_takes_a_file(agent, tmp_path):
-    agent.batch(ALPHA)
-    agent.run("load-batch", ALPHA)
-    (tmp_path / "herald.xml").write_bytes(marc_xml(wrapped=True))
-    ssh = oni_alias(agent, tmp_path)
-    with TerminalClient(agent, words=[*ssh, "oni", "job-wait 1"]) as client:
-        assert client.ended() == 0
-    assert "Success: this job is complete.\r\n" in client.shown
-    with TerminalClient(agent, words=[*ssh, "-T", "oni", "job-wait 1"]) as client:
-        assert client.ended() == 0
-    assert json.loads(client.shown)["job"]["status"] == "successful"
-    # OpenSSH asks for no terminal where its own input is none, unless it is told to "force" that.
-    for line in ("{} oni load-title < herald.xml", "cat herald.xml | {} oni load-title"):
-        typed = f"cd {tmp_path}; {line.format(shlex.join(ssh))}"
-        with TerminalClient(agent, words=["sh", "-c", typed]) as client:
-            assert client.ended() == 0
-        assert json.loads(client.shown)["message"] == "Job added to queue"
-
-
-def test_several_batches_are_refused_and_told_how_a_shell_gives_them(shared):
-    reply = without_session(shared.ssh("load-batch batch_oru_a_ver01 'b c'"))
-    assert reply["message"] == '"load-batch" requires exactly one batch name'
-    assert reply["error"] == (
-        "usage: load-batch BATCH; for several:"
-        " for each in batch_oru_a_ver01 'b c'; do ssh oni load-batch $each; done"
-    )
-    assert "do ssh" not in shared.ssh("load-batch")["error"]
-
-
-@pytest.mark.parametrize("command", ["job-status", "job-cancel", "job-retry", "job-logs"])
-def test_too_many_words_are_not_called_too_few(shared, command):
-    assert shared.ssh(command)["message"] == "You must supply a job ID"
-    reply = shared.ssh(f"{command} 1 2 3")
-    assert reply["message"].startswith(f'"{command}" takes ')
-    assert reply["error"].startswith(f"usage: {command} ID")
-
-
-def test_job_wait_waits_for_several_jobs(agent):
-    gate = agent.hold_load(agent.batch(ALPHA))
-    failing_load(agent)
-    assert agent.job("load-batch", "batch_oru_broken_ver01") == 1
-    assert agent.job("load-batch", ALPHA) == 2
-    gate.reached()
-    waiting = ssh_begin(agent, "job-wait 2 1 -1")
-    on_terminal = ssh_begin(agent, "job-wait 2 -1", "-tt")
-    assert agent.call("job-status", "1")["job"]["status"] == "failed"
-    assert waiting.poll() is None
-    gate.open()
-    reply = without_session(json.loads(waiting.stdout.read()))
-    assert waiting.wait(60) == 1
-    assert (reply["status"], reply["message"]) == (
-        "success",
-        "Failed: 1 of these 3 jobs did not succeed.",
-    )
-    assert [(job["id"], job["status"]) for job in reply["jobs"]] == [
-        (2, "successful"),
-        (1, "failed"),
-        (-1, "successful"),
-    ]
-    assert b"Success: these 2 jobs are complete.\r\n" in on_terminal.stdout.read()
-    assert on_terminal.wait(60) == 0
-    assert agent.ssh("job-wait 2 77")["message"] == "Job not found"
-    assert agent.ssh("job-wait 2 x")["message"] == '"x" is not a valid job id'
-
-
-def test_a_batch_may_be_named_as_a_shell_completes_its_folder(agent):
-    agent.batch(ALPHA)
-    assert agent.call("batch-check", f"{ALPHA}/")["batch"] == {"name": ALPHA}
-    job = agent.run("load-batch", f"{ALPHA}/")
-    assert (job["words"], job["status"]) == (["load-batch", ALPHA], "successful")
-    assert agent.call("batch-status", f"{ALPHA}/")["batch"]["state"] == "complete"
-    line = f"RemoveIssue {GAZETTE}/1900010101\n".encode()
-    job = agent.run("batch-patch", f"{ALPHA}/", f"{ALPHA[:-2]}02/", stdin=line)
-    assert (job["words"][1:], job["status"]) == ([ALPHA, f"{ALPHA[:-2]}02"], "successful")
-    assert [job["id"] for job in agent.call("list-jobs", f"{ALPHA}/")["jobs"]] == [1, 2]
-    assert agent.run("purge-batch", f"{ALPHA}/")["status"] == "successful"
-    assert agent.held(ALPHA) == (0, 0, 0)
-
-
-def test_list_jobs_takes_a_batch_several_statuses_and_a_number(agent):
-    failing_load(agent)
-    for name in (ALPHA, BETA):
-        agent.batch(name, start=date(1900 if name == ALPHA else 1910, 1, 1))
-        agent.run("load-batch", name)
-    agent.run("load-batch", "batch_oru_broken_ver01")
-    agent.run("purge-batch", ALPHA)
-
-    def listed(*words: str) -> list[int]:
-        return [job["id"] for job in agent.call("list-jobs", *words)["jobs"]]
-
-    assert listed() == [1, 2, 3, 4]
-    assert listed(ALPHA) == [1, 4]
-    assert listed("failed", "pending") == [3]
-    assert listed("successful", "failed", "2") == [3, 4]
-    assert listed("1", ALPHA, "successful") == [4]
-    assert listed(BETA, "failed") == []
-    reply = agent.call("list-jobs", ALPHA, "1")
-    assert reply["hint"] == "These are the newest 1 jobs; a larger number shows more."
-    for wrong in ("0", "-1", "finished", ""):
-        reply = agent.call("list-jobs", wrong)
-        assert reply["message"] == f'"{wrong}" is not a job status'
-        assert "pending, started, couldn't start" in reply["error"]
-
-
-def test_a_person_is_shown_the_newest_jobs_and_a_program_all(site):
-    hurry(site, NEWEST_JOBS=2)
-    site.batch(ALPHA)
-    for command in ("load-batch", "purge-batch", "load-batch"):
-        site.run(command, ALPHA)
-    shown = ssh_run(site, "list-jobs", "-tt").stdout.decode()
-    assert "Jobs: 2\r\n" in shown
-    assert "These are the newest 2 jobs" in shown
-    assert "\r\n   1  " not in without_colour(shown)
-    assert without_colour(ssh_run(site, "list-jobs 3", "-tt").stdout.decode()).count("batch_") == 3
-    reply = site.call("list-jobs")
-    assert len(reply["jobs"]) == 3
-    assert "hint" not in reply
-
-
-def test_job_follow_begins_with_the_last_lines_that_are_asked_for(agent):
-    gate = agent.hold_load(agent.batch(ALPHA, issues=3), issue=2)
-    agent.job("load-batch", ALPHA)
-    gate.reached()
-    so_far = agent.logs(1)
-    following = ssh_begin(agent, "job-follow 1 2")
-    first = following.stdout.readline().decode().rstrip("\n")
-    gate.open()
-    rest = following.stdout.read().decode().splitlines()
-    assert following.wait(60) == 0
-    whole = agent.logs(1)
-    told = [re.sub(rf"^\[{STAMP}\] ", "", line) for line in (first, *rest)]
-    assert told == whole[len(so_far) - 2 :]
-    assert agent.ssh("job-follow 1 x")["message"] == '"x" is not a number of lines'
-    last = ssh_run(agent, "job-follow 1 1").stdout.decode()
-    assert re.fullmatch(rf"\[{STAMP}\] .*processed \d+ pages\n", last)
-
-
-def test_job_status_says_the_seconds_that_are_left(site):
-    hurry(site, PROGRESS_SECONDS=0)
-    gate = site.hold_load(site.batch(ALPHA, issues=4), issue=2)
-    site.job("load-batch", ALPHA)
-    gate.reached()
-    job = {}
-
-    def some_pages_are_loaded() -> bool:
-        job.update(site.call("job-status", "1")["job"])
-        return bool(job.get("pages_loaded"))
-
-    until(some_pages_are_loaded)
-    left = job["seconds"] * (job["pages"] - job["pages_loaded"]) / job["pages_loaded"]
-    assert job["seconds_left"] == int(left)
-    gate.open()
-    assert "seconds_left" not in site.ended(1)
-
-
-def test_json_escapes_what_does_something_to_a_terminal(site):
-    name = "del\x7f csi\x9b bidi\u202e\u2066 line\u2028 é 東 \x1b"
-    site.start()
-    with Client(site.port) as client:
-        said = client.raw(f"ensure-awardee {shlex.quote(name)}")
-    assert b"\\u007f" in said
-    assert b"\\u009b" in said
-    assert b"\\u202e\\u2066 line\\u2028 \xc3\xa9" in said
-    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066]", said.decode())
-    assert json.loads(said)["org_code"] == name
-
-
-def test_what_a_program_follows_does_nothing_to_a_terminal(site):
-    site.prepend_to_manage(SHOUTING)
-    site.batch(ALPHA)
-    site.start(PYTHONIOENCODING="utf-8")
-    site.run("load-batch", ALPHA)
-    said = ssh_run(site, "job-follow 1").stdout
-    assert b"\\x1b]0;owned\\x07 \\x9b31m" in said
-    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", said.decode())
-
-
-def test_a_person_is_not_told_that_a_job_started_which_never_did(agent):
-    gate = agent.hold_load(agent.batch(ALPHA))
-    agent.batch(BETA, start=date(1920, 1, 1))
-    agent.job("load-batch", ALPHA)
-    agent.job("load-batch", BETA)
-    gate.reached()
-    assert b"Job cancelled\r\n" in ssh_run(agent, "job-cancel 2", "-tt").stdout
-    said = ssh_run(agent, "job-status 2", "-tt").stdout
-    assert b"Failed: this job never started.\r\n" in said
-    assert b"cancelled before it started\r\n" in said
-    assert agent.call("job-status", "2")["message"] == (
-        "Failed: this job started but returned a non-zero exit code."  # NCA's words
-    )
-    assert agent.call("job-cancel", "2")["error"] == "Failed: this job never started."
-    gate.open()
-
-
-def test_the_board_says_what_to_type_where_it_is_empty_and_what_its_keys_are(shared):
-    with TerminalClient(shared) as client:
-        until(lambda: "ssh oni load-batch BATCH    load one" in frame(client))
-        client.type("?")
-        keys = "q, Ctrl-C, Ctrl-D  leave the board; jobs go on"
-        until(lambda: frame(client)[0] == keys)
-        client.type("?")
-        until(lambda: keys not in frame(client))
-        client.type("q")
-        assert client.ended() == 0
-
-
-# What a person is shown, made in the process from answers.
-
-JOB = {
-    "id": 7,
-    "status": "failed",
-    "words": ["load-batch", ALPHA],
-    "seconds": 130.5,
-    "queued": "2020-01-02T03:04:05.123456789Z",
-    "started": "2020-01-02T03:04:05.123456789Z",
-    "ended": "2020-01-02T03:06:15.123456789Z",
-}
-
-
-@pytest.mark.parametrize(
-    "job, width, lines",
-    [
-        ({"error": "it broke"}, 120, ["ROW  it broke"]),
-        ({"error": "it broke at " + "x" * 40}, 120, ["ROW", "       it broke at " + "x" * 40]),
-        ({"error": ""}, 120, ["ROW"]),
-        ({"place": 2}, 130, ["ROW  It is number 2 in the queue."]),
-        (
-            {"checked": 5, "to_check": 20},
-            80,
-            ["ROW", "       [#####...............] 5 of 20 issues checked"],
-        ),
-        (
-            {"checked": 1, "to_check": 1},
-            80,
-            ["ROW", "       [####################] 1 of 1 issue checked"],
-        ),
-        (
-            {"pages": 40, "pages_loaded": 10, "issues": 4, "issues_loaded": 1, "seconds_left": 300},
-            80,
-            [
-                "ROW",
-                "       [#####...............] 1 of 4 issues, 0.1 pages a second, 5 min left",
-            ],
-        ),
-        (
-            {"pages": 40, "pages_loaded": 0, "issues": 1, "issues_loaded": 0},
-            80,
-            ["ROW", "       [....................] 0 of 1 issue"],
-        ),
-    ],
-)
-def test_a_job_is_shown_on_a_row_and_what_is_said_of_it_beside_or_below_in_whole(job, width, lines):
-    row = oni_agent.job_row({**JOB, **job})
-    when = datetime(2020, 1, 2, 3, 6, tzinfo=timezone.utc).astimezone()
-    words = f"load-batch {ALPHA}"
-    text = f"   7  failed 2 min       {words:<31}  days ago, {when:%F %H:%M %Z}"
-    shown = [re.sub(r"\d+ days ago", "days ago", line) for line in oni_agent.laid_out(row, width)]
-    if width == 80:  # the row itself, which holds a whole date, takes two lines there
-        shown[:2] = [re.sub(r"\s+", " ", " ".join(shown[:2]))]
-        text = re.sub(r"\s+", " ", " " + text.strip())
-    assert shown == [line.replace("ROW", text) for line in lines]
-
-
-@pytest.mark.parametrize(
-    "keys, lines",
-    [
-        ({"status": "success", "message": "No-op", "job": {"id": -1}}, ["No-op"]),
-        (
-            {"status": "error", "message": "it cannot", "error": "so it is", "job": {"id": 3}},
-            ["error: it cannot", "       so it is"],
-        ),
-        ({"status": "error", "message": "it cannot"}, ["error: it cannot"]),
-        ({"oni": {"location": "/oni", "batches": 1}}, ["Open ONI in /oni: 1 batch"]),
-        ({"oni": {"location": "/oni", "batches": 2}}, ["Open ONI in /oni: 2 batches"]),
-        (
-            {"oni": {"location": "/oni", "problem": "the database is down"}},
-            ["Open ONI in /oni: ? batches  the database is down"],
-        ),
-        (
-            {"free_bytes": 5, "largest": ["a", "b\x1b"]},
-            ["free_bytes: 5", "Largest: 2", "largest: a", "largest: b\\x1b"],
-        ),
-        (
-            {"faults": [{"file": "a", "fault": "b"}], "warnings": []},
-            ["Faults: 1", "fault: a: b", "Warnings: 0"],
-        ),
-    ],
-)
-def test_an_answer_is_shown_key_by_key(keys, lines):
-    assert oni_agent.answer_lines(keys, 80) == lines
-
-
-@pytest.mark.parametrize(
-    "line, shown",
-    [
-        ("a\tb", "a    b"),
-        ("é東", "é東"),
-        ("\x1b[2J", "\\x1b[2J"),
-        ("\x9b\u202e\U000e0001", "\\x9b\\u202e\\U000e0001"),
-        ("[2020-01-02T03:04:05] no stamp", "[2020-01-02T03:04:05] no stamp"),
-    ],
-)
-def test_a_line_of_a_log_is_plain_text_for_a_person(line, shown):
-    assert oni_agent.log_line(line) == shown
-
-
-def test_a_line_of_a_log_keeps_its_tabs_for_a_program():
-    assert oni_agent.harmless("a\té\x1b\x9b\u202e") == "a\té\\x1b\\x9b\\u202e"
-
-
-def test_a_text_that_is_too_long_is_cut_in_the_middle_with_a_sign():
-    assert oni_agent.shortened("é" * 1000) == "é" * 1000
-    cut = oni_agent.shortened(f"first {'é' * 5000} last")
-    assert cut.startswith("first é")
-    assert cut.endswith("é last")
-    assert "[…8011 bytes are left out here…]" in cut
-    assert len(cut.encode()) < 2048
-    assert len(oni_agent.shortened("\udcff" * 9000).encode("utf-8", "replace")) < 2048
-
-
-@given(strategies.text(), strategies.integers(1, 200))
-@settings(max_examples=300, deadline=None)
-def test_any_text_is_wrapped_to_the_width(text, width):
-    lines = oni_agent.wrapped(text, max(width, 10))
-    assert all(len(line) <= max(width, 10) for line in lines)
-    shown = "".join(lines).replace(" ", "")
-    assert shown == oni_agent.plain(text).replace(" ", "")  # a path is broken, not cut
 
 
 # --- Promises: the stand-in itself ----------------------------------------------------------------
