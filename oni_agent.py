@@ -1017,13 +1017,18 @@ def look_at_place(name: str, folder: str) -> None:
     code = name.split("_")[1]
     if not models.Awardee.objects.filter(org_code=code).exists():
         raise CannotAnswer(no_awardee(code))
-    link = os.path.join(str(settings.BATCH_STORAGE), name)
+    in_the_way = what_is_in_the_way(os.path.join(str(settings.BATCH_STORAGE), name), folder)
+    if in_the_way:
+        raise CannotAnswer(in_the_way)
+
+
+def what_is_in_the_way(link: str, folder: str) -> str:
+    """Return why load_batch cannot make `link` to a batch's folder, or ""."""
     is_the_batch = os.path.realpath(link) == os.path.realpath(folder)
-    if os.path.exists(link) and not os.path.islink(link) and not is_the_batch:
-        raise CannotAnswer(
-            f"{link} is a real folder or file, not a link, and load_batch cannot replace it:"
-            " move it away"
-        )
+    if not os.path.exists(link) or os.path.islink(link) or is_the_batch:
+        return ""
+    told = "is a real folder or file, not a link, and load_batch cannot replace it: move it away"
+    return f"{link} {told}"
 
 
 def no_awardee(code: str) -> str:
@@ -1268,7 +1273,7 @@ def sizes_and_times(folder: str, paths: Iterable[str]) -> Dict[str, Any]:
     for path in paths:
         try:
             found = os.stat(os.path.join(folder, path))
-            seen[path] = [found.st_size, found.st_mtime_ns]
+            seen[path] = [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
         except (OSError, ValueError):
             seen[path] = None
     return seen
@@ -1321,6 +1326,7 @@ def rehearse(name: str, folder: str, loader: "Rehearsal") -> Dict[str, Any]:
     # One transaction for all: `notes.set` would begin one for each page otherwise.
     with transaction.atomic(), connection.execute_wrapper(send_only_select):
         try:
+            loader.look_at_link(folder)
             # load_batch makes no link to a batch that is called by its link.
             loader.load_batch(Links.link)
             loader.load_postponed()
@@ -1356,14 +1362,20 @@ class Links:
     def opened(cls, name: str) -> str:
         """Return the path or URL that is opened for `name`, a path or URL as ONI has it."""
         for scheme in ("", "file:", "file://"):
-            if name.startswith(scheme + cls.link + "/"):
-                return scheme + cls.HERE + name[len(scheme + cls.link) + 1 :]
+            for link in (cls.link, cls.quoted()):
+                if name.startswith(scheme + link + "/"):
+                    return scheme + cls.HERE + name[len(scheme + link) + 1 :]
         return name
+
+    @classmethod
+    def quoted(cls) -> str:
+        """Return the link as libxml2 writes it in the URL of a document that it has parsed."""
+        return urllib.parse.quote(cls.link)
 
     @classmethod
     def within_batch(cls, text: str) -> str:
         """Return a text in which the batch's files are named relative to its folder."""
-        for folder in (cls.link + "/", os.getcwd() + "/", cls.HERE):
+        for folder in (cls.link + "/", cls.quoted() + "/", os.getcwd() + "/", cls.HERE):
             for scheme in ("file://", "file:", ""):
                 text = text.replace(scheme + folder, "")
         return text
@@ -1393,12 +1405,13 @@ class PretendedXML:
     def parse(self, url: str) -> Any:
         """Parse as ONI's loader does, and have the document say that it came from `url`."""
         refuse_endless(Links.opened(url))
+        self._loader.watch(url)
         document = etree.parse(Links.opened(url))
         came_from = document.docinfo.URL or ""
         if came_from.startswith("file://" + Links.HERE):
-            came_from = f"file://{Links.link}/{came_from[len('file://' + Links.HERE) :]}"
+            came_from = f"file://{Links.quoted()}/{came_from[len('file://' + Links.HERE) :]}"
             document.docinfo.URL = came_from
-        self._loader.see_document(url, document)
+        self._loader.see_document(document)
         return document
 
 
@@ -1425,6 +1438,9 @@ def keep_from_writing() -> None:
     batch_loader.Batch = PretendedBatches()
     batch_loader.set_fulltext_range = lambda: None  # it would write to ONI's cache
     remember_title_documents()
+    models.OCR.language_texts = property(
+        lambda ocr: ocr.__dict__.setdefault("_pretended_texts", PretendedTexts(ocr))
+    )
     listen_to_errors()
     socket.setdefaulttimeout(30)
     open_url = urllib.request.OpenerDirector.open
@@ -1556,7 +1572,7 @@ def look_at_value(row: Any, field: Any, value: Any) -> None:
         if most and len(value) > most:
             told = "Data too long for column '%s': %d characters, and it holds %d"
             raise DataError(told % (column, len(value), most))
-        if len(value) * 4 > PACKET["bytes"] and len(value.encode()) + 1000 > PACKET["bytes"]:
+        if len(value) * 4 > PACKET["bytes"] and len_in_sql(value) + 1000 > PACKET["bytes"]:
             raise DataError("Got a packet bigger than 'max_allowed_packet' bytes")
         if narrow and value and max(value) > "\uffff":
             told = "Incorrect string value for column '%s': it cannot hold U+%X"
@@ -1565,6 +1581,11 @@ def look_at_value(row: Any, field: Any, value: Any) -> None:
         low, high = connection.ops.integer_field_range(field.get_internal_type())
         if low is not None and not low <= value <= high:
             raise DataError(f"Out of range value for column '{column}': {value}")
+
+
+def len_in_sql(value: str) -> int:
+    """Return how many bytes a text takes in a statement, where some characters are escaped."""
+    return len(value.encode()) + sum(value.count(each) for each in "\0\n\r\x1a\"'\\")
 
 
 class PretendedBatches:
@@ -1661,26 +1682,27 @@ class Titles(TitleLoader):  # type: ignore[misc]
         super().__init__()
         self.objects = self
         self.DoesNotExist = models.Title.DoesNotExist
-        self.needed: Set[str] = set()
+        self.needed: Dict[str, str] = {}  # LCCNs, by their `key_of`, as all that follows
         self.records: Dict[str, bytes] = {}
         self.outcomes: List[Dict[str, Any]] = []
         self._known: Dict[str, Any] = {}
-        self._missing: Dict[str, str] = {}  # why ONI cannot have it, by LCCN
-        self._poisoned: Dict[str, str] = {}  # the URL of a record, by its LCCN
+        self._missing: Dict[str, str] = {}  # why ONI cannot have it
+        self._poisoned: Dict[str, str] = {}  # the URL of its record
         self._asked = ""
         self._counting = counting
 
     def get(self, lccn: str) -> Any:
         """Return the title that ONI's loader asks for. Raises Title.DoesNotExist."""
         self._asked = lccn
-        if lccn not in self._known:
+        key = key_of(lccn)
+        if key not in self._known:
             try:
-                self._known[lccn] = models.Title.objects.get(lccn=lccn)
+                self._known[key] = models.Title.objects.get(lccn=lccn)
             except self.DoesNotExist:
                 if not self._counting:
                     raise
-                self._known[lccn] = models.Title(lccn=lccn)
-        return self._known[lccn]
+                self._known[key] = unstored_title(lccn)
+        return self._known[key]
 
     def call_command(self, name: str, url: str) -> None:
         """Stand for `load_titles URL`, which ONI's loader calls for a title that it lacks.
@@ -1690,19 +1712,20 @@ class Titles(TitleLoader):  # type: ignore[misc]
         url.encode("ascii")
         if not connection.is_usable():
             raise DatabaseGone(url)
-        if self._asked in self._missing:
-            raise NoTitle(self._asked, self._missing[self._asked])
-        self.needed.add(self._asked)
+        key = key_of(self._asked)
+        if key in self._missing:
+            raise NoTitle(self._asked, self._missing[key])
+        self.needed.setdefault(key, self._asked)
         raise TitleNeeded(self._asked)
 
     def fetch(self) -> None:
         """Fetch the records of all titles that are needed, side by side, and load them."""
-        for lccn, url, record, wrong in fetched_records(sorted(self.needed)):
+        for lccn, url, record, wrong in fetched_records(sorted(self.needed.values())):
             if not wrong:
                 wrong = self._load(lccn, record)
             if wrong:
                 told = f"ONI does not have the title {lccn}, nor has {url}: {wrong}"
-                self._missing[lccn] = told
+                self._missing[key_of(lccn)] = told
             else:
                 self.records[lccn] = record
                 self._note_poison(lccn, url)
@@ -1711,14 +1734,14 @@ class Titles(TitleLoader):  # type: ignore[misc]
     def _note_poison(self, lccn: str, url: str) -> None:
         """Remember where a title comes from that ONI would store, and not get along with."""
         for outcome in self.outcomes:
-            if outcome["lccn"] == lccn and outcome["outcome"] == "stored" and outcome["problem"]:
-                self._poisoned[lccn] = url
+            is_it = key_of(outcome["lccn"]) == key_of(lccn)
+            if is_it and outcome["outcome"] == "stored" and outcome["problem"]:
+                self._poisoned[key_of(lccn)] = url
 
     def poison(self) -> Tuple[str, str]:
         """Return the LCCN that was asked for last, and its URL, if it is poisoned; or "", ""."""
-        if self._asked not in self._poisoned:
-            return "", ""
-        return self._asked, self._poisoned[self._asked]
+        url = self._poisoned.get(key_of(self._asked))
+        return (self._asked, url) if url else ("", "")
 
     def _load(self, lccn: str, record: bytes) -> str:
         """Have ONI load a record; return why it then lacks the title, or ""."""
@@ -1726,13 +1749,17 @@ class Titles(TitleLoader):  # type: ignore[misc]
         try:
             self.load_record_file(io.BytesIO(record))
         except Exception as error:
+            self._known.pop(key_of(lccn), None)
             return f"that is no MARC XML: {first_line(error)}"
-        mine = [each for each in self.outcomes
-                if each["lccn"] == lccn and each["outcome"] != "ignored"]  # fmt: skip
+        key = key_of(lccn)
+        mine = [each for each in self.outcomes if key_of(each["lccn"]) == key]
+        mine = [each for each in mine if each["outcome"] != "ignored"]
+        if mine and mine[-1]["wrong"]:  # ONI goes on with an earlier one that it could store
+            mine = [each for each in mine if not each["wrong"]] or mine
         if mine and mine[-1]["problem"] and mine[-1]["outcome"] != "stored":
-            self._known.pop(lccn, None)
+            self._known.pop(key, None)
             return str(mine[-1]["problem"])
-        if lccn in self._known:
+        if key in self._known:
             return ""
         problems = [each["problem"] for each in self.outcomes if each["problem"]]
         return problems[0] if problems else "it answers with another record"
@@ -1784,13 +1811,13 @@ class Titles(TitleLoader):  # type: ignore[misc]
             self._outcome = "stored" if title.pk else "deleted again"
             self._made = title
             if title.pk:
-                self._known[title.lccn] = title
+                self._known[key_of(title.lccn)] = title
         return title
 
     def delete_bib(self, record: Any) -> None:
         """Only remember that ONI would delete this title."""
         self._outcome = "deleted"
-        self._known.pop(lccn_of(record), None)
+        self._known.pop(key_of(lccn_of(record)), None)
 
     def _conclude(self, record: Any) -> None:
         """Enter what came of one record in `outcomes`."""
@@ -1810,8 +1837,26 @@ class Titles(TitleLoader):  # type: ignore[misc]
         if self._made and record.get_fields("005"):
             version = self._made.version.timestamp()
         self.outcomes.append(
-            {"lccn": lccn, "outcome": self._outcome, "problem": problem, "version": version}
+            {
+                "lccn": lccn,
+                "outcome": self._outcome,
+                "problem": problem,
+                "wrong": bool(self._wrong),  # ONI's title loader has stumbled over it, and goes on
+                "version": version,
+            }
         )
+
+
+def key_of(lccn: str) -> str:
+    """Return the same for all spellings of an LCCN that ONI's database takes for one."""
+    return lccn.lower()
+
+
+def unstored_title(lccn: str) -> Any:
+    """Return what stands, where files are counted, for a title that ONI lacks."""
+    title = models.Title(lccn=lccn)
+    title.save = lambda *_, **__: None  # Issue.save would save its title, too
+    return title
 
 
 def lccn_of(record: Any) -> str:
@@ -1931,7 +1976,7 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
                  counting: bool = False) -> None:  # fmt: skip
         self.PROCESS_OCR = not counting
         self.PROCESS_COORDINATES = False  # they would be files
-        self.solr = SimpleNamespace(add=lambda document: None, commit=lambda: None)
+        self.solr = SimpleNamespace(add=self._see_indexed, commit=lambda: None)
         self.titles = Titles(counting)
         self.images = PretendedImages() if counting else LinkedImages()
         self._tell = tell
@@ -1955,6 +2000,7 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         self._document: Any = None
         self._draws_in_others = False
         self._is_outside = False
+        self._held = 0  # characters of text in the OCR file at hand; -1: it is no ALTO file
         self._mets = ""
         self._path = ""
 
@@ -2019,15 +2065,24 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         """Enter what a person should know of a file, and ONI does without."""
         self.warnings.append({"file": path, "warning": text, "order": self._number})
 
-    def see_document(self, url: str, document: Any) -> None:
+    def look_at_link(self, folder: str) -> None:
+        """Enter what keeps ONI from making its link to the batch's folder."""
+        in_the_way = what_is_in_the_way(Links.link, folder)
+        if in_the_way and not self._part and not self._counting:
+            self.enter_fault("", in_the_way, ends_load=True, order=0)
+
+    def watch(self, url: str) -> None:
+        """Take note of a document that ONI's loader is about to parse."""
+        path = local_path(Links.opened(url))
+        if path is not None:
+            self._watched.append(path.replace(Links.HERE, ""))
+
+    def see_document(self, document: Any) -> None:
         """Take note of a document that ONI's loader has just parsed."""
         self._document = document
         dtd = document.docinfo.internalDTD
         entities = dtd.iterentities() if dtd is not None else ()
         self._draws_in_others = any(getattr(each, "system_url", None) for each in entities)
-        path = local_path(Links.opened(url))
-        if path is not None:
-            self._watched.append(path.replace(Links.HERE, ""))
         if not self._seen:
             self._of = len(document.xpath("ndnp:issue", namespaces=batch_loader.ns))
 
@@ -2090,7 +2145,7 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
             # An error inside `notes.set` marks the transaction as one to be rolled back.
             if connection.in_atomic_block:
                 transaction.set_rollback(False)
-        self._issue["lost"] = max(0, len(self._page_divisions()) - len(self._pages))
+        self._issue["lost"] = len(self._left_divisions())
         self.found.append(self._issue)
         self._is_outside = False
         self._draws_in_others = False
@@ -2131,7 +2186,8 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         """Raise DatabaseGone or CannotAnswer where `error` is no fault of a file."""
         if isinstance(error, (DatabaseGone, CannotAnswer)):
             raise error
-        if isinstance(error, MemoryError) or getattr(error, "code", None) == NO_MEMORY:
+        has_no_memory = getattr(error, "code", None) == NO_MEMORY and "huge" not in str(error)
+        if isinstance(error, MemoryError) or has_no_memory:
             read = self._path or "batch.xml"
             raise CannotAnswer(f"reading {read} takes more than {WORKER_MEMORY >> 20} MiB")
         if not connection.is_usable():
@@ -2154,9 +2210,18 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
             raise CannotAnswer(f"it has more than {MAX_ADDRESSES} pages")
         if not self._counting:
             for kind, name in (("image", page.jp2_filename), ("PDF", page.pdf_filename)):
-                if name:
+                if name and "://" in name:
+                    self._warn_of_addresses(name)
+                elif name:
                     self._look_at_served_file(kind, name)
         return page
+
+    def _warn_of_addresses(self, name: str) -> None:
+        """Warn, once in an issue, of files that ONI would not store relative to the batch."""
+        told = "the website cannot show an image or PDF of it: ONI would store the whole address,"
+        told += f" {name}"
+        if not self.warnings or self.warnings[-1]["file"] != self._path:
+            self.enter_warning(self._path, told)
 
     def _look_at_served_file(self, kind: str, name: str) -> None:
         """Warn of a file that the website would serve, and cannot."""
@@ -2169,24 +2234,44 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         elif not os.access(path, os.R_OK):
             self.enter_warning(shown, f"this {kind} cannot be read")
 
-    def _page_divisions(self) -> List[Any]:
-        """Return all elements of the METS file at hand that may be meant as a page."""
-        elements = () if self._document is None else self._document.iter("{*}div")
-        return [each for each in elements
-                if each.get("TYPE", "").strip().lower() in ("np:page", "page")]  # fmt: skip
+    def _left_divisions(self) -> List[Any]:
+        """Return all elements of the METS file at hand that mean a page which was not made.
+
+        Another structMap may have the same pages once more, by the same DMDID or files.
+        """
+        if self._document is None:
+            return []
+        made = [division for division, _ in self._pages]
+        described = {division.get("DMDID") for division in made}
+        taken = {each.get("FILEID") for division in made for each in division.iter("{*}fptr")}
+        left = []
+        for each in self._document.iter("{*}div"):
+            files = {pointer.get("FILEID") for pointer in each.iterchildren("{*}fptr")}
+            is_new = bool(files - taken)
+            if each.get("DMDID"):
+                is_new = each.get("DMDID") not in described
+            kind = each.get("TYPE", "").strip().lower()
+            if kind in ("np:page", "page") and each not in made and is_new:
+                left.append(each)
+        return left
 
     def _look_for_leftovers(self, path: str) -> None:
         """Enter what a METS file holds, and no page that the loader has made."""
         document = self._document
-        divisions = self._page_divisions()
-        left = len(divisions) - len(self._pages) - self._lost_pages
+        left = len(self._left_divisions()) - self._lost_pages
         if left > 0:
             what = "ONI would leave out %d of %d pages without a word"
-            self.enter_fault(path, what % (left, len(divisions)))
+            self.enter_fault(path, what % (left, left + self._lost_pages + len(self._pages)))
         elif not self._lost_pages:
             self._look_for_divisions_of_files(path, document)
         if not self._lost_pages:
             self._look_for_unread_text(path, document)
+            self._look_for_pages_gone(path, document)
+
+    def _look_for_pages_gone(self, path: str, document: Any) -> None:
+        """Enter that an issue has files, and no page. One without both may be meant so."""
+        if not self._pages and next(document.iter("{*}file"), None) is not None:
+            self.enter_fault(path, "ONI would load the issue without a page, though it has files")
 
     def _look_for_divisions_of_files(self, path: str, document: Any) -> None:
         """Enter divisions that have an image, or a text, as pages have, and that are no page's."""
@@ -2206,14 +2291,22 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         mets = f"{{{batch_loader.ns['mets']}}}"
         href = f"{{{batch_loader.ns['xlink']}}}href"
         taken: Set[str] = set()
-        for division, page in self._pages:
+        uses = {file.get("ID"): str(file.get("USE")).lower() for file in document.iter("{*}file")}
+        for number, (division, page) in enumerate(self._pages, 1):
+            files = [each.get("FILEID") for each in division.iterchildren(mets + "fptr")]
             if page.ocr_filename:
-                taken.update(each.get("FILEID") for each in division.iterchildren(mets + "fptr"))
+                taken.update(files)
+            texts = [each for each in files if uses.get(each) == "ocr"]
+            if len(texts) > 1:
+                what = f"page {number}: ONI would read one alone of its {len(texts)} OCR files"
+                self.enter_fault(path, what)
         without = any(len(division) and not page.ocr_filename for division, page in self._pages)
         for file in document.iter("{*}file"):
             use = (file.get("USE") or file.getparent().get("USE") or "").strip().lower()
             names = [each.get(href, "") for each in file.iterchildren("{*}FLocat")]
-            is_text = use in ("ocr", "alto") or any(each.lower().endswith(".xml") for each in names)
+            is_text = use in ("ocr", "alto")
+            if not use:
+                is_text = any(each.lower().endswith(".xml") for each in names)
             if not is_text or file.get("ID") in taken:
                 continue
             if without:
@@ -2254,12 +2347,13 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         if listing == plain or not os.path.exists(plain):
             return
         try:
-            count = len(issues_in(etree.parse(plain)))
+            named = names_in(etree.parse(plain))
         except (OSError, etree.XMLSyntaxError):
             return
-        if count > self._seen:
-            what = "it names %d issues, but ONI would read %s beside it, which names %d"
-            self.enter_fault(plain, what % (count, listing, self._seen), order=0)
+        left = named - names_in(etree.parse(listing))
+        if left:
+            what = "it names %d issues that %s beside it, which ONI would read, does not"
+            self.enter_fault(plain, what % (len(left), listing), order=0)
 
     def process_ocr(self, page: Any, index: bool = True) -> None:
         """Index a page as ONI's loader does.
@@ -2268,7 +2362,10 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         reads it.
         """
         url = urllib.parse.urljoin(self.current_batch.storage_url, page.ocr_filename)
-        if plainly_fine(Links.opened(url), self._languages):
+        if local_path(url) == local_path(self._mets):
+            what = "ONI would read this file in the place of a text, whose name is missing"
+            self.enter_fault(self._path, f"page {self._at_page}: {what}")
+        elif plainly_fine(Links.opened(url), self._languages):
             assert page.url and page.issue.title.solr_doc  # what Page.solr_doc can fail on
         else:
             self._reads(url)
@@ -2276,11 +2373,24 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
             self._reads(self._mets)
 
     def extract(self, url: str) -> Any:
-        """Stand for ONI's ocr_extractor: have that read, and warn of a file without a text."""
+        """Stand for ONI's ocr_extractor: have that read, and see how much text there is."""
         texts, coordinates = ocr_extractor(url)
-        if not any(text.strip() for text in texts.values()):
+        self._held = letters_of(Links.opened(url))
+        if not self._held and not any(texts.values()):
             self.enter_warning(Links.within_batch(url), "this OCR file has no text")
         return texts, coordinates
+
+    def _see_indexed(self, document: Dict[str, Any]) -> None:
+        """Enter that the document of a page, as ONI would index it, lacks some of its text."""
+        texts = [text for field, text in document.items() if field.startswith("ocr_")]
+        kept = sum(len("".join(text.split())) for text in texts)
+        if self._held < 0:
+            what = "it is no ALTO file, and ONI would index nothing of it"
+            if not kept:
+                self.enter_fault(self._path, f"page {self._at_page}: {what}")
+        elif kept < self._held:
+            what = f"ONI would index {kept} of the {self._held} characters of its text"
+            self.enter_fault(self._path, f"page {self._at_page}: {what}")
 
 
 def without_path(words: str, path: str) -> str:
@@ -2288,6 +2398,7 @@ def without_path(words: str, path: str) -> str:
     either = f"(?:{re.escape(repr(path))}|{re.escape(path)})"
     # So an XML parser begins: the file, line and column.
     words = re.sub(re.escape(path) + ":([0-9]+):([0-9]+): ", r"line \1, column \2: ", words)
+    words = re.sub(r" \([^()]*, line [0-9]+\)$", "", words)  # lxml's own, which repeats that
     words = re.sub(f": {either}(?=>?$)", "", words)
     return words.replace(f"{path}: ", "").replace(repr(path), "it").replace(path, "it")
 
@@ -2296,6 +2407,12 @@ def issues_in(document: Any) -> List[Any]:
     """Return all elements of a list of issues that may be meant as one."""
     elements = document.iter("{*}*")
     return [each for each in elements if etree.QName(each).localname.lower() == "issue"]
+
+
+def names_in(document: Any) -> Set[str]:
+    """Return the METS files that a list of issues names; a validated one counts as the other."""
+    names = (os.path.normpath((each.text or "").strip()) for each in issues_in(document))
+    return {re.sub(r"_1(\.[A-Za-z]+)$", r"\1", name) for name in names}
 
 
 def is_within_reach(url: str) -> bool:
@@ -2324,12 +2441,14 @@ def plainly_fine(url: str, languages: Set[str]) -> bool:
     def start(tag: str, attributes: List[str]) -> None:
         # The attributes are a list of name, value, name, value: half the time of a dict.
         if tag == "String":
-            attributes.index("CONTENT")  # raises ValueError if there is none
+            if attributes.index("CONTENT") % 2:  # ValueError, too, if there is none at all
+                raise ValueError("only a value has this name")
             counts["String"] += 1
         elif tag == "Page":
             counts["Page"] += 1
-        elif tag == "TextBlock" and "language" in attributes:
-            seen.add(attributes[attributes.index("language") + 1])
+        elif tag == "TextBlock":
+            has_one = "language" in attributes
+            seen.add(attributes[attributes.index("language") + 1] if has_one else "eng")
 
     try:
         with urllib.request.urlopen(url) as file:
@@ -2338,10 +2457,14 @@ def plainly_fine(url: str, languages: Set[str]) -> bool:
             return False  # it may have characters beyond U+FFFF, UTF-16, entities
         if len(data) > MAX_PLAIN or data.rfind(b"<TextLine") > data.find(b"</Page>"):
             return False  # it may be too long for the database, or have lines outside its page
+        if data.rfind(b"<String") > data.rfind(b"</TextLine>"):
+            return False  # ONI takes a text where its line ends
         parser = expat.ParserCreate()
         parser.ordered_attributes = True
         parser.StartElementHandler = start
         parser.Parse(data, True)
+        if len(seen) > 1:
+            return False  # the texts of two languages may go to the same field of the index
         for code in seen - languages:
             if not language_is_known(code):
                 return False
@@ -2349,6 +2472,59 @@ def plainly_fine(url: str, languages: Set[str]) -> bool:
     except Exception:
         return False
     return counts["Page"] < 2 and counts["String"] > 0
+
+
+def letters_of(url: str) -> int:
+    """Return how many characters of text, without spaces, an OCR file holds; -1: it is no ALTO.
+
+    An attribute CONTENT holds text, however it is spelt, and with any prefix.
+    """
+    held = 0
+    depth = 0
+
+    def start(tag: str, attributes: List[str]) -> None:
+        nonlocal held, depth
+        if not depth and tag.rpartition(":")[2].lower() != "alto":
+            held = -1
+        depth += 1
+        if held >= 0:
+            for name, value in zip(attributes[::2], attributes[1::2]):
+                if name.rpartition(":")[2].lower() == "content":
+                    held += len("".join(value.split()))
+
+    parser = expat.ParserCreate()
+    parser.ordered_attributes = True
+    parser.StartElementHandler = start
+    try:
+        with urllib.request.urlopen(url) as file:
+            # ParseFile reads 2 KB at a time, and expat begins a long token anew with each.
+            for piece in iter(lambda: file.read(1 << 20), b""):
+                parser.Parse(piece)
+            parser.Parse(b"", True)
+    except expat.ExpatError:
+        return 0  # ONI's own reader says what is wrong
+    return held
+
+
+class PretendedTexts:
+    """Stands for OCR.language_texts: keeps what ONI's loader makes, for ONI's Page.solr_doc."""
+
+    def __init__(self, ocr: Any) -> None:
+        self._ocr = ocr
+        self._rows: List[Dict[str, str]] = []
+
+    def create(self, language: Any, text: str) -> None:
+        """Make a row, which goes nowhere."""
+        if isinstance(text, list):
+            text = str(text)  # as Django would store it
+        models.LanguageText(ocr=self._ocr, language=language, text=text).save()
+        self._rows.append({"language__code": language.code, "text": text})
+
+    def select_related(self) -> "PretendedTexts":
+        return self
+
+    def values(self, *_: str) -> List[Dict[str, str]]:
+        return self._rows
 
 
 def language_is_known(code: str) -> bool:
@@ -3380,7 +3556,9 @@ class Site:
         until = time.monotonic() + PATIENT_SECONDS
         while True:
             left = max(1.0, until - time.monotonic())
-            state = self.state(name, self.oni.insist("answer_batch", name, left, within=left))
+            # Solr's time ends before the question's, whose answer says that Solr gave none.
+            held = self.oni.insist("answer_batch", name, left * 0.8, within=left)
+            state = self.state(name, held)
             go_on()
             if not state.index_problem or time.monotonic() + 1 > until:
                 break
@@ -3401,7 +3579,14 @@ class Site:
         state = BatchState(**held)
         if state.pages_in_solr is not None:
             state.index_is_right = not (state.lost or state.replaced or state.stray)
+        self._forget_other_rows(state)
         return state
+
+    def _forget_other_rows(self, state: BatchState) -> None:
+        """Take back what list-batches remembers of rows that have been changed in their place."""
+        remembered = self.memory.recall(f"rows {state.name}")
+        if remembered and remembered["rows_digest"] != state.rows_digest:
+            self.memory.keep({f"rows {state.name}": {**remembered, "key": ""}})
 
     def add_files(
         self, state: BatchState, until: float, go_on: Callable[[], None] = do_nothing
