@@ -2242,16 +2242,22 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         if self._document is None:
             return []
         made = [division for division, _ in self._pages]
+        maps = {structure_of(division) for division in made}
         described = {division.get("DMDID") for division in made}
         taken = {each.get("FILEID") for division in made for each in division.iter("{*}fptr")}
         left = []
         for each in self._document.iter("{*}div"):
-            files = {pointer.get("FILEID") for pointer in each.iterchildren("{*}fptr")}
-            is_new = bool(files - taken)
-            if each.get("DMDID"):
-                is_new = each.get("DMDID") not in described
             kind = each.get("TYPE", "").strip().lower()
-            if kind in ("np:page", "page") and each not in made and is_new:
+            files = {pointer.get("FILEID") for pointer in each.iterchildren("{*}fptr")}
+            if each in made:
+                continue
+            if not made or structure_of(each) in maps:
+                is_page = kind in ("np:page", "page")
+            elif each.get("DMDID"):
+                is_page = kind == "np:page" and each.get("DMDID") not in described
+            else:
+                is_page = kind == "np:page" and bool(files - taken)
+            if is_page:
                 left.append(each)
         return left
 
@@ -2288,31 +2294,27 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
 
     def _look_for_unread_text(self, path: str, document: Any) -> None:
         """Enter the OCR files that a METS file describes, and that no page has taken."""
-        mets = f"{{{batch_loader.ns['mets']}}}"
-        href = f"{{{batch_loader.ns['xlink']}}}href"
+        files = [MetsFile(each) for each in document.iter("{*}file")]
+        texts = {file.id for file in files if file.is_xml and file.use == "ocr"}
         taken: Set[str] = set()
-        uses = {file.get("ID"): str(file.get("USE")).lower() for file in document.iter("{*}file")}
+        named_in_vain: Set[str] = set()  # by pages without a text
         for number, (division, page) in enumerate(self._pages, 1):
-            files = [each.get("FILEID") for each in division.iterchildren(mets + "fptr")]
-            if page.ocr_filename:
-                taken.update(files)
-            texts = [each for each in files if uses.get(each) == "ocr"]
-            if len(texts) > 1:
-                what = f"page {number}: ONI would read one alone of its {len(texts)} OCR files"
-                self.enter_fault(path, what)
+            ids = {pointer.get("FILEID") for pointer in division.iterchildren("{*}fptr")}
+            (taken if page.ocr_filename else named_in_vain).update(ids)
+            if len(ids & texts) > 1:
+                what = f"ONI would read one alone of its {len(ids & texts)} OCR files"
+                self.enter_fault(path, f"page {number}: {what}")
         without = any(len(division) and not page.ocr_filename for division, page in self._pages)
-        for file in document.iter("{*}file"):
-            use = (file.get("USE") or file.getparent().get("USE") or "").strip().lower()
-            names = [each.get(href, "") for each in file.iterchildren("{*}FLocat")]
-            is_text = use in ("ocr", "alto")
-            if not use:
-                is_text = any(each.lower().endswith(".xml") for each in names)
-            if not is_text or file.get("ID") in taken:
+        for file in files:
+            is_text = file.use in ("ocr", "alto")
+            if file.is_xml and (not file.use or file.id in named_in_vain):
+                is_text = True
+            if not is_text or file.id in taken:
                 continue
             if without:
-                self.enter_fault(path, f"ONI would leave out the OCR file {file.get('ID')}")
+                self.enter_fault(path, f"ONI would leave out the OCR file {file.id}")
             else:
-                self.enter_warning(path, f"the OCR file {file.get('ID')} belongs to no page")
+                self.enter_warning(path, f"the OCR file {file.id} belongs to no page")
 
     def _look_for_twins(self, path: str) -> None:
         """Warn of another batch that holds the issue just loaded."""
@@ -2401,6 +2403,22 @@ def without_path(words: str, path: str) -> str:
     words = re.sub(r" \([^()]*, line [0-9]+\)$", "", words)  # lxml's own, which repeats that
     words = re.sub(f": {either}(?=>?$)", "", words)
     return words.replace(f"{path}: ", "").replace(repr(path), "it").replace(path, "it")
+
+
+class MetsFile:
+    """A file that a METS file describes."""
+
+    def __init__(self, element: Any) -> None:
+        href = f"{{{batch_loader.ns['xlink']}}}href"
+        self.id = element.get("ID")
+        self.use = (element.get("USE") or element.getparent().get("USE") or "").strip().lower()
+        self.is_xml = any(each.get(href, "").lower().endswith(".xml")
+                          for each in element.iterchildren("{*}FLocat"))  # fmt: skip
+
+
+def structure_of(division: Any) -> Any:
+    """Return the structMap of a METS file that a division is in."""
+    return next(division.iterancestors("{*}structMap"), None)
 
 
 def issues_in(document: Any) -> List[Any]:
