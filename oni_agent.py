@@ -2206,6 +2206,9 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
             raise
         self._pages.append((division, page))
         self._issue["pages"].append([page.url, bool(page.ocr_filename)])
+        if self._reads_mets_as_text(page):
+            what = "ONI would read this file in the place of a text, whose name is missing"
+            self.enter_fault(self._path, f"page {self._at_page}: {what}")
         if len(self._issue["pages"]) > MAX_ADDRESSES:
             raise CannotAnswer(f"it has more than {MAX_ADDRESSES} pages")
         if not self._counting:
@@ -2215,6 +2218,13 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
                 elif name:
                     self._look_at_served_file(kind, name)
         return page
+
+    def _reads_mets_as_text(self, page: Any) -> bool:
+        """Return whether the OCR file of a page is the METS file itself, as by an empty href."""
+        if not page.ocr_filename:
+            return False
+        url = urllib.parse.urljoin(self.current_batch.storage_url, page.ocr_filename)
+        return local_path(url) == local_path(self._mets)
 
     def _warn_of_addresses(self, name: str) -> None:
         """Warn, once in an issue, of files that ONI would not store relative to the batch."""
@@ -2275,9 +2285,10 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
             self._look_for_pages_gone(path, document)
 
     def _look_for_pages_gone(self, path: str, document: Any) -> None:
-        """Enter that an issue has files, and no page. One without both may be meant so."""
+        """Warn of an issue that has files, and no page. One without both may be meant so."""
         if not self._pages and next(document.iter("{*}file"), None) is not None:
-            self.enter_fault(path, "ONI would load the issue without a page, though it has files")
+            told = "ONI would load the issue without a page, though it has files"
+            self.enter_warning(path, told)
 
     def _look_for_divisions_of_files(self, path: str, document: Any) -> None:
         """Enter divisions that have an image, or a text, as pages have, and that are no page's."""
@@ -2364,14 +2375,12 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         reads it.
         """
         url = urllib.parse.urljoin(self.current_batch.storage_url, page.ocr_filename)
-        if local_path(url) == local_path(self._mets):
-            what = "ONI would read this file in the place of a text, whose name is missing"
-            self.enter_fault(self._path, f"page {self._at_page}: {what}")
-        elif plainly_fine(Links.opened(url), self._languages):
+        if plainly_fine(Links.opened(url), self._languages):
             assert page.url and page.issue.title.solr_doc  # what Page.solr_doc can fail on
         else:
             self._reads(url)
-            super().process_ocr(page, index)
+            with contextlib.suppress(NotPretended):  # then it is not known what ONI would index
+                super().process_ocr(page, index)
             self._reads(self._mets)
 
     def extract(self, url: str) -> Any:
@@ -2524,6 +2533,10 @@ def letters_of(url: str) -> int:
     return held
 
 
+class NotPretended(Exception):
+    """ONI's code has asked for something that has no stand-in here: it is of another release."""
+
+
 class PretendedTexts:
     """Stands for OCR.language_texts: keeps what ONI's loader makes, for ONI's Page.solr_doc."""
 
@@ -2543,6 +2556,9 @@ class PretendedTexts:
 
     def values(self, *_: str) -> List[Dict[str, str]]:
         return self._rows
+
+    def __getattr__(self, name: str) -> Any:
+        raise NotPretended(name)
 
 
 def language_is_known(code: str) -> bool:

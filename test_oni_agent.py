@@ -2370,7 +2370,7 @@ ODDITIES.update(
         "file without USE": in_mets(' USE="master"', ""),
         "file of another USE": in_mets('USE="master"', 'USE="thumbnail"'),
         "fptr without FILEID": in_mets('<fptr FILEID="masterP$"/>', "<fptr/>"),
-        "OCR file without FLocat": in_mets('xlink:href="000P$.xml"', ""),
+        "OCR file without FLocat": both(in_mets('xlink:href="000P$.xml"', ""), without_ocr),
         "OCR by a roundabout path": in_mets('href="000P$.xml"', 'href="./../x/.././//000P$.xml"'),
         "OCR by an absolute path": absolute(""),
         "OCR by a file: URL": absolute("file://"),
@@ -2404,7 +2404,7 @@ ODDITIES.update(
         "width 5200.0": width("5200.0"),
         "width with a comment": width("5200<!-- -->"),
         # a page's text
-        "ALTO with prefixes": prefixed("ocr", "alto"),
+        "ALTO with prefixes": both(prefixed("ocr", "alto"), without_ocr),
         "ALTO with an undeclared prefix": in_alto("<Page ", '<Page xlink:href="x" '),
         "ALTO with a DOCTYPE": in_alto(HEAD, doctype("alto", '[<!ENTITY e "é">]')),
         "ALTO with an entity": both(
@@ -2560,7 +2560,7 @@ MISSED_ONCE: dict[str, Oddity] = {
     "a page's fptr in a division of its own": in_mets(
         '<fptr FILEID="ocrP$"/>', '<div><fptr FILEID="ocrP$"/></div>'
     ),
-    "OCR without href": in_mets(' xlink:href="000P$.xml"', ""),
+    "OCR without href": both(in_mets(' xlink:href="000P$.xml"', ""), without_ocr),
     "a jp2 cut to 40 bytes, unmeasured": picture(JP2[:40]),
     "two services, the first of which is missing": two_services,
     "# in a folder's name": folder_named("a#b"),
@@ -4698,6 +4698,71 @@ HOSTILE = {
     "METS with entities that grow a hundredfold": ("1900010101.xml", expanding_entities),
     "OCR of 2 GB": ("0001.xml", sparse),
 }
+
+
+STRING = '<String CONTENT="lost"/>'
+LOST_TEXTS = {  # the content of an ALTO file, and what becomes of its text
+    "in two languages of one field of the index": (
+        '<TextBlock language="eng"><TextLine><String CONTENT="kept"/></TextLine></TextBlock>'
+        f'<TextBlock language="lat"><TextLine>{STRING}</TextLine></TextBlock>',
+        "ONI would index 4 of the 8 characters of its text",
+    ),
+    "after the last line": (
+        f'<TextLine><String CONTENT="kept"/></TextLine>{STRING}',
+        "ONI would index 4 of the 8 characters of its text",
+    ),
+    "in no line": (STRING, "ONI would index 0 of the 4 characters of its text"),
+    "with a prefix": (
+        f'<TextLine>{STRING.replace("<", "<alto:", 1)}</TextLine>',
+        "ONI would index 0 of the 4 characters of its text",
+    ),
+}
+
+
+@pytest.mark.parametrize("where", LOST_TEXTS)
+def test_a_text_that_the_index_would_lose_is_a_fault(agent, where):
+    content, said = LOST_TEXTS[where]
+    batch = agent.batch(ALPHA, issues=1, pages=1)
+    ocr = page_file(batch, "0001.xml", 0)
+    ocr.write_text(f'<alto xmlns:alto="x"><Layout><Page>{content}</Page></Layout></alto>')
+    status, answer = checked(agent, ALPHA)
+    assert status == 1
+    assert [(fault["file"], fault["fault"]) for fault in answer["faults"]] == [
+        (str(ocr.relative_to(batch)), f"page 1: {said}")
+    ]
+    assert agent.manage("load_batch", str(batch)).returncode == 0
+    [id] = agent.solr.documents(ALPHA)
+    indexed = [text for field, text in agent.solr._documents[id].items() if "ocr_" in field]
+    assert ("lost" in "".join(indexed)) + ("kept" in "".join(indexed)) == content.count("kept") * (
+        where != "in no line"
+    )
+
+
+def test_what_is_no_alto_file_is_a_fault_where_a_text_should_be(agent):
+    batch = agent.batch(ALPHA, issues=1, pages=1)
+    page_file(batch, "0001.xml", 0).write_text("<html><body>A text.</body></html>")
+    status, answer = checked(agent, ALPHA)
+    assert status == 1
+    said = "page 1: it is no ALTO file, and ONI would index nothing of it"
+    assert [fault["fault"] for fault in answer["faults"]] == [said]
+
+
+def test_a_fault_that_was_remembered_goes_with_its_file(agent):
+    batch = agent.batch(ALPHA)
+    agent.run("load-batch", ALPHA)
+    mets = mets_of(batch, 0)
+    content = mets.read_bytes()
+    mets.write_text("<x")
+    assert word(agent)[0] == "unknown"
+    assert listed(agent)[0] in ("unknown", "complete")
+    mets.write_bytes(content)
+    assert word(agent) == ["complete", 2, 4, 2, 4, 4]
+    assert without_session(agent.call("load-batch", ALPHA)) == NOOP
+
+
+def test_the_files_of_a_title_that_open_oni_lacks_are_counted(agent):
+    agent.batch(ALPHA, lccn="sn99990077")
+    assert word(agent) == ["absent", 0, 0, 2, 4, 0]
 
 
 @pytest.mark.parametrize("what", HOSTILE)
@@ -11887,12 +11952,13 @@ def core_models() -> None:
             document["section_label"] = self.section_label
             document["edition_label"] = self.issue.edition_label
             try:
-                texts = self.ocr.language_texts.values_list("language__code", "text")
+                texts = self.ocr.language_texts.select_related().values("language__code", "text")
             except OCR.DoesNotExist:
                 texts = None
-            for code, words in texts:
+            for each in texts:
+                code = each["language__code"]
                 known = code if code in settings.SOLR_LANGUAGES else "eng"
-                document[f"ocr_{known}"] = words
+                document[f"ocr_{known}"] = each["text"]
             return document
 
     def coordinates_path(url_parts: Dict[str, Any]) -> str:
