@@ -616,6 +616,7 @@ if INSIDE or TYPE_CHECKING:
     import sys
     import threading
     import time
+    import traceback
     import urllib.parse
     import urllib.request
     import zlib
@@ -1077,7 +1078,10 @@ def answer_titles(lccns: List[str], solr_seconds: float) -> Dict[str, Any]:
     solr = patient_solr(solr_seconds)
     found = {}
     for title in models.Title.objects.filter(lccn__in=lccns):
-        hits = solr.search("{!terms f=id}" + title.url, rows=0).hits
+        try:
+            hits = solr.search("{!terms f=id}" + title.url, rows=0).hits
+        except Exception as error:
+            raise SolrGone(error)
         found[title.lccn] = [title.version.timestamp(), hits > 0]
     return found
 
@@ -1336,6 +1340,15 @@ def rehearse(name: str, folder: str, loader: "Rehearsal") -> Dict[str, Any]:
         finally:
             transaction.set_rollback(True)
     return loader.result()
+
+
+class SolrGone(CannotAnswer):
+    """Solr does not say whether it has what was asked for."""
+
+    transient = True
+
+    def __init__(self, error: Any) -> None:
+        super().__init__(f"Solr cannot be asked ({first_line(error)})")
 
 
 class DatabaseGone(CannotAnswer):
@@ -1711,7 +1724,7 @@ class Titles(TitleLoader):  # type: ignore[misc]
         """
         url.encode("ascii")
         if not connection.is_usable():
-            raise DatabaseGone(url)
+            raise DatabaseGone("its connection is closed")
         key = key_of(self._asked)
         if key in self._missing:
             raise NoTitle(self._asked, self._missing[key])
@@ -1748,6 +1761,8 @@ class Titles(TitleLoader):  # type: ignore[misc]
         self.outcomes.clear()
         try:
             self.load_record_file(io.BytesIO(record))
+        except CannotAnswer:
+            raise
         except Exception as error:
             self._known.pop(key_of(lccn), None)
             return f"that is no MARC XML: {first_line(error)}"
@@ -1777,6 +1792,8 @@ class Titles(TitleLoader):  # type: ignore[misc]
                 is_one = record and record.get_fields()
                 self._expect()
                 load(record)
+                if self._gone:
+                    raise DatabaseGone(self._gone)
                 if is_one:
                     self._conclude(record)
 
@@ -1794,6 +1811,7 @@ class Titles(TitleLoader):  # type: ignore[misc]
 
     def _expect(self) -> None:
         self._made: Any = None
+        self._gone: Optional[Exception] = None  # what ONI's loader stumbled over: no database
         self._wrong = ""
         self._outcome = "ignored"
 
@@ -1804,7 +1822,8 @@ class Titles(TitleLoader):  # type: ignore[misc]
         try:
             title = super().load_bib(record)
         except Exception as error:
-            words = LastWords.said or f"{type(error).__name__}: {first_line(error)}"
+            self._gone = None if connection.is_usable() else error
+            words = LastWords.said or f"{type(error).__name__}: {words_of(error)}"
             self._wrong = f"ONI cannot store the title {lccn_of(record)}: {words}"
             raise
         if title is not None:
@@ -1847,6 +1866,15 @@ class Titles(TitleLoader):  # type: ignore[misc]
         )
 
 
+def words_of(error: Exception) -> str:
+    """Return what an exception says; of one that says nothing, the line of ONI's that raised it."""
+    if str(error).strip("'\" "):
+        return first_line(error)
+    lines = [frame.line for frame in traceback.extract_tb(error.__traceback__)
+             if os.sep + "core" + os.sep in frame.filename]  # fmt: skip
+    return f"in ONI's line `{lines[-1]}`" if lines else "no reason"
+
+
 def key_of(lccn: str) -> str:
     """Return the same for all spellings of an LCCN that ONI's database takes for one."""
     return lccn.lower()
@@ -1873,6 +1901,8 @@ def poison_in(title: Any) -> str:
         assert models.Issue(title=title, date_issued=date(1900, 1, 1), edition=1).url
         assert title.solr_doc
     except Exception as error:
+        if not connection.is_usable():
+            raise DatabaseGone(error)
         told = "ONI would store the title %r, but no batch of it could be loaded: %s: %s"
         return told % (title.lccn, type(error).__name__, first_line(error))
     return ""
@@ -1945,6 +1975,8 @@ def study_records(tell: Tell, path: str) -> List[Dict[str, Any]]:
         with transaction.atomic(), connection.execute_wrapper(send_only_select):
             try:
                 loader.load_record_file(file)
+            except CannotAnswer:
+                raise
             except Exception as error:
                 raise CannotAnswer(what_sax_says(error))
             finally:
