@@ -3602,7 +3602,7 @@ class Site:
         if not self._client_titles.acquire(timeout=PATIENT_SECONDS):
             raise Passing(f"too many titles for {PATIENT_SECONDS} s; ask again")
         try:
-            return list(self.oni.ask("study_records", str(path)))
+            return list(self.oni.ask("study_records", str(path), within=PATIENT_SECONDS))
         finally:
             self._client_titles.release()
 
