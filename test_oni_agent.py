@@ -5506,6 +5506,47 @@ def test_a_title_is_stored_when_open_oni_has_its_row_and_solr_its_document(agent
     assert "indexing title sn99990009" in agent.logs(job["id"])
 
 
+HELD_END = """
+import contextlib, sys
+if "load_titles" in sys.argv:
+    import atexit
+    @atexit.register
+    def wait():
+        with contextlib.suppress(OSError):
+            open("hold-end").read()
+"""
+
+
+def test_a_title_job_waits_for_a_solr_that_comes_back(site):
+    site.prepend_to_manage(HELD_END)
+    gate = site.hold(site.oni / "hold-end")
+    id = site.start().job("load-title", stdin=marc_xml())
+    gate.reached()  # ONI has stored and indexed it; the agent is yet to ask for that
+    with site.solr.failing():
+        asked = len(site.solr.requests)
+        gate.open()
+        until(lambda: len(site.solr.requests) > asked)
+    job = site.ended(id)
+    assert (job["status"], job.get("error")) == ("successful", None)
+
+
+def test_a_connection_cut_amid_a_record_is_no_verdict_on_the_record(site):
+    settings_local(site, CUT_CONNECTIONS)
+    gate = held_question(site, 'FROM "core_title"')
+    site.start()
+    with Client(site.port) as client:
+        channel = client.channel("load-title")
+        channel.sendall(marc_xml())
+        channel.shutdown_write()
+        gate.reached()
+        time.sleep(0.02)  # the clock of files is coarser than Python's
+        (site.oni / "connections-cut").write_text("")
+        (site.oni / "held-query").write_text("no more")
+        gate.open()
+        reply = json.loads(channel.makefile("rb").read())
+    assert reply["status"] == "success", reply
+
+
 ELEMENTS = {  # XML of up to 32 MiB, made of very many very small things
     "beside each other": (b"<r>", b"<a/>", b"</r>"),
     "below each other": (b"<r>", b"<a>", b""),
