@@ -1249,12 +1249,15 @@ def files_of(parts: Sequence[Mapping[str, Any]]) -> Dict[str, Any]:
         for fault in part["faults"]:
             told = f"{fault['file']}: {fault['fault']}"
             addresses.append(told)
-            pages += not fault["order"]
+            if not fault["order"]:  # it is one of the whole batch
+                pages += 1
             if fault["ends_load"]:
                 problem = problem or told
         faulty = {fault["order"] for fault in part["faults"]}
         for issue in part["found"]:
-            pages += len(issue["pages"]) + max(issue["lost"], issue["order"] in faulty)
+            pages += len(issue["pages"]) + issue["lost"]
+            if issue["order"] in faulty and not issue["lost"]:
+                pages += 1
             addresses += [address for address, _ in issue["pages"]]
             with_text += [address for address, has_text in issue["pages"] if has_text]
     return {
@@ -2101,7 +2104,7 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         """Enter what keeps ONI from making its link to the batch's folder."""
         in_the_way = what_is_in_the_way(Links.link, folder)
         if in_the_way and not self._part and not self._counting:
-            self.enter_fault("", in_the_way, ends_load=True, order=0)
+            self.enter_fault("data/batch.xml", in_the_way, ends_load=True, order=0)
 
     def watch(self, url: str) -> None:
         """Take note of a document that ONI's loader is about to parse."""
@@ -2216,7 +2219,7 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
 
     def _refuse_own_trouble(self, error: Exception) -> None:
         """Raise DatabaseGone or CannotAnswer where `error` is no fault of a file."""
-        if isinstance(error, (DatabaseGone, CannotAnswer)):
+        if isinstance(error, CannotAnswer):
             raise error
         has_no_memory = getattr(error, "code", None) == NO_MEMORY and "huge" not in str(error)
         if isinstance(error, MemoryError) or has_no_memory:
@@ -2283,7 +2286,7 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         """
         if self._document is None:
             return []
-        made = [division for division, _ in self._pages]
+        made = {division for division, _ in self._pages}
         maps = {structure_of(division) for division in made}
         described = {division.get("DMDID") for division in made}
         taken = {each.get("FILEID") for division in made for each in division.iter("{*}fptr")}
@@ -2379,15 +2382,15 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         listing = "data/" + self.current_batch.validated_batch_file
         document = batch_loader.etree.parse(f"file://{Links.link}/{listing}")
         count = len(issues_in(document))
-        self._look_for_stale_list(listing)
+        self._look_for_stale_list(listing, document)
         if not self._seen:
             self.enter_fault(listing, "it names no issue, so ONI would load nothing", order=0)
         elif count > self._seen:
             what = "ONI would leave out %d of its %d issues without a word"
             self.enter_fault(listing, what % (count - self._seen, count), order=0)
 
-    def _look_for_stale_list(self, listing: str) -> None:
-        """Enter that ONI reads an older list than batch.xml, which has more issues."""
+    def _look_for_stale_list(self, listing: str, document: Any) -> None:
+        """Enter that batch.xml names issues which the list (`document`) that ONI reads does not."""
         plain = "data/batch.xml"
         if listing == plain or not os.path.exists(plain):
             return
@@ -2395,7 +2398,7 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
             named = names_in(etree.parse(plain))
         except (OSError, etree.XMLSyntaxError):
             return
-        left = named - names_in(etree.parse(listing))
+        left = named - names_in(document)
         if left:
             what = "it names %d issues that %s beside it, which ONI would read, does not"
             self.enter_fault(plain, what % (len(left), listing), order=0)
@@ -2419,7 +2422,7 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         """Stand for ONI's ocr_extractor: have that read, and see how much text there is."""
         texts, coordinates = ocr_extractor(url)
         self._held = letters_of(Links.opened(url))
-        if not self._held and not any(texts.values()):
+        if not self._held:
             self.enter_warning(Links.within_batch(url), "this OCR file has no text")
         return texts, coordinates
 
@@ -2536,7 +2539,8 @@ def plainly_fine(url: str, languages: Set[str]) -> bool:
 def letters_of(url: str) -> int:
     """Return how many characters of text, without spaces, an OCR file holds; -1: it is no ALTO.
 
-    An attribute CONTENT holds text, however it is spelt, and with any prefix.
+    The CONTENT of a String is text, however both are spelt, and with any prefix. That of a hyphen
+    (HYP), a Glyph or a Variant is not: it says once more what is in a String, or how a line ends.
     """
     held = 0
     depth = 0
@@ -2546,7 +2550,7 @@ def letters_of(url: str) -> int:
         if not depth and tag.rpartition(":")[2].lower() != "alto":
             held = -1
         depth += 1
-        if held >= 0:
+        if held >= 0 and tag.rpartition(":")[2].lower() == "string":
             for name, value in zip(attributes[::2], attributes[1::2]):
                 if name.rpartition(":")[2].lower() == "content":
                     held += len("".join(value.split()))
@@ -3378,14 +3382,14 @@ class Memory:
 
 @dataclass
 class Files:
-    """What the files of a batch name, as ONI's own loader reads them (see count_files)."""
+    """What the files of a batch name, as ONI's own loader reads them (see files_of)."""
 
     issues: int = 0
     pages: int = 0
     with_text: int = 0  # pages that have an OCR file
     rows_digest: str = ""  # the digest of all pages' addresses
     text_digest: str = ""  # the same, of the pages with an OCR file
-    watched: str = ""  # see watched_files
+    watched: str = ""  # see sizes_and_times
     problem: str = ""  # why ONI cannot read them; then nothing else is known
 
 

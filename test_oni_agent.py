@@ -4750,6 +4750,25 @@ def test_a_text_that_the_index_would_lose_is_a_fault(agent, where):
     )
 
 
+def test_a_hyphen_and_a_glyph_are_no_text_of_their_own(agent):
+    batch = agent.batch(ALPHA, issues=1, pages=1)
+    words = '<String CONTENT="ke"><Glyph CONTENT="k"/><Glyph CONTENT="e"/></String>'
+    line = f'<TextLine>{words}<HYP CONTENT="-"/></TextLine>'
+    alto = f"<!DOCTYPE alto []><alto><Layout><Page>{line}</Page></Layout></alto>"
+    page_file(batch, "0001.xml", 0).write_text(alto)
+    status, answer = checked(agent, ALPHA)
+    assert (status, answer["faults"], answer["warnings"]) == (0, [], [])
+
+
+def test_lines_without_words_are_no_text(agent):
+    batch = agent.batch(ALPHA, issues=1, pages=1)
+    alto = "<alto><Layout><Page><TextLine/><TextLine/></Page></Layout></alto>"
+    page_file(batch, "0001.xml", 0).write_text(alto)
+    status, answer = checked(agent, ALPHA)
+    assert (status, answer["faults"]) == (0, [])
+    assert [each["warning"] for each in answer["warnings"]] == ["this OCR file has no text"]
+
+
 def test_what_is_no_alto_file_is_a_fault_where_a_text_should_be(agent):
     batch = agent.batch(ALPHA, issues=1, pages=1)
     page_file(batch, "0001.xml", 0).write_text("<html><body>A text.</body></html>")
@@ -6534,7 +6553,8 @@ def test_job_wait_is_woken_by_the_end_of_its_job(site):
         assert json.loads(waiting.makefile("rb").read())["job"]["status"] == "successful"
 
 
-def test_a_manage_py_that_ignores_sigterm_is_killed_and_its_batch_purged(site):
+def cancelled_in_vain(site: Site) -> Gate:
+    """The gate at which a load stands: job 1, cancelled, whose manage.py ignores that."""
     site.prepend_to_manage(
         "import sys, signal\nif 'load_batch' in sys.argv: "
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)"
@@ -6544,6 +6564,11 @@ def test_a_manage_py_that_ignores_sigterm_is_killed_and_its_batch_purged(site):
     site.job("load-batch", "batch_oru_alpha_ver01")
     gate.reached()
     site.call("job-cancel", "1")
+    return gate
+
+
+def test_a_manage_py_that_ignores_sigterm_is_killed_and_its_batch_purged(site):
+    cancelled_in_vain(site)
     assert site.ended(1)["error"] == "cancelled; ONI holds nothing of the batch"
     signals = [line.split()[1] for line in site.logs(1) if line.startswith("cancelled: SIG")]
     assert signals == ["SIGTERM", "SIGKILL"]
@@ -7534,15 +7559,7 @@ def test_a_cancel_survives_a_killed_agent(agent):
 
 
 def test_a_cancel_holds_though_the_load_was_whole_before_the_next_agent_came(site):
-    site.prepend_to_manage(
-        "import sys, signal\nif 'load_batch' in sys.argv: "
-        "signal.signal(signal.SIGTERM, signal.SIG_IGN)"
-    )
-    gate = site.hold_load(site.batch("batch_oru_alpha_ver01"))
-    site.start()
-    site.job("load-batch", "batch_oru_alpha_ver01")
-    gate.reached()
-    site.call("job-cancel", "1")
+    gate = cancelled_in_vain(site)
     site.kill()
     gate.open()
     until(lambda: not site.manage_pids("load_batch"))
