@@ -8224,6 +8224,8 @@ def test_job_follow_begins_with_the_last_lines_that_are_asked_for(agent):
     gate = agent.hold_load(agent.batch(ALPHA, issues=3), issue=2)
     agent.job("load-batch", ALPHA)
     gate.reached()
+    held = "Saving page. issue date: 1900-01-03 00:00:00, page sequence: 1"  # the gate's page
+    until(lambda: any(held in line for line in agent.logs(1)))
     so_far = agent.logs(1)
     following = ssh_begin(agent, "job-follow 1 2")
     first = following.stdout.readline().decode().rstrip("\n")
