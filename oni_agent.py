@@ -201,9 +201,11 @@ ANSWER_SECONDS = 10  # for Open ONI, or the batches' file system, to answer a co
 PATIENT_SECONDS = 60  # the same, when a job at work asks
 SOLR_SECONDS = 4  # for Solr to answer a question
 CHECK_SECONDS = 3600  # for reading every file of a batch
+RECORDS_SECONDS = 0.5  # for a look at a client's MARC records, before their job is accepted
 LIST_SECONDS = 1.5  # for list-batches to count what is not remembered
 LIST_PATIENCE = 60  # for Open ONI to tell of all batches at once
 MAX_PARTS = 4  # processes in which a batch is checked at once, each on a core of its own
+LIST_OF_PART = 1000  # bytes of its list of issues, some eight of these, for each of them
 TERM_SECONDS = 10  # between SIGTERM and SIGKILL for a cancelled manage.py
 HOOK_SECONDS = 60  # for ON_FINISH
 SHELL_SECONDS = 600  # without a question, after which the manage.py that answers them ends
@@ -606,6 +608,7 @@ if INSIDE or TYPE_CHECKING:
     import itertools
     import json
     import logging
+    import mimetypes
     import os
     import re
     import resource
@@ -620,7 +623,7 @@ if INSIDE or TYPE_CHECKING:
     import urllib.parse
     import urllib.request
     import zlib
-    from datetime import date
+    from datetime import date, datetime
     from hashlib import blake2b
     from types import SimpleNamespace
     from typing import (
@@ -730,6 +733,10 @@ def warm_up() -> None:
     title = models.Title(lccn="sn00000000")
     issue = models.Issue(title=title, date_issued=date(1900, 1, 1), edition=1)
     assert models.Page(issue=issue, sequence=1).url  # reads the site's URL patterns
+    assert datetime.strptime("1900-01-01", "%Y-%m-%d")  # imports more, as the loader would
+    mimetypes.init()  # reads the files that urllib asks for each URL
+    pages = models.Page.objects.filter(issue__batch_id="").select_related("issue__title")
+    assert str(pages.order_by("sequence").query)  # fills Django's caches
 
 
 def be_worker(channel: socket.socket) -> None:
@@ -1782,15 +1789,18 @@ class Titles(TitleLoader):  # type: ignore[misc]
         problems = [each["problem"] for each in self.outcomes if each["problem"]]
         return problems[0] if problems else "it answers with another record"
 
-    def load_record_file(self, file: Any) -> None:
-        """Load all records of an open file as load_titles does; fill `outcomes`.
+    def load_record_file(self, file: Any, seconds: float = sys.maxsize) -> None:
+        """Load the records of an open file as load_titles does; fill `outcomes`.
 
-        Raises what the XML parser raises.
+        After so many seconds the other records are only parsed. Raises what the XML parser raises.
         """
         map_xml = title_loader.map_xml
+        until = time.monotonic() + seconds
 
         def see_each(load: Callable[[Any], None], opened: Any) -> None:
             def see(record: Any) -> None:
+                if time.monotonic() > until:
+                    return
                 # An answer of OCLC's has an element of the same name around its records.
                 is_one = record and record.get_fields()
                 self._expect()
@@ -1963,10 +1973,11 @@ def fetched(url: str) -> bytes:
                 raise OSError(f"it did not answer within {TITLE_SECONDS} s")
 
 
-def study_records(tell: Tell, path: str) -> List[Dict[str, Any]]:
-    """Return what ONI would make of each record in a file of MARC XML, as Titles has it.
+def study_records(tell: Tell, path: str, seconds: float) -> List[Dict[str, Any]]:
+    """Return what ONI would make of the records in a file of MARC XML, as Titles has it.
 
-    Raises CannotAnswer where it could not make a title of one.
+    Those are left out that ONI's loader does not come to within so many seconds. Raises
+    CannotAnswer where it could not make a title of one, or the file is no XML.
     """
     with open(path, "rb") as file:
         if b"<!DOCTYPE" in file.read().replace(b"\0", b""):
@@ -1977,7 +1988,7 @@ def study_records(tell: Tell, path: str) -> List[Dict[str, Any]]:
         pretend("", Rehearsal())
         with transaction.atomic(), connection.execute_wrapper(send_only_select):
             try:
-                loader.load_record_file(file)
+                loader.load_record_file(file, seconds)
             except CannotAnswer:
                 raise
             except Exception as error:
@@ -3592,21 +3603,27 @@ class Site:
             raise Problem(f'"{name}" is not a batch name: Open ONI takes batch_AWARDEE_NAME_verNN')
         return self.source / name
 
-    def records(self, path: Path) -> List[Dict[str, Any]]:
+    def records(self, path: Path, go_on: Callable[[], None]) -> List[Dict[str, Any]]:
         """Return what ONI would make of the MARC records in a file, as study_records has it.
 
-        A job asks this. Raises Problem where ONI could not make a title of one.
+        A job asks this; what `go_on`, which is called each second, raises ends that. Raises Problem
+        where ONI could not make a title of one.
         """
-        return list(self.oni.insist("study_records", str(path)))
+        question = ["study_records", str(path), CHECK_SECONDS]
+        [records] = self.oni.study([question], CHECK_SECONDS, lambda part, news: None, go_on)
+        return list(records)
 
-    def client_records(self, path: Path) -> List[Dict[str, Any]]:
-        """Return the same for a client. Of many that ask at once most wait for the others, rather
-        than be refused, and keep nobody waiting who asks something else. Raises Problem.
+    def look_at_records(self, path: Path) -> None:
+        """Raise Problem where ONI could not make a title of a MARC record in a client's file.
+
+        In a long file a job alone looks at the later records, before ONI loads one: each takes
+        ONI's loader some milliseconds. Of many clients that ask at once most wait for the others,
+        rather than be refused, and keep nobody waiting who asks something else.
         """
         if not self._client_titles.acquire(timeout=PATIENT_SECONDS):
             raise Passing(f"too many titles for {PATIENT_SECONDS} s; ask again")
         try:
-            return list(self.oni.ask("study_records", str(path), within=PATIENT_SECONDS))
+            self.oni.ask("study_records", str(path), RECORDS_SECONDS, within=PATIENT_SECONDS)
         finally:
             self._client_titles.release()
 
@@ -3617,13 +3634,16 @@ class Site:
         self.add_files(state, until)
         return state
 
-    def patient_batch(self, name: str, go_on: Callable[[], None]) -> BatchState:
-        """Return the same for a job, which asks database and Solr anew until PATIENT_SECONDS are
-        over, and has its files counted for CHECK_SECONDS. What is not known then is None.
+    def patient_batch(
+        self, name: str, go_on: Callable[[], None], patience: float = PATIENT_SECONDS
+    ) -> BatchState:
+        """Return the same for a job, which asks database and Solr anew for `patience` seconds, and
+        has the files of a batch that ONI holds counted for CHECK_SECONDS. What is not known then is
+        None.
 
         What `go_on`, which is called each second, raises ends that. Raises Problem.
         """
-        until = time.monotonic() + PATIENT_SECONDS
+        until = time.monotonic() + patience
         while True:
             left = max(1.0, until - time.monotonic())
             # Solr's time ends before the question's, whose answer says that Solr gave none.
@@ -3633,7 +3653,8 @@ class Site:
             if not state.index_problem or time.monotonic() + 1 > until:
                 break
             time.sleep(1)
-        self.add_files(state, time.monotonic() + CHECK_SECONDS, go_on)
+        if state.row:  # else its files would not change the word for it
+            self.add_files(state, time.monotonic() + CHECK_SECONDS, go_on)
         return state
 
     def state(self, name: str, held: Mapping[str, Any]) -> BatchState:
@@ -3701,7 +3722,7 @@ class Site:
         return future.result()
 
     def _count(self, name: str, folder: str) -> Dict[str, Any]:
-        parts = cores()
+        parts = in_time(lambda: parts_of(folder), PATIENT_SECONDS)
         questions = [["study_part", name, folder, part, parts] for part in range(parts)]
         found = self.oni.study(questions, CHECK_SECONDS, lambda part, news: None, lambda: None)
         facts = files_of(found)
@@ -3753,7 +3774,7 @@ class Site:
         ends the check.
         """
         folder = folder or str(self.folder(name))
-        parts = cores()
+        parts = in_time(lambda: parts_of(folder), PATIENT_SECONDS, meanwhile=go_on)
         done = [0] * parts
 
         def hear(part: int, news: Dict[str, Any]) -> None:
@@ -4009,6 +4030,13 @@ class ListedBatches:
 def cores() -> int:
     """Return how many cores this process may use, MAX_PARTS at the most."""
     return min(len(os.sched_getaffinity(0)), MAX_PARTS)
+
+
+def parts_of(folder: str) -> int:
+    """Return in how many processes to look at the batch in `folder`: in one, if it is small."""
+    listings = (os.path.join(folder, "data", name) for name in BATCH_FILES)
+    size = max(os.path.getsize(path) if os.path.isfile(path) else 0 for path in listings)
+    return min(cores(), 1 + size // LIST_OF_PART)
 
 
 def row_key(state: BatchState) -> str:
@@ -5476,7 +5504,7 @@ class BatchKind(Kind):
         if not work.commands and not work.undoing:
             return ""  # nothing has changed, and the error says what was in the way
         try:
-            return str(self.site.patient_batch(self.name, work.go_on))
+            return str(self.site.patient_batch(self.name, work.go_on, ANSWER_SECONDS))
         except (Problem, OSError) as problem:
             return f"what ONI holds of the batch now is not known: {problem}"
 
@@ -5618,10 +5646,10 @@ class LoadTitle(Kind):
 
     def check(self, given: Optional[Path]) -> None:
         assert given is not None
-        self.site.client_records(given)
+        self.site.look_at_records(given)
 
     def bring(self, work: Runner) -> None:
-        self._records = self.site.records(work.input)
+        self._records = self.site.records(work.input, work.go_on)
         for record in self._records:
             if record["outcome"] == "unchanged":
                 work.note(
@@ -5640,7 +5668,7 @@ class LoadTitle(Kind):
         return dict(self.site.oni.insist("answer_titles", lccns, PATIENT_SECONDS))
 
     def verify(self, work: Runner) -> None:
-        self._records = self.site.records(work.input)
+        self._records = self.site.records(work.input, work.go_on)
         stored = self._stored()
         said = f"; load_titles said: {work.complaint()}" if work.commands else ""
         for record in self._records:

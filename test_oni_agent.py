@@ -3424,7 +3424,7 @@ def test_a_database_lost_in_a_load_for_good_leaves_unknown_what_it_holds(agent):
 def test_a_load_that_cannot_be_checked_is_failed_and_says_so(site):
     site.batch(ALPHA)
     gate = gate_in_manage(site, "load_batch", at_exit=True)
-    id = site.start().job("load-batch", ALPHA)
+    id = hurry(site, PATIENT_SECONDS=busy(5)).job("load-batch", ALPHA)
     gate.reached()
     with site.database_down():
         gate.open()
@@ -5444,7 +5444,7 @@ def test_of_many_titles_at_once_none_is_refused(agent):
     with futures.ThreadPoolExecutor(100) as pool:
         records = [marc_xml(f"sn9999{number:04}") for number in range(100)]
         replies = list(pool.map(lambda record: agent.call("load-title", stdin=record), records))
-    assert {reply["status"] for reply in replies} == {"success"}
+    assert [reply for reply in replies if reply["status"] != "success"] == []
     for reply in replies:
         agent.call("job-cancel", str(reply["job"]["id"]))
 
