@@ -211,12 +211,14 @@ HOOK_SECONDS = 60  # for ON_FINISH
 SHELL_SECONDS = 600  # without a question, after which the manage.py that answers them ends
 MAX_QUESTIONS = 8  # of clients, asked of Open ONI at once
 ZYGOTE_SECONDS = 3600  # after which the manage.py that answers is started anew
+DOUBTFUL_SECONDS = 10  # the same, after ONI's code has failed at a question
 KEPT_WORKERS = 2  # processes that wait for the next question, once they have answered one
 MAX_REPLY = 64 * 1024 * 1024  # bytes of what one of them answers
 PROGRESS_SECONDS = 5  # between two questions about how far a load is
 KEEP_DAYS = 90  # how long finished jobs are kept
 KEEP_JOBS = 100  # how many of the newest are kept in any case
 JOBS_IN_MEMORY = 1000  # the newest; what ended before is read from the disk
+TITLES_AT_ONCE = 500  # in one manage.py, which gets their LCCNs in a variable of 128 KiB
 MAX_ERROR = 2000  # bytes of why a job failed; its log has the rest
 LOCK_SECONDS = 5  # to wait for a lock on jobs.db before a change is refused
 READ_SECONDS = 1  # the same, of what only reads
@@ -663,7 +665,7 @@ WORKER_MEMORY = 1 << 30  # bytes that a worker may take
 WORKER_IDLE_SECONDS = 60  # without a question, after which a worker ends
 TITLE_SECONDS = 20  # for the MARC site to give one record
 MAX_RECORD = 32 << 20  # bytes of one record of the MARC site
-MAX_ADDRESSES = 200000  # pages of one batch that are told of
+MAX_ADDRESSES = 200000  # pages of one issue that are told of
 TRANSIENT = (1040, 1053, 1205, 1213, 1927, 2002, 2003, 2006, 2013)  # MariaDB's: it may pass
 
 Tell = Callable[..., None]  # sends news (keywords) to whoever has asked, before the answer
@@ -682,16 +684,18 @@ def serve_workers(control_number: int, idle_seconds: int) -> None:
     """Fork a worker for each socket that arrives over `control_number`, a socket's descriptor.
 
     This process is the zygote: it has all of ONI in memory and never connects to the database, so
-    that a fork of it can begin at once. A message is either "fork", with a socket for the worker,
-    or "kill PID": only the zygote kills, since it alone knows that the PID is still its child's.
-    It ends with the agent, or after `idle_seconds` without a message.
+    that a fork of it can begin at once. A message is "fork", with a socket for the worker; or "kill
+    PID": only the zygote kills, since it alone knows that the PID is still its child's; or
+    "retire", upon which it ends with its last worker. It also ends with the agent, or after
+    `idle_seconds` without a message and a worker.
     """
     control = socket.socket(fileno=control_number)
     warm_up()
     control.send(b"ready")
     children: Set[int] = set()
+    is_retired = False
     quiet_since = time.monotonic()
-    while children or time.monotonic() - quiet_since < idle_seconds:
+    while children or not (is_retired or time.monotonic() - quiet_since >= idle_seconds):
         readable = select.select([control], [], [], 1)[0]
         children.difference_update(ended_children())
         if not readable:
@@ -703,6 +707,8 @@ def serve_workers(control_number: int, idle_seconds: int) -> None:
         word, _, number = message.decode().partition(" ")
         if word == "kill" and int(number) in children:
             os.kill(int(number), signal.SIGKILL)
+        if word == "retire":
+            is_retired = True
         if word == "fork":
             channel = socket.socket(fileno=int.from_bytes(ancillary[0][2][:4], sys.byteorder))
             child = os.fork()
@@ -756,6 +762,10 @@ def be_worker(channel: socket.socket) -> None:
             if name.startswith("study_"):
                 break
             signal.alarm(WORKER_IDLE_SECONDS)
+    except BrokenPipeError:
+        pass  # the agent has gone, or waits for the answer no more
+    except Exception:
+        traceback.print_exc()  # its last line is told by the agent
     finally:
         os._exit(0)  # without the exit handlers of the process that this is a fork of
 
@@ -1229,10 +1239,13 @@ def study_rows(tell: Tell, names: List[str]) -> None:
 def study_files(tell: Tell, batches: List[List[str]]) -> None:
     """Tell what the files of each batch, [name, folder], name, as `rehearse` does."""
     for name, folder in batches:
+        loader = Rehearsal(counting=True)
         try:
-            tell(name=name, **files_of([rehearse(name, folder, Rehearsal(counting=True))]))
+            tell(name=name, **files_of([rehearse(name, folder, loader)]))
         except CannotAnswer as problem:
-            tell(name=name, problem=str(problem))
+            if problem.transient:
+                raise
+            tell(name=name, problem=str(problem), watched=loader.watched_in(folder))
 
 
 def study_part(tell: Tell, name: str, folder: str, part: int, parts: int) -> Dict[str, Any]:
@@ -1644,7 +1657,7 @@ class PretendedAwardees:
         try:
             return models.Awardee.objects.get(org_code=org_code)
         except self.DoesNotExist:
-            self._loader.enter_fault("data/batch.xml", no_awardee(org_code), None, True, 0)
+            self._loader.enter_lack_of_awardee(org_code)
             return models.Awardee(org_code=org_code)
 
 
@@ -2042,7 +2055,7 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         self._of = 0  # issues that it will ask for
         self._postponed: List[Tuple[int, str]] = []
         self._told_titles: Set[str] = set()
-        self._watched: List[str] = ["data"]
+        self._watched: List[str] = ["", "data"]  # paths in the batch's folder, and itself
         self._document: Any = None
         self._draws_in_others = False
         self._is_outside = False
@@ -2066,8 +2079,12 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
             "warnings": self.warnings,
             "found": self.found,
             "titles": {lccn: base64.b64encode(record).decode() for lccn, record in records},
-            "watched": packed(sizes_and_times(".", self._watched)),
+            "watched": self.watched_in("."),
         }
+
+    def watched_in(self, folder: str) -> str:
+        """Return, as Files calls it, `watched` of the batch, whose folder is `folder`."""
+        return packed(sizes_and_times(folder, self._watched))
 
     def enter_fault(self, path: str, what: str, error: Any = None, ends_load: bool = False,
                     order: Optional[int] = None, title: str = "") -> None:  # fmt: skip
@@ -2106,6 +2123,12 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
                 "title": title,
             }
         )
+
+    def enter_lack_of_awardee(self, code: str) -> None:
+        """Enter that ONI lacks the batch's awardee, which is no fault of the batch's files."""
+        if not self._counting:
+            fault = no_awardee(code)
+            self.enter_fault("data/batch.xml", fault, ends_load=True, order=0)
 
     def enter_warning(self, path: str, text: str) -> None:
         """Enter what a person should know of a file, and ONI does without."""
@@ -2256,7 +2279,7 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
             what = "ONI would read this file in the place of a text, whose name is missing"
             self.enter_fault(self._path, f"page {self._at_page}: {what}")
         if len(self._issue["pages"]) > MAX_ADDRESSES:
-            raise CannotAnswer(f"it has more than {MAX_ADDRESSES} pages")
+            raise CannotAnswer(f"{self._path} has more than {MAX_ADDRESSES} pages")
         if not self._counting:
             for kind, name in (("image", page.jp2_filename), ("PDF", page.pdf_filename)):
                 if name and "://" in name:
@@ -2832,8 +2855,8 @@ class OpenONI:
         go_on: Callable[[], None],
     ) -> Any:
         name, *words = question
-        worker = self._new_worker(deadline)
         try:
+            worker = self._new_worker(deadline)
             reply = worker.reply(name, words, deadline, hear, go_on)
         except WorkerEnded as error:
             raise Passing(str(error)) from error
@@ -2841,14 +2864,29 @@ class OpenONI:
         return answer_in(reply)
 
     def _answer(self, question: str, words: Sequence[Any], deadline: Deadline) -> Any:
-        try:
-            worker = self._idle.pop()
-        except IndexError:
-            return self._answer_of_new(question, words, deadline)
-        try:
-            return self._answer_of(worker, question, words, deadline)
-        except WorkerEnded:  # it had been idle for too long
-            return self._answer_of_new(question, words, deadline)
+        worker = self._idle_worker()
+        if worker:
+            try:
+                return self._answer_of(worker, question, words, deadline)
+            except WorkerEnded:  # it had been idle for too long
+                pass
+        return self._answer_of_new(question, words, deadline)
+
+    def _idle_worker(self) -> Optional["Worker"]:
+        """Return a worker that waits for a question, if there is one whose ONI is up to date."""
+        while True:
+            try:
+                worker = self._idle.pop()
+            except IndexError:
+                return None
+            if self._is_up_to_date(worker.zygote):
+                return worker
+            worker.end()
+
+    def _is_up_to_date(self, zygote: "Zygote") -> bool:
+        """Tell whether what a zygote has imported, settings above all, can be relied on."""
+        most = DOUBTFUL_SECONDS if self._is_doubtful else ZYGOTE_SECONDS
+        return zygote is self._zygote and zygote.age() <= most
 
     def _answer_of_new(self, question: str, words: Sequence[Any], deadline: Deadline) -> Any:
         try:
@@ -2871,12 +2909,14 @@ class OpenONI:
         return answer_in(reply)
 
     def _new_worker(self, deadline: Deadline) -> "Worker":
-        """Return a new worker. Raises Problem."""
+        """Return a new worker. Raises Problem, Scarce, WorkerEnded."""
         zygote = self._living_zygote(deadline)
         try:
             return zygote.fork(deadline)
-        except OSError:  # it has ended since, having nothing to do
-            zygote.end()
+        except OSError as error:
+            if is_scarce(error):
+                raise
+            zygote.end()  # it was about to end, having nothing to do
             return self._living_zygote(deadline).fork(deadline)
 
     def _living_zygote(self, deadline: Deadline) -> "Zygote":
@@ -2885,8 +2925,7 @@ class OpenONI:
             raise deadline.missed()
         try:
             zygote = self._zygote
-            # What it has imported may have changed since, settings above all.
-            if zygote and zygote.age() > (10 if self._is_doubtful else ZYGOTE_SECONDS):
+            if zygote and not self._is_up_to_date(zygote):
                 zygote.retire()
                 zygote = None
             if zygote is None or zygote.has_ended():
@@ -2942,7 +2981,7 @@ class Zygote:
         self._control.settimeout(1)
 
     def fork(self, deadline: Deadline) -> "Worker":
-        """Return a new worker. Raises OSError if the zygote has ended."""
+        """Return a new worker. Raises OSError if the zygote has ended, WorkerEnded."""
         ours, theirs = socket.socketpair()
         with theirs:
             number = theirs.fileno().to_bytes(4, sys.byteorder)
@@ -2951,7 +2990,7 @@ class Zygote:
 
     def kill(self, pid: int) -> None:
         """Have a worker killed, if it is still there."""
-        with contextlib.suppress(OSError):  # the zygote has ended, and so its workers do
+        with contextlib.suppress(OSError):  # without its zygote, it ends by its own alarm
             self._control.send(b"kill %d" % pid)
 
     def last_words(self) -> str:
@@ -2966,15 +3005,16 @@ class Zygote:
         return time.monotonic() - self._begun
 
     def retire(self) -> None:
-        """Have no more workers forked; those at work end by themselves, and then so does this."""
-        self._control.close()
+        """Let it end when its workers have answered; it forks no more of them."""
+        with contextlib.suppress(OSError):  # it has ended already
+            self._control.send(b"retire")
 
     def has_ended(self) -> bool:
         """Return whether there is no such process any more."""
         return self._process.poll() is not None
 
     def end(self) -> None:
-        """End it at once, with its workers: they are never amid a change."""
+        """Kill it, with its workers: the one change that these make, an awardee, is one INSERT."""
         if self._process.returncode is None:  # its number cannot be another's yet
             with contextlib.suppress(OSError):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -2985,16 +3025,13 @@ class Zygote:
 
 
 class Worker:
-    """A fork of the zygote, which answers one question at a time. Raises OSError, Problem."""
+    """A fork of the zygote, which answers one question at a time. Raises WorkerEnded, Problem."""
 
     def __init__(self, zygote: Zygote, channel: socket.socket, deadline: Deadline) -> None:
-        self._zygote = zygote
+        self.zygote = zygote
         self._channel = channel
         self._received = b""
-        try:
-            self._pid = int(self._message(deadline)["pid"])
-        except WorkerEnded as error:
-            raise ConnectionError(str(error)) from error
+        self._pid = int(self._message(deadline)["pid"])
 
     def reply(
         self,
@@ -3041,7 +3078,7 @@ class Worker:
                 parts.append(self._channel.recv(1 << 16))
                 size += len(parts[-1])
                 if not parts[-1]:
-                    raise WorkerEnded(f"Open ONI cannot be asked: {self._zygote.last_words()}")
+                    raise WorkerEnded(f"Open ONI cannot be asked: {self.zygote.last_words()}")
             if size > MAX_REPLY:
                 raise Problem(f"Open ONI's answer has more than {MAX_REPLY >> 20} MiB")
         line, _, self._received = b"".join(parts).partition(b"\n")
@@ -3050,7 +3087,7 @@ class Worker:
 
     def end(self) -> None:
         """End this worker at once, whatever it is doing."""
-        self._zygote.kill(self._pid)
+        self.zygote.kill(self._pid)
         self._channel.close()
 
 
@@ -3075,9 +3112,10 @@ def read_regular(path: Path) -> bytes:
     """Return what is in a regular file. Raises Problem, in the Go agent's words."""
     try:
         descriptor = os.open(str(path), os.O_RDONLY | os.O_NONBLOCK)  # it may be a FIFO
+        if not os.path.isfile(descriptor):
+            os.close(descriptor)
+            raise Problem(f"reading file: {path} is not a regular file")
         with open(descriptor, "rb") as file:
-            if not os.path.isfile(file.fileno()):
-                raise Problem(f"reading file: {path} is not a regular file")
             return file.read()
     except OSError as error:
         if is_scarce(error):
@@ -3713,7 +3751,7 @@ class Site:
         """
         with self._counting:
             future = self._counts.get(name)
-            if future is None or future.done():
+            if future is None:
                 future = self._counts[name] = COUNTS.submit(self._count, name, folder)
         while not futures.wait([future], min(1, max(0.1, until - time.monotonic()))).done:
             go_on()
@@ -3722,6 +3760,13 @@ class Site:
         return future.result()
 
     def _count(self, name: str, folder: str) -> Dict[str, Any]:
+        try:
+            return self._count_files(name, folder)
+        finally:
+            with self._counting:
+                del self._counts[name]
+
+    def _count_files(self, name: str, folder: str) -> Dict[str, Any]:
         parts = in_time(lambda: parts_of(folder), PATIENT_SECONDS)
         questions = [["study_part", name, folder, part, parts] for part in range(parts)]
         found = self.oni.study(questions, CHECK_SECONDS, lambda part, news: None, lambda: None)
@@ -3735,7 +3780,12 @@ class Site:
 
     def on_disk(self) -> List[str]:
         """Return the names of the batches in BATCH_SOURCE. Raises Problem."""
-        return in_time(lambda: list(filter(BATCH_NAME.fullmatch, os.listdir(self.source))))
+        return in_time(self._folders)
+
+    def _folders(self) -> List[str]:
+        with os.scandir(self.source) as entries:
+            return [each.name for each in entries if BATCH_NAME.fullmatch(each.name)
+                    and each.is_dir()]  # fmt: skip
 
     def _ask_health(self) -> Dict[str, Any]:
         try:
@@ -3799,10 +3849,7 @@ class Site:
                 shared = self._checks[name] = SharedCheck()
             shared.clients += 1  # before the check begins, which ends when nobody waits for it
             if is_new:
-                thread = threading.Thread(
-                    target=self._run_check, args=(name, shared), name="check", daemon=True
-                )
-                thread.start()
+                self._begin_check(name, shared)
         try:
             while not shared.done.wait(0.2):
                 go_on()
@@ -3812,6 +3859,17 @@ class Site:
         if shared.found is None:
             raise Problem(shared.problem)
         return shared.found
+
+    def _begin_check(self, name: str, shared: SharedCheck) -> None:
+        """Start a thread that makes a check; _checking is held. Raises Scarce."""
+        thread = threading.Thread(
+            target=self._run_check, args=(name, shared), name="check", daemon=True
+        )
+        try:
+            thread.start()
+        except RuntimeError as error:  # no thread to be had
+            self._forget_check(name, shared)
+            raise Scarce(str(error)) from error
 
     def _run_check(self, name: str, shared: SharedCheck) -> None:
         """Make a check that clients share, when it is its turn."""
@@ -5281,7 +5339,11 @@ class Runner:
             lock.truncate(0)
             lock.write(f"{self.job.id} {len(self.commands) + 1} {command}")
             lock.flush()
-            process = start(*words, stdout=out, stderr=err, pass_fds=[lock.fileno()])
+            try:
+                process = start(*words, stdout=out, stderr=err, pass_fds=[lock.fileno()])
+            except BaseException:
+                lock.truncate(0)  # else it might be taken for one that was started
+                raise
             self.log.begin(command, as_child(process.pid))
         return process
 
@@ -5350,15 +5412,15 @@ class Runner:
         """Wait until manage.py has ended; end it if the job is cancelled."""
         begun = time.monotonic()
         full = False
-        number = signal.SIGTERM
+        # What is not known gets none, which is noted once.
+        signals = [signal.SIGTERM, signal.SIGKILL] if running.child else [signal.SIGTERM]
         next_signal = 0.0
         while self._is_at_work(running):
             self.log.look()
             full = full or self._disk_is_full()
             now = time.monotonic()
-            if self.cancelled and now > next_signal:
-                self._signal(running.child, number)
-                number = signal.SIGKILL
+            if self.cancelled and signals and now > next_signal:
+                self._signal(running.child, signals.pop(0))
                 next_signal = now + TERM_SECONDS
             # The first line, and the end of a short run, are seen at once.
             time.sleep(min(LOOK_SECONDS, 0.001 + (now - begun) / 20))
@@ -5659,8 +5721,9 @@ class LoadTitle(Kind):
         work.manage("load_titles", str(work.input.parent))
         stored = self._stored()
         lacking = [lccn for lccn, (_, is_indexed) in stored.items() if not is_indexed]
-        if lacking:  # ONI's load_titles indexes new titles alone
-            work.task("task_index_titles", *lacking)
+        # ONI's load_titles indexes new titles alone.
+        for some in in_chunks(lacking, TITLES_AT_ONCE):
+            work.task("task_index_titles", *some)
 
     def _stored(self) -> Dict[str, List[Any]]:
         """Return by LCCN the version of each title that ONI has, and whether Solr finds it."""
@@ -5812,8 +5875,9 @@ class JobQueue:
                 oldest = self._jobs[next(iter(self._jobs))]
                 if not oldest.finished:
                     break  # those behind it are let go of when it has ended
-                del self._jobs[oldest.id]
+                # In this order: `get`, which takes no lock, looks on the disk for what is not here.
                 self._all_since = max(self._all_since, oldest.id + 1)
+                del self._jobs[oldest.id]
 
     def start(self) -> None:
         """Begin to work on the jobs, and to keep house. Raises OSError."""
@@ -5883,7 +5947,7 @@ class JobQueue:
     def get(self, id: int) -> Optional[Job]:
         """Return the job of an id, or None. Raises Problem, Scarce if it cannot be read."""
         job = self._jobs.get(id)
-        if job is None and id < self._all_since:
+        if job is None and 0 < id < self._all_since:
             job = self._store.find(id)
         return job
 
@@ -6149,13 +6213,14 @@ class JobQueue:
         """Watch the state folder, and forget old jobs, until the agent stops."""
         next_sweep = time.monotonic()
         while not self.stopping.is_set():
-            try:
+            with contextlib.suppress(OSError):  # whoever needs the folder says so
                 self._store.check_in_place()
-                if time.monotonic() >= next_sweep:
-                    next_sweep = time.monotonic() + SWEEP_SECONDS
+            if time.monotonic() >= next_sweep:
+                next_sweep = time.monotonic() + SWEEP_SECONDS
+                try:
                     self._forget_old()
-            except (OSError, Problem) as error:
-                log.error("old jobs are not forgotten for now: %s", error)
+                except (OSError, Problem) as error:
+                    log.error("old jobs are not forgotten for now: %s", error)
             self.stopping.wait(STATE_SECONDS)
 
     def _forget_old(self) -> None:
@@ -7390,8 +7455,8 @@ def algorithms_to_offer() -> Offer:
     if not (offer.kex and offer.ciphers and offer.digests):
         raise Problem(
             f"paramiko {paramiko.__version__} with cryptography has too few of the algorithms that"
-            f" the agent would offer ({offer or 'none at all'}), so nobody could connect: install"
-            " others of their releases"
+            f" the agent would offer ({str(offer) or 'none at all'}), so nobody could connect:"
+            " install others of their releases"
         )
     return offer
 
@@ -7692,7 +7757,7 @@ class Connection(paramiko.ServerInterface, paramiko.Transport):  # type: ignore[
         self.address = visitor.address
         self.admitted = "ALLOW_FROM" if self.agent.settings.allow_from else "anyone"
         self.user = ""
-        self.idle_since = visitor.since
+        self.idle_since = time.monotonic()
         self.is_shaking_hands = True  # until it is authenticated, or takes too long
         self.busy = 0  # sessions that have begun and not ended
         self.ended_for = ""  # why the agent has ended it
@@ -7768,7 +7833,7 @@ class Connection(paramiko.ServerInterface, paramiko.Transport):  # type: ignore[
         self.user = username
         if self.agent.settings.authorized_keys:
             return AUTH_FAILED
-        return self._admit()
+        return AUTH_SUCCESSFUL
 
     def check_auth_publickey(self, username: str, key: paramiko.PKey) -> int:
         keys_file = self.agent.settings.authorized_keys
@@ -7777,17 +7842,15 @@ class Connection(paramiko.ServerInterface, paramiko.Transport):  # type: ignore[
         self.user = username
         self.admitted = fingerprint(key)
         if key_is_authorized(keys_file, key, self.host):
-            return self._admit()
+            return AUTH_SUCCESSFUL  # if it proves to have it, which paramiko asks for afterwards
         if len(self._refused_keys) < 10 and self.admitted not in self._refused_keys:
             self._refused_keys.append(self.admitted)
         return AUTH_FAILED
 
-    def _admit(self) -> int:
+    def check_channel_request(self, kind: str, chanid: int) -> int:
+        # Only a client that is authenticated comes as far as this.
         self.server.handshake_over(self)
         self._socket.may_be_long = True
-        return AUTH_SUCCESSFUL
-
-    def check_channel_request(self, kind: str, chanid: int) -> int:
         if kind != "session":
             return OPEN_FAILED_ADMINISTRATIVELY_PROHIBITED
         self._sessions = [each for each in self._sessions if not each.is_done_with()]
@@ -8154,8 +8217,8 @@ class Visitor:
 
     @property
     def has_begun_to_shake_hands(self) -> bool:
-        """Whether it has said more than that."""
-        return self.has_said_its_version and not self.said.endswith(b"\n")
+        """Tell whether it has sent something after its version line."""
+        return bool(self.said.partition(b"\n")[2])
 
     @property
     def is_overdue(self) -> bool:
@@ -8850,7 +8913,8 @@ def looks_inside(agent: Agent) -> Iterator[Look]:
     yield look_at_user()
     yield look_at_visitors(agent.settings)
     yield look_at_algorithms()
-    yield look_at("state folder", "", writable, agent.settings.state_directory)
+    advice = "without it no job is accepted"
+    yield look_at("state folder", advice, writable, agent.settings.state_directory)
     yield look_at_source(agent.settings)
     yield from looks_at_oni(agent.site.oni, ANSWER_SECONDS)
     yield look_at_last_job(agent)
@@ -8901,7 +8965,11 @@ def looks_from_outside(settings: Settings, account: Optional[Account]) -> Iterat
     yield look_at_visitors(settings)
     yield look_at_algorithms()
     if account:
-        become(account)
+        try:
+            become(account)
+        except Problem as problem:
+            yield Look("the site's user", False, str(problem))
+            return
     yield look_at_user()
     yield look_at_source(settings)
     oni = OpenONI(settings.oni_location, os.environ)

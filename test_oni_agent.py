@@ -3112,6 +3112,10 @@ def without_colour(text: str) -> str:
         ),
         ("job-status 9999", {"status": "error", "message": "Job not found", "job": {"id": 9999}}),
         ("job-status -2", {"status": "error", "message": "Job not found", "job": {"id": -2}}),
+        (
+            "job-status -9999999999999999999",
+            {"status": "error", "message": "Job not found", "job": {"id": -9999999999999999999}},
+        ),
         ("job-status abc", {"status": "error", "message": '"abc" is not a valid job id'}),
         ("job-status 0", {"status": "error", "message": '"0" is not a valid job id'}),
         (
@@ -4644,6 +4648,28 @@ def test_a_check_asked_for_by_two_runs_once(agent):
         assert len(marc.requests) == 1
 
 
+@in_process
+def test_an_agent_that_nobody_could_connect_to_says_so(monkeypatch):
+    for names in "CURVES", "NIST_CURVES", "CIPHERS", "DIGESTS":
+        monkeypatch.setattr(oni_agent, names, ())
+    with pytest.raises(oni_agent.Problem, match=r"\(none at all\), so nobody could connect"):
+        oni_agent.algorithms_to_offer()
+
+
+@in_process
+def test_a_check_that_gets_no_thread_keeps_no_later_one_waiting(tmp_path, monkeypatch):
+    folders = types.SimpleNamespace(batch_source=tmp_path, state_directory=tmp_path)
+    site = oni_agent.Site(folders, None)
+
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched, pytest.raises(oni_agent.Scarce):
+        patched.setattr(threading.Thread, "start", refuse)
+        site.client_check(ALPHA, lambda: None)
+    assert site._checks == {}
+
+
 def test_a_check_ends_when_nobody_waits_for_it_any_more(agent):
     with MarcSite("sn99990077") as marc:
         agent.restart(**marc.environment)
@@ -4978,6 +5004,53 @@ def test_every_answer_about_a_batch_has_the_same_keys_and_says_the_same(agent):
     shown = agent.call("batch-status", ALPHA)["batch"]
     [in_list] = agent.call("list-batches")["batches"]
     assert shown == in_list
+
+
+NOTE_FORKS = """
+import os
+def note():
+    with open("forks", "a") as noted:
+        noted.write("1")
+os.register_at_fork(after_in_child=note)
+"""
+
+
+def test_what_cannot_be_counted_is_not_counted_anew_each_time(site):
+    """A batch's files may have been moved away, and ONI's link to them leads nowhere."""
+    site.prepend_to_manage(NOTE_FORKS)
+    batch = site.batch(ALPHA)
+    site.start().run("load-batch", ALPHA)
+    batch.rename(site.source.with_name("away"))
+    noted = site.oni / "forks"
+
+    def workers_for_a_list() -> int:
+        before = noted.stat().st_size
+        [told] = site.call("list-batches")["batches"]
+        assert (told["state"], told["pages_in_mets"]) == ("unknown", None)
+        return noted.stat().st_size - before
+
+    assert workers_for_a_list() == 3  # it counts, and a look before that is its own
+    assert workers_for_a_list() == 1
+    site.source.with_name("away").rename(batch)
+    assert site.call("batch-status", ALPHA)["batch"]["state"] == "complete"
+    assert site.call("list-batches")["batches"][0]["state"] == "complete"
+
+
+def test_a_file_with_the_name_of_a_batch_is_none(agent):
+    agent.batch(ALPHA)
+    (agent.source / f"{ALPHA}.tar.gz").write_bytes(b"what it came in")
+    (agent.source / BETA).symlink_to(agent.source / ALPHA)
+    listed = [batch["name"] for batch in agent.call("list-batches")["batches"]]
+    assert listed == [ALPHA, BETA]
+
+
+def test_a_lack_of_the_awardee_is_no_fault_of_a_batchs_files(agent):
+    agent.batch("batch_zzz_alpha_ver01")
+    batch = agent.call("batch-status", "batch_zzz_alpha_ver01")["batch"]
+    assert (batch["state"], batch["pages_in_mets"]) == ("absent", 4)
+    _, answer = checked(agent, "batch_zzz_alpha_ver01")
+    [fault] = answer["faults"]
+    assert 'no awardee "zzz"' in fault["fault"]
 
 
 def test_what_list_batches_has_no_time_to_count_is_null_and_there_a_later_time(site):
@@ -6511,18 +6584,21 @@ def test_fifty_jobs_survive_ten_kills_in_order(witnessed):
             assert [line[33:] for line in stderr] == [name]
 
 
+def channels_opened(site: Site) -> int:
+    """How many channels there have been, by what paramiko logs."""
+    return sum("(session) opened" in line for line in list(site.log))
+
+
 def test_job_wait_answers_when_the_job_has_ended_and_its_exit_status_tells_success(agent):
     gate = agent.hold_load(agent.batch("batch_oru_alpha_ver01"))
     failing_load(agent)
     good = agent.job("load-batch", "batch_oru_alpha_ver01")
     bad = agent.job("load-batch", "batch_oru_broken_ver01")
     gate.reached()
+    channels = channels_opened(agent)
     waiting = [ssh_begin(agent, f"job-wait {id}") for id in (good, bad)]
     gone = ssh_begin(agent, f"job-wait {good}")
-    until(
-        lambda: len([line for line in agent.log if "session=" in line]) == 2
-        and resources(agent)[0] > 9
-    )
+    until(lambda: channels_opened(agent) == channels + 3)
     gone.kill()
     gone.communicate()
     assert agent.call("job-status", str(good))["job"]["status"] == "started"
@@ -10565,6 +10641,38 @@ def test_few_packets_with_a_very_long_command_line_are_held_at_once(agent):
         return False
 
     assert until(is_told)
+
+
+def test_who_has_a_public_key_alone_sends_no_long_packets(site):
+    """paramiko asks whether a key is admitted before it looks at the signature."""
+    key, forged = paramiko.ECDSAKey.generate(), paramiko.ECDSAKey.generate()
+    authorized = site.source.with_name("authorized")
+    authorized.write_text(f"{key.get_name()} {key.get_base64()}\n")
+    site.start({"IDLE_SECONDS": 3600}, AUTHORIZED_KEYS=str(authorized))
+    forged.asbytes = key.asbytes
+    with contextlib.closing(paramiko.Transport(("127.0.0.1", site.port))) as transport:
+        transport.start_client(timeout=30)
+        with pytest.raises(paramiko.AuthenticationException):
+            transport.auth_publickey("nobody", forged)
+        assert transport.is_active()
+        message = paramiko.Message()
+        message.add_byte(paramiko.common.cMSG_IGNORE)
+        message.add_string(bytes(100_000))
+        transport._send_message(message)
+        until(lambda: not transport.is_active())
+
+
+def test_open_oni_is_asked_with_its_new_settings_soon_however_often_it_is_asked(site):
+    hurry(site, ZYGOTE_SECONDS=1)
+    site.batch(ALPHA)
+    assert site.call("batch-status", ALPHA)["batch"]["state"] == "absent"
+    old = set(site.manage_pids("shell"))
+
+    def is_renewed() -> bool:
+        assert site.call("batch-status", ALPHA)["status"] == "success"
+        return not old.intersection(site.manage_pids("shell"))
+
+    assert until(is_renewed)
 
 
 def test_a_question_that_hangs_holds_up_nobody_else(site):
