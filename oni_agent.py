@@ -123,7 +123,7 @@ from typing import (
 
 
 def stderr_is_journal() -> bool:
-    """Tell whether JOURNAL_STREAM (systemd.exec(5)) names the device and inode of stderr."""
+    """Return whether JOURNAL_STREAM (systemd.exec(5)) names the device and inode of stderr."""
     try:
         found = os.fstat(2)
     except OSError:  # it is closed
@@ -169,33 +169,33 @@ log = logging.getLogger("oni_agent")
 
 # ---------------------------------------------------------------- limits
 
-# Of the first four no address may hold more than half of what others leave: see Share.
+# Of each of these four, one address may hold at most half of what the others leave: see Share.
 MAX_VISITORS = 256  # clients that wait to shake hands, or have not said their version line
-MAX_HANDSHAKES = 8  # at once
+MAX_HANDSHAKES = 8  # under way at once
 MAX_CONNECTIONS = 640  # beyond it the connection that has been idle longest makes room
-MAX_SESSIONS = 256  # commands at work; those that wait are none
+MAX_SESSIONS = 256  # commands at work; one that waits (job-wait, the board) does not count
 MAX_CHANNELS = 10  # open at once on one connection, as OpenSSH's MaxSessions
 MAX_VERSION_LINE = 255  # bytes (RFC 4253, 4.2)
 MAX_SAID = 4096  # bytes that are taken from a client before it has a connection
 MAX_PACKET = 35000  # bytes of one SSH packet (RFC 4253, 6.1)
-MAX_LONG_PACKET = 256 * 1024  # bytes of one with a very long command line, as OpenSSH takes them
-MAX_LONG_PACKETS = 8  # of those, under way at once
+MAX_LONG_PACKET = 256 * 1024  # bytes of a packet with a very long command line, as in OpenSSH
+MAX_LONG_PACKETS = 8  # long packets under way at once
 SMALL_WINDOW = 2048  # bytes that a client may send before a command reads them
-READ_WINDOW = 128 * 1024  # bytes that it may be ahead of a command that does
-MAX_WARNINGS = 1000  # addresses of which it is remembered that the log has a line about them
+READ_WINDOW = 128 * 1024  # bytes that it may send ahead of a command that reads
+MAX_WARNINGS = 1000  # addresses whose last warning is remembered: see ClientWarnings
 MAX_COMMAND = 16 * 1024  # bytes of a command line
 MAX_PAYLOAD = 32 * 1024 * 1024  # bytes on standard input
 MAX_INSTRUCTIONS = 1024 * 1024  # bytes on standard input of a batch-patch
 MAX_ATTEMPTS = 3  # starts of a job that never ended
 IDLE_SECONDS = 30  # without a command at work; NCA never closes a connection itself
 STALL_SECONDS = 60  # without a byte to or from a client that is to send or to read
-STALLED_SECONDS = 1  # the same, after which it makes room for others of its address
-TURN_SECONDS = 0.01  # between two looks whether one that waits to shake hands may
+STALLED_SECONDS = 1  # without a byte, after which it makes room for others of its address
+TURN_SECONDS = 0.01  # between two looks whether a waiting client may shake hands
 SLOW_SECONDS = 0.3  # after which a handshake keeps no other one waiting
 WARNING_SECONDS = 60  # between two lines in the log about clients of one address
 WATCH_SECONDS = 0.2  # between two looks at the sessions that wait
 TRIM_SECONDS = 5  # between two times that memory is given back to the system
-TRIM_AFTER = 50  # connections that have ended, so that it is worth it
+TRIM_AFTER = 50  # connections that have ended; after fewer it is not worth it
 STOP_SECONDS = 1.5  # for answers under way when the agent is told to stop
 ANSWER_SECONDS = 10  # for Open ONI, or the batches' file system, to answer a command
 PATIENT_SECONDS = 60  # the same, when a job at work asks
@@ -205,15 +205,15 @@ RECORDS_SECONDS = 0.5  # for a look at a client's MARC records, before their job
 LIST_SECONDS = 1.5  # for list-batches to count what is not remembered
 LIST_PATIENCE = 60  # for Open ONI to tell of all batches at once
 MAX_PARTS = 4  # processes in which a batch is checked at once, each on a core of its own
-LIST_OF_PART = 1000  # bytes of its list of issues, some eight of these, for each of them
+LIST_OF_PART = 1000  # bytes of a list of issues (some eight) that are worth one more process
 TERM_SECONDS = 10  # between SIGTERM and SIGKILL for a cancelled manage.py
 HOOK_SECONDS = 60  # for ON_FINISH
 SHELL_SECONDS = 600  # without a question, after which the manage.py that answers them ends
 MAX_QUESTIONS = 8  # of clients, asked of Open ONI at once
 ZYGOTE_SECONDS = 3600  # after which the manage.py that answers is started anew
 DOUBTFUL_SECONDS = 10  # the same, after ONI's code has failed at a question
-KEPT_WORKERS = 2  # processes that wait for the next question, once they have answered one
-MAX_REPLY = 64 * 1024 * 1024  # bytes of what one of them answers
+KEPT_WORKERS = 2  # idle workers that are kept for the next question
+MAX_REPLY = 64 * 1024 * 1024  # bytes of a worker's reply
 PROGRESS_SECONDS = 5  # between two questions about how far a load is
 KEEP_DAYS = 90  # how long finished jobs are kept
 KEEP_JOBS = 100  # how many of the newest are kept in any case
@@ -221,22 +221,24 @@ JOBS_IN_MEMORY = 1000  # the newest; what ended before is read from the disk
 TITLES_AT_ONCE = 500  # in one manage.py, which gets their LCCNs in a variable of 128 KiB
 MAX_ERROR = 2000  # bytes of why a job failed; its log has the rest
 LOCK_SECONDS = 5  # to wait for a lock on jobs.db before a change is refused
-READ_SECONDS = 1  # the same, of what only reads
+READ_SECONDS = 1  # to wait for a lock on jobs.db before a read is refused
 STATE_SECONDS = 5  # between two looks at whether the state folder is in place
 MOST_ENDED = 50  # jobs that have ended, of which the board tells
 SWEEP_SECONDS = 3600  # between two looks for jobs that are to be forgotten
 FORGET_AT_ONCE = 1000  # jobs, in one transaction
-LAST_CHILD_SECONDS = 0.5  # for which a killed agent's last child may hold its lock: see Runner
+LAST_CHILD_SECONDS = 0.5  # to wait for agent.lock, which a killed agent's last child may hold
 CHUNK = 32 * 1024  # bytes read at once, of an input
 BLOCK = 64 * 1024  # bytes of a job's log; a line that is longer than two of them comes in parts
 LOOK_SECONDS = 0.1  # between two looks at how much manage.py has printed
-ENTRY_SECONDS = 0.25  # between two entries of that in the log
+ENTRY_SECONDS = 0.25  # between two entries of how much manage.py has printed
 NOTE_LENGTH = 8000  # characters of a note in the log
 NEWEST_JOBS = 50  # that a person is shown who says no number
 COMPLAINT_BYTES = 512 * 1024  # of stderr, from its start and from its end, for a job's error
 MAX_COMPLAINT = 1024  # bytes of what manage.py said, in a job's error
 
-LIMITS_OF_TESTS = "ONI_AGENT_LIMITS"  # a variable, as JSON; refused where no test has set it
+# Tests shorten the limits. This stands before all that takes one as a default argument; Settings
+# refuses the variable where an agent listens as none of a test does.
+LIMITS_OF_TESTS = "ONI_AGENT_LIMITS"  # an environment variable: JSON, limits by their names
 
 
 def limits_of_a_test() -> Dict[str, float]:
@@ -305,12 +307,12 @@ REFUSED_FOR_GOOD = (
 
 
 def is_scarce(error: OSError) -> bool:
-    """Tell whether an error says that the machine lacks something for now."""
+    """Return whether an error says that the machine lacks something for now."""
     return isinstance(error, Scarce) or error.errno in SCARCE
 
 
 def may_work_later(error: BaseException) -> bool:
-    """Tell whether what failed with an error may work later, without anybody's help.
+    """Return whether what failed with an error may work later, without anybody's help.
 
     It may where a disk is full, or a port in use: what the error was raised from decides. It will
     not where a setting, a mode or a damaged file is the reason.
@@ -322,8 +324,8 @@ def may_work_later(error: BaseException) -> bool:
     return isinstance(error, sqlite3.OperationalError)  # the others tell of a damaged file
 
 
-def do_nothing() -> None:
-    """Stand for a function that has nothing to do."""
+def do_nothing(*_: object) -> None:
+    """Stand for a callback where nothing is to be done."""
 
 
 def patiently(action: Callable[[], Result], go_on: Callable[[], None] = do_nothing) -> Result:
@@ -356,21 +358,20 @@ COUNTS = futures.ThreadPoolExecutor(4)  # for what counts batches, maybe for min
 
 
 def in_time(
-    look: Callable[[], Result],
+    action: Callable[[], Result],
     within: float = ANSWER_SECONDS,
     pool: futures.ThreadPoolExecutor = FILES,
     meanwhile: Callable[[], object] = do_nothing,
-    who: str = "the file system of the batches",
 ) -> Result:
-    """Call `look`, which asks `who`, in a thread of `pool`, and return its result.
+    """Call `action`, which may hang, in a thread of `pool`, and return its result.
 
-    Calls `meanwhile`, which may raise, every second. Raises Problem if `look` is refused something
-    or takes more than `within` seconds: then it hangs on alone, or never begins. Raises Scarce.
+    Calls `meanwhile`, which may raise, every second. Raises Scarce, and Problem if `action` fails,
+    or takes more than `within` seconds: its thread then goes on alone, unless it has not begun yet.
     """
     until = time.monotonic() + within
-    late = Problem(f"{who} did not answer within {within:g} s")
+    late = Problem(f"the file system of the batches did not answer within {within:g} s")
     try:
-        future = pool.submit(look)
+        future = pool.submit(action)
     except RuntimeError as error:
         raise Scarce(str(error)) from error  # no thread to be had
     try:
@@ -379,8 +380,6 @@ def in_time(
             if time.monotonic() >= until:
                 raise late
         return future.result()
-    except socket.timeout:
-        raise late
     except OSError as error:
         if is_scarce(error):
             raise
@@ -445,7 +444,7 @@ def state_folder(value: str) -> Path:
     user = user_name(os.geteuid())
     advice = (
         f"set STATE_DIRECTORY to a folder that {user} can write to, such as one that root makes by"
-        f" install -d -m 700 -o {user} {LIBRARY}"
+        f" install -d -m 700 -o {user} {STATE_OF_ROOTS_AGENT}"
     )
     try:
         path = absolute(value.split(":")[0])  # systemd may name several
@@ -460,7 +459,7 @@ def state_folder(value: str) -> Path:
 
 
 def is_an_agents(folder: Path) -> bool:
-    """Tell whether a folder is an agent's state folder, or empty, so that it may become one."""
+    """Return whether a folder is an agent's state folder, or empty, so that it may become one."""
     return (folder / "agent.lock").exists() or not any(folder.iterdir())
 
 
@@ -520,14 +519,14 @@ OWN_VARIABLES: Dict[str, Callable[[str], Any]] = {
     "DB_CONNECTION": is_set,
 }
 REQUIRED = ("ONI_LOCATION", "BATCH_SOURCE")
-LIBRARY = "/var/lib/oni-agent"  # where an agent that root has started keeps its state
-STATES = os.environ.get("XDG_STATE_HOME") or ("~/.local/state" if os.geteuid() else "/var/lib")
+STATE_OF_ROOTS_AGENT = "/var/lib/oni-agent"  # where one that root has started keeps its state
+STATE_HOME = os.environ.get("XDG_STATE_HOME") or ("~/.local/state" if os.geteuid() else "/var/lib")
 DEFAULTS = {
     "BA_BIND": "127.0.0.1:2222",
-    "STATE_DIRECTORY": f"{STATES}/oni-agent",
+    "STATE_DIRECTORY": f"{STATE_HOME}/oni-agent",
     "LOG_LEVEL": "info",
 }
-OWN_PREFIXES = ("ALLOW_", "BA_", "BATCH_", "HOST_", "ON_")  # only the agent's variables have them
+OWN_PREFIXES = ("ALLOW_", "BA_", "HOST_KEY", "ON_")  # only the agent's variables have them
 
 
 def misspelt(environ: Iterable[str]) -> Iterator[str]:
@@ -580,7 +579,7 @@ class Settings:
 
     @property
     def admits_everybody(self) -> bool:
-        """Tell whether everybody who reaches the agent's port may give it commands."""
+        """Return whether everybody who reaches the agent's port may give it commands."""
         return not (self.allow_from or self.authorized_keys)
 
 
@@ -672,7 +671,7 @@ Tell = Callable[..., None]  # sends news (keywords) to whoever has asked, before
 
 
 class CannotAnswer(Exception):
-    """Why there is no answer, in a sentence for whoever has asked."""
+    """A reason why there is no answer, in a sentence for whoever has asked."""
 
     transient = False  # whether there may be one a moment later
 
@@ -735,14 +734,18 @@ def warm_up() -> None:
     """Have in memory, before the first fork, what nearly every question needs."""
     # ONI has a log file for each process, and pysolr would tell it of every question.
     logging.getLogger("pysolr").setLevel(logging.WARNING)
-    assert connection.vendor  # imports the database's driver, and connects to nothing
+    evaluate(connection.vendor)  # imports the database's driver, and connects to nothing
     title = models.Title(lccn="sn00000000")
     issue = models.Issue(title=title, date_issued=date(1900, 1, 1), edition=1)
-    assert models.Page(issue=issue, sequence=1).url  # reads the site's URL patterns
-    assert datetime.strptime("1900-01-01", "%Y-%m-%d")  # imports more, as the loader would
+    evaluate(models.Page(issue=issue, sequence=1).url)  # reads the site's URL patterns
+    evaluate(datetime.strptime("1900-01-01", "%Y-%m-%d"))  # imports more, as the loader would
     mimetypes.init()  # reads the files that urllib asks for each URL
     pages = models.Page.objects.filter(issue__batch_id="").select_related("issue__title")
-    assert str(pages.order_by("sequence").query)  # fills Django's caches
+    evaluate(str(pages.order_by("sequence").query))  # fills Django's caches
+
+
+def evaluate(*_: Any) -> None:
+    """Do nothing with values that are computed for what computing them does, or raises."""
 
 
 def be_worker(channel: socket.socket) -> None:
@@ -788,7 +791,7 @@ def reply_to(name: str, words: List[Any], channel: socket.socket) -> Dict[str, A
     try:
         try:
             return {"answer": globals()[name](*arguments)}
-        except DatabaseErrors:
+        except (DatabaseError, InterfaceError):
             if connection.connection is None or connection.is_usable():
                 raise
             # The server, or a firewall, has cut a connection that was idle for long.
@@ -800,13 +803,10 @@ def reply_to(name: str, words: List[Any], channel: socket.socket) -> Dict[str, A
         return {"problem": f"reading it takes more than {WORKER_MEMORY >> 20} MiB"}
     except Exception as error:
         told = f"Open ONI cannot answer: {type(error).__name__}: {first_line(error)}"
-        return {"problem": told, "transient": may_pass(error)}
+        return {"problem": told, "transient": is_transient(error)}
 
 
-DatabaseErrors = (DatabaseError, InterfaceError) if INSIDE or TYPE_CHECKING else ()
-
-
-def may_pass(error: Exception) -> bool:
+def is_transient(error: Exception) -> bool:
     """Return whether `error` is one of the database's that may be gone a moment later."""
     if isinstance(error, InterfaceError):
         return True
@@ -835,7 +835,7 @@ def answer_health() -> Dict[str, Any]:
 
 
 def answer_batch(name: str, solr_seconds: float) -> Dict[str, Any]:
-    """Return what database and index hold of the batch `name`, in the words of Holdings.
+    """Return what database and index hold of the batch `name`, as fields of BatchState.
 
     Solr has `solr_seconds` for each of its answers.
     """
@@ -906,9 +906,10 @@ def patient_solr(seconds: float) -> Any:
 
 
 def compare_index(name: str, wanted: Set[str], seconds: float) -> Dict[str, Any]:
-    """Return how the documents under a batch's name differ from the addresses in `wanted`.
+    """Compare the documents under a batch's name with the addresses `wanted`, of its pages.
 
-    Of those that have no such document, `replaced` ones have another batch's, `lost` ones none.
+    Counts addresses: `lost` have no document, `replaced` have one under another batch. Counts
+    documents: `stray` have an address that is not wanted.
     """
     solr = patient_solr(seconds)
     documents = documents_of(solr, name)
@@ -1139,12 +1140,11 @@ def answer_check() -> str:
 
 
 def study_overview(tell: Tell, wanted: List[List[Any]], solr_seconds: float) -> Dict[str, Any]:
-    """Return what is quickly told of every batch.
+    """Return what is quickly told of every batch that is in BATCH_SOURCE or in ONI.
 
-    `wanted` has for each batch in BATCH_SOURCE its name, its folder, and what `watched` told
-    of it, or ""; for others that were in ONI once, "" stands for the folder. Of each batch that is
-    there, or that ONI holds, the answer has the counts of answer_batch, as numbers alone, and
-    whether the watched files are `unchanged`.
+    `wanted` is [name, folder, watched] of each batch that the agent knows of: the folder is "" if
+    it is not in BATCH_SOURCE, `watched` is "" if its files were never counted. The answer has the
+    numbers of answer_batch, and whether the watched files are `unchanged`.
     """
     batches: Dict[str, Dict[str, Any]] = {}
     elsewhere = {}  # what was watched of batches that are not in BATCH_SOURCE
@@ -1256,7 +1256,8 @@ def study_part(tell: Tell, name: str, folder: str, part: int, parts: int) -> Dic
 def files_of(parts: Sequence[Mapping[str, Any]]) -> Dict[str, Any]:
     """Return what a batch's files name, as Files has it, from what `rehearse` says of each part.
 
-    What ONI would leave out is in the files all the same: its fault stands for its address.
+    A fault counts as one more address, and as a page where no lost page is counted for it: so
+    neither digests nor numbers of a batch with a fault can be equal to what ONI holds.
     """
     problem = ""
     issues = pages = 0
@@ -1269,7 +1270,7 @@ def files_of(parts: Sequence[Mapping[str, Any]]) -> Dict[str, Any]:
         for fault in part["faults"]:
             told = f"{fault['file']}: {fault['fault']}"
             addresses.append(told)
-            if not fault["order"]:  # it is one of the whole batch
+            if not fault["order"]:  # it is of the whole batch, so that no issue below counts it
                 pages += 1
             if fault["ends_load"]:
                 problem = problem or told
@@ -1277,7 +1278,7 @@ def files_of(parts: Sequence[Mapping[str, Any]]) -> Dict[str, Any]:
         for issue in part["found"]:
             pages += len(issue["pages"]) + issue["lost"]
             if issue["order"] in faulty and not issue["lost"]:
-                pages += 1
+                pages += 1  # it stands for what the fault would leave out
             addresses += [address for address, _ in issue["pages"]]
             with_text += [address for address, has_text in issue["pages"] if has_text]
     return {
@@ -1366,7 +1367,7 @@ def rehearse(name: str, folder: str, loader: "Rehearsal") -> Dict[str, Any]:
 
 
 class SolrGone(CannotAnswer):
-    """Solr does not say whether it has what was asked for."""
+    """A Solr that does not say whether it has what was asked for."""
 
     transient = True
 
@@ -1375,7 +1376,7 @@ class SolrGone(CannotAnswer):
 
 
 class DatabaseGone(CannotAnswer):
-    """The database has gone during a rehearsal, which is no fault of the batch."""
+    """A loss of the database during a rehearsal, which is no fault of the batch."""
 
     transient = True
 
@@ -1421,7 +1422,7 @@ NO_MEMORY = 2  # XML_ERR_NO_MEMORY of libxml2, the code of an XMLSyntaxError
 
 
 class Endless(Exception):
-    """A file is no regular one, as a FIFO or a device; `args` has its path as ONI has it."""
+    """A file that is no regular one (a FIFO, a device); `args` has its path as ONI has it."""
 
 
 def refuse_endless(name: str) -> None:
@@ -1433,7 +1434,7 @@ def refuse_endless(name: str) -> None:
 
 
 class PretendedXML:
-    """Stands for lxml.etree in ONI's loader: parses below the pretended link."""
+    """A stand-in for lxml.etree in ONI's loader, which parses below the pretended link."""
 
     def __init__(self, loader: "Rehearsal") -> None:
         self._loader = loader
@@ -1452,7 +1453,7 @@ class PretendedXML:
 
 
 def pretend(name: str, loader: "Rehearsal") -> None:
-    """Have ONI's loader find, in the place of all that it writes to, what `loader` has for it."""
+    """Put stand-ins in the place of all that ONI's loader writes to; they report to `loader`."""
     Links.link = os.path.join(str(settings.BATCH_STORAGE), name)
     if fields.Model.save is not look_at_values:
         keep_from_writing()
@@ -1465,7 +1466,7 @@ def pretend(name: str, loader: "Rehearsal") -> None:
 
 
 def keep_from_writing() -> None:
-    """Take from this process, for good, whatever would let ONI's code write.
+    """Take from this process, for good, whatever would let ONI's code write; make it faster, too.
 
     Two safeties stand behind the single replacements: no statement but SELECT is sent, and the
     database's session is read-only. So this must only happen in a worker of its own.
@@ -1478,6 +1479,14 @@ def keep_from_writing() -> None:
         lambda ocr: ocr.__dict__.setdefault("_pretended_texts", PretendedTexts(ocr))
     )
     listen_to_errors()
+    open_urls_below_link()
+    connection.close()
+    connection_created.connect(make_read_only)
+    learn_columns()
+
+
+def open_urls_below_link() -> None:
+    """Have urllib, by which ONI's OCR reader opens files, open them below the pretended link."""
     socket.setdefaulttimeout(30)
     open_url = urllib.request.OpenerDirector.open
 
@@ -1488,13 +1497,10 @@ def keep_from_writing() -> None:
         return open_url(opener, url, *rest, **options)
 
     urllib.request.OpenerDirector.open = open_linked  # type: ignore
-    connection.close()
-    connection_created.connect(make_read_only)
-    learn_columns()
 
 
-class LastWords(logging.Handler if INSIDE or TYPE_CHECKING else object):  # type: ignore[misc]
-    """Remembers what ONI's code has logged last as an error; it may say more than it raises."""
+class LastWords(logging.Handler):
+    """A log handler that keeps the last error of ONI's code, which may say more than it raises."""
 
     said = ""
 
@@ -1608,6 +1614,7 @@ def look_at_value(row: Any, field: Any, value: Any) -> None:
         if most and len(value) > most:
             told = "Data too long for column '%s': %d characters, and it holds %d"
             raise DataError(told % (column, len(value), most))
+        # A character takes four bytes at most, and 1000 is more than the statement around it has.
         if len(value) * 4 > PACKET["bytes"] and len_in_sql(value) + 1000 > PACKET["bytes"]:
             raise DataError("Got a packet bigger than 'max_allowed_packet' bytes")
         if narrow and value and max(value) > "\uffff":
@@ -1625,7 +1632,7 @@ def len_in_sql(value: str) -> int:
 
 
 class PretendedBatches:
-    """Stands for Batch in ONI's loader: no batch of any name is there yet."""
+    """A stand-in for Batch in ONI's loader: no batch of any name is there yet."""
 
     def __init__(self) -> None:
         self.objects = self
@@ -1642,7 +1649,7 @@ class PretendedBatches:
 
 
 class PretendedAwardees:
-    """Stands for Awardee in ONI's loader: one that ONI lacks is a fault, and is there all the same.
+    """A stand-in for Awardee in ONI's loader: one that ONI lacks is a fault, and is made up.
 
     So the issues of its batch are looked at, too.
     """
@@ -1662,7 +1669,7 @@ class PretendedAwardees:
 
 
 class PretendedReels:
-    """Stands for Reel.objects: a reel is missing once, and the loader makes it then."""
+    """A stand-in for Reel.objects: a reel is missing once, and the loader makes it then."""
 
     def __init__(self) -> None:
         self._reels: Dict[Tuple[int, str], Any] = {}
@@ -1677,7 +1684,7 @@ class PretendedReels:
 
 
 class PretendedImages:
-    """Stands for PIL.Image where only addresses are wanted, and no file is to be opened."""
+    """A stand-in for PIL.Image where only addresses are wanted, and no file is to be opened."""
 
     size = (1, 1)
 
@@ -1686,7 +1693,7 @@ class PretendedImages:
 
 
 class LinkedImages:
-    """Stands for PIL.Image in ONI's loader: opens below the pretended link."""
+    """A stand-in for PIL.Image in ONI's loader: opens below the pretended link."""
 
     def open(self, path: str) -> Any:
         """Open an image as PIL does."""
@@ -1695,11 +1702,11 @@ class LinkedImages:
 
 
 class TitleNeeded(Exception):
-    """ONI lacks a title, whose record is yet to be fetched: the issue is looked at again later."""
+    """A title that ONI lacks and whose record is yet to be fetched; its issue comes up again."""
 
 
 class NoTitle(Exception):
-    """ONI lacks a title and cannot have it; the text says why."""
+    """A title that ONI lacks and cannot have; the text says why."""
 
     def __init__(self, lccn: str, why: str) -> None:
         super().__init__(why)
@@ -1707,7 +1714,7 @@ class NoTitle(Exception):
 
 
 class Titles(TitleLoader):  # type: ignore[misc]
-    """Stands for Title and `management` in ONI's loader, and loads records as ONI does.
+    """A stand-in for Title and `management` in ONI's loader, and loads records as ONI does.
 
     A title that ONI lacks is first noted in `needed`; `fetch` gets all of these from the MARC site
     at once, and ONI's own TitleLoader makes titles of them. `outcomes` has, for each record that
@@ -1718,8 +1725,8 @@ class Titles(TitleLoader):  # type: ignore[misc]
         super().__init__()
         self.objects = self
         self.DoesNotExist = models.Title.DoesNotExist
-        self.needed: Dict[str, str] = {}  # LCCNs, by their `key_of`, as all that follows
-        self.records: Dict[str, bytes] = {}
+        self.needed: Dict[str, str] = {}  # LCCNs, by key_of(LCCN), as `_known` and the two after it
+        self.records: Dict[str, bytes] = {}  # by the LCCN as ONI's loader spells it
         self.outcomes: List[Dict[str, Any]] = []
         self._known: Dict[str, Any] = {}
         self._missing: Dict[str, str] = {}  # why ONI cannot have it
@@ -1790,42 +1797,39 @@ class Titles(TitleLoader):  # type: ignore[misc]
             self._known.pop(key_of(lccn), None)
             return f"that is no MARC XML: {first_line(error)}"
         key = key_of(lccn)
-        mine = [each for each in self.outcomes if key_of(each["lccn"]) == key]
-        mine = [each for each in mine if each["outcome"] != "ignored"]
-        if mine and mine[-1]["wrong"]:  # ONI goes on with an earlier one that it could store
-            mine = [each for each in mine if not each["wrong"]] or mine
-        if mine and mine[-1]["problem"] and mine[-1]["outcome"] != "stored":
+        last = self._last_outcome_of(key)
+        if last and last["problem"] and last["outcome"] != "stored":
             self._known.pop(key, None)
-            return str(mine[-1]["problem"])
+            return str(last["problem"])
         if key in self._known:
             return ""
         problems = [each["problem"] for each in self.outcomes if each["problem"]]
         return problems[0] if problems else "it answers with another record"
 
+    def _last_outcome_of(self, key: str) -> Optional[Dict[str, Any]]:
+        """Return what came of the last record of a title, if there was one."""
+        mine = []
+        for outcome in self.outcomes:
+            if key_of(outcome["lccn"]) == key and outcome["outcome"] != "ignored":
+                mine.append(outcome)
+        # ONI stumbles over a record, and has the title all the same, if it took an earlier one.
+        taken = [outcome for outcome in mine if not outcome["wrong"]]
+        if not mine:
+            return None
+        return taken[-1] if taken else mine[-1]
+
     def load_record_file(self, file: Any, seconds: float = sys.maxsize) -> None:
         """Load the records of an open file as load_titles does; fill `outcomes`.
 
-        After so many seconds the other records are only parsed. Raises what the XML parser raises.
+        After so many seconds all but the first are only parsed. Raises what the XML parser raises.
         """
         map_xml = title_loader.map_xml
         until = time.monotonic() + seconds
 
-        def see_each(load: Callable[[Any], None], opened: Any) -> None:
-            def see(record: Any) -> None:
-                if time.monotonic() > until:
-                    return
-                # An answer of OCLC's has an element of the same name around its records.
-                is_one = record and record.get_fields()
-                self._expect()
-                load(record)
-                if self._gone:
-                    raise DatabaseGone(self._gone)
-                if is_one:
-                    self._conclude(record)
+        def map_each(load: Callable[[Any], None], opened: Any) -> None:
+            map_xml(lambda record: self._load_one(load, record, until), opened)
 
-            map_xml(see, opened)
-
-        title_loader.map_xml = see_each
+        title_loader.map_xml = map_each
         title_loader.urllib = SimpleNamespace(
             parse=urllib.parse, request=SimpleNamespace(urlopen=lambda _: file)
         )
@@ -1835,7 +1839,23 @@ class Titles(TitleLoader):  # type: ignore[misc]
             title_loader.map_xml = map_xml
             title_loader.urllib = urllib
 
+    def _load_one(self, load: Callable[[Any], None], record: Any, until: float) -> None:
+        """Have ONI's `load` take a record, and enter what came of it.
+
+        After the monotonic time `until` only the first record is taken.
+        """
+        if self.outcomes and time.monotonic() > until:
+            return
+        is_one = record and record.get_fields()  # else it is OCLC's element around the records
+        self._expect()
+        load(record)
+        if self._gone:
+            raise DatabaseGone(self._gone)
+        if is_one:
+            self._conclude(record)
+
     def _expect(self) -> None:
+        """Forget what came of the record before."""
         self._made: Any = None
         self._gone: Optional[Exception] = None  # what ONI's loader stumbled over: no database
         self._wrong = ""
@@ -1924,8 +1944,8 @@ def lccn_of(record: Any) -> str:
 def poison_in(title: Any) -> str:
     """Return why no batch of a title that ONI stores could be loaded, or ""."""
     try:
-        assert models.Issue(title=title, date_issued=date(1900, 1, 1), edition=1).url
-        assert title.solr_doc
+        evaluate(models.Issue(title=title, date_issued=date(1900, 1, 1), edition=1).url)
+        evaluate(title.solr_doc)
     except Exception as error:
         if not connection.is_usable():
             raise DatabaseGone(error)
@@ -1938,7 +1958,7 @@ NO_LCCN = "there is a MARC record without an LCCN (010 $a) in it, which Open ONI
 
 
 class SameHost(HTTPRedirectHandler):
-    """Follows a redirect only if it stays on the same host."""
+    """A redirect handler that does not leave the host."""
 
     def redirect_request(self, request: Any, file: Any, code: int, message: str, headers: Any,
                          url: str) -> Any:  # fmt: skip
@@ -1993,7 +2013,7 @@ def study_records(tell: Tell, path: str, seconds: float) -> List[Dict[str, Any]]
     CannotAnswer where it could not make a title of one, or the file is no XML.
     """
     with open(path, "rb") as file:
-        if b"<!DOCTYPE" in file.read().replace(b"\0", b""):
+        if b"<!DOCTYPE" in file.read().replace(b"\0", b""):  # UTF-16 then reads as ASCII does
             # Entities can grow without bounds, in load_titles too, which has no limits.
             raise CannotAnswer("a DOCTYPE is not allowed")
         file.seek(0)
@@ -2043,10 +2063,6 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         self._parts = parts
         self._counting = counting
         self._languages: Set[str] = set()
-        self.begin_batch()
-
-    def begin_batch(self) -> None:
-        """Forget all that is known of an earlier batch."""
         self.faults: List[Dict[str, Any]] = []
         self.warnings: List[Dict[str, Any]] = []
         self.found: List[Dict[str, Any]] = []
@@ -2098,21 +2114,12 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
             title, poisoned = self.titles.poison()
         if title in self._told_titles:
             return
-        words = ""
-        if error is not None:
-            words = Links.within_batch(str(error) or type(error).__name__)
-            words = first_line(words.replace("unable to load batch: ", ""))
-        if self._draws_in_others:
-            words = "its words are not shown, since the file draws in others"
-        if self._is_outside:
-            words = "it lies outside the batch, and cannot be taken"
-        if path:
-            words = without_path(words, path)
         if title:
             self._told_titles.add(title)
+        why = self._why(error, path)
         if poisoned:
-            words = f"the title {title}, as {poisoned} has it: {words}"
-        text = f"{what}: {words}" if words else what
+            why = f"the title {title}, as {poisoned} has it: {why}"
+        text = f"{what}: {why}" if why else what
         text = "".join(each if each <= "\uffff" else f"\\U{ord(each):08x}" for each in text)
         self.faults.append(
             {
@@ -2124,6 +2131,18 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
             }
         )
 
+    def _why(self, error: Any, path: str) -> str:
+        """Return what ONI says of the file `path`, as far as a client may see it, or ""."""
+        if self._is_outside:
+            return "it lies outside the batch, and cannot be taken"
+        if self._draws_in_others:
+            return "its words are not shown, since the file draws in others"
+        if error is None:
+            return ""
+        words = Links.within_batch(str(error) or type(error).__name__)
+        words = first_line(words.replace("unable to load batch: ", ""))
+        return without_path(words, path) if path else words
+
     def enter_lack_of_awardee(self, code: str) -> None:
         """Enter that ONI lacks the batch's awardee, which is no fault of the batch's files."""
         if not self._counting:
@@ -2131,7 +2150,7 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
             self.enter_fault("data/batch.xml", fault, ends_load=True, order=0)
 
     def enter_warning(self, path: str, text: str) -> None:
-        """Enter what a person should know of a file, and ONI does without."""
+        """Enter what a person should know of a file, though ONI loads the batch all the same."""
         self.warnings.append({"file": path, "warning": text, "order": self._number})
 
     def look_at_link(self, folder: str) -> None:
@@ -2173,10 +2192,11 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
             self._rehearse_issue(number, url)
 
     def _rehearse_issue(self, number: int, url: str) -> None:
+        """Load one issue as ONI's loader does, and enter what is wrong with it."""
         path = Links.within_batch(url)
         self._number = number + 1
         self._mets = url
-        self._reads(url)
+        self._begin_file(url)
         self._document = None
         self._issue: Dict[str, Any] = {"file": path, "order": self._number, "pages": []}
         self._pages: List[Tuple[Any, Any]] = []
@@ -2195,18 +2215,7 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         except Endless as error:
             self.enter_endless(error)
         except Exception as error:
-            self._refuse_own_trouble(error)
-            what = "ONI would break off the load"
-            if "://" in self._path and self._path != path:  # a page's text, not in the batch
-                told = f"{self._path}, which it names: {error}"
-                if self._is_outside:
-                    told = "%s, which it names, lies outside the batch, and cannot be taken"
-                    told %= local_path(self._path)
-                error = OSError(told)
-                self._path, self._is_outside = path, False
-            if self._at_page and self._path == path:
-                what = f"page {self._at_page}: {what}"
-            self.enter_fault(self._path, what, error, ends_load=True)
+            self._enter_break(path, error)
         else:
             self._look_for_leftovers(path)
             self._look_for_twins(path)
@@ -2219,8 +2228,27 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         self._is_outside = False
         self._draws_in_others = False
 
-    def _reads(self, url: str) -> None:
-        """Take note of the file that is read now: what is raised is its fault."""
+    def _enter_break(self, path: str, error: Exception) -> None:
+        """Enter that ONI would break off the load at the issue with the METS file `path`.
+
+        Raises DatabaseGone, CannotAnswer where that is no fault of a file.
+        """
+        self._refuse_own_trouble(error)
+        text_is_elsewhere = "://" in self._path and self._path != path
+        if text_is_elsewhere:  # what can be mended is the METS file that names the page's text
+            why = f"{self._path}, which it names: {error}"
+            if self._is_outside:
+                there = local_path(self._path)
+                why = f"{there}, which it names, lies outside the batch, and cannot be taken"
+            error = OSError(why)
+            self._path, self._is_outside = path, False
+        what = "ONI would break off the load"
+        if self._at_page and self._path == path:
+            what = f"page {self._at_page}: {what}"
+        self.enter_fault(self._path, what, error, ends_load=True)
+
+    def _begin_file(self, url: str) -> None:
+        """Remember which file is being read: an error from now on is taken for its fault."""
         self._path = Links.within_batch(url)
         self._is_outside = not is_within_reach(url)
 
@@ -2321,7 +2349,7 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         if self._document is None:
             return []
         made = {division for division, _ in self._pages}
-        maps = {structure_of(division) for division in made}
+        maps = {structure_of(division) for division in made}  # the structMaps that ONI reads
         described = {division.get("DMDID") for division in made}
         taken = {each.get("FILEID") for division in made for each in division.iter("{*}fptr")}
         left = []
@@ -2330,6 +2358,8 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
             files = {pointer.get("FILEID") for pointer in each.iterchildren("{*}fptr")}
             if each in made:
                 continue
+            # Where ONI reads, each page division should have become a page. Elsewhere it may be a
+            # page that was made already: its DMDID tells, or, where it has none, its files.
             if not made or structure_of(each) in maps:
                 is_page = kind in ("np:page", "page")
             elif each.get("DMDID"):
@@ -2378,20 +2408,24 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         texts = {file.id for file in files if file.is_xml and file.use == "ocr"}
         taken: Set[str] = set()
         named_in_vain: Set[str] = set()  # by pages without a text
+        lacks_text = False  # whether a page that has files does
         for number, (division, page) in enumerate(self._pages, 1):
             ids = {pointer.get("FILEID") for pointer in division.iterchildren("{*}fptr")}
-            (taken if page.ocr_filename else named_in_vain).update(ids)
+            if page.ocr_filename:
+                taken.update(ids)
+            else:
+                named_in_vain.update(ids)
+                lacks_text = lacks_text or len(division) > 0  # a page without files may lack one
             if len(ids & texts) > 1:
                 what = f"ONI would read one alone of its {len(ids & texts)} OCR files"
                 self.enter_fault(path, f"page {number}: {what}")
-        without = any(len(division) and not page.ocr_filename for division, page in self._pages)
         for file in files:
             is_text = file.use in ("ocr", "alto")
             if file.is_xml and (not file.use or file.id in named_in_vain):
                 is_text = True
             if not is_text or file.id in taken:
                 continue
-            if without:
+            if lacks_text:
                 self.enter_fault(path, f"ONI would leave out the OCR file {file.id}")
             else:
                 self.enter_warning(path, f"the OCR file {file.id} belongs to no page")
@@ -2445,12 +2479,12 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
         """
         url = urllib.parse.urljoin(self.current_batch.storage_url, page.ocr_filename)
         if plainly_fine(Links.opened(url), self._languages):
-            assert page.url and page.issue.title.solr_doc  # what Page.solr_doc can fail on
+            evaluate(page.url, page.issue.title.solr_doc)  # what Page.solr_doc can fail on
         else:
-            self._reads(url)
+            self._begin_file(url)
             with contextlib.suppress(NotPretended):  # then it is not known what ONI would index
                 super().process_ocr(page, index)
-            self._reads(self._mets)
+            self._begin_file(self._mets)
 
     def extract(self, url: str) -> Any:
         """Stand for ONI's ocr_extractor: have that read, and see how much text there is."""
@@ -2537,14 +2571,17 @@ def plainly_fine(url: str, languages: Set[str]) -> bool:
     def start(tag: str, attributes: List[str]) -> None:
         # The attributes are a list of name, value, name, value: half the time of a dict.
         if tag == "String":
-            if attributes.index("CONTENT") % 2:  # ValueError, too, if there is none at all
+            # An odd position is that of a value that reads CONTENT; without any, `index` raises.
+            if attributes.index("CONTENT") % 2:
                 raise ValueError("only a value has this name")
             counts["String"] += 1
         elif tag == "Page":
             counts["Page"] += 1
         elif tag == "TextBlock":
-            has_one = "language" in attributes
-            seen.add(attributes[attributes.index("language") + 1] if has_one else "eng")
+            code = "eng"
+            if "language" in attributes:
+                code = attributes[attributes.index("language") + 1]
+            seen.add(code)
 
     try:
         with urllib.request.urlopen(url) as file:
@@ -2608,7 +2645,7 @@ class NotPretended(Exception):
 
 
 class PretendedTexts:
-    """Stands for OCR.language_texts: keeps what ONI's loader makes, for ONI's Page.solr_doc."""
+    """A stand-in for OCR.language_texts: keeps what ONI's loader makes, for ONI's Page.solr_doc."""
 
     def __init__(self, ocr: Any) -> None:
         self._ocr = ocr
@@ -2691,10 +2728,11 @@ def task_index_titles(*lccns: str) -> None:
 # ---------------------------------------------------------------- Open ONI
 
 
-def inside_room() -> str:
-    """Return the room "inside Open ONI" of this file, on the lines that it has here.
+def section_inside_oni() -> str:
+    """Return the section "inside Open ONI" of this file, after as many empty lines as precede it.
 
-    It is read once, when the agent starts: an upgrade may replace the file later.
+    So a traceback has this file's line numbers. It is read once, when the agent starts: an upgrade
+    may replace the file later.
     """
     lines = Path(__file__).read_text("utf-8").split("\n")
     first, end = (
@@ -2703,7 +2741,7 @@ def inside_room() -> str:
     return "\n" * first + "\n".join(lines[first:end])
 
 
-class Passing(Problem):
+class TransientProblem(Problem):
     """A problem that may be gone in a moment: a job asks again, until its deadline."""
 
 
@@ -2722,13 +2760,13 @@ class Deadline:
         """Return the seconds until then; none are less than 0."""
         return max(0, self._until - time.monotonic())
 
-    def missed(self) -> Passing:
+    def missed(self) -> TransientProblem:
         """Return the problem that there was no answer until then."""
-        return Passing(f"Open ONI did not answer within {self._within:g} s")
+        return TransientProblem(f"Open ONI did not answer within {self._within:g} s")
 
 
 class OpenONI:
-    """How ONI's manage.py is run, and how ONI's database, index and loader are asked through it.
+    """The way to Open ONI: its manage.py, and through it its database, index and loader.
 
     Questions are functions of the room above. A zygote, a manage.py shell that has all of ONI in
     memory, forks a worker for each; a few that have only asked the database wait for the next one.
@@ -2744,7 +2782,7 @@ class OpenONI:
         )
         for name in (*OWN_VARIABLES, LIMITS_OF_TESTS, "PYTHONHOME", "NOTIFY_SOCKET"):
             self.environment.pop(name, None)
-        self._room = inside_room()
+        self._section = section_inside_oni()
         self._zygote: Optional[Zygote] = None
         self._starting = threading.Lock()
         self._slots = threading.BoundedSemaphore(MAX_QUESTIONS)
@@ -2773,14 +2811,16 @@ class OpenONI:
             raise kind(f"couldn't run {manage}: {error}") from error
 
     def start_task(self, task: str, *words: Any, **options: Any) -> "subprocess.Popen[bytes]":
-        """Start a manage.py shell that calls one function of the room above with `words`."""
-        program = f"{self._room}\n{task}(*{words!r})\n"
-        # What ps shows is short. The name is the file's own, so that a traceback leads there.
+        """Start a manage.py shell that calls one function of that section with `words`."""
+        source = f"{self._section}\n{task}(*{words!r})\n"
+        # The source is no argument, so that ps shows a short line; as a variable it may have 128
+        # KiB (MAX_ARG_STRLEN of Linux). It is compiled under this file's name, to which tracebacks
+        # then lead.
         code = (
             f"import os; exec(compile(os.environ.pop('INSIDE_ONI'), {__file__!r}, 'exec'),"
             " {'__name__': 'inside Open ONI'})"
         )
-        environment = {**self.environment, "INSIDE_ONI": program}
+        environment = {**self.environment, "INSIDE_ONI": source}
         return self.start("shell", "-c", code, env=environment, **options)
 
     def ask(self, question: str, *words: Any, within: float = ANSWER_SECONDS) -> Any:
@@ -2790,11 +2830,11 @@ class OpenONI:
         """
         deadline = Deadline(within)
         if not self._slots.acquire(timeout=within):
-            raise Passing(f"Open ONI did not answer within {within:g} s: too many ask it")
+            raise TransientProblem(f"Open ONI did not answer within {within:g} s: too many ask it")
         try:
             try:
                 return self._answer(question, words, deadline)
-            except Passing:
+            except TransientProblem:
                 if deadline.left() < 0.5:
                     raise
                 time.sleep(0.2)
@@ -2810,7 +2850,7 @@ class OpenONI:
         while True:
             try:
                 return self._answer(question, words, deadline)
-            except Passing:
+            except TransientProblem:
                 if deadline.left() < 1:
                     raise
                 time.sleep(1)
@@ -2819,26 +2859,27 @@ class OpenONI:
         self,
         questions: Sequence[Sequence[Any]],
         within: float,
-        hear: Callable[[int, Dict[str, Any]], None],
+        on_news: Callable[[int, Dict[str, Any]], None],
         go_on: Callable[[], None],
     ) -> List[Any]:
         """Return the answers to several questions, [name, words…], each asked of a new worker.
 
-        `hear` gets the number of a question, and the news that comes before its answer. `go_on` is
-        called about each second; what it raises ends all of them. A question is asked anew for
-        PATIENT_SECONDS while what is wrong may pass by itself. Raises Problem.
+        `on_news` gets the number of a question, and the news that comes before its answer. `go_on`
+        is called about each second; what it raises ends all of them. Both are called from several
+        threads at once. A question is asked anew for PATIENT_SECONDS while what is wrong may pass
+        by itself. Raises Problem.
         """
         deadline = Deadline(within)
 
         def study_one(number: int) -> Any:
-            tell = functools.partial(hear, number)
-            patient_until = time.monotonic() + deadline.left()
+            tell = functools.partial(on_news, number)
+            patience: Optional[Deadline] = None  # from the first failure on
             while True:
                 try:
                     return self._study(questions[number], deadline, tell, go_on)
-                except Passing:
-                    patient_until = min(patient_until, time.monotonic() + PATIENT_SECONDS)
-                    if time.monotonic() + 1 > patient_until:
+                except TransientProblem:
+                    patience = patience or Deadline(min(PATIENT_SECONDS, deadline.left()))
+                    if patience.left() < 1:
                         raise
                 go_on()
                 time.sleep(1)
@@ -2851,15 +2892,15 @@ class OpenONI:
         self,
         question: Sequence[Any],
         deadline: Deadline,
-        hear: Callable[[Dict[str, Any]], None],
+        on_news: Callable[[Dict[str, Any]], None],
         go_on: Callable[[], None],
     ) -> Any:
         name, *words = question
         try:
             worker = self._new_worker(deadline)
-            reply = worker.reply(name, words, deadline, hear, go_on)
+            reply = worker.reply(name, words, deadline, on_news, go_on)
         except WorkerEnded as error:
-            raise Passing(str(error)) from error
+            raise TransientProblem(str(error)) from error
         worker.end()
         return answer_in(reply)
 
@@ -2884,7 +2925,7 @@ class OpenONI:
             worker.end()
 
     def _is_up_to_date(self, zygote: "Zygote") -> bool:
-        """Tell whether what a zygote has imported, settings above all, can be relied on."""
+        """Return whether what a zygote has imported, settings above all, can be relied on."""
         most = DOUBTFUL_SECONDS if self._is_doubtful else ZYGOTE_SECONDS
         return zygote is self._zygote and zygote.age() <= most
 
@@ -2892,7 +2933,7 @@ class OpenONI:
         try:
             return self._answer_of(self._new_worker(deadline), question, words, deadline)
         except WorkerEnded as error:
-            raise Passing(str(error)) from error
+            raise TransientProblem(str(error)) from error
 
     def _answer_of(
         self, worker: "Worker", question: str, words: Sequence[Any], deadline: Deadline
@@ -2942,9 +2983,9 @@ class OpenONI:
 
 
 def answer_in(reply: Dict[str, Any]) -> Any:
-    """Return the answer in a worker's reply. Raises Problem; Passing if it may pass by itself."""
+    """Return the answer in a worker's reply. Raises Problem, and TransientProblem."""
     if "problem" in reply:
-        raise (Passing if reply.get("transient") else Problem)(reply["problem"])
+        raise (TransientProblem if reply.get("transient") else Problem)(reply["problem"])
     return reply["answer"]
 
 
@@ -2973,10 +3014,10 @@ class Zygote:
             raise deadline.missed()
         if not ready:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(1)  # else it would be this agent that has killed it
+                self._process.wait(1)  # if `end` killed it first, its own status would be lost
             self.end()
-            # A signal came from somebody else, as from the kernel when memory is short.
-            kind = Passing if (self._process.returncode or 0) < 0 else Problem
+            # Nothing in it raises a signal: one came from outside, as when memory is short.
+            kind = TransientProblem if (self._process.returncode or 0) < 0 else Problem
             raise kind(f"Open ONI cannot be asked: {self.last_words()}")
         self._control.settimeout(1)
 
@@ -3038,10 +3079,10 @@ class Worker:
         question: str,
         words: Sequence[Any],
         deadline: Deadline,
-        hear: Callable[[Dict[str, Any]], None] = lambda news: None,
-        go_on: Callable[[], None] = lambda: None,
+        on_news: Callable[[Dict[str, Any]], None] = do_nothing,
+        go_on: Callable[[], None] = do_nothing,
     ) -> Dict[str, Any]:
-        """Return the reply to a question. `hear` and `go_on` are as for OpenONI.study.
+        """Return the reply to a question. `on_news` and `go_on` are as for OpenONI.study.
 
         Raises Problem if there is none at the deadline, WorkerEnded if the worker
         ends, and what `go_on` raises; in all these cases the worker is no more.
@@ -3056,7 +3097,7 @@ class Worker:
                 if "news" not in message:
                     is_answered = True
                     return message
-                hear(message["news"])
+                on_news(message["news"])
         except OSError as error:
             raise WorkerEnded(f"Open ONI cannot be asked: {error}") from error
         finally:
@@ -3064,7 +3105,7 @@ class Worker:
                 self.end()
 
     def _message(
-        self, deadline: Deadline, go_on: Callable[[], None] = lambda: None
+        self, deadline: Deadline, go_on: Callable[[], None] = do_nothing
     ) -> Dict[str, Any]:
         """Return the next message; see `reply`."""
         parts = [self._received]
@@ -3112,10 +3153,14 @@ def read_regular(path: Path) -> bytes:
     """Return what is in a regular file. Raises Problem, in the Go agent's words."""
     try:
         descriptor = os.open(str(path), os.O_RDONLY | os.O_NONBLOCK)  # it may be a FIFO
-        if not os.path.isfile(descriptor):
+        try:
+            file = open(descriptor, "rb")
+        except OSError:  # it is a folder
             os.close(descriptor)
-            raise Problem(f"reading file: {path} is not a regular file")
-        with open(descriptor, "rb") as file:
+            raise
+        with file:
+            if not os.path.isfile(descriptor):
+                raise Problem(f"reading file: {path} is not a regular file")
             return file.read()
     except OSError as error:
         if is_scarce(error):
@@ -3172,6 +3217,8 @@ class Patch:
             if gone.intersection(path.parents):
                 raise Problem(f"{path}, which is to stay, lies in the folder of one that is to go")
         reels = [beside(listing, reel.text) for reel in root.findall(f"{NDNP}reel") if reel.text]
+        # The new batch.xml names METS files without _1. load_batch prefers lists with _1, which
+        # name what goes, too; so no such list goes along, nor the files that only it would name.
         gone.update(validated_twin(path) for path in staying + reels if path.exists())
         gone.update(listing.with_name(name) for name in BATCH_FILES)
         self._gone = gone  # the paths that are left out
@@ -3190,7 +3237,7 @@ class Patch:
                 )
 
     def is_made(self, new: Path) -> bool:
-        """Tell whether `new` is there already. Raises Problem if it is another batch."""
+        """Return whether `new` is there already. Raises Problem if it is another batch."""
         if not os.path.lexists(str(new)):
             return False
         if read_regular(new / LISTING) != self.listing:
@@ -3224,7 +3271,7 @@ class Patch:
             unready.rename(new)
             sync(new.parent)
         finally:
-            shutil.rmtree(str(unready), ignore_errors=True)  # unless it is the new batch by now
+            shutil.rmtree(str(unready), ignore_errors=True)  # gone, once it is renamed
 
     def _copy(
         self, unready: Path, tell: Callable[[str], None], go_on: Callable[[], None]
@@ -3364,7 +3411,7 @@ def sync(path: Union[str, Path]) -> None:
 
 
 class Glance:
-    """Makes an answer in the background, every PROGRESS_SECONDS at most, however many ask."""
+    """A background answer, made anew every PROGRESS_SECONDS at most, however many ask."""
 
     def __init__(self, make: Callable[..., Dict[str, Any]]) -> None:
         self._make = make
@@ -3375,10 +3422,10 @@ class Glance:
     def __call__(self, *words: Any) -> Dict[str, Any]:
         """Return what `make` has last answered, after a second at the most; {} if nothing yet."""
         with contextlib.suppress(Problem, OSError):
-            in_time(lambda: self._look(words), 1, self._pool)
+            in_time(lambda: self._make_anew(words), 1, self._pool)
         return self._answers.get(words, {})
 
-    def _look(self, words: Tuple[Any, ...]) -> None:
+    def _make_anew(self, words: Tuple[Any, ...]) -> None:
         """Ask, if that is due, in the pool's one thread; an answer may come after its time."""
         if words not in self._answers or time.monotonic() >= self._due:
             self._answers.setdefault(words, {})  # it is asked, whether it will answer or not
@@ -3460,7 +3507,8 @@ class BatchState:
     indexed: int = 0  # pages whose text went to Solr
     rows_digest: Optional[str] = None  # the digest of all pages' addresses
     text_digest: Optional[str] = None  # the same, of those whose text went to Solr
-    events: List[List[Any]] = field(default_factory=list)  # the newest ones, [time, message]
+    # The newest events, [time, message]; in list-batches the newest alone, as [its key, message].
+    events: List[List[Any]] = field(default_factory=list)
     files: Optional[Files] = None
     files_problem: str = ""  # why it is not known what the files name
     pages_in_solr: Optional[int] = None  # documents under its name
@@ -3593,11 +3641,11 @@ class Check:
         shown = [f"{fault['file']}: {fault['fault']}" for fault in self.faults[:3]]
         if len(self.faults) > 3:
             shown.append(f"and {len(self.faults) - 3} more")
-        return f"{self.count} in the batch's files: {'; '.join(shown)}"
+        return f"{self.faults_counted} in the batch's files: {'; '.join(shown)}"
 
     @property
-    def count(self) -> str:
-        """`1 fault`, or `2 faults`."""
+    def faults_counted(self) -> str:
+        """The number of faults, in words: `1 fault`, `2 faults`."""
         return f"{len(self.faults)} fault{'' if len(self.faults) == 1 else 's'}"
 
 
@@ -3648,18 +3696,18 @@ class Site:
         where ONI could not make a title of one.
         """
         question = ["study_records", str(path), CHECK_SECONDS]
-        [records] = self.oni.study([question], CHECK_SECONDS, lambda part, news: None, go_on)
+        [records] = self.oni.study([question], CHECK_SECONDS, do_nothing, go_on)
         return list(records)
 
     def look_at_records(self, path: Path) -> None:
         """Raise Problem where ONI could not make a title of a MARC record in a client's file.
 
-        In a long file a job alone looks at the later records, before ONI loads one: each takes
-        ONI's loader some milliseconds. Of many clients that ask at once most wait for the others,
-        rather than be refused, and keep nobody waiting who asks something else.
+        Only RECORDS_SECONDS of a long file are looked at: ONI's loader takes milliseconds a record,
+        and the job looks at all of them before ONI loads one. Half of the places for questions stay
+        free for other questions, so a client may wait here for its turn.
         """
         if not self._client_titles.acquire(timeout=PATIENT_SECONDS):
-            raise Passing(f"too many titles for {PATIENT_SECONDS} s; ask again")
+            raise TransientProblem(f"too many titles for {PATIENT_SECONDS} s; ask again")
         try:
             self.oni.ask("study_records", str(path), RECORDS_SECONDS, within=PATIENT_SECONDS)
         finally:
@@ -3675,16 +3723,17 @@ class Site:
     def patient_batch(
         self, name: str, go_on: Callable[[], None], patience: float = PATIENT_SECONDS
     ) -> BatchState:
-        """Return the same for a job, which asks database and Solr anew for `patience` seconds, and
-        has the files of a batch that ONI holds counted for CHECK_SECONDS. What is not known then is
-        None.
+        """Return what there is of a batch now, for a job, which has time.
+
+        Asks database and Solr anew for `patience` seconds, and has the files of a batch that ONI
+        holds counted for up to CHECK_SECONDS. What is not known then is None.
 
         What `go_on`, which is called each second, raises ends that. Raises Problem.
         """
         until = time.monotonic() + patience
         while True:
             left = max(1.0, until - time.monotonic())
-            # Solr's time ends before the question's, whose answer says that Solr gave none.
+            # Solr gets less time than the question; else nobody would say that Solr is what hangs.
             held = self.oni.insist("answer_batch", name, left * 0.8, within=left)
             state = self.state(name, held)
             go_on()
@@ -3712,7 +3761,10 @@ class Site:
         return state
 
     def _forget_other_rows(self, state: BatchState) -> None:
-        """Take back what list-batches remembers of rows that have been changed in their place."""
+        """Have list-batches count the rows of a batch anew if they are not those it remembers.
+
+        Its key for them, row_key, does not change when rows are replaced by as many others.
+        """
         remembered = self.memory.recall(f"rows {state.name}")
         if remembered and remembered["rows_digest"] != state.rows_digest:
             self.memory.keep({f"rows {state.name}": {**remembered, "key": ""}})
@@ -3769,7 +3821,7 @@ class Site:
     def _count_files(self, name: str, folder: str) -> Dict[str, Any]:
         parts = in_time(lambda: parts_of(folder), PATIENT_SECONDS)
         questions = [["study_part", name, folder, part, parts] for part in range(parts)]
-        found = self.oni.study(questions, CHECK_SECONDS, lambda part, news: None, lambda: None)
+        found = self.oni.study(questions, CHECK_SECONDS, do_nothing, do_nothing)
         facts = files_of(found)
         self.keep_files({name: Files(**facts)})
         return facts
@@ -3797,7 +3849,10 @@ class Site:
         return health
 
     def _ask_progress(self, name: str, _job_id: int) -> Dict[str, Any]:
-        """Return how far a load is; an answer about an earlier job on the batch is none of it."""
+        """Return how far a job is with loading a batch.
+
+        The job's id is not used here; with it, Glance gives no answer about an earlier job.
+        """
         if name in self.checked:
             done, of = self.checked[name]
             return {"checked": done, "to_check": of}
@@ -3827,20 +3882,21 @@ class Site:
         parts = in_time(lambda: parts_of(folder), PATIENT_SECONDS, meanwhile=go_on)
         done = [0] * parts
 
-        def hear(part: int, news: Dict[str, Any]) -> None:
+        def on_news(part: int, news: Dict[str, Any]) -> None:
             done[part] = news["done"]
             progress(sum(done), news["of"])
 
         questions = [["study_rehearsal", name, folder, part, parts] for part in range(parts)]
-        found = Check(self.oni.study(questions, CHECK_SECONDS, hear, go_on))
+        found = Check(self.oni.study(questions, CHECK_SECONDS, on_news, go_on))
         if not found.faults:
             self.keep_files({name: found.files})
         return found
 
     def client_check(self, name: str, go_on: Callable[[], object]) -> Check:
-        """Return the same for a client, who shares it with others that ask for it meanwhile.
+        """Return what would go wrong with a load of a batch, to a client.
 
-        Raises Problem, and what `go_on` raises when the client has gone.
+        Clients that ask for the same batch meanwhile share one check. Raises Problem, and what
+        `go_on` raises when the client has gone.
         """
         with self._checking:
             shared = self._checks.get(name)
@@ -3884,7 +3940,7 @@ class Site:
             while not self._client_checks.acquire(timeout=0.2):
                 go_on()
             try:
-                shared.found = self.check(name, lambda done, of: None, go_on)
+                shared.found = self.check(name, do_nothing, go_on)
             finally:
                 self._client_checks.release()
         except (Problem, OSError) as problem:
@@ -3909,11 +3965,11 @@ class Site:
         raise Problem(f"there is no such batch, in BATCH_SOURCE or in Open ONI{self.similar(name)}")
 
     def similar(self, name: str) -> str:
-        """Return a question that suggests the batch which a wrong name may be meant to be."""
+        """Return `; did you mean "X"?` with a batch whose name is like `name`, or ""."""
         there = self.on_disk()
         with contextlib.suppress(Problem):
             there += self.oni.ask("answer_names")
-        return nearly(name, there)
+        return did_you_mean(name, there)
 
 
 class BatchList:
@@ -4000,12 +4056,14 @@ class ListedBatches:
             self._compare_index(state, digest)
 
     def _recall_files(self, state: BatchState, facts: Mapping[str, Any]) -> None:
-        """Fill in what a batch's files name, if they have not changed since it was counted.
+        """Fill in what a batch's files name, if it was counted from the files as they are now.
 
-        What was counted after this look is newer than it, and holds as well.
+        Facts whose `watched` is not the one that this look compared were counted after it.
         """
-        is_newer = facts.get("watched") != self._watched.get(state.name)
-        if not facts or not (is_newer or state.name in self._unchanged):
+        if not facts:
+            return
+        counted_since = facts["watched"] != self._watched.get(state.name)
+        if not counted_since and state.name not in self._unchanged:
             return
         state.files_problem = facts["problem"]
         if not facts["problem"]:
@@ -4032,17 +4090,21 @@ class ListedBatches:
 
     def is_known(self) -> bool:
         """Return whether there is nothing to count."""
-        return not any(map(self._lacks_files, self.states.values())) and not any(
-            state.row and (state.rows_digest is None or state.index_is_right is None)
-            for state in self.states.values()
-        )
+        for state in self.states.values():
+            if self._lacks_files(state):
+                return False
+            if state.row and (state.rows_digest is None or state.index_is_right is None):
+                return False
+        return True
 
     def _lacks_files(self, state: BatchState) -> bool:
         return state.files is None and not state.files_problem
 
     def count_index(self) -> None:
         """Read the addresses in the whole index, if it may have changed since the last time."""
-        if self._index_version in ("", self._site.memory.recall("index").get("version")):
+        if not self._index_version:
+            return  # this Solr does not say when its index has changed: nothing can be remembered
+        if self._index_version == self._site.memory.recall("index").get("version"):
             return
         batches = self._site.oni.insist("study_index", within=CHECK_SECONDS)
         self._site.memory.keep({"index": {"version": self._index_version, "batches": batches}})
@@ -4080,7 +4142,7 @@ class ListedBatches:
         """Return the news that come before the answer to a question. Raises Problem."""
         told: List[Dict[str, Any]] = []
         self._site.oni.study(
-            [question], CHECK_SECONDS, lambda _, news: told.append(news), lambda: None
+            [question], CHECK_SECONDS, lambda _, news: told.append(news), do_nothing
         )
         return told
 
@@ -4108,10 +4170,10 @@ def in_chunks(things: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
         yield things[start : start + size]
 
 
-def nearly(word: str, words: Iterable[str], likeness: float = 0.85) -> str:
-    """Return a question that suggests what a wrong word may mean: one that is so like it, if any.
+def did_you_mean(word: str, words: Iterable[str], likeness: float = 0.85) -> str:
+    """Return `; did you mean "X"?`, X being the one of `words` most like a wrong one, or "".
 
-    Names of batches begin and end alike, and so must be more alike than other words.
+    Names of batches begin and end alike, so these must be more alike than other words.
     """
     closest = difflib.get_close_matches(word, list(words), 1, likeness)
     return f'; did you mean "{closest[0]}"?' if closest and closest[0] != word else ""
@@ -4172,7 +4234,7 @@ class Job:
 
     @property
     def finished(self) -> bool:
-        """Tell whether the job has ended."""
+        """Return whether the job has ended."""
         return self.end is not None
 
     @property
@@ -4257,8 +4319,8 @@ class JobStore:
         database = sqlite3.connect(
             str(self._path), LOCK_SECONDS, check_same_thread=False, isolation_level=None
         )
-        # FULL: a commit is on disk when it returns. The checkpoint writes anew what an agent that
-        # ended for an error of the disk may have left in the kernel's cache alone.
+        # FULL: a commit is on disk when it returns. The checkpoint is for the agent after
+        # _give_up: what that one wrote last may be in the kernel's cache alone.
         database.executescript(
             "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA wal_checkpoint(TRUNCATE)"
         )
@@ -4267,7 +4329,7 @@ class JobStore:
         return database
 
     def _is_empty(self) -> bool:
-        """Tell whether the database has no tables yet. Raises Problem if it cannot be used."""
+        """Return whether the database has no tables yet. Raises Problem if it cannot be used."""
         # A database that is not the agent's must not be changed, and SQLite may change one when it
         # closes it. But it has to take back the journal that a crash at the first start has left.
         mode = "rw" if self._path.with_name("jobs.db-journal").exists() else "ro"
@@ -4320,7 +4382,7 @@ class JobStore:
                 )
 
     def _is_missing(self, part: str) -> bool:
-        """Tell whether a part is gone, or another one is in its place. Raises OSError."""
+        """Return whether a part is gone, or another one is in its place. Raises OSError."""
         try:
             return identity(self.folder / part) != self._parts[part]
         except (FileNotFoundError, NotADirectoryError):
@@ -4331,7 +4393,7 @@ class JobStore:
         (self.folder / "stopped").touch(mode=0o600)
 
     def take_stop_mark(self) -> bool:
-        """Tell whether the last agent was stopped on purpose, and forget that."""
+        """Return whether the last agent was stopped on purpose, and forget that."""
         try:
             (self.folder / "stopped").unlink()
         except FileNotFoundError:
@@ -4373,12 +4435,12 @@ class JobStore:
         return next(iter(self._jobs("id = ?", id)), None)
 
     def select(
-        self, before: int, statuses: Sequence[Status] = (), word: str = "", newest: int = -1
+        self, before: int, statuses: Sequence[Status] = (), word: str = "", limit: int = -1
     ) -> List[Job]:
-        """Return jobs with ids below `before`, oldest first: the `newest` so many, or all (-1).
+        """Return the newest `limit` jobs with ids below `before`, or all (-1), oldest first.
 
-        Leaves out jobs with other statuses, if any are given, and jobs without `word` among theirs,
-        if it is not "".
+        If `statuses` are given, only jobs with one of them count; if `word` is, only jobs one of
+        whose words it is.
         """
         conditions = ["id < ?"]
         values: List[object] = [before]
@@ -4386,10 +4448,10 @@ class JobStore:
             conditions.append(f"status IN ({', '.join('?' * len(statuses))})")
             values += statuses
         if word:
-            conditions.append("instr(words, ?)")  # only words are in quotes there
+            conditions.append("instr(words, ?)")  # a JSON list: in quotes it is a whole word
             values.append(json.dumps(word))
         condition = " AND ".join(conditions)
-        return self._jobs(f"{condition} ORDER BY id DESC LIMIT ?", *values, newest)
+        return self._jobs(f"{condition} ORDER BY id DESC LIMIT ?", *values, limit)
 
     def count(self) -> int:
         """Return how many jobs there are."""
@@ -4404,10 +4466,10 @@ class JobStore:
         return int(rows[0][0]) if rows else 0
 
     def expired(self, now: int) -> List[int]:
-        """Return the ids of jobs that ended more than KEEP_DAYS ago, but for the KEEP_JOBS newest.
+        """Return the ids of jobs that ended more than KEEP_DAYS before `now`, oldest first.
 
-        `now` is the clock's time. What it got wrong once is seen by the ids: no job is expired that
-        was asked for after one of the last KEEP_DAYS.
+        The KEEP_JOBS newest are none of them. Nor is a job with a higher id than one that was asked
+        for in these days: its old times are from a day when the clock was wrong.
         """
         horizon = now - KEEP_DAYS * DAY
         rows = self._read(
@@ -4478,7 +4540,7 @@ class JobStore:
     def add(self, words: List[str], given: Optional[Path] = None) -> Job:
         """Return a new pending job, whose input, if any, is the file `given` of new_input."""
         job = Job(self.newest_id + 1, words, time.time_ns())
-        place = self.input(job).parent
+        place = self.input_path(job).parent
         if given:
             # An agent that was killed before it gave this id may have left something.
             shutil.rmtree(place, ignore_errors=True)
@@ -4496,12 +4558,12 @@ class JobStore:
         self.newest_id = job.id
         return job
 
-    def input(self, job: Job) -> Path:
+    def input_path(self, job: Job) -> Path:
         """Return where a job's input is: what came on standard input, alone in a folder."""
         return self.folder / "inputs" / str(job.id) / "input.xml"
 
     def begin(self, job: Job, when: int, attempts: int) -> None:
-        """Enter that an attempt at a job begins at a moment `when`, the last one of `attempts`."""
+        """Enter that an attempt, the `attempts`-th, begins at `when` (nanoseconds since 1970)."""
         started = when if job.started is None else job.started
         self._commit(
             "UPDATE jobs SET status = ?, started = ?, attempts = ? WHERE id = ?",
@@ -4523,7 +4585,7 @@ class JobStore:
         )
         job.end = end
 
-    def log(self, job: Job) -> Path:
+    def index_path(self, job: Job) -> Path:
         """Return where the index of a job's log is (see LogReader)."""
         return self.folder / "logs" / f"{job.id}.log"
 
@@ -4546,11 +4608,7 @@ class JobStore:
 def job_of_row(row: Tuple[Any, ...], words: List[str]) -> Job:
     """Return the job in a row of JobStore.COLUMNS; `words` are its words, read from JSON."""
     id, _, queued, status, started, ended, error, attempts, cancelled = row
-    end = None
-    if status == PENDING:
-        started = None
-    elif status != STARTED:
-        end = End(status, error, queued if ended is None else ended)
+    end = None if status in (PENDING, STARTED) else End(status, error, ended)
     return Job(id, words, queued, started, end, attempts, bool(cancelled))
 
 
@@ -4563,8 +4621,9 @@ def identity(path: Path) -> Tuple[int, int]:
 class Clock:
     """The time of day by which jobs are forgotten, as long as it can be believed.
 
-    A time more than KEEP_DAYS after the newest job, or after what the clock has said before, is
-    doubted, and believed only when a day has passed by a clock that nobody can set.
+    A clock that is set years ahead by mistake would have the whole history forgotten. So a jump of
+    more than KEEP_DAYS, from the newest job's time or from what the clock said before, is doubted
+    for a day of the monotonic clock, which nobody can set; if it still stands, it is believed.
 
     `newest` is the newest job's time, or 0; `wall` and `steady` return nanoseconds.
     """
@@ -4614,23 +4673,28 @@ def locked(path: Path) -> TextIO:
 # ---------------------------------------------------------------- logs
 
 # The log of job 7 lies in three files. manage.py itself writes 7.out and 7.err, so that it needs no
-# agent. LogWriter writes the index 7.log: the agent's notes, and how much had been printed when.
-# LogReader makes stamped lines of all three.
+# agent; LogWriter writes the index, 7.log: the agent's notes, and how much had been printed when.
+# LogReader puts the three together, as lines with stamps.
 #
-# An entry of the index that has sizes tells of the bytes that were printed since the last such
-# entry. A line among these is stamped with the entry's moment, and a nanosecond more for each byte
-# up to the line's end; lines of standard output come first. So a line's stamp depends on two
-# entries alone, wherever reading begins. LogWriter gives the next entry a later moment than all of
-# these.
+# NCA sorts lines by their stamps, so no two may be equal, and a line has to have the same stamp
+# each time it is read. Say that these are two neighbouring entries of the index with sizes:
+#
+#     [2026-11-22T11:07:19.000000000Z] = 500 0
+#     [2026-11-22T11:07:19.250000000Z] = 510 4
+#
+# Then 10 bytes came on standard output in between, such as "abc\ndefgh\n". A line is stamped with
+# the later entry's moment, and a nanosecond more for each byte before its newline: here …250000003
+# and …250000009. Standard error comes after all of that, from …250000011 on. LogWriter gives the
+# next entry a moment that is later than all these stamps.
 #
 # A very long line comes in parts. A part ends where a block of the file ends that has no newline.
 # Blocks are BLOCK bytes long, and the first one begins where the file does.
 
-# Kinds of lines:
+# Where a line of a log comes from:
 STDOUT = "O"  # manage.py has printed it on standard output
 STDERR = "E"  # manage.py has printed it on standard error
 NOTE = "A"  # the agent has written it
-ALL_KINDS = (STDOUT, STDERR, NOTE)
+ALL_SOURCES = (STDOUT, STDERR, NOTE)
 
 
 def timestamp(nanoseconds: int) -> str:
@@ -4730,16 +4794,17 @@ def nanoseconds_for(before: Tuple[int, int], after: Tuple[int, int]) -> int:
     return max(0, after[0] - before[0]) + max(0, after[1] - before[1]) + 2
 
 
-def stretches(file: BinaryIO, start: int, stop: int, is_over: bool) -> Iterator[Tuple[int, bytes]]:
-    """Yield the lines of a file from byte `start` to byte `stop`, some at a time: where they end,
-    and their bytes. A part of a line comes alone.
+def lines_between(
+    file: BinaryIO, start: int, stop: int, is_over: bool
+) -> Iterator[Tuple[int, bytes]]:
+    """Yield pairs of the byte where some lines end, and the bytes of these lines.
 
-    A line or a part begins at `start`. An unfinished line at `stop` is left out, unless the file
-    `is_over`. Raises OSError.
+    The lines, or parts, are those from byte `start`, where one begins, to byte `stop`; a part comes
+    alone. An unfinished line at `stop` is left out, unless the file `is_over`. Raises OSError.
     """
     while start < stop:
-        first_whole_block = -(-start // BLOCK)
-        limit = (first_whole_block + 1) * BLOCK
+        whole_block = (start + BLOCK - 1) // BLOCK * BLOCK  # the first that begins at or after it
+        limit = whole_block + BLOCK  # no line or part that begins at `start` ends later
         file.seek(start)
         data = file.read(min(stop, limit) - start)
         end = data.rfind(b"\n") + 1
@@ -4835,7 +4900,7 @@ class LogReader:
         """
         self._paths = (path, path.with_suffix(".out"), path.with_suffix(".err"))
         self._files: List[Optional[BinaryIO]] = [None, None, None]
-        self._kinds: Tuple[str, ...] = ALL_KINDS
+        self._sources: Tuple[str, ...] = ALL_SOURCES
         self._position = Position()
         self._tail: Optional[Tuple[int, int]] = None  # the outputs' sizes, once the job is over
         self._open(is_over)
@@ -4859,37 +4924,43 @@ class LogReader:
             if lines:
                 yield lines
 
-    def lines(self, *kinds: str) -> Iterator[List[str]]:
-        """Return all lines of these kinds, or of all, some at a time.
+    def lines(self, *sources: str) -> Iterator[List[str]]:
+        """Return all lines from these sources, or from all, some at a time.
 
-        An empty list comes where there are only lines of other kinds, so that a caller who goes
+        An empty list comes where there are only lines from others, so that a caller who goes
         through millions can do something else meanwhile. Other calls are not disturbed.
         """
         reader = copy.copy(self)
-        reader._kinds = kinds or ALL_KINDS
+        reader._sources = sources or ALL_SOURCES
         return reader._read()
 
     def skip_to_last(self, count: int) -> None:
-        """Leave out all lines but the last `count`, reading no more of the log than these."""
+        """Leave out all lines but the last `count`, reading no more of the log than these.
+
+        Goes backwards: over what was printed since the newest entry, then entry by entry.
+        """
         index = self._files[0]
         entries = entries_before(index, self._size(0)) if index else iter(())
         steps = with_sizes_before(entries)
         nothing: Tuple[Optional[Entry], Tuple[int, int]] = (None, (0, 0))
         newest, before = next(steps, nothing)
-        self._position = self._end(newest, before)
+        self._position = self._position_after(newest, before)
         if self._tail:
             count, at = self._last_printed(self._position.sizes, self._tail, count, True)
             self._position = self._position._replace(at=at)
-        while count and newest:
-            if newest.sizes is None:
+        if newest is None:
+            return
+        for entry, sizes in itertools.chain([(newest, before)], steps):
+            if not count:
+                return
+            if entry.sizes is None:
                 count -= 1
-                at = self._line_starts(before)
+                at = self._line_starts(sizes)
             else:
-                count, at = self._last_printed(before, newest.sizes, count, False)
-            self._position = Position(newest.start, before, at)
-            newest, before = next(steps, nothing)
+                count, at = self._last_printed(sizes, entry.sizes, count, False)
+            self._position = Position(entry.start, sizes, at)
 
-    def _end(self, newest: Optional[Entry], before: Tuple[int, int]) -> Position:
+    def _position_after(self, newest: Optional[Entry], before: Tuple[int, int]) -> Position:
         """Return the position after the newest entry, before which the outputs had these sizes."""
         if newest is None:
             return Position()
@@ -4947,20 +5018,21 @@ class LogReader:
         before = self._position.sizes
         sizes = entry.sizes or before
         at = list(self._position.at)
-        first = entry.nanosecond
-        is_tail = entry.end == entry.start
+        moment = entry.nanosecond  # the earliest stamp of the lines to come
+        is_tail = entry.end == entry.start  # no line of the index is empty: see _entries
+        # It counts as read even if no line is wanted: see `lines` on empty lists.
         yield entry.end - entry.start, []
-        if entry.sizes is None and NOTE in self._kinds:
-            yield len(entry.text), stamped(entry.second, [first], first, [entry.text])
-        for number, kind in enumerate((STDOUT, STDERR)):
+        if entry.sizes is None and NOTE in self._sources:
+            yield len(entry.text), stamped(entry.second, [moment], moment, [entry.text])
+        for number, source in enumerate((STDOUT, STDERR)):
             low, high = before[number], sizes[number]
             file = self._files[number + 1]
-            if file and kind in self._kinds and (high > low or is_tail):
-                for end, data in stretches(file, at[number], high, is_tail):
-                    yield len(data), printed_lines(entry.second, first - low, end, data)
+            if file and source in self._sources and (high > low or is_tail):
+                for end, data in lines_between(file, at[number], high, is_tail):
+                    yield len(data), printed_lines(entry.second, moment - low, end, data)
                     at[number] = end
-            first += max(0, high - low) + 1
-        self._position = Position(entry.end, sizes, (at[0], at[1]), entry.second, first)
+            moment += max(0, high - low) + 1
+        self._position = Position(entry.end, sizes, (at[0], at[1]), entry.second, moment)
 
 
 def printed_lines(second: str, zero: int, end: int, data: bytes) -> List[str]:
@@ -5003,11 +5075,9 @@ def with_sizes_before(entries: Iterable[Entry]) -> Iterator[Tuple[Entry, Tuple[i
 
 
 def open_to_append(path: Path) -> TextIO:
-    """Open a file for appending; make it, and its folder, if missing. Raises OSError.
-
-    What the disk refuses of a text is kept, and written with what comes next.
-    """
+    """Open a file for appending; make it, and its folder, if missing. Raises OSError."""
     path.parent.mkdir(mode=0o700, exist_ok=True)
+    # The buffer, larger than any entry, keeps what a full disk refuses, until the next flush.
     return open(path, "a", 1 << 20, "utf-8", "replace")
 
 
@@ -5034,7 +5104,7 @@ class LogWriter:
         self.err = path.with_suffix(".err")
         self.commands: List[str] = []  # all that have begun
         self.child: Optional[Child] = None  # the newest one's process, if it is known
-        self.begun = 0  # bytes of stderr when it began
+        self.stderr_before = 0  # bytes of standard error when the newest command began
         self._sizes = (0, 0)  # bytes of the outputs, as last entered
         self._earliest = 0  # the moment of the next entry, at the earliest
         self._entered = -ENTRY_SECONDS  # when output was last entered, by the monotonic clock
@@ -5065,7 +5135,7 @@ class LogWriter:
         """Remember a command as the newest one."""
         self.commands.append(command)
         self.child = child
-        self.begun = self._sizes[1]
+        self.stderr_before = self._sizes[1]
 
     def close(self) -> None:
         """Put the log safely on disk."""
@@ -5087,10 +5157,10 @@ class LogWriter:
         out, err = self._sizes
         self._enter(f"$ {out} {err} {process}{command}", time.time_ns(), 2)
 
-    def look(self, is_end: bool = False) -> None:
+    def enter_sizes(self, is_end: bool = False) -> None:
         """Enter how much has been printed by now, if that has changed.
 
-        Unless this is a command's end, this waits until ENTRY_SECONDS after the last such entry.
+        Does nothing within ENTRY_SECONDS of the last such entry, unless this is a command's end.
         """
         if not is_end and time.monotonic() < self._entered + ENTRY_SECONDS:
             return
@@ -5126,10 +5196,10 @@ class LogWriter:
         try:
             with open(self.err, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
-                file.seek(self.begun)
-                data = file.read(min(COMPLAINT_BYTES, max(0, size - self.begun)))
-                rest = max(self.begun + len(data), size - COMPLAINT_BYTES)
-                if rest > self.begun + len(data):
+                file.seek(self.stderr_before)
+                data = file.read(min(COMPLAINT_BYTES, max(0, size - self.stderr_before)))
+                rest = max(self.stderr_before + len(data), size - COMPLAINT_BYTES)
+                if rest > self.stderr_before + len(data):
                     data += b"\n"
                 file.seek(rest)
                 data += file.read(COMPLAINT_BYTES)
@@ -5154,11 +5224,11 @@ class LogWriter:
 
 
 def signal_name(number: int) -> str:
-    """Return SIGKILL for 9; real-time signals have no name."""
-    for each in signal.Signals:
-        if each == number:
-            return each.name
-    return "of no name"
+    """Return the name of a signal, SIGKILL for 9; "of no name" for most real-time signals."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "of no name"
 
 
 def stat_of(pid: int) -> Optional[List[str]]:
@@ -5190,7 +5260,7 @@ def as_child(pid: int) -> Child:
 
 
 def is_at_work(child: Child) -> Optional[bool]:
-    """Tell whether a process has not ended yet; None if that cannot be known. Raises OSError."""
+    """Return whether a process has not ended yet; None if that cannot be known. Raises OSError."""
     fields = stat_of(child.pid)
     if child.birth == "-" or not (fields or os.path.exists("/proc/self/stat")):
         try:
@@ -5203,8 +5273,11 @@ def is_at_work(child: Child) -> Optional[bool]:
     if not fields:
         return False
     boot, _, ticks = child.birth.partition("/")
-    is_same = fields[19] == ticks and boot in ("", boot_id() or boot)  # "": it was hidden
-    return is_same and fields[0] not in "ZX"  # a zombie has ended, too
+    boot_now = boot_id()
+    if boot and boot_now and boot != boot_now:  # either is "" where the boot's id is hidden
+        return False
+    is_zombie = fields[0] in "ZX"  # it has ended, and nobody has waited for it yet
+    return fields[19] == ticks and not is_zombie
 
 
 class Running(NamedTuple):
@@ -5222,15 +5295,18 @@ DISTURBANCES = (
 
 
 class Runner:
-    """A runner of one manage.py after another, for one job, whose log it has.
+    """What runs one manage.py after another for one job, and keeps the job's log.
 
-    manage.py runs in a session of its own and prints to files, so that it outlives this agent. The
-    next one knows by two signs that it is at work: the log names its process; and it has inherited
-    run.lock, locked, in which the job, the number of its command and the command stand. Where this
-    agent is killed before it can write of the process, there is the lock alone.
+    manage.py runs in a session of its own and prints to files, so that it outlives this agent. It
+    leaves two traces, by which the next agent finds it:
 
-    manage.py has ended when its process has. What it leaves behind may keep run.lock locked; then
-    there is the process alone to tell of the next manage.py.
+    - The job's log names its process.
+    - run.lock is locked by it, since it has inherited the open file. In the file stand the job's
+      id, the number of the command among the job's, and the command. This is the only trace if
+      the agent is killed between the start of manage.py and the line in the log.
+
+    manage.py has ended when its process has. Something that it has left behind may keep run.lock
+    locked even then. The next manage.py cannot lock it, and the log alone names that one.
     """
 
     def __init__(
@@ -5238,8 +5314,8 @@ class Runner:
     ) -> None:
         """Go on with the job's log, or begin it. Raises OSError."""
         self.job = job
-        self.input = store.input(job)
-        self.log = LogWriter(store.log(job))
+        self.input_path = store.input_path(job)
+        self.log = LogWriter(store.index_path(job))
         self.undoing = False  # the job was cancelled, and what is done now is to undo it
         self._oni = oni
         self._lock = store.folder / "run.lock"
@@ -5269,11 +5345,11 @@ class Runner:
 
     @property
     def cancelled(self) -> bool:
-        """Tell whether what is done for the job now is to end."""
+        """Return whether what is done for the job now is to end."""
         return self.job.cancelled and not self.undoing
 
     def go_on(self) -> None:
-        """Raise Interrupted if the job was cancelled."""
+        """Raise Interrupted if the job has ended, or was cancelled and is not yet being undone."""
         if self.cancelled or self.job.finished:
             raise Interrupted
 
@@ -5302,7 +5378,10 @@ class Runner:
         self._run("manage.py", self._oni.start, *words)
 
     def task(self, name: str, *words: str) -> None:
-        """Run a function of INSIDE_ONI in a manage.py of its own. Raises as manage does."""
+        """Run the function `name` of the section "inside Open ONI" in a manage.py shell of its own.
+
+        Raises as `manage` does.
+        """
         self._run("manage.py shell:", self._oni.start_task, name, *words)
 
     def _run(
@@ -5334,7 +5413,7 @@ class Runner:
             # What an earlier command left unfinished is to be a line of its own.
             end_line(self.log.out)
             end_line(self.log.err)
-            self.log.look(is_end=True)
+            self.log.enter_sizes(is_end=True)
             lock = files.enter_context(self._open_lock())
             lock.truncate(0)
             lock.write(f"{self.job.id} {len(self.commands) + 1} {command}")
@@ -5358,26 +5437,30 @@ class Runner:
                 log.warning("job=%d adopted=yes: its manage.py is at work", self.job.id)
                 self._follow(running)
             else:
-                self.log.look(is_end=True)
+                self.log.enter_sizes(is_end=True)
                 self._name_what_is_left()
         finally:
             self.undoing = self.job.cancelled
 
     def _left_at_work(self) -> Optional[Running]:
-        """Return the manage.py of an earlier agent that is still at work. Raises OSError."""
+        """Return the manage.py of an earlier agent that is still at work, or None.
+
+        Raises OSError.
+        """
         child = self.log.child
         at_work = is_at_work(child) if child else None
         if child and at_work:
             return Running(child, lambda: not is_at_work(child))
         if self._lock_is_free():
             return None
-        if self._enter_what_is_locked():
+        # Who holds run.lock? Either a manage.py that the log cannot name, or what one left behind.
+        if self._enter_command_of_lock():
             return Running(None, self._lock_is_free)
         if child and at_work is None:  # without /proc a process of that number may be another one
             return Running(child, lambda: is_at_work(child) is False or self._lock_is_free())
-        if self.commands and not child:  # an earlier agent has entered it by the lock
+        if self.commands and not child:  # it was entered like that by an agent before this one
             return Running(None, self._lock_is_free)
-        return None  # what has locked it is something that manage.py left behind
+        return None  # what manage.py has left behind holds it
 
     def _open_lock(self) -> TextIO:
         """Open run.lock for a manage.py to inherit, locked unless somebody has left it locked.
@@ -5388,18 +5471,18 @@ class Runner:
         return open(self._lock, "a") if self._is_left_locked else locked(self._lock)
 
     def _lock_is_free(self) -> bool:
-        """Tell whether run.lock is not locked. Raises OSError."""
+        """Return whether run.lock is not locked. Raises OSError."""
         try:
             locked(self._lock).close()
         except BlockingIOError:
             return False
         return True
 
-    def _enter_what_is_locked(self) -> bool:
-        """Enter the command that has locked run.lock, if it is this job's and not in the log.
+    def _enter_command_of_lock(self) -> bool:
+        """Enter the command that run.lock names in the log, if it is this job's and not there yet.
 
-        Tell whether that is so: the agent was killed before it had entered the command, or somebody
-        has deleted the log. Raises OSError.
+        Return whether it was entered. It is not there yet if the agent was killed between the start
+        and the entry, or if somebody has deleted the log. Raises OSError.
         """
         id, _, rest = self._lock.read_text().partition(" ")
         number, _, command = rest.partition(" ")
@@ -5416,15 +5499,15 @@ class Runner:
         signals = [signal.SIGTERM, signal.SIGKILL] if running.child else [signal.SIGTERM]
         next_signal = 0.0
         while self._is_at_work(running):
-            self.log.look()
+            self.log.enter_sizes()
             full = full or self._disk_is_full()
             now = time.monotonic()
             if self.cancelled and signals and now > next_signal:
                 self._signal(running.child, signals.pop(0))
                 next_signal = now + TERM_SECONDS
-            # The first line, and the end of a short run, are seen at once.
+            # The first looks come quickly, so that a short run is not made longer by waiting.
             time.sleep(min(LOOK_SECONDS, 0.001 + (now - begun) / 20))
-        self.log.look(is_end=True)
+        self.log.enter_sizes(is_end=True)
         if full:
             self.note(
                 "the state folder was full meanwhile: lines that manage.py printed may be missing"
@@ -5432,14 +5515,14 @@ class Runner:
         self._name_what_is_left()
 
     def _is_at_work(self, running: Running) -> bool:
-        """Tell whether a manage.py has not ended, or that cannot be told for now."""
+        """Return whether a manage.py has not ended, or that cannot be told for now."""
         try:
             return not running.has_ended()
         except OSError:
             return True
 
     def _disk_is_full(self) -> bool:
-        """Tell whether the state folder has no byte left."""
+        """Return whether the state folder has no byte left."""
         try:
             return not shutil.disk_usage(self._lock.parent).free
         except OSError:  # somebody has removed the folder
@@ -5495,10 +5578,15 @@ class Kind:
     and write a command of the same name, under "commands", that returns `request.submit()`, or
     `request.submit_with_input(LIMIT)` if it `takes_input`.
 
-    A request is answered by `check`, then `reached`. The worker calls `bring`, then `verify`; for a
-    job that an earlier agent had begun `verify` first, and the rest only if that fails; for one
-    that was cancelled after it began `undo`. If the job was not successful, it calls `remains`. So
-    `bring` has to reach the goal from wherever an earlier attempt was cut short.
+    Its methods are called like this:
+
+        a client asks for the job:               check, then reached
+        the job's turn comes:                    bring, then verify
+        an earlier agent had begun it:           verify; only if that fails: bring, then verify
+        it was cancelled after it had begun:     undo
+        it was not successful, or was undone:    remains
+
+    So `bring` has to reach the goal from wherever an earlier attempt was cut short.
 
     `work` is a Runner: it runs manage.py, takes notes for the job's log, and knows the file of what
     came on standard input. A method may raise OSError: if that is scarce (see is_scarce), the
@@ -5517,7 +5605,7 @@ class Kind:
         """
 
     def reached(self) -> bool:
-        """Tell whether the goal is known to be reached already. Raises Problem."""
+        """Return whether the goal is known to be reached already. Raises Problem."""
         return False
 
     def bring(self, work: Runner) -> None:
@@ -5544,7 +5632,7 @@ class BatchKind(Kind):
         self.folder = self.site.folder(self.name)
 
     def is_goal(self, held: BatchState) -> bool:
-        """Tell whether `held` is known to be the goal."""
+        """Return whether `held` is known to be the goal."""
         raise NotImplementedError
 
     def known_state(self, work: Runner) -> BatchState:
@@ -5583,7 +5671,7 @@ class LoadBatch(BatchKind):
         """Return the answer of answer_load. Raises Problem if the batch may not be loaded."""
         try:
             return ask("answer_load", self.name, str(self.folder), SOLR_SECONDS)
-        except Passing:
+        except TransientProblem:
             raise
         except Problem as problem:
             raise Problem(f"{problem}{self.site.similar(self.name)}") from problem
@@ -5638,7 +5726,7 @@ class LoadBatch(BatchKind):
         """Have ONI load records of titles that it lacks, which the check has fetched."""
         if not records:
             return
-        folder = work.input.parent / "titles"
+        folder = work.input_path.parent / "titles"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, mode=0o700)
         for lccn, record in records.items():
@@ -5662,7 +5750,7 @@ class LoadBatch(BatchKind):
             link.unlink()
 
     def undo(self, work: Runner) -> None:
-        # Other commands leave the rows as they are.
+        # load_titles and the tasks change no row of the batch: there is nothing to undo.
         changing = ("manage.py load_batch", "manage.py purge_batch")
         if any(command.startswith(changing) for command in work.commands):
             PurgeBatch(self.site, self.name).bring(work)
@@ -5700,7 +5788,7 @@ class PurgeBatch(BatchKind):
 class LoadTitle(Kind):
     """A load of titles, whose goal is that ONI has them as a MARC file has them.
 
-    The file of an unsuccessful job is kept.
+    The file stays as long as the job is remembered, so that it can be looked at, or retried.
     """
 
     title = "load title"
@@ -5711,14 +5799,14 @@ class LoadTitle(Kind):
         self.site.look_at_records(given)
 
     def bring(self, work: Runner) -> None:
-        self._records = self.site.records(work.input, work.go_on)
+        self._records = self.site.records(work.input_path, work.go_on)
         for record in self._records:
             if record["outcome"] == "unchanged":
                 work.note(
                     f"the record of {record['lccn']} changes nothing: ONI has that version"
                     " already, or a newer one"
                 )
-        work.manage("load_titles", str(work.input.parent))
+        work.manage("load_titles", str(work.input_path.parent))
         stored = self._stored()
         lacking = [lccn for lccn, (_, is_indexed) in stored.items() if not is_indexed]
         # ONI's load_titles indexes new titles alone.
@@ -5731,7 +5819,7 @@ class LoadTitle(Kind):
         return dict(self.site.oni.insist("answer_titles", lccns, PATIENT_SECONDS))
 
     def verify(self, work: Runner) -> None:
-        self._records = self.site.records(work.input, work.go_on)
+        self._records = self.site.records(work.input_path, work.go_on)
         stored = self._stored()
         said = f"; load_titles said: {work.complaint()}" if work.commands else ""
         for record in self._records:
@@ -5739,16 +5827,18 @@ class LoadTitle(Kind):
             if lccn not in stored:
                 raise Problem(f"ONI has no title {lccn}{said}")
             version, is_indexed = stored[lccn]
-            # A record without a date of its own (MARC 005) is newer than ONI's row each time.
+            # ONI takes a record without a date (MARC 005) for a newer one each time, and gives it
+            # the time of the load: so it was stored if that is not before this job (1 s of slack).
             is_dated = record["version"] is not None
-            since = (work.job.started or 0) / 10**9 - 1
-            if record["outcome"] != "unchanged" and (is_dated or version < since):
+            begun = (work.job.started or 0) / 10**9 - 1
+            is_stored = record["outcome"] == "unchanged" or (not is_dated and version >= begun)
+            if not is_stored:
                 raise Problem(f"ONI has not stored the title {lccn} as the record has it{said}")
             if not is_indexed:
                 raise Problem(f"ONI has the title {lccn}, but Solr does not find it{said}")
 
     def remains(self, work: Runner) -> str:
-        return f"the MARC record is kept in {work.input.parent}"
+        return f"the MARC record is kept in {work.input_path.parent}"
 
 
 @dataclass
@@ -5784,7 +5874,7 @@ class BatchPatch(Kind):
         return in_time(lambda: Patch(self.source, read_instructions(given)), within)
 
     def bring(self, work: Runner) -> None:
-        patch = self._possible_patch(work.input, self.site.oni.insist, PATIENT_SECONDS)
+        patch = self._possible_patch(work.input_path, self.site.oni.insist, PATIENT_SECONDS)
         if patch.is_made(self.target):
             work.note(
                 f"nothing to do: {self.target} is there already, and is what this patch makes"
@@ -5795,12 +5885,12 @@ class BatchPatch(Kind):
 
     def _rehearse(self, made: Path, work: Runner) -> None:
         """Raise Problem unless ONI could load the new batch, which is in the folder `made`."""
-        found = self.site.check(self.new, lambda done, of: None, work.go_on, str(made))
+        found = self.site.check(self.new, do_nothing, work.go_on, str(made))
         if found.faults:
             raise Problem(f"{self.new} was not made, since it has {found.summary}")
 
     def verify(self, work: Runner) -> None:
-        if not Patch(self.source, read_instructions(work.input)).is_made(self.target):
+        if not Patch(self.source, read_instructions(work.input_path)).is_made(self.target):
             raise Problem(f"{self.target} is not there")
 
     def remains(self, work: Runner) -> str:
@@ -5855,7 +5945,7 @@ class JobQueue:
         self._callbacks: Dict[int, List[Callable[[Job], None]]] = {}  # by a job's id
         self._waiting: "queue.SimpleQueue[Job]" = queue.SimpleQueue()  # for the worker
         self._clock = Clock(store.newest_moment())
-        newest = store.select(store.newest_id + 1, newest=JOBS_IN_MEMORY)
+        newest = store.select(store.newest_id + 1, limit=JOBS_IN_MEMORY)
         if len(newest) == JOBS_IN_MEMORY:
             self._all_since = newest[0].id
         known = {job.id: job for job in newest + store.unfinished()}
@@ -5872,7 +5962,7 @@ class JobQueue:
                 self._unfinished[job.id] = job
                 self._waiting.put(job)
             while len(self._jobs) > JOBS_IN_MEMORY:
-                oldest = self._jobs[next(iter(self._jobs))]
+                oldest = next(iter(self._jobs.values()))
                 if not oldest.finished:
                     break  # those behind it are let go of when it has ended
                 # In this order: `get`, which takes no lock, looks on the disk for what is not here.
@@ -5896,12 +5986,12 @@ class JobQueue:
     # -- what there is
 
     def jobs(
-        self, statuses: Sequence[Status] = (), word: str = "", newest: Optional[int] = None
+        self, statuses: Sequence[Status] = (), word: str = "", limit: Optional[int] = None
     ) -> List[Job]:
-        """Return jobs, oldest first: the `newest` so many, or all (None).
+        """Return the newest `limit` jobs, or all (None), oldest first.
 
-        Leaves out jobs with other statuses, if any are given, and jobs without `word` among theirs,
-        if it is not "". The disk is read only for what is not in memory. Raises Problem, Scarce.
+        `statuses` and `word` are as in JobStore.select. The disk is read only for what is not in
+        memory. Raises Problem, Scarce.
         """
         if statuses and all(status in (PENDING, STARTED) for status in statuses):
             found = self.unfinished()
@@ -5914,12 +6004,12 @@ class JobQueue:
             found = [job for job in found if job.status in statuses]
         if word:
             found = [job for job in found if word in job.words]
-        if newest is None:
-            newest = sys.maxsize
-        if before and len(found) < newest:
-            older = self._store.select(before, statuses, word, newest - len(found))
+        if limit is None:
+            limit = sys.maxsize
+        if before and len(found) < limit:
+            older = self._store.select(before, statuses, word, limit - len(found))
             found = [self._jobs.get(job.id, job) for job in older] + found
-        return found[max(0, len(found) - newest) :]
+        return found[max(0, len(found) - limit) :]
 
     def unfinished(self) -> List[Job]:
         """Return the jobs that have not ended, oldest first."""
@@ -5985,11 +6075,11 @@ class JobQueue:
     # -- what clients ask for
 
     def add(self, words: List[str], given: Optional[Path] = None) -> Tuple[int, str]:
-        """Accept a job, and return its id, which is on disk by then, and a sentence.
+        """Accept a job, and return its id and a sentence; the job is on disk by then.
 
-        `given` is the file of new_input with what came on standard input. The id is -1 if there is
-        nothing to do, and that of a batch's last unfinished job if that is the same. Raises
-        Problem, OSError.
+        If its goal is reached already, the id is -1. If the newest unfinished job on the same batch
+        has the same words, it is that job's. `given` is the file of new_input with what came on
+        standard input; such a job is always a new one. Raises Problem, OSError.
         """
         kind = self.kind(words)
         kind.check(given)
@@ -6099,7 +6189,7 @@ class JobQueue:
         except Exception as fault:
             log.exception("job=%d stumbled over a fault of the agent", job.id)
             return Outcome(FAILED, f"a fault of the agent, see its log: {fault!r}")
-        if remains not in outcome.error:
+        if remains and remains not in outcome.error:  # the problem may have said it already
             outcome = outcome._replace(error=f"{outcome.error}; {remains}")
         if shortened(outcome.error) != outcome.error:
             work.note(outcome.error)
@@ -6139,7 +6229,7 @@ class JobQueue:
                 work.note(f"{problem}; beginning again")
 
     def _was_reached(self, work: Runner, kind: Kind) -> bool:
-        """Tell whether a job that an earlier agent had begun has reached its goal by now.
+        """Return whether a job that an earlier agent had begun has reached its goal by now.
 
         Raises Interrupted.
         """
@@ -6166,10 +6256,10 @@ class JobQueue:
         log.info("job=%d command=%r begins", job.id, shlex.join(job.words))
 
     def _record(self, job: Job, outcome: Outcome, is_undone: bool = False) -> None:
-        """Record an outcome as a job's end, unless the job has to be taken up again. Raises Scarce.
+        """Record an outcome as a job's end, unless the job is to be taken up again. Raises Scarce.
 
-        It has to if it was cancelled and is yet to be undone, or if the agent stops: the signal may
-        have ended manage.py, too.
+        It is, by this agent, if a cancel has come meanwhile and is yet to be undone; and by the
+        next agent, if this one stops: the same signal may have ended manage.py.
         """
         with self._turn:
             is_to_be_undone = job.cancelled and not is_undone
@@ -6401,7 +6491,7 @@ def command(
 def find_command(name: str) -> Command:
     """Return the command of that name. Raises Refused, with a guess of what was meant."""
     if name not in COMMANDS:
-        guess = nearly(name, COMMANDS, 0.7)
+        guess = did_you_mean(name, COMMANDS, 0.7)
         raise Refused(f'"{name}" is not a valid command name', error=f"see help{guess}")
     return COMMANDS[name]
 
@@ -6445,7 +6535,10 @@ def perform(line: bytes, client: "Session") -> Answer:
 
 
 def one_by_one(command: Command, arguments: List[str]) -> str:
-    """Return how a shell gives a command that takes one word several, one after the other."""
+    """Return advice for who gave several words to a command that takes one: a loop in the shell.
+
+    Return "" for other commands.
+    """
     if command.most != 1:
         return ""
     words = " ".join(map(shlex.quote, arguments))
@@ -6687,7 +6780,10 @@ def cmd_purge_batch(request: Request, name: str) -> Answer:
     """,
 )
 def cmd_load_title(request: Request) -> Answer:
-    return request.submit_with_input(["load-title"], MAX_PAYLOAD)
+    try:
+        return request.submit_with_input(["load-title"], MAX_PAYLOAD)
+    except (TransientProblem, OSError) as problem:  # the record may be a good one
+        raise Refused("The title cannot be taken just now", error=shortened(str(problem)))
 
 
 @command(
@@ -6843,7 +6939,7 @@ def answer_at_end(request: Request, jobs: List[Job]) -> Answer:
 )
 def cmd_job_follow(request: Request, id: str, count: str = "") -> Answer:
     job = request.job(id)
-    path = request.agent.store.log(job)
+    path = request.agent.store.index_path(job)
     reader = LogReader(path)
     if count:
         reader.skip_to_last(number_of_lines(count))
@@ -6869,7 +6965,7 @@ class Following:
         return Answer(lines=lines, rest=Rest(self.has_news, self.new_lines))
 
     def has_news(self) -> bool:
-        """Tell whether there may be new lines, or an end."""
+        """Return whether there may be new lines, or an end."""
         return self.job.finished or size_of(self.path) != self.seen
 
 
@@ -6902,7 +6998,7 @@ def number_of_lines(word: str) -> int:
 def cmd_job_logs(request: Request, id: str, count: str = "") -> Answer:
     job = request.job(id)
     shown = job_object(job)  # first, so that the log of a job that is shown to be over is whole
-    reader = LogReader(request.agent.store.log(job), job.finished)
+    reader = LogReader(request.agent.store.index_path(job), job.finished)
     if count:
         reader.skip_to_last(number_of_lines(count))
     shown["stdout"] = reader.lines(STDOUT, NOTE)
@@ -6953,7 +7049,7 @@ def cmd_job_retry(request: Request, id: str) -> Answer:
     if kind.takes_input:
         store = request.agent.store
         with store.new_input() as given:
-            shutil.copyfile(store.input(job), given.name)
+            shutil.copyfile(store.input_path(job), given.name)
             retried = request.submit(job.words, Path(given.name))
     else:
         retried = request.submit(job.words)
@@ -7019,7 +7115,7 @@ def cmd_batch_status(request: Request, word: str) -> Answer:
             "message": message,
             "batch": batch_object(state),
             "events": state.events,
-            "jobs": job_objects(request.agent.queue.jobs(word=name, newest=10)),
+            "jobs": job_objects(request.agent.queue.jobs(word=name, limit=10)),
         }
     )
 
@@ -7046,8 +7142,8 @@ def cmd_batch_check(request: Request, word: str) -> Answer:
     name = batch_name(word)
     site = request.agent.site
     site.must_be_there(name)
-    found = site.client_check(name, request.client.hear)  # which raises if the client has gone
-    what = found.count if found.faults else "Nothing"
+    found = site.client_check(name, request.client.poll)  # which raises if the client has gone
+    what = found.faults_counted if found.faults else "Nothing"
     keys = {
         "message": f"{what} would keep Open ONI from loading all of this batch",
         "batch": {"name": name},
@@ -7058,7 +7154,7 @@ def cmd_batch_check(request: Request, word: str) -> Answer:
     return Answer(keys, exit_status=int(bool(found.faults)))
 
 
-BEGAN = time.monotonic()
+BEGAN = time.monotonic()  # when this agent started
 
 
 @command(
@@ -7167,7 +7263,7 @@ def counted(number: Any, one: str, many: str) -> str:
 
 
 def span(seconds: float) -> str:
-    """Return a length of time in words."""
+    """Return a length of time for a person: `47 s`, `12 min`, `3 days`."""
     for size, name in ((86400, "days"), (3600, "h"), (60, "min")):
         if seconds >= 2 * size:
             return f"{int(seconds // size)} {name}"
@@ -7242,8 +7338,8 @@ def trouble_row(trouble: Dict[str, str]) -> Row:
     return Row(trouble["seen"], trouble["advice"])
 
 
-def look_row(look: Dict[str, Any]) -> Row:
-    return Row(f"{'✓' if look['well'] else '✗'} {look['name']}: {look['found']}")
+def finding_row(finding: Dict[str, Any]) -> Row:
+    return Row(f"{'✓' if finding['well'] else '✗'} {finding['name']}: {finding['found']}")
 
 
 def event_row(event: List[str]) -> Row:
@@ -7270,9 +7366,9 @@ def batch_row(batch: Dict[str, Any]) -> Row:
 def job_row(job: Dict[str, Any]) -> Row:
     """Return a job of a table; its detail is how far it is, or why it failed."""
     id = job["id"]
-    if id < 0:
+    if id < 0:  # nothing was to be done: the message has said all
         return Row("")
-    if "words" not in job:
+    if "words" not in job:  # it was just accepted: the answer has its id alone (Request.submit)
         return Row(
             f"It is job {id}: job-wait {id} waits for its end, job-follow {id} shows its log."
         )
@@ -7314,7 +7410,7 @@ SHOWN: Dict[str, Callable[[Any], Row]] = {  # what stands for the value of a key
     "oni": oni_row,
     "commands": command_row,
     "troubles": trouble_row,
-    "looks": look_row,
+    "looks": finding_row,
     "retry_of": retry_row,
     "events": event_row,
     "faults": fault_row,
@@ -7587,9 +7683,10 @@ def encoded(keys: Dict[str, Any]) -> Iterator[str]:
 
 
 class Share:
-    """So many things of a kind, of which no address may hold more than half of what others leave.
+    """A number of places, of which no address may hold more than half of what the others leave.
 
-    So the first address may hold a half, the next one a quarter, and one is left for most others.
+    Of 256 the first address may hold 128, the next one 64, then 32; so whoever comes later still
+    finds a place, unless very many come. Every address may hold one, if there is one.
     """
 
     def __init__(self, most: int) -> None:
@@ -7653,10 +7750,11 @@ LONG_PACKETS = threading.BoundedSemaphore(MAX_LONG_PACKETS)
 
 
 class ClientSocket(socket.socket):
-    """An accepted socket as paramiko uses it.
+    """An accepted socket, as paramiko uses it, which also begins commands.
 
-    paramiko asks for more only when it has dealt with, and answered, the last message: the moment
-    to begin a command, whose answer must not overtake the reply to its request.
+    A command's answer must not overtake paramiko's reply to the request for the command, and
+    paramiko has no callback for "the reply is sent". But it calls `recv` only when it has answered
+    all that came before: so `recv` begins the command.
     """
 
     def __init__(self, accepted: socket.socket, said: bytes) -> None:
@@ -7715,7 +7813,10 @@ def take_data(channel: paramiko.Channel, message: paramiko.Message) -> None:
 
 
 def take_extended_data(channel: paramiko.Channel, message: paramiko.Message) -> None:
-    """Do the same with what a client has sent beside it, which no command reads."""
+    """Keep a client's extended data, which no command reads, and which fills the window, too.
+
+    Raises SSHException if it is past the window.
+    """
     message.get_int()  # its kind
     keep(channel, channel.in_stderr_buffer, message.get_binary())
 
@@ -7796,13 +7897,13 @@ class Connection(paramiko.ServerInterface, paramiko.Transport):  # type: ignore[
             why = self._what_failed()
             if why:
                 self.server.warnings.tell(self.host, why)
-            self._let_go()
+            self._break_cycles()
 
-    def _let_go(self) -> None:
-        """Undo the circles in which what was made for a connection refers to itself.
+    def _break_cycles(self) -> None:
+        """Break the reference cycles of this connection, so that its memory is freed at once.
 
-        So it is freed at once. Else only the garbage collector would find it, which then stops
-        everybody for as long as 100 ms.
+        Otherwise the garbage collector would have to find it, and each of its full runs stops all
+        threads for as long as 100 ms.
         """
         self._sessions.clear()
         self.server_object = None
@@ -7904,9 +8005,12 @@ class Connection(paramiko.ServerInterface, paramiko.Transport):  # type: ignore[
 class Session:
     """A channel, and the one command on it, from its words to the last byte of its answer.
 
-    As the presentation uses it, it is the terminal at the channel's other end. It has a thread
-    while it works. While it waits it has none: its steps then are a generator that stands still
-    until the Watcher finds that there is news.
+    All its work is one generator, `_steps`. A thread runs that until it yields an IsDue: there is
+    nothing to do but wait, and the thread ends. The Watcher asks the IsDue a few times a second;
+    when it is True, `begin` gives the generator a new thread, on which it goes on. So a thousand
+    clients can wait for a job without a thousand threads.
+
+    For `show_board` and `show_progress` it is the terminal at the channel's other end.
     """
 
     def __init__(self, channel: paramiko.Channel, connection: Connection) -> None:
@@ -7941,7 +8045,10 @@ class Session:
             self.connection.server.session_ended(self)
 
     def _work(self) -> Iterator[IsDue]:
-        """Answer, and close the channel in the order that loses nothing."""
+        """Answer, send the exit status, close the channel, log; yield where there is but to wait.
+
+        The exit status comes before the close: a client gets nothing after that.
+        """
         number = next(SESSION_NUMBERS)
         begun = time.monotonic()
         status = "client went away"
@@ -7966,7 +8073,7 @@ class Session:
     def _answer(self, number: int) -> Generator[IsDue, None, Answer]:
         """Send a person or a program the answer, and return it.
 
-        Nothing else holds it, so the logs that it was read from are let go of with it.
+        Nothing else refers to the answer, so the log files that it reads are closed with it.
         """
         line = self.line or b""
         if self.width and line.strip() in (b"", b"board"):
@@ -7994,7 +8101,7 @@ class Session:
 
     def _wait_for(self, rest: Rest) -> Iterator[IsDue]:
         """Wait until there is more of the answer; a person is shown how far its job is."""
-        withdraw = do_nothing
+        withdraw: Callable[[], None] = do_nothing
         if rest.job:
             watcher = self.connection.server.watcher
             withdraw = self.agent.queue.when_ended(rest.job, lambda job: watcher.wake())
@@ -8003,7 +8110,7 @@ class Session:
                 if rest.job and self.colour:
                     show_progress(job_with_progress(self.agent, rest.job), self)
                 yield from self.pause(1 if self.colour else STALL_SECONDS, rest.is_due)
-                self.hear()
+                self.poll()
         finally:
             withdraw()
 
@@ -8011,11 +8118,12 @@ class Session:
         """Wait without a thread until `is_due`, a person types, the client leaves, or `seconds`."""
         until = time.monotonic() + seconds
 
-        def is_over() -> bool:
-            typed = bool(self.width) and self.channel.recv_ready()
-            return self.channel.closed or typed or is_due() or time.monotonic() >= until
+        def may_go_on() -> bool:
+            has_typed = bool(self.width) and self.channel.recv_ready()
+            is_late = time.monotonic() >= until
+            return self.channel.closed or has_typed or is_late or is_due()
 
-        yield is_over
+        yield may_go_on
 
     def send(self, text: str) -> None:
         """Send text to the client. Raises ClientGone, OSError, EOFError, SSHException."""
@@ -8029,10 +8137,11 @@ class Session:
         if self.channel.closed:
             raise ClientGone
 
-    def hear(self) -> bytes:
-        """Return what a person has typed; Ctrl-D when that has ended.
+    def poll(self) -> bytes:
+        """Return what a person has typed since the last call; Ctrl-D if no more can come.
 
-        Raises ClientGone if the client has closed its channel, or a person typed Ctrl-C.
+        Raises ClientGone if the client has closed its channel, or a person typed Ctrl-C: who waits
+        calls it for that, too.
         """
         self.channel.settimeout(0)
         try:
@@ -8044,7 +8153,7 @@ class Session:
         return typed or b"\x04"
 
     def read_input(self, into: IO[bytes], limit: int) -> None:
-        """Copy standard input to its trailer or its end. Raises ClientGone, Problem."""
+        """Copy standard input to its trailer or its end. Raises ClientGone, Problem, Scarce."""
         if self.width:
             raise Problem("this command reads a file: give it < FILE, and leave out -t")
         widen_window(self.channel)
@@ -8058,7 +8167,7 @@ class Session:
         except EOFError:  # paramiko could not ask for more
             raise ClientGone
         except OSError as error:
-            raise Problem(f"{into.name} cannot be written: {error}") from error
+            raise Scarce(f"{into.name} cannot be written: {error}") from error
 
     def receive(self) -> bytes:
         """Return some of what a client sends; none when it has ended. Raises socket.timeout."""
@@ -8071,10 +8180,10 @@ class Session:
 
 
 def widen_window(channel: paramiko.Channel) -> None:
-    """Let the client send more at once, from now on: a command reads it.
+    """Let the client send READ_WINDOW bytes ahead of the command that reads them from now on.
 
-    paramiko tells the client so when some of it is read next, as if what was added to the window
-    had been read, too.
+    This works around paramiko's fixed windows: in_window_sofar is what the command has read and the
+    client does not know of yet. What is added there is granted to the client at the next recv.
     """
     channel.in_window_threshold = READ_WINDOW // 10
     channel.in_window_size += READ_WINDOW - SMALL_WINDOW
@@ -8109,7 +8218,7 @@ class Watcher(threading.Thread):
     """The one thread that looks, a few times a second, which of the sessions that wait are due."""
 
     def __init__(self, go_on: Callable[[Session], bool]) -> None:
-        """`go_on` lets a session work, and returns whether there was room for that."""
+        """Make a watcher; `go_on` lets a session work, and returns whether there was room."""
         super().__init__(name="watcher", daemon=True)
         self._go_on = go_on
         self._lock = threading.Lock()
@@ -8133,9 +8242,9 @@ class Watcher(threading.Thread):
         while True:
             self._awake.wait(WATCH_SECONDS if self._waiting else None)
             self._awake.clear()
-            self._look()
+            self._wake_due()
 
-    def _look(self) -> None:
+    def _wake_due(self) -> None:
         """Let each session work that is due; afterwards nothing here holds one that has ended."""
         with self._lock:
             waiting = list(self._waiting.items())
@@ -8173,7 +8282,7 @@ def show_board(terminal: Session) -> Generator[IsDue, None, Answer]:
             footer = BOARD_FOOTER[: terminal.width]
             terminal.send(f"\x1b[H{text}\x1b[J\x1b[{terminal.height}H{footer}")
             yield from terminal.pause(1, lambda: False)
-            typed = terminal.hear()
+            typed = terminal.poll()
             if b"q" in typed or b"\x04" in typed:
                 break
             if b"?" in typed:
@@ -8196,8 +8305,8 @@ class Visitor:
         self.since = time.monotonic()
         self.said = b""
 
-    def hear(self) -> None:
-        """Take what the client says.
+    def receive(self) -> None:
+        """Receive what the client says.
 
         Raises EOFError if it has left, Problem if it does not speak SSH, OSError.
         """
@@ -8217,12 +8326,12 @@ class Visitor:
 
     @property
     def has_begun_to_shake_hands(self) -> bool:
-        """Tell whether it has sent something after its version line."""
+        """Return whether it has sent something after its version line."""
         return bool(self.said.partition(b"\n")[2])
 
     @property
     def is_overdue(self) -> bool:
-        """Whether it should have said its version by now."""
+        """Return whether it should have said its version by now."""
         return not self.has_said_its_version and time.monotonic() - self.since > IDLE_SECONDS
 
 
@@ -8238,7 +8347,7 @@ class Door:
         self._server = server
         self._listener = listener
         self._visitors: Dict[Visitor, None] = {}  # those that came first are first
-        self._places = Share(MAX_VISITORS)
+        self._connection_places = Share(MAX_VISITORS)
         self._shaking: Deque[Tuple[float, Connection]] = collections.deque()  # since when
         self.is_open = True
         listener.setblocking(False)
@@ -8292,8 +8401,8 @@ class Door:
             accepted.close()
         else:
             self._visitors[visitor] = None
-            hear = functools.partial(self._hear, visitor)
-            self._selector.register(accepted, selectors.EVENT_READ, hear)
+            receive = functools.partial(self._receive, visitor)
+            self._selector.register(accepted, selectors.EVENT_READ, receive)
             accepted.send(f"{GREETING}\r\n".encode())
 
     def _make_room(self, holder: Holder) -> bool:
@@ -8301,22 +8410,22 @@ class Door:
 
         At need those from there are sent away that have said least.
         """
-        if self._places.take(holder):
+        if self._connection_places.take(holder):
             return True
         own = [each for each in self._visitors if each.holder == holder]
         for other in sorted(own, key=lambda each: len(each.said)):
             if not other.has_begun_to_shake_hands:
                 self._send_away(other)
-            if self._places.take(holder):
+            if self._connection_places.take(holder):
                 return True
         return False
 
-    def _hear(self, visitor: Visitor) -> None:
+    def _receive(self, visitor: Visitor) -> None:
         """Take what a visitor says; send it away if it has left, or does not speak SSH."""
         if visitor not in self._visitors:
             return  # it was sent away a moment ago
         try:
-            visitor.hear()
+            visitor.receive()
             if len(visitor.said) >= MAX_SAID:  # the rest can wait
                 self._selector.unregister(visitor.socket)
         except BlockingIOError:
@@ -8337,7 +8446,7 @@ class Door:
     def _forget(self, visitor: Visitor) -> None:
         """Let a visitor go, who leaves or gets a Connection."""
         del self._visitors[visitor]
-        self._places.give_back(visitor.holder)
+        self._connection_places.give_back(visitor.holder)
         with contextlib.suppress(KeyError):  # it has said much
             self._selector.unregister(visitor.socket)
 
@@ -8379,10 +8488,10 @@ class Server:
         self._lock = threading.RLock()  # guards what follows, and each connection's `busy`
         self._connections: "OrderedDict[Connection, None]" = OrderedDict()  # idle longest first
         self._at_work: Set[Session] = set()
-        self._places = Share(MAX_CONNECTIONS)
-        self._sessions = Share(MAX_SESSIONS)
-        self._ended = 0  # connections, since memory was given back to the system
-        self._trimmed = 0.0  # when it was
+        self._connection_places = Share(MAX_CONNECTIONS)
+        self._session_places = Share(MAX_SESSIONS)
+        self._ended_connections = 0  # since memory was last given back to the system
+        self._trimmed_at = 0.0  # when that was, by the monotonic clock
         self.watcher.start()
 
     # -- connections
@@ -8394,7 +8503,7 @@ class Server:
         try:
             connection = Connection(self, visitor)
         except OSError:
-            self._places.give_back(visitor.holder)
+            self._connection_places.give_back(visitor.holder)
             raise
         with self._lock:
             self._connections[connection] = None
@@ -8412,7 +8521,7 @@ class Server:
         At need its connection that has been idle longest ends; else one on which commands wait. It
         takes more than one where its share has become smaller, since others have come.
         """
-        if self._places.take(holder):
+        if self._connection_places.take(holder):
             return True
         with self._lock:
             own = [each for each in self._connections if each.holder == holder]
@@ -8420,7 +8529,7 @@ class Server:
                 for connection in own:
                     if is_free(connection):
                         self._end(connection, "others came, and it was idle")
-                        if self._places.take(holder):
+                        if self._connection_places.take(holder):
                             return True
         return False
 
@@ -8460,8 +8569,8 @@ class Server:
             if connection not in self._connections:
                 return
             del self._connections[connection]
-            self._ended += 1
-        self._places.give_back(connection.holder)
+            self._ended_connections += 1
+        self._connection_places.give_back(connection.holder)
 
     # -- sessions
 
@@ -8471,21 +8580,24 @@ class Server:
         At need the connection ends whose client has kept a command waiting longest.
         """
         with self._lock:
-            if not self._take(session) and not (self._end_stalled(session) and self._take(session)):
+            has_place = self._take_place(session)
+            if not has_place and self._end_stalled(session):
+                has_place = self._take_place(session)
+            if not has_place:
                 return False
             session.connection.busy += 1
             return True
 
-    def _take(self, session: Session) -> bool:
-        if not self._sessions.take(session.connection.holder):
+    def _take_place(self, session: Session) -> bool:
+        if not self._session_places.take(session.connection.holder):
             return False
         self._at_work.add(session)
         return True
 
-    def _give_back(self, session: Session) -> None:
+    def _give_place_back(self, session: Session) -> None:
         if session in self._at_work:
             self._at_work.remove(session)
-            self._sessions.give_back(session.connection.holder)
+            self._session_places.give_back(session.connection.holder)
 
     def _end_stalled(self, session: Session) -> bool:
         """End the connection, of a session's address, whose client has kept others waiting."""
@@ -8496,26 +8608,26 @@ class Server:
             return False
         for each in others:
             if each.connection is slowest.connection:
-                self._give_back(each)
+                self._give_place_back(each)
         self._end(slowest.connection, "it kept others waiting")
         return True
 
     def session_waits(self, session: Session, is_due: IsDue) -> None:
         """Note that a session does nothing until it is due."""
         with self._lock:
-            self._give_back(session)
+            self._give_place_back(session)
         self.watcher.add(session, is_due)
 
     def _let_work(self, session: Session) -> bool:
         """Let a session work that has waited; return False if there is no room for that now."""
         with self._lock:
-            if not self._take(session):
+            if not self._take_place(session):
                 return False
         try:
             session.begin()
         except RuntimeError:  # no thread to be had
             with self._lock:
-                self._give_back(session)
+                self._give_place_back(session)
             return False
         return True
 
@@ -8524,7 +8636,7 @@ class Server:
         session.is_over = True
         connection = session.connection
         with self._lock:
-            self._give_back(session)
+            self._give_place_back(session)
             connection.busy -= 1
             connection.idle_since = time.monotonic()
             if connection in self._connections:
@@ -8542,9 +8654,9 @@ class Server:
         """Do what is to be done each second: end idle connections, give memory back."""
         self.end_idle(IDLE_SECONDS)
         now = time.monotonic()
-        if self._ended >= TRIM_AFTER and now - self._trimmed > TRIM_SECONDS:
-            self._ended = 0
-            self._trimmed = now
+        if self._ended_connections >= TRIM_AFTER and now - self._trimmed_at > TRIM_SECONDS:
+            self._ended_connections = 0
+            self._trimmed_at = now
             # libc would keep what connections have left behind; not every libc has this.
             with contextlib.suppress(AttributeError, OSError):
                 ctypes.CDLL(None).malloc_trim(0)
@@ -8675,11 +8787,12 @@ def site_account(location: Path) -> Optional[Account]:
     owner = owner_among([coordinates])
     if owner:
         return owner
-    tree = [storage, location / "log", location]
-    somebody = owner_among(tree)
-    if coordinates.exists() and not somebody:
-        return None  # all is root's
-    return owner_among(shared_folders(location, somebody)) or owner_among(tree[:2])
+    # A new site has no coordinates yet. Others keep them, and the cache, where ONI's settings say.
+    places = [storage, location / "log"]
+    likely = owner_among([*places, location])
+    if coordinates.exists() and not likely:
+        return None  # the whole site is root's
+    return owner_among(shared_folders(location, likely)) or owner_among(places)
 
 
 def shared_folders(location: Path, account: Optional[Account]) -> List[Path]:
@@ -8713,7 +8826,7 @@ def become(account: Account) -> None:
     Raises Problem.
     """
     try:
-        if account.name.isdigit():
+        if account.name.isdigit():  # it has no entry in passwd, and so no groups
             os.setgroups([])
         else:
             os.initgroups(account.name, account.gid)
@@ -8750,8 +8863,8 @@ def hand_over(folder: Path, account: Account) -> None:
 LITTLE_DISK = 100 * 2**20  # bytes; a folder whose disk has less is not well
 
 
-class Look(NamedTuple):
-    """The result of a look at one thing: whether it is well, and a sentence about it."""
+class Finding(NamedTuple):
+    """What came of looking at one thing: whether it is well, and a sentence about it."""
 
     name: str
     well: bool
@@ -8761,18 +8874,18 @@ class Look(NamedTuple):
         return f"{self.name}: {self.found}"
 
 
-def look_at(name: str, advice: str, look: Callable[..., object], *about: Any) -> Look:
-    """Call `look` with `about`, and return a Look with what it says, or with what it raises.
+def look_at(name: str, advice: str, examine: Callable[..., object], *about: Any) -> Finding:
+    """Call `examine` with `about`, and return a Finding with what it says.
 
-    In that case the thing is not well, and `advice` says what to do.
+    If it raises, the thing is not well: the Finding has what it raised, and `advice`.
     """
     try:
-        return Look(name, True, str(look(*about)))
+        return Finding(name, True, str(examine(*about)))
     except Exception as problem:
-        return Look(name, False, f"{problem}; {advice}")
+        return Finding(name, False, f"{problem}; {advice}")
 
 
-def looks_at_oni(oni: OpenONI, within: float) -> Iterator[Look]:
+def look_at_oni(oni: OpenONI, within: float) -> Iterator[Finding]:
     """Look at Open ONI, and where its loads write. Each question has `within` seconds."""
     advice = "run it by hand, as the agent's user"
     yield look_at("manage.py check", advice, lambda: oni.ask("answer_check", within=within))
@@ -8780,14 +8893,14 @@ def looks_at_oni(oni: OpenONI, within: float) -> Iterator[Look]:
         health = oni.ask("answer_health", within=within)
         folders = oni.ask("answer_folders", within=within)
     except (Problem, OSError) as problem:
-        yield Look("database", False, f"{problem}; see ONI's database settings")
+        yield Finding("database", False, f"{problem}; see ONI's database settings")
         return
-    yield Look("database", True, f"{health['batches']} batches")
+    yield Finding("database", True, f"{health['batches']} batches")
     if "documents" in health:
-        yield Look("Solr", True, f"{health['documents']} pages")
+        yield Finding("Solr", True, f"{health['documents']} pages")
     else:
         advice = "see ONI's SOLR_BASE_URL; loads and purges will fail"
-        yield Look("Solr", False, f"{health['solr_problem']}; {advice}")
+        yield Finding("Solr", False, f"{health['solr_problem']}; {advice}")
     advice = "load Open ONI's own fixtures (manage.py loaddata languages countries awardees)"
     tables = lambda: filled(oni.ask("answer_tables", within=within))
     yield look_at("look-up tables", advice, tables)
@@ -8842,23 +8955,23 @@ def what_to_open(error: OSError, place: Path) -> str:
     return ""
 
 
-def look_at_visitors(settings: Settings) -> Look:
+def look_at_visitors(settings: Settings) -> Finding:
     """Look at who may connect."""
     name = "who may connect"
     keys = f"who has a key of {settings.authorized_keys}" if settings.authorized_keys else ""
     hosts = f"from {', '.join(map(str, settings.allow_from))}" if settings.allow_from else ""
     if not settings.admits_everybody:
-        return Look(name, True, " ".join(filter(None, [keys, hosts])))
+        return Finding(name, True, " ".join(filter(None, [keys, hosts])))
     host, port = settings.ba_bind
     if is_own_address(host):
-        return Look(name, True, "whoever is on this host")
+        return Finding(name, True, "whoever is on this host")
     found = f"whoever reaches port {port} of this host may load and purge"
     advice = "set ALLOW_FROM or AUTHORIZED_KEYS (in an EnvironmentFile= without `export`)"
-    return Look(name, False, f"{found}; {advice}")
+    return Finding(name, False, f"{found}; {advice}")
 
 
 def is_own_address(host: str) -> bool:
-    """Tell whether only this host itself can reach who listens on `host`."""
+    """Return whether only this host itself can reach who listens on `host`."""
     try:
         found = socket.getaddrinfo(host, None) if host else []
     except OSError:
@@ -8866,19 +8979,19 @@ def is_own_address(host: str) -> bool:
     return bool(found) and all(host_of(address[4]).is_loopback for address in found)
 
 
-def look_at_source(settings: Settings) -> Look:
+def look_at_source(settings: Settings) -> Finding:
     """Look at the folder of the batches."""
     count = lambda: f"{len(in_time(lambda: os.listdir(str(settings.batch_source))))} entries"
     return look_at("batch source", f"let {user_name(os.geteuid())} read it", count)
 
 
-def look_at_algorithms() -> Look:
+def look_at_algorithms() -> Finding:
     """Look at what can be offered to SSH clients."""
     advice = "no client could connect; see the host's FIPS settings"
     return look_at("algorithms", advice, lambda: ", ".join(algorithms_to_offer().kex))
 
 
-def look_at_user() -> Look:
+def look_at_user() -> Finding:
     """Say as whom the agent runs, and how it is confined, as the kernel tells it."""
     groups = ", ".join(str(group) for group in sorted({os.getegid(), *os.getgroups()}))
     found = f"{user_name(os.geteuid())} (groups {groups})"
@@ -8886,7 +8999,7 @@ def look_at_user() -> Look:
         status = Path("/proc/self/status").read_text()
         fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
     except OSError:
-        return Look("user and sandbox", True, found)
+        return Finding("user and sandbox", True, found)
     if fields.get("NoNewPrivs") == "1":
         found += ", no new privileges"
     if fields.get("Seccomp") == "2":
@@ -8895,20 +9008,20 @@ def look_at_user() -> Look:
         found += ", no capabilities"
     if os.statvfs("/").f_flag & os.ST_RDONLY:
         found += ", read-only root"
-    return Look("user and sandbox", True, found)
+    return Finding("user and sandbox", True, found)
 
 
-def look_at_last_job(agent: Agent) -> Look:
+def look_at_last_job(agent: Agent) -> Finding:
     """Say how the last job ended. A failed one is no sign that something is not well here."""
     ended = agent.queue.ended()
     if not ended:
-        return Look("last job", True, "none has ended")
+        return Finding("last job", True, "none has ended")
     job = ended[0]
     when = timestamp(job.ended or 0)[:19] + "Z"
-    return Look("last job", True, f"{job.id}, {shlex.join(job.words)}: {job.status} at {when}")
+    return Finding("last job", True, f"{job.id}, {shlex.join(job.words)}: {job.status} at {when}")
 
 
-def looks_inside(agent: Agent) -> Iterator[Look]:
+def look_from_inside(agent: Agent) -> Iterator[Finding]:
     """Look at all that a running agent needs, as it sees it from inside its sandbox."""
     yield look_at_user()
     yield look_at_visitors(agent.settings)
@@ -8916,7 +9029,7 @@ def looks_inside(agent: Agent) -> Iterator[Look]:
     advice = "without it no job is accepted"
     yield look_at("state folder", advice, writable, agent.settings.state_directory)
     yield look_at_source(agent.settings)
-    yield from looks_at_oni(agent.site.oni, ANSWER_SECONDS)
+    yield from look_at_oni(agent.site.oni, ANSWER_SECONDS)
     yield look_at_last_job(agent)
 
 
@@ -8930,16 +9043,16 @@ def looks_inside(agent: Agent) -> Iterator[Look]:
     """,
 )
 def cmd_check(request: Request) -> Answer:
-    looks = list(looks_inside(request.agent))
-    wrong = [look.name for look in looks if not look.well]
+    findings = list(look_from_inside(request.agent))
+    wrong = [finding.name for finding in findings if not finding.well]
     message = f"not well: {', '.join(wrong)}" if wrong else "All is well"
     return Answer(
-        {"message": message, "looks": [look._asdict() for look in looks]},
+        {"message": message, "looks": [finding._asdict() for finding in findings]},
         exit_status=int(bool(wrong)),
     )
 
 
-def looks_from_outside(settings: Settings, account: Optional[Account]) -> Iterator[Look]:
+def look_from_outside(settings: Settings, account: Optional[Account]) -> Iterator[Finding]:
     """Look at all that an agent needs, before one runs; as `account`, unless that is None."""
 
     def state() -> str:
@@ -8968,20 +9081,20 @@ def looks_from_outside(settings: Settings, account: Optional[Account]) -> Iterat
         try:
             become(account)
         except Problem as problem:
-            yield Look("the site's user", False, str(problem))
+            yield Finding("the site's user", False, str(problem))
             return
     yield look_at_user()
     yield look_at_source(settings)
     oni = OpenONI(settings.oni_location, os.environ)
-    yield from looks_at_oni(oni, PATIENT_SECONDS)
+    yield from look_at_oni(oni, PATIENT_SECONDS)
     oni.close()
 
 
-def look_once(oni: OpenONI) -> None:
+def log_look_at_oni(oni: OpenONI) -> None:
     """Log how Open ONI is. The agent serves even if ONI does not answer."""
-    for look in looks_at_oni(oni, PATIENT_SECONDS):
-        tell = log.info if look.well else log.warning
-        tell("Open ONI in %s: %s", oni.location, look)
+    for finding in look_at_oni(oni, PATIENT_SECONDS):
+        tell = log.info if finding.well else log.warning
+        tell("Open ONI in %s: %s", oni.location, finding)
 
 
 def check_all() -> int:
@@ -8996,9 +9109,9 @@ def check_all() -> int:
         return 1
     print("✓ settings")
     exit_status = 0
-    for look in looks_from_outside(settings, site_account(settings.oni_location)):
-        print("✓" if look.well else "✗", look)
-        if not look.well:
+    for finding in look_from_outside(settings, site_account(settings.oni_location)):
+        print("✓" if finding.well else "✗", finding)
+        if not finding.well:
             exit_status = 1
     return exit_status
 
@@ -9016,8 +9129,9 @@ class JournalFormatter(logging.Formatter):
 
 def set_up_logging(level: str) -> None:
     """Send the log to stderr, in the journal's form where that is systemd's."""
-    others = "DEBUG" if level == "DEBUG" else "CRITICAL"  # paramiko, that is
-    logging.basicConfig(level=others, format="%(asctime)s %(levelname)s %(message)s")
+    # paramiko logs whatever a client does wrong as an error: the agent has lines of its own for it.
+    level_of_others = "DEBUG" if level == "DEBUG" else "CRITICAL"
+    logging.basicConfig(level=level_of_others, format="%(asctime)s %(levelname)s %(message)s")
     log.setLevel(level)
     if stderr_is_journal():
         logging.root.handlers[0].setFormatter(JournalFormatter())
@@ -9094,7 +9208,11 @@ def stop_on_signals() -> socket.socket:
 
 
 def be_init() -> None:
-    """As PID 1 of a container, go on in a child, for which this process buries the orphans."""
+    """Fork if this process is PID 1, as in a container, and return in the child alone.
+
+    PID 1 has to reap orphans, which the agent would not. It passes signals on to the child, and
+    ends as that ends.
+    """
     if os.getpid() != 1:
         return
     agent = os.fork()
@@ -9110,7 +9228,7 @@ def be_init() -> None:
 def raise_limits() -> None:
     """Let the agent open as many files as it may: each connection and command needs some."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    with contextlib.suppress(OSError, ValueError):  # as which Python tells of EPERM
+    with contextlib.suppress(OSError, ValueError):  # ValueError is what Python makes of EPERM
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65536), hard))
 
 
@@ -9162,13 +9280,13 @@ def run() -> int:
         settings = as_site_user(settings, account)
     agent = build(settings)
     host_key = host_key or make_host_key(settings.host_key_file)
-    # A full collection stops everybody for as long as 100 ms, and finds little (see _let_go): so
-    # they are rare, and do not look at what is there by now, which stays.
+    # A full collection stops everybody for as long as 100 ms, and finds little, since connections
+    # break their cycles: so they are rare, and do not look at what is there by now, which stays.
     gc.freeze()
     gc.set_threshold(10_000, 20, 100)
     tell_where(settings, listener.getsockname())
     agent.queue.start()
-    ASIDE.submit(look_once, agent.site.oni)
+    ASIDE.submit(log_look_at_oni, agent.site.oni)
     tell_systemd("READY=1")
     serve(Server(agent, host_key, offer), listener, stop)
     tell_systemd("STOPPING=1\nSTATUS=")
@@ -9200,7 +9318,7 @@ def build(settings: Settings) -> Agent:
         if settings.on_finish:
             with contextlib.suppress(RuntimeError):  # no thread to be had
                 ASIDE.submit(
-                    run_on_finish, settings.on_finish, job, store.log(job), oni.environment
+                    run_on_finish, settings.on_finish, job, store.index_path(job), oni.environment
                 )
 
     def announce(sentence: str) -> None:
@@ -9220,7 +9338,7 @@ def tell_where(settings: Settings, address: Any) -> None:
             "anyone who reaches %s may load and purge: set ALLOW_FROM or AUTHORIZED_KEYS", shown
         )
     earlier = Path(os.path.expanduser("~/.local/state/oni-agent"))
-    if str(settings.state_directory) == LIBRARY and (earlier / "jobs.db").exists():
+    if str(settings.state_directory) == STATE_OF_ROOTS_AGENT and (earlier / "jobs.db").exists():
         log.warning("the jobs of an earlier agent are in %s, and this one has its own", earlier)
 
 
