@@ -180,8 +180,11 @@ class Site:
         limits = {"ANSWER_SECONDS": busy(oni_agent.ANSWER_SECONDS), **(limits or {})}
         is_a_test = self.environment["BA_BIND"] == "127.0.0.1:0"
         self.log = []
+        # With -m Python need not compile the file anew: a third of the time that a start takes.
+        program = [str(AGENT)] if self.prefix else ["-m", AGENT.stem]
         self.agent = subprocess.Popen(
-            [*self.prefix, sys.executable, str(AGENT)],
+            [*self.prefix, sys.executable, *program],
+            cwd=str(AGENT.parent),
             env={
                 **self.environment,
                 **({oni_agent.LIMITS_OF_TESTS: json.dumps(limits)} if is_a_test else {}),
@@ -3577,22 +3580,22 @@ LATE_FAULTS = [  # when ONI has read batch.xml already
 
 
 @pytest.mark.parametrize("name", LATE_FAULTS)
-def test_what_open_oni_cannot_load_is_failed_with_its_first_error_and_what_is_left(agent, name):
+def test_what_open_oni_cannot_load_is_failed_with_its_first_error_and_what_is_left(
+    odd_site, name
+):
     fault = FAULTS[name]
-    batch = agent.batch(batch_with(name), issues=3)
-    with MarcSite() as marc:
-        agent.restart(**marc.environment)
-        gate = agent.hold_load(batch)
-        id = agent.job("load-batch", batch.name)
-        gate.reached()
-        fault.spoil(batch)  # when the agent has looked at the files, and ONI has yet to
-        gate.open()
-        job = agent.ended(id)
+    batch = odd_site.batch(batch_with(name).replace("_ver01", "_ver02"), issues=3)
+    gate = odd_site.hold_load(batch)
+    id = odd_site.job("load-batch", batch.name)
+    gate.reached()
+    fault.spoil(batch)  # when the agent has looked at the files, and ONI has yet to
+    gate.open()
+    job = odd_site.ended(id)
     assert job["status"] == "failed"
     assert re.fullmatch(
         f"exit status 1: {fault.said}.*; ONI holds nothing of the batch", job["error"]
     )
-    assert agent.held(batch.name) == NOTHING
+    assert odd_site.held(batch.name) == NOTHING
 
 
 def test_a_purge_of_what_is_not_there_is_no_job_and_at_its_turn_no_failure(agent):
@@ -4324,18 +4327,18 @@ def test_a_batch_whose_folder_is_gone_and_that_open_oni_holds_is_said_to_be_held
     assert answer["error"] == f"Open ONI holds it, but its files are not there: {batch} is missing"
 
 
-def test_a_job_whose_check_somebody_has_killed_checks_anew(agent):
+def test_a_job_whose_check_somebody_has_killed_checks_anew(site):
     with MarcSite("sn99990077") as marc:
-        agent.restart(**marc.environment)
-        agent.batch(ALPHA, lccn="sn99990077")
+        site.start(**marc.environment)
+        site.batch(ALPHA, lccn="sn99990077")
         marc.may_answer.clear()
-        id = agent.job("load-batch", ALPHA)
+        id = site.job("load-batch", ALPHA)
         assert marc.was_asked.wait(60)
-        for pid in agent.manage_pids("shell"):
+        for pid in site.manage_pids("shell"):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         marc.may_answer.set()
-        assert agent.ended(id)["status"] == "successful"
+        assert site.ended(id)["status"] == "successful"
 
 
 class ImpatientSite(oni_agent.Site):
@@ -4631,15 +4634,15 @@ def asked_for_checks(site: Site) -> int:
     return sum("batch-check" in line for line in site.log)
 
 
-def test_a_check_asked_for_by_two_runs_once(agent):
+def test_a_check_asked_for_by_two_runs_once(site):
     with MarcSite("sn99990077") as marc:
-        agent.restart(**marc.environment)
-        agent.batch(ALPHA, issues=1, lccn="sn99990077")
+        site.start(**marc.environment)
+        site.batch(ALPHA, issues=1, lccn="sn99990077")
         marc.may_answer.clear()
-        with Client(agent.port) as one, Client(agent.port) as other:
+        with Client(site.port) as one, Client(site.port) as other:
             channels = [client.channel(f"batch-check {ALPHA}") for client in (one, other)]
             assert marc.was_asked.wait(60)
-            until(lambda: len(agent.call("board")) and asked_for_checks(agent) == 2)
+            until(lambda: len(site.call("board")) and asked_for_checks(site) == 2)
             marc.may_answer.set()
             answers = [json.loads(channel.makefile("rb").read()) for channel in channels]
         for answer in answers:
@@ -4670,42 +4673,42 @@ def test_a_check_that_gets_no_thread_keeps_no_later_one_waiting(tmp_path, monkey
     assert site._checks == {}
 
 
-def test_a_check_ends_when_nobody_waits_for_it_any_more(agent):
+def test_a_check_ends_when_nobody_waits_for_it_any_more(site):
     with MarcSite("sn99990077") as marc:
-        agent.restart(**marc.environment)
-        agent.batch(ALPHA, issues=1, lccn="sn99990077")
-        word(agent)
-        before = agent.workers()
+        site.start(**marc.environment)
+        site.batch(ALPHA, issues=1, lccn="sn99990077")
+        word(site)
+        before = site.workers()
         marc.may_answer.clear()
-        with Client(agent.port) as one, Client(agent.port) as other:
+        with Client(site.port) as one, Client(site.port) as other:
             one.channel(f"batch-check {ALPHA}")
             other.channel(f"batch-check {ALPHA}")
             assert marc.was_asked.wait(60)
-            checking = set(agent.workers()).difference(before)
+            checking = set(site.workers()).difference(before)
             assert checking
             one.transport.close()
-            assert checking.issubset(agent.workers())
-        until(lambda: checking.isdisjoint(agent.workers()))
+            assert checking.issubset(site.workers())
+        until(lambda: checking.isdisjoint(site.workers()))
         marc.may_answer.set()
-        assert checked(agent, ALPHA)[0] == 0
+        assert checked(site, ALPHA)[0] == 0
 
 
-def test_a_jobs_check_waits_for_no_clients_check(agent):
+def test_a_jobs_check_waits_for_no_clients_check(site):
     with MarcSite("sn99990077") as marc:
-        agent.restart(**marc.environment)
-        spoil_edition(agent.batch(BETA))  # so its job ends with its check, and writes nothing
-        agent.batch(ALPHA, lccn="sn99990077")
-        word(agent, BETA)
-        before = agent.workers()
+        site.start(**marc.environment)
+        spoil_edition(site.batch(BETA))  # so its job ends with its check, and writes nothing
+        site.batch(ALPHA, lccn="sn99990077")
+        word(site, BETA)
+        before = site.workers()
         marc.may_answer.clear()
-        with Client(agent.port) as client:
+        with Client(site.port) as client:
             channel = client.channel(f"batch-check {ALPHA}")
             assert marc.was_asked.wait(60)
-            checking = set(agent.workers()) - set(before)
+            checking = set(site.workers()) - set(before)
             for pid in checking:
                 os.kill(pid, signal.SIGSTOP)
             marc.may_answer.set()
-            job = agent.run("load-batch", BETA)
+            job = site.run("load-batch", BETA)
             assert "ONI would leave this issue out" in job["error"]
             for pid in checking:
                 os.kill(pid, signal.SIGCONT)
@@ -4894,19 +4897,6 @@ def test_an_event_without_a_message_is_no_fault(agent):
     ) as database, database:
         database.execute("UPDATE core_loadbatchevent SET message = NULL")
     assert agent.call("batch-status", ALPHA)["batch"]["state"] == "partial"
-
-
-@pytest.mark.parametrize(
-    "content", ["", "[1, 2", '{"files of batch_oru_alpha_ver01": 3}', '["1.0.0", {"a": 3}]', "[1]"]
-)
-def test_counts_that_another_release_has_kept_are_counted_anew(site, content):
-    site.batch(ALPHA)
-    site.state.mkdir(exist_ok=True)
-    (site.state / "counts.json").write_text(content)
-    site.start()
-    repaired(site, "load-batch", ALPHA)
-    assert site.call("batch-status", ALPHA)["batch"]["state"] == "complete"
-    until(lambda: listed(site)[0] == "complete")
 
 
 def test_batches_are_listed_as_they_are_on_disk_and_in_oni(agent):
@@ -5567,27 +5557,27 @@ def test_a_record_that_only_repeats_what_open_oni_has_is_not_refused(agent, tmp_
     assert all("Reverse for 'openoni_issue_pages'" in fault["fault"] for fault in faults)
 
 
-def test_a_redirect_to_another_host_is_not_followed(agent):
+def test_a_redirect_to_another_host_is_not_followed(site):
     with MarcSite("sn99990077", "sn99990079") as marc, MarcSite("sn99990077") as other:
         elsewhere = (other.urlformat % "sn99990077").replace("127.0.0.1", "localhost")
         marc.redirects["sn99990077"] = elsewhere
         marc.redirects["sn99990078"] = marc.urlformat % "sn99990079"
-        agent.restart(**marc.environment)
-        agent.batch(ALPHA, lccn="sn99990077")
-        [fault, *_] = checked(agent, ALPHA)[1]["faults"]
+        site.start(**marc.environment)
+        site.batch(ALPHA, lccn="sn99990077")
+        [fault, *_] = checked(site, ALPHA)[1]["faults"]
         assert "it points to another host, http://localhost:" in fault["fault"]
         assert other.requests == []
-        agent.batch(BETA, lccn="sn99990078")  # on the same host, and of another title
-        [fault, *_] = checked(agent, BETA)[1]["faults"]
+        site.batch(BETA, lccn="sn99990078")  # on the same host, and of another title
+        [fault, *_] = checked(site, BETA)[1]["faults"]
         assert "it answers with another record" in fault["fault"]
 
 
-def test_an_lccn_is_one_part_of_the_address_that_is_asked_for(agent):
+def test_an_lccn_is_one_part_of_the_address_that_is_asked_for(site):
     with MarcSite() as marc:
-        agent.restart(**marc.environment)
-        draft = new_draft(agent, "address")
+        site.start(**marc.environment)
+        draft = new_draft(site, "address")
         replace(mets_of(draft.path, 0), ">sn99990001<", ">../../x?y#z<")
-        assert checked(agent, draft.path.name)[0] == 1
+        assert checked(site, draft.path.name)[0] == 1
         assert marc.requests == ["/lccn/..%2F..%2Fx%3Fy%23z/marc.xml"]
 
 
@@ -5678,7 +5668,7 @@ def hostile_title(kind: str, size: int) -> bytes:
         ("elements below each other", 4),
         ("records", 4),
         ("names", 4),
-        ("attributes", 32),
+        ("attributes", 4),
         ("a name", 4),
         ("a value", 4),
     ],
