@@ -3552,7 +3552,7 @@ def test_a_cache_that_cannot_be_written_fails_the_job_but_says_that_the_batch_is
 
 
 def test_what_a_load_leaves_that_solr_fails_in_the_middle_is_said_and_mended(site):
-    hurry(site, SOLR_SECONDS=1, PATIENT_SECONDS=3)
+    hurry(site, SOLR_SECONDS=1, PATIENT_SECONDS=busy(1.5))
     gate = site.hold_load(site.batch(ALPHA), issue=1)
     id = site.job("load-batch", ALPHA)
     gate.reached()
@@ -3810,7 +3810,7 @@ def test_what_a_failed_purge_has_left_in_the_index_is_gone_when_the_batch_is_loa
 
 @pytest.mark.parametrize("how", ["down", "failing", "hanging"])
 def test_without_solr_a_request_is_a_job_that_waits_and_does_nothing(site, how):
-    hurry(site, SOLR_SECONDS=1, PATIENT_SECONDS=3)
+    hurry(site, SOLR_SECONDS=1, PATIENT_SECONDS=busy(1.5))
     site.batch(ALPHA)
     repaired(site, "load-batch", ALPHA)
     before = site.held(ALPHA), site.events(ALPHA), site.solr.documents()
@@ -3826,7 +3826,7 @@ def test_without_solr_a_request_is_a_job_that_waits_and_does_nothing(site, how):
 
 
 def test_an_index_emptied_while_solr_is_down_at_a_loads_end_is_no_success(site):
-    hurry(site, SOLR_SECONDS=1, PATIENT_SECONDS=3)
+    hurry(site, SOLR_SECONDS=1, PATIENT_SECONDS=busy(1.5))
     end = gate_in_manage(site, "load_batch", at_exit=True)
     site.batch(ALPHA)
     id = site.job("load-batch", ALPHA)
@@ -5227,7 +5227,7 @@ def test_list_batches_never_says_what_batch_status_would_contradict(agent, how):
 
 
 def test_a_title_that_solr_does_not_have_in_the_end_is_failed(site):
-    hurry(site, SOLR_SECONDS=1, PATIENT_SECONDS=3)
+    hurry(site, SOLR_SECONDS=1, PATIENT_SECONDS=busy(1.5))
     gate = gate_in_manage(site, "load_titles", at_exit=True)
     id = site.job("load-title", stdin=marc_xml())
     gate.reached()
@@ -6638,14 +6638,14 @@ def test_job_wait_is_woken_by_the_end_of_its_job(site):
         assert json.loads(waiting.makefile("rb").read())["job"]["status"] == "successful"
 
 
-def cancelled_in_vain(site: Site) -> Gate:
+def cancelled_in_vain(site: Site, **limits: float) -> Gate:
     """The gate at which a load stands: job 1, cancelled, whose manage.py ignores that."""
     site.prepend_to_manage(
         "import sys, signal\nif 'load_batch' in sys.argv: "
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)"
     )
     gate = site.hold_load(site.batch("batch_oru_alpha_ver01"))
-    site.start()
+    hurry(site, **limits)
     site.job("load-batch", "batch_oru_alpha_ver01")
     gate.reached()
     site.call("job-cancel", "1")
@@ -6653,7 +6653,7 @@ def cancelled_in_vain(site: Site) -> Gate:
 
 
 def test_a_manage_py_that_ignores_sigterm_is_killed_and_its_batch_purged(site):
-    cancelled_in_vain(site)
+    cancelled_in_vain(site, TERM_SECONDS=1)
     assert site.ended(1)["error"] == "cancelled; ONI holds nothing of the batch"
     signals = [line.split()[1] for line in site.logs(1) if line.startswith("cancelled: SIG")]
     assert signals == ["SIGTERM", "SIGKILL"]
@@ -10450,7 +10450,7 @@ def test_clients_that_stop_halfway_are_gone_when_their_time_is_up(site):
 
 
 def test_a_slow_loris_keeps_nobody_waiting_and_is_gone_in_time(site):
-    hurry(site, IDLE_SECONDS=6)
+    hurry(site, IDLE_SECONDS=busy(3))
     before = resources(site)
     clients = [Client(site.port) for _ in range(100)]
     sockets = [silent(site.port, said) for said in [b""] * 300 + [b"SSH-2.0-loris\r\n"] * 100]
