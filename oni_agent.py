@@ -362,14 +362,16 @@ def in_time(
     within: float = ANSWER_SECONDS,
     pool: futures.ThreadPoolExecutor = FILES,
     meanwhile: Callable[[], object] = do_nothing,
+    place: object = "the batches",
 ) -> Result:
     """Call `action`, which may hang, in a thread of `pool`, and return its result.
 
     Calls `meanwhile`, which may raise, every second. Raises Scarce, and Problem if `action` fails,
     or takes more than `within` seconds: its thread then goes on alone, unless it has not begun yet.
+    `place` is what lies on the file system that is asked.
     """
     until = time.monotonic() + within
-    late = Problem(f"the file system of the batches did not answer within {within:g} s")
+    late = Problem(f"the file system of {place} did not answer within {within:g} s")
     try:
         future = pool.submit(action)
     except RuntimeError as error:
@@ -8905,9 +8907,10 @@ def look_at_oni(oni: OpenONI, within: float) -> Iterator[Finding]:
     tables = lambda: filled(oni.ask("answer_tables", within=within))
     yield look_at("look-up tables", advice, tables)
     for name, (folder, is_shared) in folders.items():
-        yield look_at(
-            f"ONI's {name}", "loads will fail", writable, oni.location / folder, is_shared
-        )
+        place = oni.location / folder
+        write = functools.partial(writable, place, is_shared)
+        answer = functools.partial(in_time, write, within, place=place)
+        yield look_at(f"ONI's {name}", "loads will fail", answer)
 
 
 def filled(tables: Dict[str, int]) -> str:

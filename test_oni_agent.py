@@ -10876,6 +10876,19 @@ def test_a_batch_source_that_hangs_holds_up_nothing_else(troubled):
     assert site.run("load-batch", BETA)["status"] == "successful"
 
 
+def test_check_answers_though_a_folder_of_open_oni_hangs(troubled):
+    site = troubled.site
+    coordinates = site.oni / "data/word_coordinates"
+    coordinates.rename(site.source / "coordinates")
+    coordinates.symlink_to(site.source / "coordinates")
+    hurry(site, ANSWER_SECONDS=3).wait_for("Open ONI in .* word coordinates")
+    with troubled.having("disk-hangs"), Client(site.port) as client:
+        answer = json.loads(client.channel("check").makefile("rb").read())
+    assert answer["message"] == "not well: batch source, ONI's word coordinates"
+    [found] = [look["found"] for look in answer["looks"] if "coordinates" in look["name"]]
+    assert found == f"the file system of {coordinates} did not answer within 3 s; loads will fail"
+
+
 def test_a_process_that_site_code_has_left_behind_keeps_nobody_waiting(site):
     """It holds the stdout of the manage.py that answered, which is gone."""
     settings_local(
