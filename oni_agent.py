@@ -6773,7 +6773,8 @@ def cmd_purge_batch(request: Request, name: str) -> Answer:
 
 @command(
     usage="load-title < MARC.xml",
-    help="Loads or updates titles from MARC XML on standard input, as a job.",
+    help="Loads or updates titles from MARC XML on standard input, as a job, which looks at all"
+    " records first.",
     misuse='"load-title" takes no arguments; the MARC XML comes on standard input',
     failure="Invalid data",
     example="""
