@@ -227,7 +227,8 @@ MOST_ENDED = 50  # jobs that have ended, of which the board tells
 SWEEP_SECONDS = 3600  # between two looks for jobs that are to be forgotten
 FORGET_AT_ONCE = 1000  # jobs, in one transaction
 LAST_CHILD_SECONDS = 0.5  # to wait for agent.lock, which a killed agent's last child may hold
-CHUNK = 32 * 1024  # bytes read at once, of an input
+CHUNK = 32 * 1024  # bytes of an input that are read at once, or of an answer that are sent
+PIECE = 8 * 1024  # bytes of a log that are read and sent at once: many clients may not read them
 BLOCK = 64 * 1024  # bytes of a job's log; a line that is longer than two of them comes in parts
 LOOK_SECONDS = 0.1  # between two looks at how much manage.py has printed
 ENTRY_SECONDS = 0.25  # between two entries of how much manage.py has printed
@@ -4808,8 +4809,11 @@ def lines_between(
         whole_block = (start + BLOCK - 1) // BLOCK * BLOCK  # the first that begins at or after it
         limit = whole_block + BLOCK  # no line or part that begins at `start` ends later
         file.seek(start)
-        data = file.read(min(stop, limit) - start)
+        data = file.read(min(stop, limit, start + PIECE) - start)
         end = data.rfind(b"\n") + 1
+        if not end:  # a long line
+            data += file.read(min(stop, limit) - start - len(data))
+            end = data.rfind(b"\n") + 1
         if not end and (is_over or start + len(data) == limit):
             end = len(data)
         if not end:
@@ -5000,7 +5004,7 @@ class LogReader:
             for size, lines in self._lines_of(entry):
                 some += lines
                 weight += size
-                if weight >= BLOCK // 2:
+                if weight >= PIECE:
                     yield some
                     some = []
                     weight = 0
@@ -7676,7 +7680,7 @@ def encoded(keys: Dict[str, Any]) -> Iterator[str]:
     text = ""
     for piece in json_pieces(keys):
         text += piece
-        if len(text) >= CHUNK or not piece:
+        if len(text) >= PIECE or not piece:
             yield text
             text = ""
     yield f"{text}\n"
