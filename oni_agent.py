@@ -293,7 +293,16 @@ def shortened(text: str, most: int = MAX_ERROR) -> str:
     return f"{start} […{left_out} bytes are left out here…] {end}"
 
 
-SCARCE = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)
+SCARCE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.EAGAIN,
+    errno.ENOMEM,
+    errno.ENOBUFS,
+    errno.ETOOMANYREFS,  # too many descriptors are under way between processes (unix(7))
+)
 # What the system refuses with these it refuses until somebody changes a setting, mode or mount.
 REFUSED_FOR_GOOD = (
     errno.EACCES,
@@ -703,7 +712,12 @@ def serve_workers(control_number: int, idle_seconds: int) -> None:
         if not readable:
             continue
         quiet_since = time.monotonic()
-        message, ancillary = control.recvmsg(100, socket.CMSG_SPACE(4))[:2]
+        try:
+            message, ancillary = control.recvmsg(100, socket.CMSG_SPACE(4))[:2]
+        except OSError:  # the machine lacks something for now
+            traceback.print_exc()
+            time.sleep(0.1)
+            continue
         if not message:
             return
         word, _, number = message.decode().partition(" ")
@@ -711,9 +725,14 @@ def serve_workers(control_number: int, idle_seconds: int) -> None:
             os.kill(int(number), signal.SIGKILL)
         if word == "retire":
             is_retired = True
-        if word == "fork":
+        if word == "fork" and ancillary:  # it has none where no descriptor was to be had
             channel = socket.socket(fileno=int.from_bytes(ancillary[0][2][:4], sys.byteorder))
-            child = os.fork()
+            try:
+                child = os.fork()
+            except OSError:  # who asks is told this, as the last words; the workers go on
+                traceback.print_exc()
+                channel.close()
+                continue
             if not child:
                 control.close()
                 be_worker(channel)
@@ -785,7 +804,9 @@ def send(channel: socket.socket, **message: Any) -> None:
 
 
 def reply_to(name: str, words: List[Any], channel: socket.socket) -> Dict[str, Any]:
-    """Return the answer to a question, or the problem, and whether that may pass by itself."""
+    """Return the answer to a question; or the problem, whether that may pass by itself, and whether
+    it is a failure of ONI's code, or of this process, rather than an answer.
+    """
     if not name.startswith(("answer_", "study_")):
         return {"problem": f"{name} is no question"}
     arguments = list(words)
@@ -803,10 +824,11 @@ def reply_to(name: str, words: List[Any], channel: socket.socket) -> Dict[str, A
     except CannotAnswer as problem:
         return {"problem": str(problem), "transient": problem.transient}
     except MemoryError:
-        return {"problem": f"reading it takes more than {WORKER_MEMORY >> 20} MiB"}
+        told = f"reading it takes more than {WORKER_MEMORY >> 20} MiB"
+        return {"problem": told, "is_failure": True}
     except Exception as error:
         told = f"Open ONI cannot answer: {type(error).__name__}: {first_line(error)}"
-        return {"problem": told, "transient": is_transient(error)}
+        return {"problem": told, "transient": is_transient(error), "is_failure": True}
 
 
 def is_transient(error: Exception) -> bool:
@@ -2870,25 +2892,35 @@ class OpenONI:
         `on_news` gets the number of a question, and the news that comes before its answer. `go_on`
         is called about each second; what it raises ends all of them. Both are called from several
         threads at once. A question is asked anew for PATIENT_SECONDS while what is wrong may pass
-        by itself. Raises Problem.
+        by itself. Raises Problem, Scarce.
         """
         deadline = Deadline(within)
+        is_given_up = threading.Event()
+
+        def go_on_with_all() -> None:
+            if is_given_up.is_set():
+                raise Scarce("there is no thread for another question")
+            go_on()
 
         def study_one(number: int) -> Any:
             tell = functools.partial(on_news, number)
             patience: Optional[Deadline] = None  # from the first failure on
             while True:
                 try:
-                    return self._study(questions[number], deadline, tell, go_on)
+                    return self._study(questions[number], deadline, tell, go_on_with_all)
                 except TransientProblem:
                     patience = patience or Deadline(min(PATIENT_SECONDS, deadline.left()))
                     if patience.left() < 1:
                         raise
-                go_on()
+                go_on_with_all()
                 time.sleep(1)
 
         with futures.ThreadPoolExecutor(len(questions)) as pool:
-            begun = [pool.submit(study_one, number) for number in range(len(questions))]
+            try:
+                begun = [pool.submit(study_one, number) for number in range(len(questions))]
+            except RuntimeError as error:  # no thread to be had
+                is_given_up.set()
+                raise Scarce(str(error)) from error
             return [future.result() for future in begun]
 
     def _study(
@@ -2943,7 +2975,7 @@ class OpenONI:
     ) -> Any:
         reply = worker.reply(question, words, deadline)
         is_kept = question.startswith("answer_") and len(self._idle) < KEPT_WORKERS
-        if reply.get("transient"):
+        if reply.get("transient") or reply.get("is_failure"):
             self._is_doubtful = True
             is_kept = False
         if is_kept:
@@ -3658,6 +3690,19 @@ def in_order_of_issues(parts: Sequence[Mapping[str, Any]], what: str) -> List[Di
     return sorted(found, key=lambda each: int(each["order"]))
 
 
+def may_be_folder(entry: "os.DirEntry[str]") -> bool:
+    """Return whether an entry of BATCH_SOURCE is a folder, or leads to where nobody can look.
+
+    One bad link must not hide all other batches. Raises OSError that is scarce.
+    """
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if is_scarce(error):
+            raise
+        return error.errno != errno.ELOOP  # which is no folder to batch-status, either
+
+
 class SharedCheck:
     """A check that several clients wait for, and that ends when none of them is left."""
 
@@ -3802,12 +3847,16 @@ class Site:
     ) -> Dict[str, Any]:
         """Return what a batch's files name, counted now, once for all who ask for it meanwhile.
 
-        Raises Problem at the monotonic time `until`; the counting goes on, to be remembered.
+        Raises Scarce, and Problem at the monotonic time `until`; the counting goes on, to be
+        remembered.
         """
         with self._counting:
             future = self._counts.get(name)
             if future is None:
-                future = self._counts[name] = COUNTS.submit(self._count, name, folder)
+                try:
+                    future = self._counts[name] = COUNTS.submit(self._count, name, folder)
+                except RuntimeError as error:  # no thread to be had
+                    raise Scarce(str(error)) from error
         while not futures.wait([future], min(1, max(0.1, until - time.monotonic()))).done:
             go_on()
             if time.monotonic() >= until:
@@ -3819,7 +3868,7 @@ class Site:
             return self._count_files(name, folder)
         finally:
             with self._counting:
-                del self._counts[name]
+                self._counts.pop(name, None)  # None: there was no thread when it was asked for
 
     def _count_files(self, name: str, folder: str) -> Dict[str, Any]:
         parts = in_time(lambda: parts_of(folder), PATIENT_SECONDS)
@@ -3840,7 +3889,7 @@ class Site:
     def _folders(self) -> List[str]:
         with os.scandir(self.source) as entries:
             return [each.name for each in entries if BATCH_NAME.fullmatch(each.name)
-                    and each.is_dir()]  # fmt: skip
+                    and may_be_folder(each)]  # fmt: skip
 
     def _ask_health(self) -> Dict[str, Any]:
         try:
@@ -3969,8 +4018,9 @@ class Site:
 
     def similar(self, name: str) -> str:
         """Return `; did you mean "X"?` with a batch whose name is like `name`, or ""."""
-        there = self.on_disk()
-        with contextlib.suppress(Problem):
+        there: List[str] = []
+        with contextlib.suppress(Problem, OSError):  # a guess must not hide what is wrong
+            there += self.on_disk()
             there += self.oni.ask("answer_names")
         return did_you_mean(name, there)
 
@@ -3998,8 +4048,12 @@ class BatchList:
             return listed.in_order()
         with self._lock:
             if self._counter is None or not self._counter.is_alive():
-                self._counter = threading.Thread(target=self._count, name="counter", daemon=True)
-                self._counter.start()
+                counter = threading.Thread(target=self._count, name="counter", daemon=True)
+                try:
+                    counter.start()
+                except RuntimeError:  # no thread to be had: the next who asks has it counted
+                    return listed.in_order()
+                self._counter = counter
             counter = self._counter
         counter.join(LIST_SECONDS)
         listed.recall()
@@ -5537,7 +5591,10 @@ class Runner:
     def _signal(self, child: Optional[Child], number: signal.Signals) -> None:
         """Send a signal to the process group that a manage.py leads."""
         if not child:
-            self.note("cancelled: what an earlier agent has begun is not known, and is waited for")
+            self.note(
+                "cancelled: what an earlier agent has begun is not known, and is waited for: fuser"
+                f" {self._lock} names it"
+            )
             return
         self.note(f"cancelled: {number.name} to process group {child.pid}")
         with contextlib.suppress(OSError):  # it has ended meanwhile
@@ -7871,6 +7928,7 @@ class Connection(paramiko.ServerInterface, paramiko.Transport):  # type: ignore[
         self.ended_for = ""  # why the agent has ended it
         self._sessions: List[Session] = []
         self._refused_keys: List[str] = []
+        self._unproved_key = ""  # one that is admitted, and whose signature is yet to be looked at
         # paramiko would wake each idle connection ten times a second, to see whether it was closed.
         # `end` wakes it; the rest is for paramiko's rekeying alone.
         self._socket.settimeout(10)
@@ -7926,6 +7984,8 @@ class Connection(paramiko.ServerInterface, paramiko.Transport):  # type: ignore[
             return str(error)
         if self.authenticated:
             return ""
+        if self._unproved_key:
+            return f"it has not proved to have {self._unproved_key}"
         if self._refused_keys:
             return f"no key of AUTHORIZED_KEYS, but {', '.join(self._refused_keys)}"
         if self.user:
@@ -7950,6 +8010,7 @@ class Connection(paramiko.ServerInterface, paramiko.Transport):  # type: ignore[
         self.user = username
         self.admitted = fingerprint(key)
         if key_is_authorized(keys_file, key, self.host):
+            self._unproved_key = self.admitted
             return AUTH_SUCCESSFUL  # if it proves to have it, which paramiko asks for afterwards
         if len(self._refused_keys) < 10 and self.admitted not in self._refused_keys:
             self._refused_keys.append(self.admitted)
@@ -9080,8 +9141,11 @@ def look_from_outside(settings: Settings, account: Optional[Account]) -> Iterato
         with listen(*settings.ba_bind) as listener:
             return show_address(listener.getsockname())
 
-    yield look_at("state folder", "if an agent is at work there, ask that instead", state)
-    yield look_at("host key", "see HOST_KEY_FILE", host_key)
+    place = settings.state_directory
+    look_at_state = functools.partial(in_time, state, place=place)
+    yield look_at("state folder", "if an agent is at work there, ask that instead", look_at_state)
+    look_at_key = functools.partial(in_time, host_key, place=settings.host_key_file)
+    yield look_at("host key", "see HOST_KEY_FILE", look_at_key)
     yield look_at("address", "set BA_BIND to a free port", address)
     yield look_at_visitors(settings)
     yield look_at_algorithms()

@@ -5036,6 +5036,15 @@ def test_a_file_with_the_name_of_a_batch_is_none(agent):
     assert listed == [ALPHA, BETA]
 
 
+def test_a_link_that_leads_to_itself_hides_no_batch_and_no_reason(agent):
+    loop = agent.source / BETA
+    loop.symlink_to(loop)
+    agent.batch(ALPHA)
+    assert [batch["name"] for batch in agent.call("list-batches")["batches"]] == [ALPHA]
+    (agent.source / ALPHA / "data/batch.xml").write_text("<batch/>")
+    assert "names no issue" in agent.call("load-batch", ALPHA)["error"]
+
+
 def test_a_lack_of_the_awardee_is_no_fault_of_a_batchs_files(agent):
     agent.batch("batch_zzz_alpha_ver01")
     batch = agent.call("batch-status", "batch_zzz_alpha_ver01")["batch"]
@@ -10675,6 +10684,7 @@ def test_who_has_a_public_key_alone_sends_no_long_packets(site):
         message.add_string(bytes(100_000))
         transport._send_message(message)
         until(lambda: not transport.is_active())
+    site.wait_for(f"it has not proved to have {re.escape(oni_agent.fingerprint(key))}")
 
 
 def test_open_oni_is_asked_with_its_new_settings_soon_however_often_it_is_asked(site):
@@ -10688,6 +10698,47 @@ def test_open_oni_is_asked_with_its_new_settings_soon_however_often_it_is_asked(
         return not old.intersection(site.manage_pids("shell"))
 
     assert until(is_renewed)
+
+
+def test_settings_that_were_wrong_are_not_believed_for_long(site):
+    wrong = settings_local(site, "DATABASES['default']['NAME'] = '/nowhere/oni.sqlite3'\n")
+    wrong.write_text(f"from .settings_base import DATABASES\n{wrong.read_text()}")
+    hurry(site, DOUBTFUL_SECONDS=1)
+    assert "Open ONI cannot answer: Op" in site.call("batch-status", ALPHA)["error"]
+    wrong.write_text("")
+    assert until(lambda: "there is no such batch" in site.call("batch-status", ALPHA)["error"])
+
+
+def test_a_job_waits_for_a_thread(troubled):
+    site = troubled.site
+    gate = site.hold_load(site.batch(ALPHA))
+    site.batch(BETA, start=date(1910, 1, 1))
+    site.start()
+    ids = [site.job("load-batch", name) for name in (ALPHA, BETA)]
+    gate.reached()
+    with troubled.having("no-threads"):
+        gate.open()
+        site.wait_for("can't start new thread; trying again every second")
+    assert [site.ended(id)["status"] for id in ids] == ["successful"] * 2
+
+
+@pytest.mark.parametrize("fails", ["clone:error=EAGAIN", "recvmsg:error=ENOMEM"])
+def test_a_zygote_that_cannot_fork_once_goes_on(agent, fails):
+    agent.batch(ALPHA)
+    word(agent)
+    zygote = agent.zygote()
+    for pid in agent.workers():
+        os.kill(pid, signal.SIGKILL)
+    calls = fails.partition(":")[0]
+    words = ["strace", "-qq", "-e", f"trace={calls}", "-e", f"inject={fails}:when=1"]
+    tracer = subprocess.Popen([*words, "-p", str(zygote)], stderr=subprocess.DEVNULL)
+    try:
+        until(lambda: re.search(r"TracerPid:\s+[1-9]", Path(f"/proc/{zygote}/status").read_text()))
+        assert word(agent)[0] == "absent"
+        assert agent.zygote() == zygote
+    finally:
+        tracer.terminate()
+        tracer.wait()
 
 
 def test_a_question_that_hangs_holds_up_nobody_else(site):
