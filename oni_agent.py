@@ -1613,12 +1613,15 @@ def look_at_values(row: Any, *_: Any, **__: Any) -> None:
     Issue.save, which saves its title too, still runs, and so do `create` and `notes.set`: they all
     end here. A key that the database would give is made up.
     """
+    prepared = []  # all of them, before one goes to the database, as Django does
     for column in row._meta.concrete_fields:
         value = column.pre_save(row, row._state.adding)
         if column.primary_key and value is None:
             setattr(row, column.attname, next(MADE_UP_KEYS))
         else:
-            look_at_value(row, column, column.get_db_prep_save(value, connection))
+            prepared.append((column, column.get_db_prep_save(value, connection)))
+    for column, value in prepared:
+        look_at_value(row, column, value)
     row._state.adding = False
     row._state.db = connection.alias
     if isinstance(row, models.Url):
@@ -1792,7 +1795,8 @@ class Titles(TitleLoader):  # type: ignore[misc]
             if not wrong:
                 wrong = self._load(lccn, record)
             if wrong:
-                told = f"ONI does not have the title {lccn}, nor has {url}: {wrong}"
+                shown = lccn or 'of the LCCN "", which the METS file names'
+                told = f"ONI does not have the title {shown}, nor has {url}: {wrong}"
                 self._missing[key_of(lccn)] = told
             else:
                 self.records[lccn] = record
@@ -2301,8 +2305,10 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
             return
         if isinstance(reason, Exception):
             self._refuse_own_trouble(reason)
-        what = "ONI would break off the load"
-        self.enter_fault("data/batch.xml", what, error, ends_load=True, order=0)
+        path = "data/batch.xml"
+        if not self._seen and os.path.dirname(self._watched[-1]) == "data":
+            path = self._watched[-1]  # another list of issues, which ONI would read in its place
+        self.enter_fault(path, "ONI would break off the load", error, ends_load=True, order=0)
 
     def _refuse_own_trouble(self, error: Exception) -> None:
         """Raise DatabaseGone or CannotAnswer where `error` is no fault of a file."""
@@ -2453,7 +2459,7 @@ class Rehearsal(BatchLoader):  # type: ignore[misc]
             if lacks_text:
                 self.enter_fault(path, f"ONI would leave out the OCR file {file.id}")
             else:
-                self.enter_warning(path, f"the OCR file {file.id} belongs to no page")
+                self.enter_warning(path, f"the OCR file {file.id or '(no ID)'} belongs to no page")
 
     def _look_for_twins(self, path: str) -> None:
         """Warn of another batch that holds the issue just loaded."""
@@ -2538,6 +2544,8 @@ def without_path(words: str, path: str) -> str:
     # So an XML parser begins: the file, line and column.
     words = re.sub(re.escape(path) + ":([0-9]+):([0-9]+): ", r"line \1, column \2: ", words)
     words = re.sub(r" \([^()]*, line [0-9]+\)$", "", words)  # lxml's own, which repeats that
+    unreadable = "Error reading file .*failed to load external entity"  # lxml says no more
+    words = re.sub(f"^{unreadable}.*", "it is missing, or cannot be read", words)
     words = re.sub(f": {either}(?=>?$)", "", words)
     return words.replace(f"{path}: ", "").replace(repr(path), "it").replace(path, "it")
 
@@ -2886,13 +2894,14 @@ class OpenONI:
         within: float,
         on_news: Callable[[int, Dict[str, Any]], None],
         go_on: Callable[[], None],
+        patience: float = PATIENT_SECONDS,
     ) -> List[Any]:
         """Return the answers to several questions, [name, words…], each asked of a new worker.
 
         `on_news` gets the number of a question, and the news that comes before its answer. `go_on`
         is called about each second; what it raises ends all of them. Both are called from several
-        threads at once. A question is asked anew for PATIENT_SECONDS while what is wrong may pass
-        by itself. Raises Problem, Scarce.
+        threads at once. A question is asked anew for `patience` seconds while what is wrong may
+        pass by itself. Raises Problem, Scarce.
         """
         deadline = Deadline(within)
         is_given_up = threading.Event()
@@ -2904,13 +2913,14 @@ class OpenONI:
 
         def study_one(number: int) -> Any:
             tell = functools.partial(on_news, number)
-            patience: Optional[Deadline] = None  # from the first failure on
+            patient_until: Optional[Deadline] = None  # from the first failure on
             while True:
                 try:
                     return self._study(questions[number], deadline, tell, go_on_with_all)
                 except TransientProblem:
-                    patience = patience or Deadline(min(PATIENT_SECONDS, deadline.left()))
-                    if patience.left() < 1:
+                    left = min(patience, deadline.left())
+                    patient_until = patient_until or Deadline(left)
+                    if patient_until.left() < 1:
                         raise
                 go_on_with_all()
                 time.sleep(1)
@@ -3618,7 +3628,8 @@ class BatchState:
         if self.indexed != self.files.with_text and self.pages == self.files.pages:
             held += f", {self.indexed} of {self.files.with_text} with their text"
         elif self.rows_are_right is False and self.pages == self.files.pages and self.ended_well:
-            held += ", but not the same ones: the files have changed since"
+            held += ", but not the same ones: the files have changed since, or have faults, which"
+            held += " batch-check tells"
         if not self.ended_well:
             held += f', and its last event is "{self.events[-1][1]}"'
         return held
@@ -3923,12 +3934,13 @@ class Site:
         progress: Callable[[int, int], None],
         go_on: Callable[[], None],
         folder: str = "",
+        patience: float = PATIENT_SECONDS,
     ) -> Check:
-        """Return what would go wrong with a load of a batch. Raises Problem.
+        """Return what would go wrong with a load of a batch. Raises Problem, Scarce.
 
-        `folder` is where its files are for now, if not under its name in BATCH_SOURCE. `progress`
-        is told of issues done and issues in all; what `go_on`, which is called each second, raises,
-        ends the check.
+        `folder` is where its files are for now, if not under its name in BATCH_SOURCE. `patience`
+        is how long ONI is asked anew if it cannot answer, in seconds. `progress` is told of issues
+        done and issues in all; what `go_on`, which is called each second, raises, ends the check.
         """
         folder = folder or str(self.folder(name))
         parts = in_time(lambda: parts_of(folder), PATIENT_SECONDS, meanwhile=go_on)
@@ -3939,7 +3951,7 @@ class Site:
             progress(sum(done), news["of"])
 
         questions = [["study_rehearsal", name, folder, part, parts] for part in range(parts)]
-        found = Check(self.oni.study(questions, CHECK_SECONDS, on_news, go_on))
+        found = Check(self.oni.study(questions, CHECK_SECONDS, on_news, go_on, patience))
         if not found.faults:
             self.keep_files({name: found.files})
         return found
@@ -3992,7 +4004,7 @@ class Site:
             while not self._client_checks.acquire(timeout=0.2):
                 go_on()
             try:
-                shared.found = self.check(name, do_nothing, go_on)
+                shared.found = self.check(name, do_nothing, go_on, patience=ANSWER_SECONDS)
             finally:
                 self._client_checks.release()
         except (Problem, OSError) as problem:
@@ -4012,6 +4024,7 @@ class Site:
         folder = self.folder(name)
         if in_time(folder.exists):
             return
+        self.on_disk()  # which raises Problem if BATCH_SOURCE itself has gone
         if self.oni.ask("answer_holds", name):
             raise Problem(f"Open ONI holds it, but its files are not there: {folder} is missing")
         raise Problem(f"there is no such batch, in BATCH_SOURCE or in Open ONI{self.similar(name)}")
@@ -7207,7 +7220,7 @@ def cmd_batch_check(request: Request, word: str) -> Answer:
     site = request.agent.site
     site.must_be_there(name)
     found = site.client_check(name, request.client.poll)  # which raises if the client has gone
-    what = found.faults_counted if found.faults else "Nothing"
+    what = found.faults_counted if found.faults else "Nothing in its files"
     keys = {
         "message": f"{what} would keep Open ONI from loading all of this batch",
         "batch": {"name": name},

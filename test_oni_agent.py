@@ -4345,7 +4345,7 @@ def test_a_job_whose_check_somebody_has_killed_checks_anew(site):
 class ImpatientSite(oni_agent.Site):
     """A site whose check looks at once whether anybody waits for it."""
 
-    def check(self, name, progress, go_on, folder=""):
+    def check(self, name, progress, go_on, folder="", patience=0.0):
         go_on()
         return oni_agent.Check([{**NOTHING_FOUND, "of": 0}])
 
@@ -4486,6 +4486,29 @@ def test_what_no_column_takes_ends_the_load_and_leaves_out_nothing(odd_site, kin
     ODDITIES[kind](draft)
     [fault] = compare_with_load(odd_site, draft)["faults"]
     assert ENDS_LOAD in fault["fault"]
+
+
+def test_what_django_refuses_comes_before_what_the_database_refuses(odd_site):
+    """The one leaves out the rest of the issue, the other ends the load."""
+    draft = new_draft(odd_site, "two faults of a page")
+    for kind in ("an emoji in a file's name", "width 5200.0"):
+        ODDITIES[kind](draft)
+    [fault] = compare_with_load(odd_site, draft)["faults"]
+    assert "ONI would leave out the rest of the issue" in fault["fault"]
+
+
+def test_of_a_list_that_is_read_in_the_place_of_batch_xml_the_fault_is_told(odd_site):
+    draft = new_draft(odd_site, "a broken list")
+    (draft.path / "data/batch_1.xml").write_text("<batch>")
+    [fault] = compare_with_load(odd_site, draft)["faults"]
+    assert fault["file"] == "data/batch_1.xml"
+
+
+def test_of_a_mets_file_that_is_missing_it_is_said_that_it_is(odd_site):
+    draft = new_draft(odd_site, "no METS")
+    draft.mets.unlink()
+    [fault] = compare_with_load(odd_site, draft)["faults"]
+    assert fault["fault"] == f"{ENDS_LOAD}it is missing, or cannot be read"
 
 
 def test_a_batch_whose_name_is_too_long_is_a_fault(odd_site):
