@@ -2544,7 +2544,7 @@ def without_path(words: str, path: str) -> str:
     # So an XML parser begins: the file, line and column.
     words = re.sub(re.escape(path) + ":([0-9]+):([0-9]+): ", r"line \1, column \2: ", words)
     words = re.sub(r" \([^()]*, line [0-9]+\)$", "", words)  # lxml's own, which repeats that
-    unreadable = "Error reading file .*failed to load external entity"  # lxml says no more
+    unreadable = "Error reading file .*failed to load"  # older releases of lxml say no more
     words = re.sub(f"^{unreadable}.*", "it is missing, or cannot be read", words)
     words = re.sub(f": {either}(?=>?$)", "", words)
     return words.replace(f"{path}: ", "").replace(repr(path), "it").replace(path, "it")
