@@ -2046,6 +2046,13 @@ def study_records(tell: Tell, path: str, seconds: float) -> List[Dict[str, Any]]
             # Entities can grow without bounds, in load_titles too, which has no limits.
             raise CannotAnswer("a DOCTYPE is not allowed")
         file.seek(0)
+        try:
+            expat.ParserCreate().ParseFile(file)  # quickly, before the database is needed
+        except expat.ExpatError as error:
+            raise CannotAnswer(f"{expat.ErrorString(error.code)}: line {error.lineno}")
+        except (LookupError, ValueError):
+            pass  # it is of an odd encoding, of which ONI's own reader will tell
+        file.seek(0)
         loader = Titles()
         pretend("", Rehearsal())
         with transaction.atomic(), connection.execute_wrapper(send_only_select):
