@@ -1281,8 +1281,8 @@ def study_part(tell: Tell, name: str, folder: str, part: int, parts: int) -> Dic
 def files_of(parts: Sequence[Mapping[str, Any]]) -> Dict[str, Any]:
     """Return what a batch's files name, as Files has it, from what `rehearse` says of each part.
 
-    A fault counts as one more address, and as a page where no lost page is counted for it: so
-    neither digests nor numbers of a batch with a fault can be equal to what ONI holds.
+    A fault counts as one more address: so the digests of a batch that has one are never those of
+    what ONI holds, whose numbers may be equal.
     """
     problem = ""
     issues = pages = 0
@@ -1295,15 +1295,10 @@ def files_of(parts: Sequence[Mapping[str, Any]]) -> Dict[str, Any]:
         for fault in part["faults"]:
             told = f"{fault['file']}: {fault['fault']}"
             addresses.append(told)
-            if not fault["order"]:  # it is of the whole batch, so that no issue below counts it
-                pages += 1
             if fault["ends_load"]:
                 problem = problem or told
-        faulty = {fault["order"] for fault in part["faults"]}
         for issue in part["found"]:
             pages += len(issue["pages"]) + issue["lost"]
-            if issue["order"] in faulty and not issue["lost"]:
-                pages += 1  # it stands for what the fault would leave out
             addresses += [address for address, _ in issue["pages"]]
             with_text += [address for address, has_text in issue["pages"] if has_text]
     return {
