@@ -367,6 +367,16 @@ FILES = futures.ThreadPoolExecutor(16)  # for what may wait for a hung file syst
 COUNTS = futures.ThreadPoolExecutor(4)  # for what counts batches, maybe for minutes
 
 
+def submitted(
+    pool: futures.ThreadPoolExecutor, action: Callable[..., Result], *words: Any
+) -> "futures.Future[Result]":
+    """Have a thread of `pool` call `action` with `words`. Raises Scarce if none is to be had."""
+    try:
+        return pool.submit(action, *words)
+    except RuntimeError as error:
+        raise Scarce(str(error)) from error
+
+
 def in_time(
     action: Callable[[], Result],
     within: float = ANSWER_SECONDS,
@@ -382,10 +392,7 @@ def in_time(
     """
     until = time.monotonic() + within
     late = Problem(f"the file system of {place} did not answer within {within:g} s")
-    try:
-        future = pool.submit(action)
-    except RuntimeError as error:
-        raise Scarce(str(error)) from error  # no thread to be had
+    future = submitted(pool, action)
     try:
         while not futures.wait([future], min(1, until - time.monotonic())).done:
             meanwhile()
@@ -726,18 +733,22 @@ def serve_workers(control_number: int, idle_seconds: int) -> None:
         if word == "retire":
             is_retired = True
         if word == "fork" and ancillary:  # it has none where no descriptor was to be had
-            channel = socket.socket(fileno=int.from_bytes(ancillary[0][2][:4], sys.byteorder))
-            try:
-                child = os.fork()
-            except OSError:  # who asks is told this, as the last words; the workers go on
-                traceback.print_exc()
-                channel.close()
-                continue
-            if not child:
-                control.close()
-                be_worker(channel)
-            channel.close()
-            children.add(child)
+            number_of_channel = int.from_bytes(ancillary[0][2][:4], sys.byteorder)
+            with socket.socket(fileno=number_of_channel) as channel:
+                children.update(forked(control, channel))
+
+
+def forked(control: socket.socket, channel: socket.socket) -> List[int]:
+    """Fork a worker that answers over `channel`; return its PID, or none if that cannot be."""
+    try:
+        child = os.fork()
+    except OSError:  # the agent tells this, as the last words, to who asks; other workers go on
+        traceback.print_exc()
+        return []
+    if not child:
+        control.close()
+        be_worker(channel)
+    return [child]
 
 
 def ended_children() -> Iterator[int]:
@@ -2033,21 +2044,11 @@ def fetched(url: str) -> bytes:
 def study_records(tell: Tell, path: str, seconds: float) -> List[Dict[str, Any]]:
     """Return what ONI would make of the records in a file of MARC XML, as Titles has it.
 
-    Those are left out that ONI's loader does not come to within so many seconds. Raises
-    CannotAnswer where it could not make a title of one, or the file is no XML.
+    After so many `seconds` ONI's loader is given no more of them, and the answer lacks those.
+    Raises CannotAnswer where ONI could not make a title of one, or the file is no XML.
     """
+    look_at_xml(path)
     with open(path, "rb") as file:
-        if b"<!DOCTYPE" in file.read().replace(b"\0", b""):  # UTF-16 then reads as ASCII does
-            # Entities can grow without bounds, in load_titles too, which has no limits.
-            raise CannotAnswer("a DOCTYPE is not allowed")
-        file.seek(0)
-        try:
-            expat.ParserCreate().ParseFile(file)  # quickly, before the database is needed
-        except expat.ExpatError as error:
-            raise CannotAnswer(f"{expat.ErrorString(error.code)}: line {error.lineno}")
-        except (LookupError, ValueError):
-            pass  # it is of an odd encoding, of which ONI's own reader will tell
-        file.seek(0)
         loader = Titles()
         pretend("", Rehearsal())
         with transaction.atomic(), connection.execute_wrapper(send_only_select):
@@ -2065,6 +2066,21 @@ def study_records(tell: Tell, path: str, seconds: float) -> List[Dict[str, Any]]
     if not loader.outcomes:
         raise CannotAnswer("there is no MARC record in it")
     return loader.outcomes
+
+
+def look_at_xml(path: str) -> None:
+    """Raise CannotAnswer if a file is no XML or has a DOCTYPE: quickly, without the database."""
+    with open(path, "rb") as file:
+        data = file.read()
+    if b"<!DOCTYPE" in data.replace(b"\0", b""):  # without NUL, UTF-16 reads as ASCII does
+        # Entities can grow without bounds, in load_titles too, which has no limits.
+        raise CannotAnswer("a DOCTYPE is not allowed")
+    try:
+        expat.ParserCreate().Parse(data, True)
+    except expat.ExpatError as error:
+        raise CannotAnswer(f"{expat.ErrorString(error.code)}: line {error.lineno}")
+    except (LookupError, ValueError):
+        pass  # it is of an odd encoding, of which ONI's own reader will tell
 
 
 def what_sax_says(error: Exception) -> str:
@@ -2546,8 +2562,8 @@ def without_path(words: str, path: str) -> str:
     # So an XML parser begins: the file, line and column.
     words = re.sub(re.escape(path) + ":([0-9]+):([0-9]+): ", r"line \1, column \2: ", words)
     words = re.sub(r" \([^()]*, line [0-9]+\)$", "", words)  # lxml's own, which repeats that
-    unreadable = "Error reading file .*failed to load"  # older releases of lxml say no more
-    words = re.sub(f"^{unreadable}.*", "it is missing, or cannot be read", words)
+    unreadable = f"^Error reading file '?{re.escape(path)}'?: failed to load.*"  # lxml's words
+    words = re.sub(unreadable, "it is missing, or cannot be read", words)
     words = re.sub(f": {either}(?=>?$)", "", words)
     return words.replace(f"{path}: ", "").replace(repr(path), "it").replace(path, "it")
 
@@ -2920,8 +2936,8 @@ class OpenONI:
                 try:
                     return self._study(questions[number], deadline, tell, go_on_with_all)
                 except TransientProblem:
-                    left = min(patience, deadline.left())
-                    patient_until = patient_until or Deadline(left)
+                    if patient_until is None:
+                        patient_until = Deadline(min(patience, deadline.left()))
                     if patient_until.left() < 1:
                         raise
                 go_on_with_all()
@@ -2929,10 +2945,10 @@ class OpenONI:
 
         with futures.ThreadPoolExecutor(len(questions)) as pool:
             try:
-                begun = [pool.submit(study_one, number) for number in range(len(questions))]
-            except RuntimeError as error:  # no thread to be had
+                begun = [submitted(pool, study_one, number) for number in range(len(questions))]
+            except Scarce:
                 is_given_up.set()
-                raise Scarce(str(error)) from error
+                raise
             return [future.result() for future in begun]
 
     def _study(
@@ -3866,10 +3882,7 @@ class Site:
         with self._counting:
             future = self._counts.get(name)
             if future is None:
-                try:
-                    future = self._counts[name] = COUNTS.submit(self._count, name, folder)
-                except RuntimeError as error:  # no thread to be had
-                    raise Scarce(str(error)) from error
+                future = self._counts[name] = submitted(COUNTS, self._count, name, folder)
         while not futures.wait([future], min(1, max(0.1, until - time.monotonic()))).done:
             go_on()
             if time.monotonic() >= until:
@@ -3881,7 +3894,8 @@ class Site:
             return self._count_files(name, folder)
         finally:
             with self._counting:
-                self._counts.pop(name, None)  # None: there was no thread when it was asked for
+                # It is not there if a thread was to be had only after `submitted` had given up.
+                self._counts.pop(name, None)
 
     def _count_files(self, name: str, folder: str) -> Dict[str, Any]:
         parts = in_time(lambda: parts_of(folder), PATIENT_SECONDS)
